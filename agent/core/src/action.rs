@@ -1,0 +1,58 @@
+//! Actions as data, each with its reason.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{thresholds::Thresholds, units::Bytes};
+
+/// Why something was done. Closed: whatever has no reason here is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub enum Reason {
+    /// Demand reached the watermark of the limit.
+    WatermarkReached,
+    /// Demand reached the hold threshold while a raise is under way.
+    RaiseUnderWay,
+    /// The raise that a hold waited for has arrived.
+    RaiseArrived,
+    /// The raise did not arrive within the time that a hold may last.
+    HoldExpired,
+    /// No growth for the quiet period.
+    BurstOver,
+    /// Demand rose again while the limit was being lowered.
+    GrewWhileShrinking,
+    /// The guard starts.
+    Adopted,
+    /// The guard ends.
+    Ended,
+    /// A predecessor died and left this behind.
+    Recovered,
+}
+
+/// What can be done to one guarded cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub enum Action {
+    /// Raise the limit to `to`. Undone by [`Action::Shrink`] to `from`.
+    Raise {
+        /// The limit before.
+        from: Bytes,
+        /// The limit after.
+        to: Bytes,
+    },
+    /// Lower the limit to `to`. Undone by [`Action::Raise`] to `from`.
+    Shrink {
+        /// The limit before.
+        from: Bytes,
+        /// The limit after.
+        to: Bytes,
+    },
+    /// Move the brake. `None` removes it.
+    Brake {
+        /// Where to.
+        thresholds: Option<Thresholds>,
+    },
+    /// Freeze the container. Undone by [`Action::Release`].
+    Hold,
+    /// Thaw the container.
+    Release,
+}

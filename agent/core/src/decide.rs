@@ -1,0 +1,293 @@
+//! The decision: a [`Snapshot`] of one guarded container in, a [`Plan`] out.
+//!
+//! **Up.** Granting everything at the first signal would always work and waste most of it, so the
+//! limit climbs in geometric steps and any burst costs a logarithmic number of raises. On a direct
+//! path the steps stand in the reflex table and nothing is decided here. Where the raise is a request, the
+//! container stands still until it is answered, so a step is larger: what grows while the answer
+//! is on its way, at least 3.1 times the demand (sixteen times the limit in three requests), at
+//! most 4.5 times (a wrong rate must not grant a node).
+//!
+//! **Down.** A burst is over when demand has not grown for the quiet period. The limit goes to
+//! 1.25 times the demand, never below the original, and only if that gives back at least a fifth:
+//! a limit that follows every breath would pay a request for each.
+//!
+//! **Hold.** It ends with the answer or, whatever happens, after [`HOLD_LIMIT`]: a container that
+//! is held for longer fails its probes, which is a kill by another hand.
+//!
+//! It must not plan a raise above the ceiling or a limit below demand.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    action::{Action, Reason},
+    history::History,
+    policy::{Actuation, Policy},
+    reflex::{Reaction, reaction, thresholds},
+    units::{Bytes, Nanos},
+};
+
+/// Longest time that a container is held. The shortest liveness probe that Kubernetes allows
+/// kills after `timeoutSeconds` 1 × `failureThreshold` 1; the defaults (10 s × 3) allow 20 s.
+pub const HOLD_LIMIT: Nanos = Nanos::millis(5000);
+
+/// A shrink goes to 1.25 times the demand.
+const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
+/// A shrink that gives back less than this share of the limit is not worth its cost.
+const SHRINK_WORTH_PER_MILLE: u64 = 800;
+/// A requested raise goes to at least this multiple of the demand.
+const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
+/// A requested raise goes to at most this multiple of the demand.
+const REQUEST_STEP_MAX_PER_MILLE: u64 = 4500;
+
+/// Everything a decision may depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// When it was taken.
+    pub now: Nanos,
+    /// The rules.
+    pub policy: Policy,
+    /// What was seen.
+    pub history: History,
+    /// `memory.max` as last read.
+    pub limit: Bytes,
+    /// The limit of a request that is not answered yet, and when it was sent.
+    pub requested: Option<(Bytes, Nanos)>,
+    /// Since when the container is held.
+    pub held_since: Option<Nanos>,
+    /// A shrink to this limit was refused; do not try again above this demand.
+    pub refused_shrink: Option<Bytes>,
+}
+
+/// What to do: actions in order, and what the reflex does from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// In the order in which they are to be carried out.
+    pub actions: Vec<(Action, Reason)>,
+    /// The reflex table's entry.
+    pub reaction: Reaction,
+}
+
+/// Decides what to do with one guarded container.
+#[must_use]
+pub fn decide(snapshot: &Snapshot) -> Plan {
+    let mut actions = Vec::new();
+    actions.extend(raise(snapshot));
+    actions.extend(release(snapshot));
+    actions.extend(shrink(snapshot));
+    Plan {
+        actions,
+        reaction: reaction(&snapshot.policy, snapshot.limit),
+    }
+}
+
+/// The size that a requested raise goes to.
+fn request_target(policy: &Policy, history: &History, p95: Nanos) -> Bytes {
+    let Policy { ceiling, .. } = *policy;
+    let demand = history.demand;
+    let meanwhile = history.rate_per_second.scaled(p95.0, 1_000_000_000);
+    let target = demand.plus(meanwhile.per_mille(1500));
+    target
+        .clamp(
+            demand.per_mille(REQUEST_STEP_MIN_PER_MILLE),
+            demand.per_mille(REQUEST_STEP_MAX_PER_MILLE),
+        )
+        .round_up_mib()
+        .min(ceiling)
+}
+
+fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
+    let Snapshot {
+        policy,
+        history,
+        limit,
+        requested,
+        ..
+    } = snapshot;
+    let Actuation::Requested { p95 } = policy.actuation else {
+        return None;
+    };
+    let at_limit = thresholds(policy, *limit)?;
+    if requested.is_some() || history.demand < at_limit.watermark {
+        return None;
+    }
+    let to = request_target(policy, history, p95);
+    (to > *limit).then_some((Action::Raise { from: *limit, to }, Reason::WatermarkReached))
+}
+
+fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
+    let Snapshot {
+        policy,
+        history,
+        limit,
+        held_since,
+        now,
+        ..
+    } = snapshot;
+    let since = (*held_since)?;
+    let cleared = thresholds(policy, *limit).is_none_or(|at| history.demand < at.watermark);
+    if cleared {
+        Some((Action::Release, Reason::RaiseArrived))
+    } else if now.since(since) >= HOLD_LIMIT {
+        Some((Action::Release, Reason::HoldExpired))
+    } else {
+        None
+    }
+}
+
+fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
+    let Snapshot {
+        policy,
+        history,
+        limit,
+        requested,
+        now,
+        refused_shrink,
+        ..
+    } = snapshot;
+    let quiet = now.since(history.last_growth) >= policy.shrink_after;
+    if requested.is_some() || *limit <= policy.original || !quiet {
+        return None;
+    }
+    if refused_shrink.is_some_and(|at| history.demand >= at) {
+        return None;
+    }
+    let to = history
+        .demand
+        .per_mille(SHRINK_MARGIN_PER_MILLE)
+        .round_up_mib()
+        .max(policy.original);
+    (to <= limit.per_mille(SHRINK_WORTH_PER_MILLE))
+        .then_some((Action::Shrink { from: *limit, to }, Reason::BurstOver))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(actuation: Actuation) -> Snapshot {
+        Snapshot {
+            now: Nanos::millis(10_000),
+            policy: Policy {
+                original: Bytes::mib(64),
+                ceiling: Bytes::mib(4096),
+                actuation,
+                cpus: 2,
+                shrink_after: Nanos::millis(2000),
+            },
+            history: History {
+                last_growth: Nanos::millis(9_999),
+                ..History::default()
+            },
+            limit: Bytes::mib(64),
+            requested: None,
+            held_since: None,
+            refused_shrink: None,
+        }
+    }
+
+    const REQUESTED: Actuation = Actuation::Requested {
+        p95: Nanos::millis(700),
+    };
+
+    #[test]
+    fn a_slow_path_requests_once_and_at_least_three_times_the_demand() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(63);
+        let plan = decide(&snapshot);
+        let [(Action::Raise { from, to }, Reason::WatermarkReached)] = plan.actions[..] else {
+            panic!("{plan:?}")
+        };
+        assert_eq!(from, Bytes::mib(64));
+        assert!(to >= Bytes::mib(190) && to <= Bytes::mib(290), "{to}");
+        snapshot.requested = Some((to, snapshot.now));
+        assert_eq!(decide(&snapshot).actions, []);
+    }
+
+    #[test]
+    fn below_the_watermark_nothing_happens() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(61);
+        assert_eq!(decide(&snapshot).actions, []);
+    }
+
+    #[test]
+    fn never_above_the_ceiling() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.policy.ceiling = Bytes::mib(70);
+        snapshot.history.demand = Bytes::mib(64);
+        snapshot.history.rate_per_second = Bytes(u64::MAX);
+        let plan = decide(&snapshot);
+        assert_eq!(
+            plan.actions,
+            [(
+                Action::Raise {
+                    from: Bytes::mib(64),
+                    to: Bytes::mib(70)
+                },
+                Reason::WatermarkReached
+            )]
+        );
+        snapshot.limit = Bytes::mib(70);
+        assert_eq!(
+            decide(&snapshot),
+            Plan {
+                actions: vec![],
+                reaction: Reaction::Nothing
+            }
+        );
+    }
+
+    #[test]
+    fn a_hold_ends_with_the_answer_or_with_its_time() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(63);
+        snapshot.held_since = Some(Nanos::millis(9_000));
+        snapshot.requested = Some((Bytes::mib(200), Nanos::millis(9_000)));
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.now = Nanos::millis(14_000);
+        assert_eq!(
+            decide(&snapshot).actions,
+            [(Action::Release, Reason::HoldExpired)]
+        );
+        snapshot.limit = Bytes::mib(200);
+        assert_eq!(
+            decide(&snapshot).actions,
+            [(Action::Release, Reason::RaiseArrived)]
+        );
+    }
+
+    #[test]
+    fn shrinks_when_quiet_to_a_margin_above_demand_and_not_below_the_original() {
+        let mut snapshot = snapshot(Actuation::Direct);
+        snapshot.limit = Bytes::mib(1000);
+        snapshot.history.demand = Bytes::mib(400);
+        assert_eq!(decide(&snapshot).actions, [], "not quiet yet");
+        snapshot.history.last_growth = Nanos::millis(8_000);
+        let shrink = |to| {
+            [(
+                Action::Shrink {
+                    from: Bytes::mib(1000),
+                    to,
+                },
+                Reason::BurstOver,
+            )]
+        };
+        assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(500)));
+        snapshot.history.demand = Bytes::mib(10);
+        assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(64)));
+        snapshot.history.demand = Bytes::mib(700);
+        assert_eq!(decide(&snapshot).actions, [], "not worth it");
+    }
+
+    #[test]
+    fn a_refused_shrink_waits_for_less_demand() {
+        let mut snapshot = snapshot(Actuation::Direct);
+        snapshot.limit = Bytes::mib(1000);
+        snapshot.history.last_growth = Nanos(0);
+        snapshot.history.demand = Bytes::mib(400);
+        snapshot.refused_shrink = Some(Bytes::mib(400));
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.history.demand = Bytes::mib(399);
+        assert_eq!(decide(&snapshot).actions.len(), 1);
+    }
+}

@@ -1,0 +1,81 @@
+//! What was seen of one cgroup, reduced to what decisions need.
+//!
+//! It keeps peaks and times, no samples: the memory per cgroup is constant. It must not judge;
+//! [`crate::decide`] does.
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, Nanos};
+
+/// The observed past of one cgroup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct History {
+    /// Highest demand ever seen.
+    pub peak_demand: Bytes,
+    /// Highest demand since the last shrink.
+    pub burst_peak: Bytes,
+    /// When demand last rose by more than 1 % above what it was.
+    pub last_growth: Nanos,
+    /// Demand at [`Self::last_growth`].
+    pub grown_to: Bytes,
+    /// Growth per second over the kernel's last complete window.
+    pub rate_per_second: Bytes,
+    /// The last observed demand.
+    pub demand: Bytes,
+}
+
+impl History {
+    /// Takes in an observation of demand at `now`.
+    pub fn observe(&mut self, now: Nanos, demand: Bytes) {
+        self.demand = demand;
+        self.peak_demand = self.peak_demand.max(demand);
+        self.burst_peak = self.burst_peak.max(demand);
+        if demand > self.grown_to.per_mille(1010) {
+            self.grown_to = demand;
+            self.last_growth = now;
+        } else if demand < self.grown_to.per_mille(900) {
+            // Fallen: growth from here on is growth again.
+            self.grown_to = demand;
+        }
+    }
+
+    /// Takes in the growth over a window of the kernel's.
+    pub fn observe_rate(&mut self, grown: Bytes, window: Nanos) {
+        if window.0 > 0 {
+            self.rate_per_second = grown.scaled(1_000_000_000, window.0);
+        }
+    }
+
+    /// Starts a new burst after the limit was lowered.
+    pub const fn shrunk(&mut self) {
+        self.burst_peak = self.demand;
+        self.rate_per_second = Bytes::ZERO;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_saw_tooth_of_a_percent_is_not_growth() {
+        let mut history = History::default();
+        history.observe(Nanos(1), Bytes::mib(100));
+        for round in 2..100 {
+            history.observe(
+                Nanos(round),
+                Bytes::mib(if round % 2 == 0 { 101 } else { 100 }),
+            );
+        }
+        assert_eq!(history.last_growth, Nanos(1));
+    }
+
+    #[test]
+    fn growth_after_a_fall_counts_again() {
+        let mut history = History::default();
+        history.observe(Nanos(1), Bytes::mib(100));
+        history.observe(Nanos(2), Bytes::mib(10));
+        history.observe(Nanos(3), Bytes::mib(20));
+        assert_eq!(history.last_growth, Nanos(3));
+    }
+}

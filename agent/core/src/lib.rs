@@ -1,0 +1,27 @@
+//! What Bellows decides, as pure functions of what was observed.
+//!
+//! The shell around this crate reads the kernel and the API and carries actions out; this crate
+//! holds everything that can be right or wrong about *which* actions. The same [`Snapshot`] gives
+//! the same [`Plan`], byte for byte, so a decision can be replayed and argued about afterwards.
+//!
+//! It must not read a clock, do IO, use floating point or iterate in hash order. Its manifest and
+//! its `clippy.toml` enforce that.
+#![forbid(unsafe_code)]
+#![warn(missing_docs, clippy::float_arithmetic)]
+
+pub mod action;
+pub mod decide;
+pub mod history;
+pub mod policy;
+pub mod quantity;
+pub mod reflex;
+pub mod thresholds;
+pub mod units;
+
+pub use action::{Action, Reason};
+pub use decide::{Plan, Snapshot, decide};
+pub use history::History;
+pub use policy::{Actuation, Policy};
+pub use reflex::{Reaction, Rung};
+pub use thresholds::Thresholds;
+pub use units::{Bytes, CgroupId, Nanos};

@@ -1,0 +1,75 @@
+//! What a guarded container is allowed, and how its limit can be moved.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::units::{Bytes, Nanos};
+
+/// How a raise reaches the kernel. It decides the size of a step: on a slow path every raise costs
+/// the container a stall, on a direct one it costs microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Actuation {
+    /// A write to `memory.max`, carried out by the reflex.
+    Direct,
+    /// A request to somebody else (the Kubernetes API), during which the container is held.
+    Requested {
+        /// 95th percentile of the time from the request to the new `memory.max`.
+        p95: Nanos,
+    },
+}
+
+/// The rules for one guarded container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// The limit at rest: never shrunk below it.
+    pub original: Bytes,
+    /// The limit that is never exceeded.
+    pub ceiling: Bytes,
+    /// How a raise reaches the kernel.
+    pub actuation: Actuation,
+    /// Online CPUs: each may hold a stock of 64 charged but unused pages.
+    pub cpus: u64,
+    /// Time without new growth after which a burst is over.
+    pub shrink_after: Nanos,
+}
+
+/// Why limits make no policy.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PolicyError {
+    /// The ceiling is below the limit.
+    #[error(
+        "the maximum of {ceiling} is below the limit of {original}: raise the maximum or lower the limit"
+    )]
+    CeilingBelowOriginal {
+        /// The limit at rest.
+        original: Bytes,
+        /// The maximum.
+        ceiling: Bytes,
+    },
+    /// The limit cannot hold a process.
+    #[error("a limit of {original} is too small to start a process: use at least 1Mi")]
+    TooSmall {
+        /// The limit at rest.
+        original: Bytes,
+    },
+}
+
+impl Policy {
+    /// Checks that the limits are possible.
+    ///
+    /// # Errors
+    ///
+    /// [`PolicyError`] when the ceiling is below the limit, or the limit below 1 MiB.
+    pub const fn validate(self) -> Result<Self, PolicyError> {
+        let Self {
+            original, ceiling, ..
+        } = self;
+        if original.0 < Bytes::mib(1).0 {
+            return Err(PolicyError::TooSmall { original });
+        }
+        if ceiling.0 < original.0 {
+            return Err(PolicyError::CeilingBelowOriginal { original, ceiling });
+        }
+        Ok(self)
+    }
+}

@@ -1,0 +1,179 @@
+//! Memory sizes as people and Kubernetes write them: `256Mi`, `1.5Gi`, `4G`, `1e9`, `1048576`.
+//!
+//! Kubernetes quantities (`k8s.io/apimachinery/pkg/api/resource`) allow a decimal number with a
+//! binary suffix (Ki … Ei), a decimal suffix (n, u, m, none, k … E) or an exponent. Memory below
+//! one byte means nothing, so a fraction of a byte is rounded up, as Kubernetes does.
+//!
+//! It must not accept what Kubernetes would refuse: an annotation that means one thing here and
+//! another there is worse than an error.
+
+use thiserror::Error;
+
+use crate::units::Bytes;
+
+/// Why a text is no memory size.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum QuantityError {
+    /// It does not begin with a decimal number.
+    #[error("`{0}` is no memory size: write a number and a unit, such as 256Mi or 4Gi")]
+    NoNumber(String),
+    /// What follows the number is no unit.
+    #[error(
+        "`{text}` has the unknown unit `{unit}`: use Ki, Mi, Gi, Ti (powers of 1024), k, M, G, T (powers of 1000), or none for bytes"
+    )]
+    UnknownUnit {
+        /// The whole text.
+        text: String,
+        /// What was read as its unit.
+        unit: String,
+    },
+    /// It does not fit 63 bits.
+    #[error("`{0}` is too large: the largest memory size is below 8Ei")]
+    TooLarge(String),
+}
+
+/// A unit as a fraction, so that `m` and `Gi` are treated alike.
+fn unit(suffix: &str) -> Option<(u128, u128)> {
+    let fraction = match suffix {
+        "" => (1, 1),
+        "n" => (1, 1_000_000_000),
+        "u" => (1, 1_000_000),
+        "m" => (1, 1000),
+        "k" => (1000, 1),
+        "M" => (1_000_000, 1),
+        "G" => (1_000_000_000, 1),
+        "T" => (1_000_000_000_000, 1),
+        "P" => (1_000_000_000_000_000, 1),
+        "E" => (1_000_000_000_000_000_000, 1),
+        "Ki" => (1 << 10, 1),
+        "Mi" => (1 << 20, 1),
+        "Gi" => (1 << 30, 1),
+        "Ti" => (1 << 40, 1),
+        "Pi" => (1 << 50, 1),
+        "Ei" => (1 << 60, 1),
+        _ => return exponent(suffix),
+    };
+    Some(fraction)
+}
+
+/// `e9`, `E+3`, `e-1`.
+fn exponent(suffix: &str) -> Option<(u128, u128)> {
+    let digits = suffix.strip_prefix(['e', 'E'])?;
+    let power: i32 = digits.parse().ok()?;
+    let scale = 10_u128.checked_pow(power.unsigned_abs())?;
+    Some(if power < 0 { (1, scale) } else { (scale, 1) })
+}
+
+/// Parses a memory size.
+///
+/// # Errors
+///
+/// [`QuantityError`] names the text, what is wrong with it, and what to write instead. Negative
+/// sizes are refused.
+pub fn parse(text: &str) -> Result<Bytes, QuantityError> {
+    let trimmed = text.trim();
+    let end = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, suffix) = trimmed.split_at(end);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
+        return Err(QuantityError::NoNumber(text.to_owned()));
+    }
+    let unknown = || QuantityError::UnknownUnit {
+        text: text.to_owned(),
+        unit: suffix.to_owned(),
+    };
+    let (numerator, denominator) = unit(suffix).ok_or_else(unknown)?;
+    let bytes = scale(whole, fraction, numerator, denominator);
+    bytes
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
+        .map(Bytes)
+        .ok_or_else(|| QuantityError::TooLarge(text.to_owned()))
+}
+
+/// `whole.fraction * numerator / denominator`, rounded up; `None` when it does not fit.
+fn scale(whole: &str, fraction: &str, numerator: u128, denominator: u128) -> Option<u128> {
+    let digits = [whole, fraction].concat();
+    let mantissa: u128 = if digits.is_empty() {
+        0
+    } else {
+        digits.parse().ok()?
+    };
+    let places = u32::try_from(fraction.len()).ok()?;
+    let divisor = denominator.checked_mul(10_u128.checked_pow(places)?)?;
+    Some(mantissa.checked_mul(numerator)?.div_ceil(divisor))
+}
+
+/// The canonical text of a size for a pod: the largest binary unit that divides it.
+#[must_use]
+pub fn format(bytes: Bytes) -> String {
+    for (shift, suffix) in [(40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")] {
+        let one = 1_u64 << shift;
+        if bytes.0 != 0 && bytes.0.is_multiple_of(one) {
+            return format!("{}{suffix}", bytes.0 >> shift);
+        }
+    }
+    bytes.0.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_kubernetes_reads() {
+        let cases = [
+            ("0", 0),
+            ("128974848", 128_974_848),
+            ("129e6", 129_000_000),
+            ("129M", 129_000_000),
+            ("123Mi", 123 << 20),
+            ("1.5Gi", 3 << 29),
+            (".5Ki", 512),
+            ("5.Ki", 5 << 10),
+            ("1500m", 2),
+            ("1E", 1_000_000_000_000_000_000),
+            ("1E3", 1000),
+            (" 4Gi ", 4 << 30),
+        ];
+        for (text, bytes) in cases {
+            assert_eq!(parse(text), Ok(Bytes(bytes)), "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_with_the_value_named() {
+        for text in [
+            "",
+            "Mi",
+            "-1Mi",
+            "1.2.3",
+            "4GB",
+            "4 Gi",
+            "4gi",
+            "1e",
+            "9Ei",
+            "99999999999999999999",
+            "1e999",
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.to_string().contains(&format!("`{text}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn formats_canonically() {
+        for (bytes, text) in [
+            (0, "0"),
+            (1 << 30, "1Gi"),
+            (3 << 29, "1536Mi"),
+            (1000, "1000"),
+            (2048, "2Ki"),
+        ] {
+            assert_eq!(format(Bytes(bytes)), text);
+            assert_eq!(parse(text), Ok(Bytes(bytes)));
+        }
+    }
+}

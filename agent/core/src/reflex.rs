@@ -1,0 +1,159 @@
+//! The reflex table: what to do at a watermark, decided before it is reached.
+//!
+//! A burst crosses the last 3 % of a small limit in a millisecond; nothing that thinks fits in
+//! there. So core thinks beforehand: for each guarded cgroup it lays out the rungs that a burst
+//! can climb, and the reflex only looks up the lowest rung whose watermark the demand has not
+//! passed. The table holds raises only, and only up to the ceiling, so whatever the reflex does
+//! was allowed. It must not hold anything that lowers a limit: lowering reclaims in the writer and
+//! can block or kill.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    policy::{Actuation, Policy},
+    thresholds::Thresholds,
+    units::Bytes,
+};
+
+/// A direct raise goes to 2.2 times the demand: with steps of about two, a burst of sixteen times
+/// its limit takes four raises, and what is granted stays near 1.1 times 1.25 of what is used.
+const DIRECT_STEP_PER_MILLE: u64 = 2200;
+
+/// One step of a burst: when demand reaches `watermark`, the limit becomes `limit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rung {
+    /// Demand from which on this rung is needed.
+    pub trigger: Bytes,
+    /// The new `memory.max`.
+    pub limit: Bytes,
+    /// What to watch then; `None` at the ceiling, where the brake is removed.
+    pub thresholds: Option<Thresholds>,
+}
+
+/// What the reflex does in one cgroup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reaction {
+    /// Climb the rungs by writing `memory.max`.
+    Raise {
+        /// In rising order.
+        rungs: Vec<Rung>,
+    },
+    /// Hold the container at this demand; the limit is raised by somebody else.
+    Hold {
+        /// Demand from which on to hold.
+        at: Bytes,
+    },
+    /// Nothing: the ceiling is reached.
+    Nothing,
+}
+
+/// The thresholds of a limit under a policy; none at or above the ceiling.
+#[must_use]
+pub fn thresholds(policy: &Policy, limit: Bytes) -> Option<Thresholds> {
+    (limit < policy.ceiling).then(|| Thresholds::of(limit, policy.cpus))
+}
+
+/// What the reflex does while the limit is `limit`.
+#[must_use]
+pub fn reaction(policy: &Policy, limit: Bytes) -> Reaction {
+    let Some(at_limit) = thresholds(policy, limit) else {
+        return Reaction::Nothing;
+    };
+    match policy.actuation {
+        Actuation::Direct => Reaction::Raise {
+            rungs: ladder(policy, at_limit),
+        },
+        Actuation::Requested { .. } => Reaction::Hold { at: at_limit.hold },
+    }
+}
+
+fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
+    let mut rungs = Vec::new();
+    loop {
+        let trigger = current.watermark;
+        let limit = trigger
+            .per_mille(DIRECT_STEP_PER_MILLE)
+            .round_up_mib()
+            .min(policy.ceiling);
+        let next = thresholds(policy, limit);
+        rungs.push(Rung {
+            trigger,
+            limit,
+            thresholds: next,
+        });
+        match next {
+            Some(next) if next.watermark > trigger => current = next,
+            _ => return rungs,
+        }
+    }
+}
+
+/// The rung for a demand: the lowest whose next watermark is above it.
+#[must_use]
+pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
+    let reached = rungs.iter().filter(|rung| demand >= rung.trigger);
+    reached.last()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Nanos;
+
+    fn policy(original: u64, ceiling: u64) -> Policy {
+        Policy {
+            original: Bytes::mib(original),
+            ceiling: Bytes::mib(ceiling),
+            actuation: Actuation::Direct,
+            cpus: 2,
+            shrink_after: Nanos::millis(2000),
+        }
+    }
+
+    #[test]
+    fn sixteen_fold_takes_at_most_five_rungs() {
+        for original in 32..=256 {
+            let policy = policy(original, original * 24);
+            let Reaction::Raise { rungs } = reaction(&policy, policy.original) else {
+                panic!("no ladder")
+            };
+            let needed = rungs
+                .iter()
+                .take_while(|rung| rung.trigger < Bytes::mib(original * 16))
+                .count();
+            assert!(needed <= 5, "{original}: {rungs:?}");
+        }
+    }
+
+    #[test]
+    fn the_ladder_rises_to_the_ceiling_and_stops() {
+        let policy = policy(100, 1000);
+        let Reaction::Raise { rungs } = reaction(&policy, policy.original) else {
+            panic!("no ladder")
+        };
+        assert!(
+            rungs
+                .windows(2)
+                .all(|pair| pair[0].limit < pair[1].limit && pair[0].trigger < pair[1].trigger)
+        );
+        let top = rungs.last().expect("not empty");
+        assert_eq!((top.limit, top.thresholds), (policy.ceiling, None));
+    }
+
+    #[test]
+    fn a_jump_takes_the_rung_that_fits() {
+        let policy = policy(100, 4000);
+        let Reaction::Raise { rungs } = reaction(&policy, policy.original) else {
+            panic!("no ladder")
+        };
+        assert_eq!(rung_for(&rungs, Bytes::mib(50)), None);
+        let jumped = rung_for(&rungs, Bytes::mib(300)).expect("above the first watermark");
+        assert!(jumped.limit > Bytes::mib(300));
+    }
+
+    #[test]
+    fn at_the_ceiling_there_is_nothing() {
+        let policy = policy(100, 100);
+        assert_eq!(reaction(&policy, policy.original), Reaction::Nothing);
+    }
+}

@@ -1,0 +1,83 @@
+//! Where the watermark, the brake and the hold of a limit stand.
+//!
+//! Two loads look alike until the last moment: a burst on its way through the limit, and a
+//! program that fills 95 % of it and stays there (a JVM with a full heap). Raising for the second
+//! is waste, not raising for the first is a kill. They are told apart by *where* they are: nothing
+//! happens below about 97 % of the limit, and what is above must be quick. The per-CPU stock
+//! (64 pages a CPU, counted as usage; `MEMCG_CHARGE_BATCH`, mm/memcontrol.c) makes a flat program
+//! look up to 256 KiB a CPU larger than it is, so on small limits the watermark moves up by as
+//! much, but never so far that a reaction has less than 1.5 % of the limit left.
+//!
+//! The brake (`memory.high`) stands at the watermark. Below 1.25 % over it the kernel does not sleep at
+//! all, and at the limit, 3 % over it, one batch sleeps 60 ms: a safety net for the case that the
+//! reaction is late, which costs nothing when it is not.
+//!
+//! The hold (`cgroup.freeze`) stands half way to the limit. It stops growth without consuming what
+//! is left, is lifted at once by the answer (a sleeper of `memory.high` is not), and holds no lock.
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::Bytes;
+
+/// Pages that one CPU may hold charged in advance.
+const STOCK_PER_CPU: Bytes = Bytes(64 * 4096);
+
+/// What a limit is watched and braked at. All are demand, that is usage without page cache, except
+/// `high`, which the kernel compares with usage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thresholds {
+    /// From here on the agent is told.
+    pub watermark: Bytes,
+    /// `memory.high`.
+    pub high: Bytes,
+    /// From here on the container is held until the answer to a request is there.
+    pub hold: Bytes,
+}
+
+impl Thresholds {
+    /// The thresholds of `limit` on a machine with `cpus` CPUs.
+    #[must_use]
+    pub fn of(limit: Bytes, cpus: u64) -> Self {
+        let stock = Bytes(STOCK_PER_CPU.0.saturating_mul(cpus));
+        let margin = limit
+            .per_mille(40)
+            .minus(stock)
+            .clamp(limit.per_mille(15), limit.per_mille(30));
+        let watermark = limit.minus(margin);
+        Self {
+            watermark,
+            high: watermark,
+            hold: limit.minus(Bytes(margin.0 / 2)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flat_program_at_96_percent_and_full_stocks_stays_below() {
+        for limit in [32, 64, 100, 256, 1024, 65536].map(Bytes::mib) {
+            for cpus in [1, 2] {
+                let flat = limit.per_mille(960).plus(Bytes(STOCK_PER_CPU.0 * cpus));
+                let Thresholds {
+                    watermark,
+                    high,
+                    hold,
+                } = Thresholds::of(limit, cpus);
+                assert!(flat <= watermark.plus(limit.per_mille(1)), "{limit} {cpus}");
+                assert!(watermark <= high && high <= hold && hold < limit);
+            }
+        }
+    }
+
+    #[test]
+    fn something_is_always_left_to_react_in() {
+        for cpus in [1, 2, 64, 1024] {
+            let limit = Bytes::mib(32);
+            let Thresholds { watermark, .. } = Thresholds::of(limit, cpus);
+            assert!(limit.minus(watermark) >= limit.per_mille(15));
+        }
+    }
+}

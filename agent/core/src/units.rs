@@ -1,0 +1,157 @@
+//! Units, so that no bare number crosses a signature.
+
+use core::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// An amount of memory. Arithmetic saturates: a size read from a kernel or a user is never a
+/// reason to panic.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+/// Size of a page on every platform that the kernel programs run on.
+const PAGE: u64 = 4096;
+
+impl Bytes {
+    /// Zero.
+    pub const ZERO: Self = Self(0);
+
+    /// `n` mebibytes.
+    #[must_use]
+    pub const fn mib(n: u64) -> Self {
+        Self(n << 20)
+    }
+
+    /// `n` pages of 4 KiB.
+    #[must_use]
+    pub const fn from_pages(n: u64) -> Self {
+        Self(n.saturating_mul(PAGE))
+    }
+
+    /// Whole pages of 4 KiB in it.
+    #[must_use]
+    pub const fn pages(self) -> u64 {
+        self.0 / PAGE
+    }
+
+    /// The sum.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+
+    /// The difference, at least zero.
+    #[must_use]
+    pub const fn minus(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+
+    /// `self` times `numerator / denominator`, rounded down.
+    ///
+    /// A zero denominator gives zero.
+    #[must_use]
+    pub fn scaled(self, numerator: u64, denominator: u64) -> Self {
+        let scaled =
+            (u128::from(self.0) * u128::from(numerator)).checked_div(u128::from(denominator));
+        Self(scaled.map_or(0, |value| u64::try_from(value).unwrap_or(u64::MAX)))
+    }
+
+    /// `self` times `per_mille / 1000`, rounded down.
+    #[must_use]
+    pub fn per_mille(self, per_mille: u64) -> Self {
+        self.scaled(per_mille, 1000)
+    }
+
+    /// Rounded up to whole mebibytes, so that a limit reads well in a pod and in `kubectl`.
+    #[must_use]
+    pub const fn round_up_mib(self) -> Self {
+        match self.0.checked_next_multiple_of(1 << 20) {
+            Some(rounded) => Self(rounded),
+            None => self,
+        }
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// Binary units with at most one decimal: `256 MiB`, `1.5 GiB`.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u64, &str); 3] = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+        for (shift, unit) in UNITS {
+            let one = 1_u64 << shift;
+            if self.0 >= one {
+                // Round to the nearest tenth first, so that 1023.97 MiB does not print a carry.
+                let tenths = (u128::from(self.0) * 10 + u128::from(one / 2)) >> shift;
+                let (whole, tenth) = (tenths / 10, tenths % 10);
+                return if tenth == 0 {
+                    write!(formatter, "{whole} {unit}")
+                } else {
+                    write!(formatter, "{whole}.{tenth} {unit}")
+                };
+            }
+        }
+        write!(formatter, "{} B", self.0)
+    }
+}
+
+/// A point on `CLOCK_MONOTONIC`, or a length of time, in nanoseconds.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Nanos(pub u64);
+
+impl Nanos {
+    /// `n` milliseconds.
+    #[must_use]
+    pub const fn millis(n: u64) -> Self {
+        Self(n.saturating_mul(1_000_000))
+    }
+
+    /// Time since `earlier`, at least zero.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Self {
+        Self(self.0.saturating_sub(earlier.0))
+    }
+
+    /// Whole milliseconds in it.
+    #[must_use]
+    pub const fn as_millis(self) -> u64 {
+        self.0 / 1_000_000
+    }
+}
+
+/// Id of a cgroup: the inode number of its directory in cgroup v2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CgroupId(pub u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prints_binary_units() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (256 << 20, "256 MiB"),
+            (3 << 29, "1.5 GiB"),
+            ((1 << 30) - 1, "1024 MiB"),
+            (u64::MAX, "17179869184 GiB"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(Bytes(value).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn arithmetic_saturates() {
+        assert_eq!(Bytes(u64::MAX).plus(Bytes(1)), Bytes(u64::MAX));
+        assert_eq!(Bytes(1).minus(Bytes(2)), Bytes::ZERO);
+        assert_eq!(Bytes(u64::MAX).per_mille(2000), Bytes(u64::MAX));
+        assert_eq!(Bytes(5).scaled(1, 0), Bytes::ZERO);
+    }
+}

@@ -1,0 +1,396 @@
+//! One cgroup v2 directory: reading what the kernel says, writing what it should do.
+//!
+//! Files are opened once and kept: a raise must not resolve a path, and a path may be reused by
+//! another cgroup while an open file keeps failing with `ENODEV`. Values that the kernel does not
+//! have are `None`, never zero. Nothing here decides.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use bellows_core::{Bytes, CgroupId};
+use thiserror::Error;
+
+/// The magic number of cgroup v2 (`CGROUP2_SUPER_MAGIC`, include/uapi/linux/magic.h).
+const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+
+/// What went wrong with a cgroup file.
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    /// A file could not be read, written or created.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A file's content is not what the kernel documents.
+    #[error("{path} contains `{content}`, which is no {expected}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What it contains.
+        content: String,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// The file system is not cgroup v2.
+    #[error("{path} is not on a cgroup v2 file system: boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there")]
+    NotV2 {
+        /// The path.
+        path: PathBuf,
+    },
+}
+
+impl CgroupError {
+    /// Whether the cgroup is gone (removed while we held it).
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ENODEV)
+            }
+            Self::Parse { .. } | Self::NotV2 { .. } => false,
+        }
+    }
+}
+
+/// A limit file's value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// `max`: no limit.
+    Max,
+    /// A number of bytes.
+    At(Bytes),
+}
+
+impl Limit {
+    /// The limit in bytes; `max` as the largest number.
+    #[must_use]
+    pub const fn bytes(self) -> Bytes {
+        match self {
+            Self::Max => Bytes(u64::MAX),
+            Self::At(bytes) => bytes,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::Max => "max".to_owned(),
+            Self::At(Bytes(bytes)) => bytes.to_string(),
+        }
+    }
+}
+
+/// Counters of `memory.events`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct MemoryEvents {
+    /// Times that usage was above `memory.high`.
+    pub high: u64,
+    /// Times that usage was about to exceed `memory.max`.
+    pub max: u64,
+    /// Times that the OOM killer was entered.
+    pub oom: u64,
+    /// Processes killed by any OOM killer.
+    pub oom_kill: u64,
+}
+
+/// Where page cache and the rest of a cgroup's memory stand, from `memory.stat`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryStat {
+    /// `memory.current`.
+    pub usage: Bytes,
+    /// Page cache on the LRU lists, which reclaim can give back.
+    pub file: Bytes,
+}
+
+impl MemoryStat {
+    /// Usage without page cache.
+    #[must_use]
+    pub const fn demand(self) -> Bytes {
+        self.usage.minus(self.file)
+    }
+}
+
+/// A cgroup directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroup {
+    path: PathBuf,
+    id: CgroupId,
+}
+
+impl Cgroup {
+    /// The cgroup at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when there is no such directory or it is not on cgroup v2.
+    pub fn open(path: &Path) -> Result<Self, CgroupError> {
+        let io = |source| CgroupError::Io { action: "open", path: path.to_owned(), source };
+        let stat = rustix::fs::statfs(path).map_err(|errno| io(errno.into()))?;
+        if stat.f_type != CGROUP2_SUPER_MAGIC {
+            return Err(CgroupError::NotV2 { path: path.to_owned() });
+        }
+        let id = CgroupId(fs::metadata(path).map_err(io)?.ino());
+        Ok(Self { path: path.to_owned(), id })
+    }
+
+    /// Creates the cgroup `name` below this one.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when the directory cannot be created.
+    pub fn create_child(&self, name: &str) -> Result<Self, CgroupError> {
+        let path = self.path.join(name);
+        fs::create_dir(&path).map_err(|source| CgroupError::Io { action: "create", path: path.clone(), source })?;
+        Self::open(&path)
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its id.
+    #[must_use]
+    pub const fn id(&self) -> CgroupId {
+        self.id
+    }
+
+    /// The content of one of its files.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when it cannot be read.
+    pub fn read(&self, file: &str) -> Result<String, CgroupError> {
+        let path = self.path.join(file);
+        fs::read_to_string(&path).map_err(|source| CgroupError::Io { action: "read", path, source })
+    }
+
+    /// Writes one of its files.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when it cannot be written.
+    pub fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        let path = self.path.join(file);
+        fs::write(&path, value).map_err(|source| CgroupError::Io { action: "write", path, source })
+    }
+
+    /// Whether a file exists in it.
+    #[must_use]
+    pub fn has(&self, file: &str) -> bool {
+        self.path.join(file).exists()
+    }
+
+    fn number(&self, file: &'static str) -> Result<u64, CgroupError> {
+        let content = self.read(file)?;
+        content.trim().parse().map_err(|_error| self.unparsable(file, &content, "number"))
+    }
+
+    fn unparsable(&self, file: &str, content: &str, expected: &'static str) -> CgroupError {
+        CgroupError::Parse { path: self.path.join(file), content: content.trim().to_owned(), expected }
+    }
+
+    /// `memory.current`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn usage(&self) -> Result<Bytes, CgroupError> {
+        self.number("memory.current").map(Bytes)
+    }
+
+    /// `memory.peak`; `None` before Linux 5.19, which does not have it.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn peak(&self) -> Result<Option<Bytes>, CgroupError> {
+        if self.has("memory.peak") { self.number("memory.peak").map(|peak| Some(Bytes(peak))) } else { Ok(None) }
+    }
+
+    /// A limit file such as `memory.max`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read or is neither `max` nor a number.
+    pub fn limit(&self, file: &str) -> Result<Limit, CgroupError> {
+        let content = self.read(file)?;
+        parse_limit(&content).ok_or_else(|| self.unparsable(file, &content, "limit"))
+    }
+
+    /// Sets a limit file such as `memory.max`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when it cannot be written.
+    pub fn set_limit(&self, file: &str, limit: Limit) -> Result<(), CgroupError> {
+        self.write(file, &limit.text())
+    }
+
+    /// `memory.events`, which counts the cgroups below as well.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn events(&self) -> Result<MemoryEvents, CgroupError> {
+        let content = self.read("memory.events")?;
+        let field = |name| field(&content, name).unwrap_or(0);
+        Ok(MemoryEvents { high: field("high"), max: field("max"), oom: field("oom"), oom_kill: field("oom_kill") })
+    }
+
+    /// Usage and page cache. Reading `memory.stat` flushes the kernel's statistics: once per
+    /// decision, not in a loop.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn stat(&self) -> Result<MemoryStat, CgroupError> {
+        let content = self.read("memory.stat")?;
+        let field = |name| field(&content, name).unwrap_or(0);
+        let file = Bytes(field("active_file").saturating_add(field("inactive_file")));
+        Ok(MemoryStat { usage: self.usage()?, file })
+    }
+
+    /// Whether a process lives in it or below.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn populated(&self) -> Result<bool, CgroupError> {
+        Ok(field(&self.read("cgroup.events")?, "populated") == Some(1))
+    }
+
+    /// Removes it; it must be empty.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`], for example `EBUSY` while a process is left.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        fs::remove_dir(&self.path).map_err(|source| CgroupError::Io {
+            action: "remove",
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+fn parse_limit(content: &str) -> Option<Limit> {
+    match content.trim() {
+        "max" => Some(Limit::Max),
+        number => number.parse().ok().map(|bytes| Limit::At(Bytes(bytes))),
+    }
+}
+
+/// The value of a `name value` line.
+fn field(content: &str, name: &str) -> Option<u64> {
+    content.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// An open file of a cgroup, for writes that must not resolve a path or allocate.
+#[derive(Debug)]
+pub struct Control {
+    file: File,
+    path: PathBuf,
+}
+
+impl Control {
+    /// Opens `file` of `cgroup`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when it cannot be opened for reading and writing.
+    pub fn open(cgroup: &Cgroup, file: &str) -> Result<Self, CgroupError> {
+        let path = cgroup.path.join(file);
+        match File::options().read(true).write(true).open(&path) {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(CgroupError::Io { action: "open", path, source }),
+        }
+    }
+
+    /// Writes a limit.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when the kernel refuses it.
+    pub fn set(&self, limit: Limit) -> Result<(), CgroupError> {
+        let mut buffer = [0_u8; 24];
+        let mut cursor = io::Cursor::new(&mut buffer[..]);
+        let formatted = match limit {
+            Limit::Max => cursor.write_all(b"max"),
+            Limit::At(Bytes(bytes)) => write!(cursor, "{bytes}"),
+        };
+        let length = usize::try_from(cursor.position()).unwrap_or(0);
+        formatted
+            .and_then(|()| self.file.write_all_at(&buffer[..length], 0))
+            .map_err(|source| CgroupError::Io { action: "write", path: self.path.clone(), source })
+    }
+
+    /// Writes `0` or `1`.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when the kernel refuses it.
+    pub fn set_flag(&self, on: bool) -> Result<(), CgroupError> {
+        let text: &[u8] = if on { b"1" } else { b"0" };
+        self.file
+            .write_all_at(text, 0)
+            .map_err(|source| CgroupError::Io { action: "write", path: self.path.clone(), source })
+    }
+
+    /// Reads the limit again.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read or is no limit.
+    pub fn get(&self) -> Result<Limit, CgroupError> {
+        let mut buffer = [0_u8; 24];
+        let length = self
+            .file
+            .read_at(&mut buffer, 0)
+            .map_err(|source| CgroupError::Io { action: "read", path: self.path.clone(), source })?;
+        let content = String::from_utf8_lossy(&buffer[..length]);
+        parse_limit(&content).ok_or_else(|| CgroupError::Parse {
+            path: self.path.clone(),
+            content: content.trim().to_owned(),
+            expected: "limit",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_limits() {
+        assert_eq!(parse_limit("max\n"), Some(Limit::Max));
+        assert_eq!(parse_limit("4096\n"), Some(Limit::At(Bytes(4096))));
+        for bad in ["", "-1", "4096 1", "maximum", "99999999999999999999"] {
+            assert_eq!(parse_limit(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn finds_whole_field_names_only() {
+        let stat = "inactive_file 7\nactive_file 5\nfile 12\noom_kill 3\noom 1\n";
+        assert_eq!(field(stat, "active_file"), Some(5));
+        assert_eq!(field(stat, "file"), Some(12));
+        assert_eq!(field(stat, "oom"), Some(1));
+        assert_eq!(field(stat, "fil"), None);
+    }
+
+    #[test]
+    fn a_path_that_is_no_cgroup_says_what_to_do() {
+        let error = Cgroup::open(Path::new("/proc")).expect_err("proc is no cgroup");
+        assert!(error.to_string().contains("mount cgroup2"), "{error}");
+    }
+}

@@ -1,0 +1,69 @@
+//! The command line.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use bellows_core::{Bytes, Nanos, quantity};
+use clap::{Args, Parser, Subcommand};
+
+use crate::exec;
+
+/// Lets containers breathe: raises memory limits before the OOM killer acts, and lowers them again.
+#[derive(Debug, Parser)]
+#[command(name = "bellows", version, about, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one command in its own cgroup, with the guard around it.
+    Exec(Exec),
+    /// Wait for the end of the parent, then release a cgroup (used by `exec`).
+    #[command(name = exec::releaser::SUBCOMMAND, hide = true)]
+    Release {
+        /// The cgroup's directory.
+        cgroup: PathBuf,
+    },
+}
+
+/// `bellows exec`.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// The memory limit at rest, such as 256Mi.
+    #[arg(long, value_parser = quantity::parse, value_name = "SIZE")]
+    memory: Bytes,
+    /// The limit that is never exceeded, such as 4Gi.
+    #[arg(long, value_parser = quantity::parse, value_name = "SIZE")]
+    max_memory: Bytes,
+    /// Seconds without growth after which a raised limit is lowered again.
+    #[arg(long, default_value_t = 2, value_name = "SECONDS")]
+    shrink_after: u64,
+    /// Hold every raise back by this many milliseconds, as an API might.
+    #[arg(long, value_name = "MS", hide = true)]
+    actuation_delay_ms: Option<u64>,
+    /// Write what happened as JSON to this file.
+    #[arg(long, value_name = "FILE", hide = true)]
+    report: Option<PathBuf>,
+    /// The command and its arguments.
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
+    words: Vec<OsString>,
+}
+
+impl Exec {
+    /// What was typed, as options.
+    #[must_use]
+    pub fn options(self) -> exec::Options {
+        let Self { memory, max_memory, shrink_after, actuation_delay_ms, report, words } = self;
+        exec::Options {
+            memory,
+            max_memory,
+            shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
+            actuation_delay: actuation_delay_ms.map(Nanos::millis),
+            report,
+            command: words,
+        }
+    }
+}

@@ -1,0 +1,480 @@
+//! The controller: keeps each guarded container's history, asks core, and has the plan carried out.
+//!
+//! It is a plain loop over one channel, so that everything that happens to a guard happens in one
+//! order. The urgent part is not here: by the time that the controller hears of a watermark the
+//! reflex has written or held what was armed. The controller must not wait for anything but its
+//! channel and the reclaim of a shrink; requests to others are sent through [`Requester`] and
+//! answered with an [`Input`].
+
+use std::{
+    collections::BTreeMap,
+    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
+    time::Duration,
+};
+
+use bellows_core::{
+    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason, Snapshot, decide, reflex,
+};
+use bellows_ebpf_common::{Growth, Holds, KIND_EXIT, KIND_OOM, KIND_WATERMARK, MemoryEvent};
+use thiserror::Error;
+
+use crate::{
+    actuate::{
+        reflex::{Arm, Command, Controls, Reflex, Verdict, now},
+        shrink::{self, Shrunk},
+    },
+    cgroup::{Cgroup, CgroupError},
+    ledger::{Ledger, Record},
+    signal::programs::{Kernel, LoadError},
+};
+
+/// How often a guard is looked at while its limit is above its original or it is held.
+const ACTIVE_TICK: Duration = Duration::from_millis(100);
+/// How often the controller looks at life events when nothing is raised.
+const QUIET_TICK: Duration = Duration::from_secs(1);
+/// Room for inputs that the controller has not taken yet.
+pub const INPUTS: usize = 4096;
+
+/// Whatever reaches the controller.
+#[derive(Debug)]
+pub enum Input {
+    /// The reflex saw or did something.
+    Verdict(Verdict),
+    /// A request was answered.
+    Answered {
+        /// For which cgroup.
+        cgroup: CgroupId,
+        /// The limit that was asked for.
+        to: Bytes,
+        /// Whether it is in force, and why not.
+        result: Result<(), String>,
+    },
+    /// Guard a cgroup from now on.
+    Adopt(Cgroup, Policy),
+    /// Guard it no more.
+    Forget(CgroupId),
+    /// End.
+    Stop,
+}
+
+/// Carries changes to limits that somebody else owns.
+pub trait Requester {
+    /// Asks for a raise. The answer comes as [`Input::Answered`]; must not block.
+    fn raise(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
+
+    /// Lowers the limit; usage has been brought below `to` already. Must not block.
+    fn lower(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
+
+    /// Takes note of what was decided and observed, for people.
+    fn record(&mut self, cgroup: &Cgroup, record: &Record);
+}
+
+/// Why a cgroup cannot be guarded.
+#[derive(Debug, Error)]
+pub enum GuardError {
+    /// A cgroup file.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A map.
+    #[error(transparent)]
+    Kernel(#[from] LoadError),
+    /// The ledger.
+    #[error("the ledger cannot be written, so nothing is guarded: {0}; free memory on /run")]
+    Ledger(#[from] std::io::Error),
+}
+
+/// What happened to a guarded cgroup, for the summary and the benches.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Report {
+    /// Limits over time, the first one at adoption.
+    pub limits: Vec<(Nanos, Bytes)>,
+    /// Raises.
+    pub raises: u64,
+    /// Shrinks.
+    pub shrinks: u64,
+    /// Times that it was held.
+    pub holds: u64,
+    /// Total time that it was held.
+    pub held: Nanos,
+    /// Highest demand seen.
+    pub peak_demand: Bytes,
+    /// Times that the OOM killer was entered.
+    pub ooms: u64,
+    /// Longest time from a kernel event to the raise that answered it.
+    pub slowest_reaction: Nanos,
+    /// Verdicts and records lost on the way.
+    pub lost: u64,
+    /// What failed.
+    pub errors: Vec<String>,
+    /// Times that the kernel held a thread for 10 ms or more.
+    pub sleeps: u64,
+    /// Charges seen by the growth hook.
+    pub charges: u64,
+}
+
+struct Guarded {
+    cgroup: Cgroup,
+    policy: Policy,
+    history: History,
+    limit: Bytes,
+    requested: Option<(Bytes, Nanos)>,
+    held_since: Option<Nanos>,
+    refused_shrink: Option<Bytes>,
+    report: Report,
+}
+
+impl Guarded {
+    const fn active(&self) -> bool {
+        self.limit.0 != self.policy.original.0 || self.held_since.is_some() || self.requested.is_some()
+    }
+
+    const fn snapshot(&self, now: Nanos) -> Snapshot {
+        Snapshot {
+            now,
+            policy: self.policy,
+            history: self.history,
+            limit: self.limit,
+            requested: self.requested,
+            held_since: self.held_since,
+            refused_shrink: self.refused_shrink,
+        }
+    }
+
+    fn limit_is(&mut self, at: Nanos, limit: Bytes) {
+        if limit == self.limit {
+            return;
+        }
+        if limit > self.limit {
+            self.report.raises += 1;
+            self.refused_shrink = None;
+        } else {
+            self.report.shrinks += 1;
+            self.history.shrunk();
+        }
+        self.limit = limit;
+        self.report.limits.push((at, limit));
+    }
+}
+
+/// The controller of one agent.
+pub struct Controller<R> {
+    kernel: Kernel,
+    reflex: Reflex,
+    ledger: Ledger,
+    inputs: Receiver<Input>,
+    requester: R,
+    guards: BTreeMap<CgroupId, Guarded>,
+}
+
+impl<R: Requester> Controller<R> {
+    /// A controller that guards nothing yet.
+    pub const fn new(kernel: Kernel, reflex: Reflex, ledger: Ledger, inputs: Receiver<Input>, requester: R) -> Self {
+        Self { kernel, reflex, ledger, inputs, requester, guards: BTreeMap::new() }
+    }
+
+    /// Guards a cgroup whose limit is `policy.original` or was raised above it by a predecessor.
+    ///
+    /// # Errors
+    ///
+    /// [`GuardError`]; nothing is guarded then.
+    pub fn adopt(&mut self, cgroup: Cgroup, policy: Policy) -> Result<(), GuardError> {
+        let (id, at) = (cgroup.id(), now());
+        let limit = cgroup.limit("memory.max")?.bytes();
+        let controls = Controls::open(&cgroup)?;
+        let record =
+            Record::Adopt { at, cgroup: id, path: cgroup.path().to_owned(), original: policy.original };
+        self.ledger.append(&record)?;
+        self.requester.record(&cgroup, &record);
+        self.kernel.track(id)?;
+        let mut guarded = Guarded {
+            cgroup,
+            policy,
+            history: History { last_growth: at, ..History::default() },
+            limit,
+            requested: None,
+            held_since: None,
+            refused_shrink: None,
+            report: Report { limits: vec![(at, limit)], ..Report::default() },
+        };
+        if let Ok(stat) = guarded.cgroup.stat() {
+            guarded.history.observe(at, stat.demand());
+        }
+        self.arm(&guarded, Some(controls));
+        self.guards.insert(id, guarded);
+        Ok(())
+    }
+
+    fn arm(&self, guarded: &Guarded, controls: Option<Controls>) {
+        let Guarded { cgroup, policy, limit, .. } = guarded;
+        self.reflex.send(Command::Arm(Box::new(Arm {
+            cgroup: cgroup.id(),
+            policy: *policy,
+            limit: *limit,
+            reaction: reflex::reaction(policy, *limit),
+            controls,
+        })));
+    }
+
+    /// Stops guarding a cgroup: brake and hold are lifted, its limit stays.
+    pub fn forget(&mut self, id: CgroupId) -> Option<Report> {
+        let guarded = self.guards.remove(&id)?;
+        self.reflex.send(Command::Disarm(id));
+        let Growth { peak_demand_pages, charges, .. } = self.kernel.growth(id).unwrap_or_default();
+        let Holds { long_holds, .. } = self.kernel.holds(id).unwrap_or_default();
+        self.kernel.forget(id);
+        let record = Record::Forget { at: now(), cgroup: id };
+        if let Err(error) = self.ledger.append(&record) {
+            tracing::warn!(%error, "the ledger cannot be written");
+        }
+        self.requester.record(&guarded.cgroup, &record);
+        let mut report = guarded.report;
+        report.peak_demand = guarded.history.peak_demand.max(Bytes::from_pages(peak_demand_pages));
+        report.sleeps = long_holds;
+        report.charges = charges;
+        report.lost = self.reflex.lost() + self.kernel.losses().iter().sum::<u64>();
+        Some(report)
+    }
+
+    /// Runs until [`Input::Stop`] or until every sender is gone; then lifts every brake and hold.
+    /// Returns what happened to what was guarded at the end.
+    pub fn run(mut self) -> BTreeMap<CgroupId, Report> {
+        loop {
+            let active = self.guards.values().any(Guarded::active);
+            let tick = if active { ACTIVE_TICK } else { QUIET_TICK };
+            match self.inputs.recv_timeout(tick) {
+                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => self.tick(),
+            }
+        }
+        while let Ok(input) = self.inputs.try_recv() {
+            self.take(input);
+        }
+        let ids: Vec<CgroupId> = self.guards.keys().copied().collect();
+        let reports = ids.into_iter().filter_map(|id| Some((id, self.forget(id)?))).collect();
+        self.reflex.stop();
+        if let Err(error) = self.ledger.remove() {
+            tracing::warn!(%error, "the ledger is left behind");
+        }
+        reports
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Verdict(verdict) => self.take_verdict(verdict),
+            Input::Answered { cgroup, to, result } => self.take_answer(cgroup, to, result),
+            Input::Adopt(cgroup, policy) => {
+                let path = cgroup.path().to_owned();
+                if let Err(error) = self.adopt(cgroup, policy) {
+                    tracing::error!(path = %path.display(), %error, "cannot guard a container");
+                }
+            }
+            Input::Forget(id) => drop(self.forget(id)),
+            Input::Stop => {}
+        }
+    }
+
+    fn take_verdict(&mut self, verdict: Verdict) {
+        let at = now();
+        match verdict {
+            Verdict::Event(event) => self.take_event(&event),
+            Verdict::Raised { cgroup, event_at, limit } => self.update(cgroup, |guarded| {
+                guarded.report.slowest_reaction = guarded.report.slowest_reaction.max(at.since(event_at));
+                guarded.limit_is(at, limit);
+            }),
+            Verdict::Held { cgroup, at } => self.update(cgroup, |guarded| {
+                guarded.held_since = Some(at);
+                guarded.report.holds += 1;
+            }),
+            Verdict::Released { cgroup } => self.update(cgroup, |guarded| {
+                if let Some(since) = guarded.held_since.take() {
+                    guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
+                }
+            }),
+            Verdict::LimitRose { cgroup, limit } => self.update(cgroup, |guarded| {
+                guarded.limit_is(at, limit);
+                if guarded.requested.is_some_and(|(to, _)| limit >= to) {
+                    guarded.requested = None;
+                }
+            }),
+            Verdict::Failed { cgroup, error } => {
+                tracing::warn!(cgroup.id = cgroup.0, %error, "the reflex could not act");
+                self.update(cgroup, |guarded| guarded.report.errors.push(error));
+            }
+        }
+    }
+
+    fn update(&mut self, id: CgroupId, change: impl FnOnce(&mut Guarded)) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let before = guarded.limit;
+        change(guarded);
+        if guarded.limit != before {
+            self.verify(id, None);
+        }
+    }
+
+    /// Reads the limit back and records it.
+    fn verify(&mut self, id: CgroupId, error: Option<String>) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let (limit, error) = match guarded.cgroup.limit("memory.max") {
+            Ok(limit) => (limit.bytes(), error),
+            Err(read) => (guarded.limit, Some(read.to_string())),
+        };
+        let record = Record::Verify { at: now(), cgroup: id, limit, error };
+        if let Err(error) = self.ledger.append(&record) {
+            guarded.report.errors.push(error.to_string());
+        }
+        self.requester.record(&guarded.cgroup, &record);
+    }
+
+    fn take_event(&mut self, event: &MemoryEvent) {
+        let id = CgroupId(event.cgroup_id);
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        match event.kind {
+            KIND_OOM => guarded.report.ooms += 1,
+            KIND_WATERMARK => {
+                let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
+                guarded.history.observe(Nanos(event.at_ns), demand);
+                guarded.history.observe_rate(Bytes::from_pages(event.window_pages), Nanos(event.window_ns));
+                self.decide(id);
+            }
+            _ => {}
+        }
+    }
+
+    fn take_answer(&mut self, id: CgroupId, to: Bytes, result: Result<(), String>) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        if guarded.requested.is_some_and(|(requested, _)| requested == to) {
+            guarded.requested = None;
+        }
+        if let Err(error) = &result {
+            tracing::warn!(path = %guarded.cgroup.path().display(), %to, %error, "a change of the limit failed");
+            guarded.report.errors.push(error.clone());
+        }
+        self.verify(id, result.err());
+        self.look_at(id);
+    }
+
+    fn tick(&mut self) {
+        let mut exited = Vec::new();
+        self.kernel.drain_life(|event| {
+            if event.kind == KIND_EXIT {
+                exited.push(CgroupId(event.cgroup_id));
+            }
+        });
+        let active: Vec<CgroupId> = self
+            .guards
+            .iter()
+            .filter(|(id, guarded)| guarded.active() || exited.contains(id))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in active {
+            self.look_at(id);
+        }
+    }
+
+    /// Observes a guard through its files, and decides.
+    fn look_at(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let at = now();
+        match (guarded.cgroup.stat(), guarded.cgroup.limit("memory.max")) {
+            (Ok(stat), Ok(limit)) => {
+                guarded.history.observe(at, stat.demand());
+                if limit.bytes() != guarded.limit {
+                    // Raised by an answer, or changed by somebody else, who wins.
+                    guarded.limit_is(at, limit.bytes());
+                    let guarded = &self.guards[&id];
+                    self.arm(guarded, None);
+                }
+                self.decide(id);
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                if error.is_gone() {
+                    drop(self.forget(id));
+                } else {
+                    guarded.report.errors.push(error.to_string());
+                }
+            }
+        }
+    }
+
+    fn decide(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get(&id) else {
+            return;
+        };
+        let plan = decide(&guarded.snapshot(now()));
+        for (action, reason) in plan.actions {
+            if let Err(error) = self.carry_out(id, action, reason) {
+                tracing::warn!(cgroup.id = id.0, ?action, ?reason, %error, "an action failed");
+                if let Some(guarded) = self.guards.get_mut(&id) {
+                    guarded.report.errors.push(error.to_string());
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, id: CgroupId, action: Action, reason: Reason) -> Result<(), GuardError> {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return Ok(());
+        };
+        let at = now();
+        let record = Record::Intend { at, cgroup: id, action, reason, demand: guarded.history.demand };
+        self.ledger.append(&record)?;
+        self.requester.record(&guarded.cgroup, &record);
+        match action {
+            Action::Raise { from, to } => {
+                guarded.requested = Some((to, at));
+                self.requester.raise(&guarded.cgroup, from, to);
+            }
+            Action::Release => self.reflex.send(Command::Release(id, reason)),
+            Action::Shrink { from, to } => self.shrink(id, from, to)?,
+            // The reflex brakes and holds by its table.
+            Action::Hold | Action::Brake { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn shrink(&mut self, id: CgroupId, from: Bytes, to: Bytes) -> Result<(), GuardError> {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return Ok(());
+        };
+        let Guarded { cgroup, policy, history, .. } = guarded;
+        let before = reflex::thresholds(policy, from);
+        let shrunk = match policy.actuation {
+            Actuation::Direct => shrink::direct(cgroup, before, to, policy.cpus)?,
+            Actuation::Requested { .. } => shrink::make_room(cgroup, before, to, policy.cpus)?,
+        };
+        match (shrunk, policy.actuation) {
+            (Shrunk::Refused { usage }, _) => {
+                tracing::debug!(%usage, %to, "usage does not come down; the limit stays");
+                guarded.refused_shrink = Some(history.demand);
+            }
+            (Shrunk::Done, Actuation::Direct) => {
+                guarded.limit_is(now(), to);
+                self.verify(id, None);
+                self.arm(&self.guards[&id], None);
+            }
+            (Shrunk::Done, Actuation::Requested { .. }) => {
+                guarded.requested = Some((to, now()));
+                self.requester.lower(cgroup, from, to);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes the sink through which the reflex reaches a controller.
+#[must_use]
+pub fn sink(inputs: SyncSender<Input>) -> crate::actuate::reflex::Sink {
+    Box::new(move |verdict| inputs.try_send(Input::Verdict(verdict)).is_ok())
+}

@@ -1,0 +1,218 @@
+//! The ledger: what is about to be done, written before it is done.
+//!
+//! If the agent dies at any instant, its successor must know which limits it raised and which
+//! cgroups it holds or brakes. Each line is a CRC and a JSON object; a line whose CRC does not
+//! match (a torn tail) was never written. The file lies in `/run/bellows`, a tmpfs: an append is a
+//! copy within memory that no disk can block, and what it describes does not survive a reboot
+//! either. One append is one `write` to a file opened for appending, so two threads do not tear each
+//! other's lines.
+//!
+//! It must not be needed to undo what the kernel forgets by itself, and reading it must never fail
+//! as a whole: what can be read is used.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
+use serde::{Deserialize, Serialize};
+
+/// Where ledgers are kept.
+pub const DIRECTORY: &str = "/run/bellows";
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "PascalCase")]
+pub enum Record {
+    /// A cgroup is guarded from now on.
+    Adopt {
+        /// When.
+        at: Nanos,
+        /// The cgroup.
+        cgroup: CgroupId,
+        /// Its directory.
+        path: PathBuf,
+        /// Its limit at rest.
+        original: Bytes,
+    },
+    /// Something is about to be done.
+    Intend {
+        /// When.
+        at: Nanos,
+        /// To which cgroup.
+        cgroup: CgroupId,
+        /// What.
+        action: Action,
+        /// Why.
+        reason: Reason,
+        /// Demand at that time.
+        demand: Bytes,
+    },
+    /// What was observed afterwards.
+    Verify {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// The limit that the kernel has.
+        limit: Bytes,
+        /// What went wrong, if anything.
+        error: Option<String>,
+    },
+    /// A cgroup is guarded no more.
+    Forget {
+        /// When.
+        at: Nanos,
+        /// The cgroup.
+        cgroup: CgroupId,
+    },
+}
+
+/// An open ledger.
+#[derive(Debug)]
+pub struct Ledger {
+    file: File,
+    path: PathBuf,
+    line: Vec<u8>,
+}
+
+impl Ledger {
+    /// Opens a ledger for appending, and creates it if need be.
+    ///
+    /// # Errors
+    ///
+    /// When the directory or file cannot be created.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let file = File::options().create(true).append(true).open(path)?;
+        Ok(Self { file, path: path.to_owned(), line: Vec::with_capacity(512) })
+    }
+
+    /// A second handle on the same file, for another thread.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be opened again.
+    pub fn another(&self) -> io::Result<Self> {
+        Self::open(&self.path)
+    }
+
+    /// Appends a record. Returns only after the kernel has it.
+    ///
+    /// # Errors
+    ///
+    /// When the file system is full; the caller then does not act.
+    pub fn append(&mut self, record: &Record) -> io::Result<()> {
+        self.line.clear();
+        self.line.extend_from_slice(b"00000000 ");
+        serde_json::to_writer(&mut self.line, record)?;
+        let crc = crc32fast::hash(&self.line[9..]);
+        write!(&mut self.line[..8], "{crc:08x}")?;
+        self.line.push(b'\n');
+        self.file.write_all(&self.line)
+    }
+
+    /// Removes the file: everything in it is undone.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be removed.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_file(&self.path)
+    }
+}
+
+/// What a ledger file says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Contents {
+    /// Its readable records in order.
+    pub records: Vec<Record>,
+    /// Lines that were torn or damaged.
+    pub unreadable: usize,
+}
+
+/// Reads a ledger file. What is damaged is counted and skipped.
+///
+/// # Errors
+///
+/// When the file cannot be read at all.
+pub fn read(path: &Path) -> io::Result<Contents> {
+    let bytes = fs::read(path)?;
+    Ok(parse(&bytes))
+}
+
+fn parse(bytes: &[u8]) -> Contents {
+    let mut contents = Contents::default();
+    for line in bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        match parse_line(line) {
+            Some(record) => contents.records.push(record),
+            None => contents.unreadable += 1,
+        }
+    }
+    contents
+}
+
+fn parse_line(line: &[u8]) -> Option<Record> {
+    let (crc, rest) = line.split_at_checked(8)?;
+    let json = rest.strip_prefix(b" ")?;
+    let crc = u32::from_str_radix(std::str::from_utf8(crc).ok()?, 16).ok()?;
+    if crc32fast::hash(json) != crc {
+        return None;
+    }
+    serde_json::from_slice(json).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(n: u64) -> Record {
+        Record::Intend {
+            at: Nanos(n),
+            cgroup: CgroupId(7),
+            action: Action::Raise { from: Bytes::mib(1), to: Bytes::mib(2) },
+            reason: Reason::WatermarkReached,
+            demand: Bytes(n),
+        }
+    }
+
+    fn written(records: &[Record]) -> Vec<u8> {
+        let path = std::env::temp_dir().join(format!("bellows-ledger-{}-{}", std::process::id(), records.len()));
+        let mut ledger = Ledger::open(&path).unwrap();
+        for record in records {
+            ledger.append(record).unwrap();
+        }
+        let bytes = fs::read(&path).unwrap();
+        ledger.remove().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn reads_back_what_was_written() {
+        let records = [sample(1), Record::Forget { at: Nanos(2), cgroup: CgroupId(7) }];
+        let contents = parse(&written(&records));
+        assert_eq!(contents, Contents { records: records.to_vec(), unreadable: 0 });
+    }
+
+    #[test]
+    fn a_torn_tail_was_never_written() {
+        let bytes = written(&[sample(1), sample(2), sample(3)]);
+        let last = bytes[..bytes.len() - 1].iter().rposition(|&byte| byte == b'\n').unwrap() + 1;
+        for end in last + 1..bytes.len() - 1 {
+            let contents = parse(&bytes[..end]);
+            assert_eq!((contents.records.len(), contents.unreadable), (2, 1), "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_line_costs_only_itself() {
+        let mut bytes = written(&[sample(1), sample(2), sample(3), sample(4)]);
+        bytes[40] ^= 1;
+        let contents = parse(&bytes);
+        assert_eq!((contents.records.len(), contents.unreadable), (3, 1));
+    }
+}

@@ -1,0 +1,18 @@
+//! The agent: the IO around [`bellows_core`].
+//!
+//! ```text
+//! kernel ─ring─▶ signal ─▶ guard (history → decide, pure in core) ─▶ ledger ─▶ actuate ─▶ verify
+//!    └──────────▶ actuate::reflex (table armed beforehand) ──verdicts──▲
+//! ```
+//!
+//! A stage does not import the stages after it; `exec` and `run` are the composition roots
+//! and the only modules that know them all.
+
+pub mod actuate;
+pub mod cgroup;
+pub mod cli;
+pub mod exec;
+pub mod guard;
+
+pub mod ledger;
+pub mod signal;

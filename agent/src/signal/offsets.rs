@@ -1,0 +1,57 @@
+//! The dozen offsets that the kernel programs need, resolved on the running kernel.
+
+use super::btf::{Btf, BtfError};
+
+/// The value of an offset whose field this kernel does not have.
+const ABSENT: u64 = u64::MAX;
+/// Generations (`MAX_NR_GENS`) times types (anonymous, file) of `lru_gen_folio.nr_pages`.
+const GENERATION_ROWS: u64 = 8;
+/// Lists of a zone (`NR_LRU_LISTS`) in `mem_cgroup_per_node.lru_zone_size`.
+const LISTS: u64 = 5;
+
+/// Named globals of the kernel programs and their values on this kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offsets {
+    values: Vec<(&'static str, u64)>,
+}
+
+impl Offsets {
+    /// Resolves them.
+    ///
+    /// # Errors
+    ///
+    /// [`BtfError`] names the first field that this kernel does not have and that cannot be done
+    /// without.
+    pub fn resolve(btf: &Btf<'_>, nodes: u64) -> Result<Self, BtfError> {
+        let offset = |structure, field| btf.field(structure, field).map(|field| field.offset);
+        let zone_size = btf.field("mem_cgroup_per_node", "lru_zone_size")?;
+        let zones = btf.elements(zone_size).unwrap_or(0) / LISTS;
+        // Kernels without CONFIG_LRU_GEN have only the classic lists.
+        let generations = btf.field("mem_cgroup_per_node", "lruvec.lrugen.nr_pages").ok();
+        let lrugen = generations
+            .filter(|&field| btf.elements(field) == Some(GENERATION_ROWS * zones))
+            .map_or(ABSENT, |field| field.offset);
+        let values = vec![
+            ("OFF_MEMCG_MEMORY", offset("mem_cgroup", "memory")?),
+            ("OFF_MEMCG_CGROUP", offset("mem_cgroup", "css.cgroup")?),
+            ("OFF_MEMCG_NODEINFO", offset("mem_cgroup", "nodeinfo")?),
+            ("OFF_COUNTER_USAGE", offset("page_counter", "usage")?),
+            ("OFF_COUNTER_MAX", offset("page_counter", "max")?),
+            ("OFF_COUNTER_PARENT", offset("page_counter", "parent")?),
+            ("OFF_CGROUP_KN", offset("cgroup", "kn")?),
+            ("OFF_KERNFS_ID", offset("kernfs_node", "id")?),
+            ("OFF_LRUGEN_PAGES", lrugen),
+            ("OFF_LRU_ZONE_SIZE", zone_size.offset),
+            ("OFF_BPRM_FILENAME", offset("linux_binprm", "filename")?),
+            ("ZONES", zones),
+            ("NODES", nodes.max(1)),
+        ];
+        Ok(Self { values })
+    }
+
+    /// The globals by name.
+    #[must_use]
+    pub fn globals(&self) -> &[(&'static str, u64)] {
+        &self.values
+    }
+}

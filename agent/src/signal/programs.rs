@@ -1,0 +1,397 @@
+//! The kernel programs: load, attach, and talk to them.
+//!
+//! Each program is probed on its own (BTF has the function, the verifier takes the program, the
+//! kernel attaches it), never by kernel version. Without the growth hook there is no guard; without
+//! any other one feature is missing, and [`Kernel::missing`] names it.
+
+use std::{fs, io, path::Path};
+
+use aya::{
+    Btf as AyaBtf, Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{FEntry, FExit, Program, ProgramError},
+};
+use aya_log::EbpfLogger;
+use bellows_core::{Bytes, CgroupId};
+use bellows_ebpf_common::{Growth, Guard, Holds, LifeEvent, MemoryEvent, WATERMARK_OFF, loss};
+use thiserror::Error;
+use zerocopy::FromBytes as _;
+
+use super::{
+    btf::{Btf, BtfError},
+    offsets::Offsets,
+};
+
+/// The object that `cargo xtask build-ebpf` makes; empty in a build without it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bellows.o"));
+
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+const POSSIBLE_NODES: &str = "/sys/devices/system/node/possible";
+
+/// Why the kernel programs do not run.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The binary has no kernel part.
+    #[error("this bellows was built without its kernel programs: run `cargo xtask build-ebpf`, then build again")]
+    NotBuilt,
+    /// The kernel does not tell its types.
+    #[error("cannot read {VMLINUX} ({0}): Bellows needs a kernel with CONFIG_DEBUG_INFO_BTF=y, as Debian, Ubuntu and Fedora ship it, and sysfs mounted")]
+    NoBtf(io::Error),
+    /// The kernel's types are not what is needed.
+    #[error("{0}: this kernel's memory controller is not known to Bellows; please report it with the output of `uname -a`")]
+    Btf(#[from] BtfError),
+    /// The kernel refuses BPF.
+    #[error("the kernel does not let this process load BPF programs ({0}): run as root with CAP_BPF and CAP_PERFMON, outside of a container that filters bpf()")]
+    Permission(io::Error),
+    /// The object cannot be loaded.
+    #[error("cannot load the kernel programs: {0}")]
+    Object(#[from] EbpfError),
+    /// The program without which nothing works.
+    #[error("cannot attach to {function}: {source}")]
+    Growth {
+        /// The kernel function.
+        function: &'static str,
+        /// Why.
+        source: ProgramError,
+    },
+    /// A map is not there or not what was expected.
+    #[error("map {name}: {source}")]
+    Map {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        source: MapError,
+    },
+}
+
+/// How a program is attached.
+#[derive(Clone, Copy)]
+enum Hook {
+    Entry,
+    Exit,
+    Tracepoint,
+}
+
+/// A program, its hook, and the kernel functions to try in order.
+struct Spec {
+    program: &'static str,
+    hook: Hook,
+    functions: &'static [&'static str],
+}
+
+const fn spec(program: &'static str, hook: Hook, functions: &'static [&'static str]) -> Spec {
+    Spec { program, hook, functions }
+}
+
+/// From 6.18 on the body of the first is the second.
+const OVER_HIGH: &[&str] = &["mem_cgroup_handle_over_high", "__mem_cgroup_handle_over_high"];
+const GROWTH_FUNCTION: &str = "page_counter_try_charge";
+
+const GUARD_PROGRAMS: &[Spec] = &[
+    spec("growth", Hook::Entry, &[GROWTH_FUNCTION]),
+    spec("oom", Hook::Exit, &["mem_cgroup_out_of_memory"]),
+    spec("exec", Hook::Tracepoint, &["sched_process_exec"]),
+    spec("exit", Hook::Tracepoint, &["sched_process_exit"]),
+    spec("cgroup_created", Hook::Tracepoint, &["cgroup_mkdir"]),
+    spec("cgroup_removed", Hook::Tracepoint, &["cgroup_rmdir"]),
+];
+
+const HOLD_PROGRAMS: &[Spec] = &[
+    spec("over_high_enter", Hook::Entry, OVER_HIGH),
+    spec("over_high_leave", Hook::Exit, OVER_HIGH),
+    spec("reclaim_enter", Hook::Entry, &["try_to_free_mem_cgroup_pages"]),
+    spec("reclaim_leave", Hook::Exit, &["try_to_free_mem_cgroup_pages"]),
+    spec("oom_enter", Hook::Entry, &["mem_cgroup_out_of_memory"]),
+    spec("oom_leave", Hook::Exit, &["mem_cgroup_out_of_memory"]),
+];
+
+/// Which programs to attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Everything that a guard needs.
+    Guard,
+    /// Only the measuring of holds, for a bench that observes without guarding.
+    MeasureHolds,
+}
+
+/// A program that could not be attached, and why.
+#[derive(Debug)]
+pub struct Missing {
+    /// The program.
+    pub program: &'static str,
+    /// The functions that were tried.
+    pub functions: &'static [&'static str],
+    /// The last failure.
+    pub why: String,
+}
+
+/// The loaded programs and the maps that the controller uses.
+pub struct Kernel {
+    /// Keeps the programs attached.
+    _programs: Ebpf,
+    growth: HashMap<MapData, u64, Growth>,
+    holds: HashMap<MapData, u64, Holds>,
+    losses: PerCpuArray<MapData, u64>,
+    life: RingBuf<MapData>,
+    logger: Option<EbpfLogger<&'static dyn log::Log>>,
+    missing: Vec<Missing>,
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Kernel").field("missing", &self.missing).finish_non_exhaustive()
+    }
+}
+
+/// What the reflex owns: the urgent ring and the watermarks.
+pub struct Reflexes {
+    /// Urgent events.
+    pub ring: RingBuf<MapData>,
+    /// What to watch.
+    pub guards: Guards,
+}
+
+impl std::fmt::Debug for Reflexes {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Reflexes").finish_non_exhaustive()
+    }
+}
+
+impl Kernel {
+    /// Loads and attaches the programs.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`]; its text says what to do.
+    pub fn load(purpose: Purpose) -> Result<(Self, Reflexes), LoadError> {
+        if OBJECT.is_empty() {
+            return Err(LoadError::NotBuilt);
+        }
+        let vmlinux = fs::read(VMLINUX).map_err(LoadError::NoBtf)?;
+        let offsets = Offsets::resolve(&Btf::parse(&vmlinux)?, nodes())?;
+        let btf = AyaBtf::parse(&vmlinux, aya::Endianness::default())
+            .map_err(|error| LoadError::Object(EbpfError::BtfError(error)))?;
+        drop(vmlinux);
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf));
+        for (name, value) in offsets.globals() {
+            loader.override_global(name, value, true);
+        }
+        let mut programs = loader.load(OBJECT).map_err(permission)?;
+        let logger = EbpfLogger::init(&mut programs)
+            .inspect_err(|error| tracing::warn!(%error, "kernel-side diagnostics are not available"))
+            .ok();
+        let mut missing = Vec::new();
+        let specs = match purpose {
+            Purpose::Guard => [GUARD_PROGRAMS, HOLD_PROGRAMS].concat_specs(),
+            Purpose::MeasureHolds => HOLD_PROGRAMS.iter().collect(),
+        };
+        for spec in specs {
+            if let Err(source) = attach_any(&mut programs, spec, &btf) {
+                if spec.functions == [GROWTH_FUNCTION] {
+                    return Err(LoadError::Growth { function: GROWTH_FUNCTION, source });
+                }
+                tracing::warn!(program = spec.program, error = %source, "a kernel program is not available");
+                missing.push(Missing { program: spec.program, functions: spec.functions, why: source.to_string() });
+            }
+        }
+        Self::with_maps(programs, logger, missing)
+    }
+
+    fn with_maps(
+        mut programs: Ebpf,
+        logger: Option<EbpfLogger<&'static dyn log::Log>>,
+        missing: Vec<Missing>,
+    ) -> Result<(Self, Reflexes), LoadError> {
+        let ring = RingBuf::try_from(take(&mut programs, "MEMORY_EVENTS")?)
+            .map_err(|source| LoadError::Map { name: "MEMORY_EVENTS", source })?;
+        let life = RingBuf::try_from(take(&mut programs, "LIFE_EVENTS")?)
+            .map_err(|source| LoadError::Map { name: "LIFE_EVENTS", source })?;
+        let guards = HashMap::try_from(take(&mut programs, "GUARDS")?)
+            .map_err(|source| LoadError::Map { name: "GUARDS", source })?;
+        let growth = HashMap::try_from(take(&mut programs, "GROWTH")?)
+            .map_err(|source| LoadError::Map { name: "GROWTH", source })?;
+        let holds = HashMap::try_from(take(&mut programs, "HOLDS")?)
+            .map_err(|source| LoadError::Map { name: "HOLDS", source })?;
+        let losses = PerCpuArray::try_from(take(&mut programs, "LOSSES")?)
+            .map_err(|source| LoadError::Map { name: "LOSSES", source })?;
+        let kernel = Self { _programs: programs, growth, holds, losses, life, logger, missing };
+        Ok((kernel, Reflexes { ring, guards: Guards(guards) }))
+    }
+
+    /// Programs that could not be attached.
+    #[must_use]
+    pub fn missing(&self) -> &[Missing] {
+        &self.missing
+    }
+
+    /// Starts to count a cgroup's growth and holds.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] when the maps are full (4096 cgroups).
+    pub fn track(&mut self, cgroup: CgroupId) -> Result<(), LoadError> {
+        let growth = Growth::default();
+        self.growth.insert(cgroup.0, growth, 0).map_err(|source| LoadError::Map { name: "GROWTH", source })?;
+        self.track_holds(cgroup)
+    }
+
+    /// Starts to count a cgroup's holds only.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] when the map is full (4096 cgroups).
+    pub fn track_holds(&mut self, cgroup: CgroupId) -> Result<(), LoadError> {
+        let holds = Holds::default();
+        self.holds.insert(cgroup.0, holds, 0).map_err(|source| LoadError::Map { name: "HOLDS", source })
+    }
+
+    /// Forgets a cgroup.
+    pub fn forget(&mut self, cgroup: CgroupId) {
+        for result in [self.growth.remove(&cgroup.0), self.holds.remove(&cgroup.0)] {
+            if let Err(error) = result {
+                tracing::debug!(cgroup.id = cgroup.0, %error, "the cgroup was not tracked");
+            }
+        }
+    }
+
+    /// What was counted of a cgroup's growth; `None` if it is not tracked.
+    #[must_use]
+    pub fn growth(&self, cgroup: CgroupId) -> Option<Growth> {
+        self.growth.get(&cgroup.0, 0).ok()
+    }
+
+    /// What was counted of a cgroup's holds; `None` if it is not tracked.
+    #[must_use]
+    pub fn holds(&self, cgroup: CgroupId) -> Option<Holds> {
+        self.holds.get(&cgroup.0, 0).ok()
+    }
+
+    /// Records that the programs could not send or read, by slot of [`loss`].
+    #[must_use]
+    pub fn losses(&self) -> [u64; loss::SLOTS as usize] {
+        std::array::from_fn(|slot| {
+            let slot = u32::try_from(slot).unwrap_or(loss::SLOTS);
+            self.losses.get(&slot, 0).map_or(0, |values| values.iter().sum())
+        })
+    }
+
+    /// Takes the life events that have come since the last call, and passes kernel-side
+    /// diagnostics on.
+    pub fn drain_life(&mut self, mut take: impl FnMut(&LifeEvent)) {
+        if let Some(logger) = &mut self.logger {
+            logger.flush();
+        }
+        while let Some(item) = self.life.next() {
+            match LifeEvent::ref_from_bytes(&item) {
+                Ok(event) => take(event),
+                Err(_) => tracing::warn!(bytes = item.len(), "a life event of unknown size was skipped"),
+            }
+        }
+    }
+}
+
+/// The watermarks that the kernel compares with.
+pub struct Guards(HashMap<MapData, u64, Guard>);
+
+impl Guards {
+    /// Sets a cgroup's watermark; `None` switches it off but keeps the cgroup tracked.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] when the map is full (4096 cgroups).
+    pub fn set(&mut self, cgroup: CgroupId, watermark: Option<Bytes>) -> Result<(), LoadError> {
+        let watermark_pages = watermark.map_or(WATERMARK_OFF, Bytes::pages);
+        let guard = Guard { watermark_pages };
+        self.0.insert(cgroup.0, guard, 0).map_err(|source| LoadError::Map { name: "GUARDS", source })
+    }
+
+    /// Stops watching a cgroup.
+    pub fn remove(&mut self, cgroup: CgroupId) {
+        if let Err(error) = self.0.remove(&cgroup.0) {
+            tracing::debug!(cgroup.id = cgroup.0, %error, "the cgroup was not guarded");
+        }
+    }
+}
+
+impl std::fmt::Debug for Guards {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Guards").finish_non_exhaustive()
+    }
+}
+
+/// Decodes an urgent event; `None` (counted by the caller) for a record of another size.
+#[must_use]
+pub fn memory_event(bytes: &[u8]) -> Option<MemoryEvent> {
+    MemoryEvent::read_from_bytes(bytes).ok()
+}
+
+trait ConcatSpecs {
+    fn concat_specs(&self) -> Vec<&'static Spec>;
+}
+
+impl ConcatSpecs for [&'static [Spec]; 2] {
+    fn concat_specs(&self) -> Vec<&'static Spec> {
+        self.iter().flat_map(|specs| specs.iter()).collect()
+    }
+}
+
+fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadError> {
+    let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
+    programs.take_map(name).ok_or_else(missing)
+}
+
+fn permission(error: EbpfError) -> LoadError {
+    let mut cause: &dyn std::error::Error = &error;
+    loop {
+        if let Some(io) = cause.downcast_ref::<io::Error>()
+            && io.kind() == io::ErrorKind::PermissionDenied
+        {
+            return LoadError::Permission(io::Error::from(io.kind()));
+        }
+        match cause.source() {
+            Some(source) => cause = source,
+            None => return LoadError::Object(error),
+        }
+    }
+}
+
+/// Loads and attaches a program to the first of its functions that the kernel has.
+fn attach_any(programs: &mut Ebpf, spec: &Spec, btf: &AyaBtf) -> Result<(), ProgramError> {
+    let mut result = Err(ProgramError::NotLoaded);
+    for function in spec.functions {
+        let program = programs.program_mut(spec.program).ok_or(ProgramError::NotLoaded)?;
+        result = attach(program, spec.hook, function, btf);
+        if result.is_ok() {
+            return result;
+        }
+    }
+    result
+}
+
+fn attach(program: &mut Program, hook: Hook, function: &str, btf: &AyaBtf) -> Result<(), ProgramError> {
+    match hook {
+        Hook::Entry => {
+            let program: &mut FEntry = program.try_into()?;
+            program.load(function, btf)?;
+            program.attach().map(drop)
+        }
+        Hook::Exit => {
+            let program: &mut FExit = program.try_into()?;
+            program.load(function, btf)?;
+            program.attach().map(drop)
+        }
+        Hook::Tracepoint => {
+            let program: &mut aya::programs::BtfTracePoint = program.try_into()?;
+            program.load(function, btf)?;
+            program.attach().map(drop)
+        }
+    }
+}
+
+/// NUMA nodes that the kernel may have: one more than the last of a list such as `0-3`.
+fn nodes() -> u64 {
+    let list = fs::read_to_string(Path::new(POSSIBLE_NODES)).unwrap_or_default();
+    let last = list.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u64>().ok());
+    last.map_or(1, |last| last.saturating_add(1))
+}

@@ -1,0 +1,156 @@
+//! The wire contract between the kernel programs and the agent.
+//!
+//! Both sides are built from this one file, so the layouts cannot drift; a record that crosses
+//! the ring buffer is nevertheless treated as untrusted bytes by the agent (a program of another
+//! build may still be attached). Kinds are plain `u32` constants: an enum would be undefined
+//! behaviour for a value that the other side does not know.
+//!
+//! This crate must not contain behaviour that one side needs and the other does not, and must not
+//! hold pointers or kernel types.
+#![no_std]
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// A tracked memory cgroup came within its watermark.
+pub const KIND_WATERMARK: u32 = 1;
+/// The OOM killer was entered for a tracked memory cgroup (`mem_cgroup_out_of_memory`).
+pub const KIND_OOM: u32 = 2;
+/// A process of a tracked cgroup executed a program (`sched_process_exec`).
+pub const KIND_EXEC: u32 = 3;
+/// A process (thread group leader) of a tracked cgroup exited (`sched_process_exit`).
+pub const KIND_EXIT: u32 = 4;
+/// A cgroup was created (`cgroup_mkdir`); sent for every cgroup.
+pub const KIND_CGROUP_CREATED: u32 = 5;
+/// A cgroup was removed (`cgroup_rmdir`); sent for every cgroup.
+pub const KIND_CGROUP_REMOVED: u32 = 6;
+
+/// The value of [`Guard::watermark_pages`] that never triggers.
+pub const WATERMARK_OFF: u64 = u64::MAX;
+
+/// Bytes kept of an executed file's name.
+pub const NAME_BYTES: usize = 64;
+
+/// An urgent memory event: it wakes the reflex thread.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct MemoryEvent {
+    /// [`KIND_WATERMARK`] or [`KIND_OOM`].
+    pub kind: u32,
+    /// Pages of the charge that triggered the event (64 for a batch, 512 for a huge page).
+    pub charge_pages: u32,
+    /// Inode number of the cgroup's directory, as `bpf_get_current_cgroup_id` has it.
+    pub cgroup_id: u64,
+    /// `CLOCK_MONOTONIC` at the trigger, in nanoseconds.
+    pub at_ns: u64,
+    /// `memory.current` in pages, the charge included.
+    pub usage_pages: u64,
+    /// Pages on the cgroup's file LRU lists: page cache that reclaim can give back.
+    pub file_pages: u64,
+    /// `memory.max` in pages as the kernel has it.
+    pub limit_pages: u64,
+    /// Pages by which usage grew over the last complete window.
+    pub window_pages: u64,
+    /// Length of that window in nanoseconds; 0 when there is none yet.
+    pub window_ns: u64,
+}
+
+/// An event of a process's or a cgroup's life: read at the tick, never urgent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct LifeEvent {
+    /// [`KIND_EXEC`], [`KIND_EXIT`], [`KIND_CGROUP_CREATED`] or [`KIND_CGROUP_REMOVED`].
+    pub kind: u32,
+    /// Thread group id; 0 for cgroup events.
+    pub pid: u32,
+    /// The tracked cgroup, or the one created or removed.
+    pub cgroup_id: u64,
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    pub at_ns: u64,
+    /// The executed file's name, NUL-padded; empty for other kinds.
+    pub name: [u8; NAME_BYTES],
+}
+
+/// What the agent asks the kernel to watch in one cgroup. Written by the agent only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Guard {
+    /// Demand (usage without page cache) in pages from which on the agent is woken.
+    pub watermark_pages: u64,
+}
+
+/// What the kernel programs know of one tracked cgroup. Written by the programs only.
+///
+/// Updates from several CPUs may interleave: a lost increment or a window that mixes two
+/// CPUs' views is acceptable, because every decision is checked again against `memory.current`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Growth {
+    /// Calls of `page_counter_try_charge` for this cgroup or one below it.
+    pub charges: u64,
+    /// Highest usage seen, in pages.
+    pub peak_pages: u64,
+    /// Highest demand (usage without page cache) seen above the watermark, in pages.
+    pub peak_demand_pages: u64,
+    /// When the last event was sent, `CLOCK_MONOTONIC` nanoseconds.
+    pub last_event_ns: u64,
+    /// When usage last rose above its previous highest value.
+    pub last_peak_ns: u64,
+    /// Start of the running window.
+    pub window_start_ns: u64,
+    /// Usage at the start of the running window, in pages.
+    pub window_start_pages: u64,
+    /// Growth over the last complete window, in pages.
+    pub window_pages: u64,
+    /// Length of the last complete window, in nanoseconds.
+    pub window_ns: u64,
+}
+
+/// Time that tasks of one cgroup were held by the kernel's memory controller.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Holds {
+    /// Holds of 10 ms or more.
+    pub long_holds: u64,
+    /// All holds.
+    pub holds: u64,
+    /// Sum of all holds, in nanoseconds.
+    pub total_ns: u64,
+    /// Longest hold, in nanoseconds.
+    pub longest_ns: u64,
+}
+
+/// From which length on a hold counts as a sleep: the kernel itself skips shorter ones
+/// (`mem_cgroup_handle_over_high`, mm/memcontrol.c: `penalty_jiffies <= HZ / 100`).
+pub const LONG_HOLD_NS: u64 = 10_000_000;
+
+/// Losses and errors of the programs, one slot each in the per-CPU array `LOSSES`.
+pub mod loss {
+    /// A memory event found its ring full.
+    pub const MEMORY_RING_FULL: u32 = 0;
+    /// A life event found its ring full.
+    pub const LIFE_RING_FULL: u32 = 1;
+    /// A kernel read failed where it should not.
+    pub const READ_FAILED: u32 = 2;
+    /// Number of slots.
+    pub const SLOTS: u32 = 3;
+}
+
+const _: () = {
+    assert!(size_of::<MemoryEvent>() == 64);
+    assert!(size_of::<LifeEvent>() == 24 + NAME_BYTES);
+    assert!(size_of::<Growth>() == 72);
+    assert!(size_of::<Holds>() == 32);
+};
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Growth, Guard, Holds};
+
+    // SAFETY: `repr(C)`, only `u64` fields (zerocopy's derives prove that there is no padding),
+    // valid for every bit pattern.
+    unsafe impl aya::Pod for Guard {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Growth {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Holds {}
+}

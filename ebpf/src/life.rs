@@ -1,0 +1,105 @@
+//! Life of processes and cgroups: when a tracked cgroup executes something, when one of its
+//! processes ends, when a cgroup comes or goes.
+//!
+//! BTF tracepoints and not the classic ones: those need tracefs mounted. `sched_process_exit` has a
+//! second argument from 6.18 on, so only the first is read.
+
+use aya_ebpf::{
+    helpers::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
+        bpf_probe_read_kernel_str_bytes,
+    },
+    macros::btf_tracepoint,
+    programs::BtfTracePointContext,
+};
+use bellows_ebpf_common::{
+    KIND_CGROUP_CREATED, KIND_CGROUP_REMOVED, KIND_EXEC, KIND_EXIT, LifeEvent, NAME_BYTES, loss,
+};
+
+use crate::{
+    emit::{self, now},
+    maps::GUARDS,
+    memcg::{self, Address},
+    offsets::OFF_BPRM_FILENAME,
+};
+
+/// How deep in the hierarchy a tracked cgroup may stand.
+const LEVELS: i32 = 12;
+
+/// The nearest tracked cgroup above the current task.
+#[inline(always)]
+fn tracked() -> Option<u64> {
+    // SAFETY: takes no argument and cannot fail.
+    let own = unsafe { bpf_get_current_cgroup_id() };
+    if GUARDS.get_ptr(own).is_some() {
+        return Some(own);
+    }
+    for level in 1..LEVELS {
+        // SAFETY: an ancestor level that does not exist yields 0.
+        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if ancestor == 0 {
+            break;
+        }
+        if GUARDS.get_ptr(ancestor).is_some() {
+            return Some(ancestor);
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
+    LifeEvent { kind, pid, cgroup_id, at_ns: now(), name: [0; NAME_BYTES] }
+}
+
+#[btf_tracepoint(function = "sched_process_exec")]
+pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
+    let Some(cgroup_id) = tracked() else {
+        return 0;
+    };
+    let bprm: Address = ctx.arg(2);
+    let pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    let mut event = event(KIND_EXEC, pid, cgroup_id);
+    match memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) {
+        Ok(filename) => {
+            // SAFETY: the helper checks the source address and bounds the copy by the buffer.
+            if unsafe { bpf_probe_read_kernel_str_bytes(filename as *const u8, &mut event.name) }.is_err() {
+                emit::lost(loss::READ_FAILED);
+            }
+        }
+        Err(_) => emit::lost(loss::READ_FAILED),
+    }
+    emit::life(&event);
+    0
+}
+
+#[btf_tracepoint(function = "sched_process_exit")]
+pub(crate) fn exit(_ctx: BtfTracePointContext) -> i32 {
+    let ids = bpf_get_current_pid_tgid();
+    let (process, thread) = ((ids >> 32) as u32, ids as u32);
+    if process == thread {
+        if let Some(cgroup_id) = tracked() {
+            emit::life(&event(KIND_EXIT, process, cgroup_id));
+        }
+    }
+    0
+}
+
+#[btf_tracepoint(function = "cgroup_mkdir")]
+pub(crate) fn cgroup_created(ctx: BtfTracePointContext) -> i32 {
+    cgroup(ctx.arg(0), KIND_CGROUP_CREATED)
+}
+
+#[btf_tracepoint(function = "cgroup_rmdir")]
+pub(crate) fn cgroup_removed(ctx: BtfTracePointContext) -> i32 {
+    cgroup(ctx.arg(0), KIND_CGROUP_REMOVED)
+}
+
+#[inline(always)]
+fn cgroup(cgroup: Address, kind: u32) -> i32 {
+    match memcg::cgroup_id(cgroup) {
+        Ok(id) => emit::life(&event(kind, 0, id)),
+        Err(_) => emit::lost(loss::READ_FAILED),
+    }
+    0
+}

@@ -1,0 +1,45 @@
+//! Every map, with its key, value, writer, and what happens when it is full.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{HashMap, LruHashMap, PerCpuArray, RingBuf},
+};
+use bellows_ebpf_common::{Growth, Guard, Holds, loss};
+
+/// Cgroup id → what to watch. Written by the agent. Full: the agent's insert fails and says so.
+#[map]
+pub(crate) static GUARDS: HashMap<u64, Guard> = HashMap::with_max_entries(4096, 0);
+
+/// Cgroup id → what was seen. The agent inserts the zeroed entry, the programs update it.
+#[map]
+pub(crate) static GROWTH: HashMap<u64, Growth> = HashMap::with_max_entries(4096, 0);
+
+/// Cgroup id → holds. The agent (or a bench) inserts the zeroed entry, the programs update it.
+#[map]
+pub(crate) static HOLDS: HashMap<u64, Holds> = HashMap::with_max_entries(4096, 0);
+
+/// Thread id → start of its outermost hold. Full: the oldest is forgotten, one hold is not counted.
+#[map]
+pub(crate) static HOLD_START: LruHashMap<u32, HoldStart> = LruHashMap::with_max_entries(8192, 0);
+
+/// Urgent events ([`bellows_ebpf_common::MemoryEvent`]). Full: counted, sent again by the next charge.
+#[map]
+pub(crate) static MEMORY_EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+/// Life events ([`bellows_ebpf_common::LifeEvent`]). Full: counted; the agent rescans on its tick.
+#[map]
+pub(crate) static LIFE_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
+
+/// Slot of [`loss`] → count, per CPU. Written by the programs.
+#[map]
+pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(loss::SLOTS, 0);
+
+/// The running hold of one thread.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct HoldStart {
+    /// When the outermost call began, nanoseconds.
+    pub(crate) at_ns: u64,
+    /// Calls entered and not yet left.
+    pub(crate) depth: u64,
+}

@@ -1,0 +1,218 @@
+//! `bursts`: does a burst that a fixed limit kills survive under `bellows exec`, and at what cost?
+//!
+//! Each case is one burst run three times in one boot, in random order: without a limit (its
+//! time), at the fixed limit (its death), under Bellows. Times are compared within the case only.
+
+use anyhow::Result;
+use bellows::cgroup::Limit;
+use bellows_core::Bytes;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    record::{Records, percentile, rounded},
+    runner::{Outcome, Runner, set_thp},
+};
+use crate::{load::BurstResult, sampler::Sample};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Cases.
+    #[arg(long, default_value_t = 60)]
+    n: u64,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Milliseconds by which each raise is held back.
+    #[arg(long)]
+    actuation_delay_ms: Option<u64>,
+}
+
+/// One burst.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Case {
+    index: u64,
+    seed: u64,
+    limit: Bytes,
+    peak: Bytes,
+    max: Bytes,
+    threads: u64,
+    thp: bool,
+    delay_ms: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    case: Case,
+    unlimited: Outcome,
+    fixed: Outcome,
+    bellows: Outcome,
+}
+
+const LARGEST_PEAK: Bytes = Bytes::mib(2048);
+
+fn cases(options: &Options) -> Vec<Case> {
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    let thp = random.bool();
+    (0..options.n)
+        .map(|index| {
+            let limit = log_uniform(&mut random, 32.0, 256.0);
+            let growth = log_uniform(&mut random, 2.0, 16.0);
+            let limit = mib(limit);
+            let peak = limit.per_mille(thousandths(growth)).min(LARGEST_PEAK);
+            Case {
+                index,
+                seed: options.seed,
+                limit,
+                peak,
+                max: peak.per_mille(1500),
+                threads: random.u64(1..=8),
+                thp: (index % 2 == 0) == thp,
+                delay_ms: options.actuation_delay_ms.unwrap_or(0),
+            }
+        })
+        .collect()
+}
+
+fn log_uniform(random: &mut fastrand::Rng, low: f64, high: f64) -> f64 {
+    (low.ln() + random.f64() * (high.ln() - low.ln())).exp()
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive size below 2^20 MiB")]
+fn mib(value: f64) -> Bytes {
+    Bytes((value * 1_048_576.0) as u64 / 4096 * 4096)
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive factor below 1000")]
+fn thousandths(value: f64) -> u64 {
+    (value * 1000.0) as u64
+}
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let mut runner = Runner::new()?;
+    let mut random = fastrand::Rng::with_seed(options.seed ^ 0x0bde_4b1e);
+    for case in cases(options) {
+        let record = run_case(&mut runner, &mut random, case)?;
+        eprintln!(
+            "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} sleeps) {}",
+            case.index,
+            case.limit,
+            case.peak,
+            case.threads,
+            case.thp,
+            if record.fixed.killed() { "killed" } else { "alive" },
+            if record.bellows.killed() { "KILLED" } else { "alive" },
+            record.bellows.sleeps,
+            record.bellows.stderr,
+        );
+        records.write(&record)?;
+    }
+    Ok(())
+}
+
+fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
+    set_thp(case.thp)?;
+    let load: Vec<String> = [
+        "burst",
+        "--rest",
+        &case.limit.per_mille(500).0.to_string(),
+        "--peak",
+        &case.peak.0.to_string(),
+        "--threads",
+        &case.threads.to_string(),
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let delay = case.delay_ms.to_string();
+    let options: Vec<String> =
+        if case.delay_ms > 0 { vec!["--actuation-delay-ms".to_owned(), delay] } else { Vec::new() };
+    let mut order = [0, 1, 2];
+    random.shuffle(&mut order);
+    let (mut unlimited, mut fixed, mut bellows) = (Outcome::default(), Outcome::default(), Outcome::default());
+    for variant in order {
+        match variant {
+            0 => unlimited = runner.fixed(Limit::Max, &load)?,
+            1 => fixed = runner.fixed(Limit::At(case.limit), &load)?,
+            _ => bellows = runner.bellows(case.limit, case.max, &options, &load)?,
+        }
+    }
+    Ok(Record { case, unlimited, fixed, bellows })
+}
+
+fn said(outcome: &Outcome) -> Option<BurstResult> {
+    serde_json::from_value(outcome.said.clone()).ok()
+}
+
+/// Granted byte-seconds over 1.25 times the running peak's, from the first raise on.
+fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
+    let first = samples.iter().position(|sample| sample.limit > original.0)?;
+    let (mut granted, mut used) = (0.0, 0.0);
+    for pair in samples[first..].windows(2) {
+        let seconds = (pair[1].at_us - pair[0].at_us) as f64;
+        granted += pair[0].limit as f64 * seconds;
+        used += pair[0].peak.midpoint(pair[1].peak) as f64 * seconds;
+    }
+    (used > 0.0).then(|| granted / (1.25 * used))
+}
+
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let records: Vec<Record> =
+        records.iter().map(|record| serde_json::from_value(record.clone())).collect::<Result<_, _>>()?;
+    let killed = |pick: fn(&Record) -> &Outcome| records.iter().filter(|record| pick(record).killed()).count();
+    let mut time_ratios = Vec::new();
+    let mut stalls = Vec::new();
+    let mut small_page_stalls = Vec::new();
+    let mut overgrants = Vec::new();
+    let mut finals = Vec::new();
+    let mut raises = Vec::new();
+    let mut sleeps = Vec::new();
+    for record in &records {
+        let Record { case, unlimited, bellows, .. } = record;
+        raises.push(bellows.report["report"]["raises"].as_f64().unwrap_or(0.0));
+        sleeps.push(bellows.sleeps as f64);
+        overgrants.extend(overgrant(&bellows.samples, case.limit));
+        if let Some(last) = bellows.samples.last() {
+            finals.push(last.limit as f64 / case.peak.0 as f64);
+        }
+        if let (Some(with), Some(without)) = (said(bellows), said(unlimited)) {
+            time_ratios.push(with.growth_us as f64 / without.growth_us.max(1) as f64);
+            if case.delay_ms > 0 {
+                let stall = with.longest_gap_us.saturating_sub(without.longest_gap_us) as f64;
+                let ratio = stall / (case.delay_ms as f64 * 1000.0);
+                stalls.push(ratio);
+                if !case.thp {
+                    small_page_stalls.push(ratio);
+                }
+            }
+        }
+    }
+    let kills_by_page = |thp| {
+        records.iter().filter(|record| record.case.thp == thp && record.bellows.killed()).count()
+    };
+    let p = |values: &[f64], percent| rounded(percentile(values, percent));
+    let mut summary = json!({
+        "bursts": records.len(),
+        "kills_without": killed(|record| &record.fixed),
+        "kills_with": killed(|record| &record.bellows),
+        "kills_unlimited": killed(|record| &record.unlimited),
+        "time_ratio_p50": p(&time_ratios, 50.0),
+        "time_ratio_p90": p(&time_ratios, 90.0),
+        "sleeps_p50": p(&sleeps, 50.0),
+        "sleeps_p90": p(&sleeps, 90.0),
+        "sleeps_max": p(&sleeps, 100.0),
+        "raises_max": p(&raises, 100.0),
+        "overgrant_p50": p(&overgrants, 50.0),
+        "overgrant_max": p(&overgrants, 100.0),
+        "final_ratio_p50": p(&finals, 50.0),
+    });
+    if !stalls.is_empty() {
+        summary["stall_vs_delay_p50"] = json!(p(&stalls, 50.0));
+        summary["stall_vs_delay_max"] = json!(p(&stalls, 100.0));
+        summary["stall_vs_delay_p50_small_pages"] = json!(p(&small_page_stalls, 50.0));
+        summary["kills_with_small_pages"] = json!(kills_by_page(false));
+        summary["kills_with_huge_pages"] = json!(kills_by_page(true));
+    }
+    Ok(summary)
+}

@@ -1,0 +1,49 @@
+//! The benches: each runs its cases, writes a record per case, and can recompute its summary from
+//! the records alone.
+
+mod bursts;
+mod record;
+mod runner;
+mod smoke;
+
+use std::{
+    fs::{self, File},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Subcommand;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use record::Records;
+
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// Bursts at no limit, at a fixed limit, and under `bellows exec`.
+    Bursts(bursts::Options),
+    /// Load and attach every kernel program.
+    Smoke,
+}
+
+pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
+    let file = File::options().write(true).open(records).with_context(|| records.display().to_string())?;
+    let mut records = Records::new(file);
+    match bench {
+        Bench::Bursts(options) => bursts::run(options, &mut records),
+        Bench::Smoke => smoke::run(&mut records),
+    }
+}
+
+pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
+    match name {
+        "bursts" => bursts::summarize(&read(path)?),
+        "smoke" => smoke::summarize(&read(path)?),
+        _ => bail!("there is no bench {name}"),
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let content = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    content.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}

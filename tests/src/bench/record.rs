@@ -1,0 +1,40 @@
+//! Records and the small statistics that summaries are made of.
+
+use std::{fs::File, io::Write as _};
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// Where a bench writes its records.
+pub(crate) struct Records {
+    file: File,
+}
+
+impl Records {
+    pub(crate) const fn new(file: File) -> Self {
+        Self { file }
+    }
+
+    /// Writes one case.
+    pub(crate) fn write(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record)?;
+        line.push(b'\n');
+        self.file.write_all(&line)?;
+        self.file.flush()?;
+        Ok(())
+    }
+}
+
+/// The value at a percentile (nearest rank); `NaN`-free input, 0 for none.
+pub(crate) fn percentile(values: &[f64], percent: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank within the slice")]
+    let rank = (percent / 100.0 * sorted.len() as f64).ceil().max(1.0) as usize;
+    sorted.get(rank - 1).copied().unwrap_or(0.0)
+}
+
+/// Rounded to three decimals, for people.
+pub(crate) fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}

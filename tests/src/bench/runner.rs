@@ -1,0 +1,150 @@
+//! Running one load in a cgroup, watched from outside.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::Write as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use anyhow::{Context as _, Result};
+use bellows::{
+    cgroup::{Cgroup, Limit},
+    signal::programs::{Kernel, Purpose},
+};
+use bellows_core::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::sampler::{Sample, Sampler};
+
+const ROOT: &str = "/sys/fs/cgroup";
+pub(crate) const BELLOWS: &str = "/bin/bellows";
+
+/// How a load went.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    /// Exit code, or 128 + signal.
+    pub(crate) code: i32,
+    /// Kills that the cgroup counted.
+    pub(crate) oom_kill: u64,
+    /// Calls of 10 ms or more in which the memory controller held a thread.
+    pub(crate) sleeps: u64,
+    /// What the load said of itself.
+    pub(crate) said: Value,
+    /// What it was granted and used over time.
+    pub(crate) samples: Vec<Sample>,
+    /// What `bellows exec` reported.
+    pub(crate) report: Value,
+    /// Standard error.
+    pub(crate) stderr: String,
+}
+
+impl Outcome {
+    pub(crate) const fn killed(&self) -> bool {
+        self.oom_kill > 0 || self.code != 0
+    }
+}
+
+/// Runs loads, with the bench's own probe of holds beside them.
+pub(crate) struct Runner {
+    probe: Arc<Mutex<Kernel>>,
+    executable: PathBuf,
+    runs: u64,
+}
+
+impl Runner {
+    pub(crate) fn new() -> Result<Self> {
+        let (probe, _rings) = Kernel::load(Purpose::MeasureHolds)?;
+        anyhow::ensure!(probe.missing().is_empty(), "the bench's probe is incomplete: {:?}", probe.missing());
+        Cgroup::open(Path::new(ROOT))?.write("cgroup.subtree_control", "+memory")?;
+        Ok(Self { probe: Arc::new(Mutex::new(probe)), executable: env::current_exe()?, runs: 0 })
+    }
+
+    /// The load as arguments of this binary.
+    fn load(&self, load: &[String]) -> Vec<String> {
+        [vec![self.executable.to_string_lossy().into_owned(), "load".to_owned()], load.to_vec()].concat()
+    }
+
+    /// Runs a load in a plain cgroup with a fixed limit.
+    pub(crate) fn fixed(&mut self, limit: Limit, load: &[String]) -> Result<Outcome> {
+        self.runs += 1;
+        let cgroup = Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{}", self.runs))?;
+        cgroup.set_limit("memory.max", limit)?;
+        let words = self.load(load);
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        let procs = File::options().write(true).open(cgroup.path().join("cgroup.procs"))?;
+        // SAFETY: one write between fork and exec; no allocation, no lock.
+        unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+        let outcome = self.watch(command, cgroup.path().to_owned())?;
+        cgroup.write("cgroup.kill", "1")?;
+        cgroup.remove()?;
+        Ok(outcome)
+    }
+
+    /// Runs a load under `bellows exec`.
+    pub(crate) fn bellows(&mut self, memory: Bytes, max: Bytes, options: &[String], load: &[String]) -> Result<Outcome> {
+        let report = Path::new("/tmp/report.json");
+        // The last run's report must not be taken for this one's.
+        drop(fs::remove_file(report));
+        let mut command = Command::new(BELLOWS);
+        command
+            .args(["exec", "--memory", &memory.0.to_string(), "--max-memory", &max.0.to_string()])
+            .args(["--report", "/tmp/report.json"])
+            .args(options)
+            .arg("--")
+            .args(self.load(load));
+        let mut outcome = self.watch(command, PathBuf::new())?;
+        outcome.report = fs::read_to_string(report)
+            .ok()
+            .and_then(|text| serde_json::from_str(&text).ok())
+            .unwrap_or_default();
+        Ok(outcome)
+    }
+
+    fn watch(&self, mut command: Command, cgroup: PathBuf) -> Result<Outcome> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().context("run the load")?;
+        let path = if cgroup.as_os_str().is_empty() {
+            Path::new(ROOT).join(format!("bellows-exec-{}", child.id()))
+        } else {
+            cgroup
+        };
+        let (tracked, asked) = (Arc::clone(&self.probe), Arc::clone(&self.probe));
+        let sampler = Sampler::start(
+            path,
+            move |cgroup| {
+                if let Ok(mut probe) = tracked.lock()
+                    && let Err(error) = probe.track_holds(cgroup.id())
+                {
+                    eprintln!("sleeps are not counted: {error}");
+                }
+            },
+            move |cgroup| {
+                let holds = asked.lock().ok().and_then(|probe| probe.holds(cgroup.id()));
+                holds.map_or(0, |holds| holds.long_holds)
+            },
+        );
+        let Output { status, stdout, stderr } = child.wait_with_output()?;
+        let track = sampler.finish();
+        Ok(Outcome {
+            code: status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1),
+            oom_kill: track.oom_kill,
+            sleeps: track.sleeps,
+            said: serde_json::from_slice(&stdout).unwrap_or_default(),
+            samples: track.samples,
+            report: Value::Null,
+            stderr: String::from_utf8_lossy(&stderr).trim().to_owned(),
+        })
+    }
+}
+
+/// Switches transparent huge pages.
+pub(crate) fn set_thp(always: bool) -> Result<()> {
+    let mode = if always { "always" } else { "never" };
+    fs::write("/sys/kernel/mm/transparent_hugepage/enabled", mode).context("transparent huge pages")
+}

@@ -1,0 +1,241 @@
+//! The loads: processes that use memory in a stated way and say how it went for them.
+
+use std::{
+    fs::File,
+    io::{Read as _, Write as _},
+    path::PathBuf,
+    ptr,
+    sync::{Arc, Barrier},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bellows_core::{Bytes, quantity};
+use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
+
+#[derive(Subcommand)]
+pub(crate) enum Load {
+    /// Rest at a size, then grow at full speed to another.
+    Burst(Burst),
+    /// Fill to a size, then allocate and free a part of it for some time.
+    Plateau(Plateau),
+    /// Read and write a file, and use anonymous memory beside it.
+    Cache(Cache),
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Burst {
+    /// Memory touched before the burst.
+    #[arg(long, value_parser = quantity::parse)]
+    pub(crate) rest: Bytes,
+    /// Memory touched at its end.
+    #[arg(long, value_parser = quantity::parse)]
+    pub(crate) peak: Bytes,
+    /// Threads that share it.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: u64,
+    /// Milliseconds at rest before the burst.
+    #[arg(long, default_value_t = 300)]
+    pub(crate) rest_ms: u64,
+    /// Milliseconds at the peak.
+    #[arg(long, default_value_t = 200)]
+    pub(crate) hold_ms: u64,
+    /// Milliseconds to go on at rest, the burst's memory given back.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) after_ms: u64,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Plateau {
+    /// Memory held.
+    #[arg(long, value_parser = quantity::parse)]
+    pub(crate) size: Bytes,
+    /// Memory allocated and freed again and again.
+    #[arg(long, value_parser = quantity::parse)]
+    pub(crate) breath: Bytes,
+    /// For how many seconds.
+    #[arg(long)]
+    pub(crate) seconds: u64,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Cache {
+    /// The file.
+    #[arg(long)]
+    pub(crate) file: PathBuf,
+    /// How much of it is written and read.
+    #[arg(long, value_parser = quantity::parse)]
+    pub(crate) size: Bytes,
+    /// Anonymous memory touched in step with it.
+    #[arg(long, value_parser = quantity::parse, default_value = "0")]
+    pub(crate) anonymous: Bytes,
+    /// Times that the file is read.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) passes: u64,
+    /// Milliseconds to wait at the end.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) hold_ms: u64,
+}
+
+/// What a burst says of itself on standard output.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct BurstResult {
+    /// Microseconds from the start of growth until the last thread was done.
+    pub(crate) growth_us: u64,
+    /// Longest time in any thread between two touched MiB.
+    pub(crate) longest_gap_us: u64,
+}
+
+const MIB: usize = 1 << 20;
+const PAGE: usize = 4096;
+
+pub(crate) fn run(load: &Load) -> Result<()> {
+    match load {
+        Load::Burst(burst) => run_burst(burst),
+        Load::Plateau(plateau) => run_plateau(plateau),
+        Load::Cache(cache) => run_cache(cache),
+    }
+}
+
+/// An anonymous mapping that gives its memory back when dropped.
+struct Mapping {
+    start: *mut u8,
+    length: usize,
+}
+
+// SAFETY: the mapping is owned by this value alone and has no thread affinity.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    fn new(length: usize) -> Result<Self> {
+        let length = length.max(PAGE);
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        ensure!(start != libc::MAP_FAILED, "mmap of {length} bytes: {}", std::io::Error::last_os_error());
+        Ok(Self { start: start.cast(), length })
+    }
+
+    /// Touches the pages of a range; returns the longest time between two touched MiB.
+    fn touch(&self, from: usize, to: usize) -> Duration {
+        let mut longest = Duration::ZERO;
+        let mut last = Instant::now();
+        for offset in (from..to.min(self.length)).step_by(PAGE) {
+            // SAFETY: the offset is inside the mapping, which is writable and ours alone.
+            unsafe { ptr::write_volatile(self.start.add(offset), 1) };
+            if offset % MIB == 0 {
+                let now = Instant::now();
+                longest = longest.max(now - last);
+                last = now;
+            }
+        }
+        longest.max(last.elapsed())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: unmaps what `new` has mapped; no reference into it exists.
+        unsafe { libc::munmap(self.start.cast(), self.length) };
+    }
+}
+
+fn size(bytes: Bytes) -> Result<usize> {
+    Ok(usize::try_from(bytes.0)?)
+}
+
+fn run_burst(burst: &Burst) -> Result<()> {
+    let threads = usize::try_from(burst.threads)?.max(1);
+    let (rest, peak) = (size(burst.rest)? / threads, size(burst.peak)? / threads);
+    let barrier = Arc::new(Barrier::new(threads + 1));
+    let mut workers = Vec::new();
+    for _ in 0..threads {
+        let barrier = Arc::clone(&barrier);
+        workers.push(thread::spawn(move || -> Result<Duration> {
+            let mapping = Mapping::new(peak);
+            if let Ok(mapping) = &mapping {
+                mapping.touch(0, rest);
+            }
+            barrier.wait();
+            barrier.wait();
+            let longest = mapping.as_ref().map(|mapping| mapping.touch(rest, peak));
+            barrier.wait();
+            barrier.wait();
+            let longest = longest.map_err(|error| anyhow::anyhow!("{error}"))?;
+            drop(mapping);
+            Ok(longest)
+        }));
+    }
+    barrier.wait();
+    thread::sleep(Duration::from_millis(burst.rest_ms));
+    let start = Instant::now();
+    barrier.wait();
+    barrier.wait();
+    let growth = start.elapsed();
+    thread::sleep(Duration::from_millis(burst.hold_ms));
+    barrier.wait();
+    let mut longest = Duration::ZERO;
+    for worker in workers {
+        let gap = worker.join().map_err(|_panic| anyhow::anyhow!("a thread panicked"))??;
+        longest = longest.max(gap);
+    }
+    if burst.after_ms > 0 {
+        let mapping = Mapping::new(size(burst.rest)?)?;
+        mapping.touch(0, mapping.length);
+        thread::sleep(Duration::from_millis(burst.after_ms));
+    }
+    let result = BurstResult { growth_us: micros(growth), longest_gap_us: micros(longest) };
+    println!("{}", serde_json::to_string(&result)?);
+    Ok(())
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn run_plateau(plateau: &Plateau) -> Result<()> {
+    let held = Mapping::new(size(plateau.size)?)?;
+    held.touch(0, held.length);
+    let end = Instant::now() + Duration::from_secs(plateau.seconds);
+    let mut rounds = 0_u64;
+    while Instant::now() < end {
+        let breath = Mapping::new(size(plateau.breath)?)?;
+        breath.touch(0, breath.length);
+        drop(breath);
+        rounds += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
+    println!("{}", serde_json::json!({ "rounds": rounds }));
+    Ok(())
+}
+
+fn run_cache(cache: &Cache) -> Result<()> {
+    let chunk = vec![7_u8; MIB];
+    let chunks = size(cache.size)? / MIB;
+    let anonymous = Mapping::new(size(cache.anonymous)?)?;
+    let share = size(cache.anonymous)? / chunks.max(1);
+    let mut file = File::create(&cache.file).with_context(|| cache.file.display().to_string())?;
+    for index in 0..chunks {
+        file.write_all(&chunk)?;
+        anonymous.touch(index * share, (index + 1) * share);
+    }
+    file.sync_all()?;
+    let mut buffer = vec![0_u8; MIB];
+    for _ in 0..cache.passes {
+        let mut file = File::open(&cache.file)?;
+        while file.read(&mut buffer)? > 0 {}
+    }
+    thread::sleep(Duration::from_millis(cache.hold_ms));
+    println!("{}", serde_json::json!({ "chunks": chunks }));
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! Samples what a cgroup is granted and what it uses, from outside and without Bellows.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use bellows::cgroup::{Cgroup, MemoryEvents};
+use serde::{Deserialize, Serialize};
+
+/// One look at a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    /// Microseconds since the sampler started.
+    pub(crate) at_us: u64,
+    /// `memory.max`.
+    pub(crate) limit: u64,
+    /// Highest `memory.current` so far (`memory.peak`).
+    pub(crate) peak: u64,
+}
+
+/// What a cgroup looked like from its start to its end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Track {
+    pub(crate) samples: Vec<Sample>,
+    pub(crate) oom_kill: u64,
+    pub(crate) sleeps: u64,
+}
+
+const INTERVAL: Duration = Duration::from_millis(4);
+/// Unchanged limits are recorded this often.
+const RECORD_INTERVAL_US: u64 = 20_000;
+
+pub(crate) struct Sampler {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Track>,
+}
+
+impl Sampler {
+    /// Samples the cgroup at `path` as soon as it exists, until stopped. `appeared` is told of it,
+    /// `sleeps` is asked for its sleeps for as long as it exists.
+    pub(crate) fn start(
+        path: PathBuf,
+        appeared: impl Fn(&Cgroup) + Send + 'static,
+        sleeps: impl Fn(&Cgroup) -> u64 + Send + 'static,
+    ) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let start = Instant::now();
+            let mut track = Track::default();
+            let mut cgroup = None;
+            while !stopped.load(Ordering::Relaxed) {
+                if cgroup.is_none() {
+                    cgroup = Cgroup::open(&path).ok().inspect(&appeared);
+                }
+                if let Some(cgroup) = &cgroup {
+                    look(cgroup, start, &mut track);
+                    track.sleeps = track.sleeps.max(sleeps(cgroup));
+                }
+                thread::sleep(INTERVAL);
+            }
+            track
+        });
+        Self { stop, thread }
+    }
+
+    pub(crate) fn finish(self) -> Track {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+fn look(cgroup: &Cgroup, start: Instant, track: &mut Track) {
+    let (Ok(limit), Ok(Some(peak))) = (cgroup.limit("memory.max"), cgroup.peak()) else {
+        return;
+    };
+    let at_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let sample = Sample { at_us, limit: limit.bytes().0, peak: peak.0 };
+    let due = track.samples.last().is_none_or(|last| {
+        last.limit != sample.limit || sample.at_us - last.at_us >= RECORD_INTERVAL_US
+    });
+    if due {
+        track.samples.push(sample);
+    }
+    let MemoryEvents { oom_kill, .. } = cgroup.events().unwrap_or_default();
+    track.oom_kill = track.oom_kill.max(oom_kill);
+}
