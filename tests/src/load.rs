@@ -1,9 +1,9 @@
 //! The loads: processes that use memory in a stated way and say how it went for them.
 
 use std::{
-    fs::File,
-    io::{Read as _, Write as _},
-    path::PathBuf,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
     ptr,
     sync::{Arc, Barrier},
     thread,
@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use bellows::{actuate::reflex::now, cgroup::Cgroup};
 use bellows_core::{Bytes, quantity};
 use clap::{Args, Subcommand};
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,7 @@ pub(crate) struct Burst {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Plateau {
-    /// Memory held.
+    /// Memory held by the whole cgroup, this process's own overhead included.
     #[arg(long, value_parser = quantity::parse)]
     pub(crate) size: Bytes,
     /// Memory allocated and freed again and again.
@@ -122,7 +123,7 @@ impl Mapping {
                 0,
             )
         };
-        ensure!(start != libc::MAP_FAILED, "mmap of {length} bytes: {}", std::io::Error::last_os_error());
+        ensure!(start != libc::MAP_FAILED, "mmap of {length} bytes: {}", io::Error::last_os_error());
         Ok(Self { start: start.cast(), length })
     }
 
@@ -130,10 +131,10 @@ impl Mapping {
     fn touch(&self, from: usize, to: usize) -> Duration {
         let mut longest = Duration::ZERO;
         let mut last = Instant::now();
-        for offset in (from..to.min(self.length)).step_by(PAGE) {
+        for (page, offset) in (from..to.min(self.length)).step_by(PAGE).enumerate() {
             // SAFETY: the offset is inside the mapping, which is writable and ours alone.
             unsafe { ptr::write_volatile(self.start.add(offset), 1) };
-            if offset % MIB == 0 {
+            if page % (MIB / PAGE) == 0 {
                 let now = Instant::now();
                 longest = longest.max(now - last);
                 last = now;
@@ -178,6 +179,9 @@ fn run_burst(burst: &Burst) -> Result<()> {
     }
     barrier.wait();
     thread::sleep(Duration::from_millis(burst.rest_ms));
+    // A burst that is killed has said when it began.
+    println!("{}", serde_json::json!({ "start_ns": now().0 }));
+    io::stdout().flush()?;
     let start = Instant::now();
     barrier.wait();
     barrier.wait();
@@ -204,7 +208,10 @@ fn micros(duration: Duration) -> u64 {
 }
 
 fn run_plateau(plateau: &Plateau) -> Result<()> {
-    let held = Mapping::new(size(plateau.size)?)?;
+    let overhead = own_usage()?;
+    // Page tables of what is about to be touched: one page of 512 entries for 2 MiB.
+    let tables = plateau.size.scaled(1, 512);
+    let held = Mapping::new(size(plateau.size.minus(overhead).minus(tables))?)?;
     held.touch(0, held.length);
     let end = Instant::now() + Duration::from_secs(plateau.seconds);
     let mut rounds = 0_u64;
@@ -217,6 +224,18 @@ fn run_plateau(plateau: &Plateau) -> Result<()> {
     }
     println!("{}", serde_json::json!({ "rounds": rounds }));
     Ok(())
+}
+
+/// What the cgroup of this process uses, without the stock that its CPUs hold in advance.
+fn own_usage() -> Result<Bytes> {
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let path = own.lines().find_map(|line| line.strip_prefix("0::/")).context("not in cgroup v2")?;
+    let stat = Cgroup::open(&Path::new("/sys/fs/cgroup").join(path))?.read("memory.stat")?;
+    let field = |name: &str| {
+        let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse::<u64>().ok()).unwrap_or(0)
+    };
+    Ok(Bytes(field("anon") + field("file") + field("kernel")))
 }
 
 fn run_cache(cache: &Cache) -> Result<()> {

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bellows::cgroup::{Cgroup, MemoryEvents};
+use bellows::{
+    actuate::reflex::now,
+    cgroup::{Cgroup, MemoryEvents},
+};
 use serde::{Deserialize, Serialize};
 
 /// One look at a cgroup.
@@ -29,6 +32,8 @@ pub(crate) struct Sample {
 pub(crate) struct Track {
     pub(crate) samples: Vec<Sample>,
     pub(crate) oom_kill: u64,
+    /// When the first kill was seen, `CLOCK_MONOTONIC` nanoseconds.
+    pub(crate) killed_at_ns: u64,
     pub(crate) sleeps: u64,
 }
 
@@ -89,5 +94,8 @@ fn look(cgroup: &Cgroup, start: Instant, track: &mut Track) {
         track.samples.push(sample);
     }
     let MemoryEvents { oom_kill, .. } = cgroup.events().unwrap_or_default();
+    if track.oom_kill == 0 && oom_kill > 0 {
+        track.killed_at_ns = now().0;
+    }
     track.oom_kill = track.oom_kill.max(oom_kill);
 }

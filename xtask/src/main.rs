@@ -1,1 +1,60 @@
-fn main() {}
+//! `cargo xtask`: everything that is done with this repository beside editing it.
+//!
+//! Each command sets up what it lacks and says what it does. What is fetched or built once is kept
+//! in a cache outside the tree (`$BELLOWS_CACHE`, else the user's cache directory); the cache speeds
+//! a second run up and is never needed.
+
+mod bench;
+mod build;
+mod debian;
+mod guest;
+mod shell;
+mod test;
+mod tools;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the kernel programs into target/ebpf/bellows.o.
+    BuildEbpf,
+    /// Run the checks: all tiers, or the named ones.
+    Test {
+        /// unit, kernel or pod.
+        tiers: Vec<test::Tier>,
+    },
+    /// Run one bench in a guest and write target/bench/NAME.json and NAME.jsonl.
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::BuildEbpf => build::ebpf().map(|_object| true),
+        Command::Test { tiers } => test::run(&tiers),
+        Command::Bench(options) => bench::command(&options),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the repository.
+fn root() -> Result<std::path::PathBuf> {
+    let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    Ok(manifest.parent().ok_or_else(|| anyhow::anyhow!("xtask has no parent directory"))?.to_owned())
+}

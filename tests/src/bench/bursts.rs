@@ -75,17 +75,17 @@ fn cases(options: &Options) -> Vec<Case> {
         .collect()
 }
 
-fn log_uniform(random: &mut fastrand::Rng, low: f64, high: f64) -> f64 {
+pub(super) fn log_uniform(random: &mut fastrand::Rng, low: f64, high: f64) -> f64 {
     (low.ln() + random.f64() * (high.ln() - low.ln())).exp()
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive size below 2^20 MiB")]
-fn mib(value: f64) -> Bytes {
+pub(super) fn mib(value: f64) -> Bytes {
     Bytes((value * 1_048_576.0) as u64 / 4096 * 4096)
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive factor below 1000")]
-fn thousandths(value: f64) -> u64 {
+pub(super) fn thousandths(value: f64) -> u64 {
     (value * 1000.0) as u64
 }
 
@@ -113,17 +113,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
     set_thp(case.thp)?;
-    let load: Vec<String> = [
-        "burst",
-        "--rest",
-        &case.limit.per_mille(500).0.to_string(),
-        "--peak",
-        &case.peak.0.to_string(),
-        "--threads",
-        &case.threads.to_string(),
-    ]
-    .map(str::to_owned)
-    .to_vec();
+    let load = runner.load(&burst_words(case.limit.per_mille(500), case.peak, case.threads).each_ref().map(String::as_str));
     let delay = case.delay_ms.to_string();
     let options: Vec<String> =
         if case.delay_ms > 0 { vec!["--actuation-delay-ms".to_owned(), delay] } else { Vec::new() };
@@ -140,13 +130,21 @@ fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Resu
     Ok(Record { case, unlimited, fixed, bellows })
 }
 
+/// The load `burst`.
+pub(super) fn burst_words(rest: Bytes, peak: Bytes, threads: u64) -> [String; 7] {
+    let (rest, peak, threads) = (rest.0.to_string(), peak.0.to_string(), threads.to_string());
+    ["burst", "--rest", &rest, "--peak", &peak, "--threads", &threads].map(str::to_owned)
+}
+
 fn said(outcome: &Outcome) -> Option<BurstResult> {
     serde_json::from_value(outcome.said.clone()).ok()
 }
 
 /// Granted byte-seconds over 1.25 times the running peak's, from the first raise on.
 fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
-    let first = samples.iter().position(|sample| sample.limit > original.0)?;
+    // Before its first limit is set the cgroup has none, which is no raise.
+    let limited = samples.iter().position(|sample| sample.limit <= original.0)?;
+    let first = limited + samples[limited..].iter().position(|sample| sample.limit > original.0)?;
     let (mut granted, mut used) = (0.0, 0.0);
     for pair in samples[first..].windows(2) {
         let seconds = (pair[1].at_us - pair[0].at_us) as f64;

@@ -1,7 +1,11 @@
 //! The benches: each runs its cases, writes a record per case, and can recompute its summary from
 //! the records alone.
 
+mod build;
 mod bursts;
+mod ceiling;
+mod page_cache;
+mod plateau;
 mod record;
 mod runner;
 mod smoke;
@@ -22,6 +26,14 @@ use record::Records;
 pub(crate) enum Bench {
     /// Bursts at no limit, at a fixed limit, and under `bellows exec`.
     Bursts(bursts::Options),
+    /// A ceiling below the peak, against a fixed limit of that size.
+    Ceiling(ceiling::Options),
+    /// Flat at 95 % of the limit.
+    Plateau(plateau::Options),
+    /// Files of four times the limit, alone and beside anonymous memory.
+    PageCache(page_cache::Options),
+    /// A real C++ build without a limit, at a fixed one, and under `bellows exec`.
+    Build(build::Options),
     /// Load and attach every kernel program.
     Smoke,
 }
@@ -31,6 +43,10 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
     let mut records = Records::new(file);
     match bench {
         Bench::Bursts(options) => bursts::run(options, &mut records),
+        Bench::Ceiling(options) => ceiling::run(options, &mut records),
+        Bench::Plateau(options) => plateau::run(options, &mut records),
+        Bench::PageCache(options) => page_cache::run(options, &mut records),
+        Bench::Build(options) => build::run(options, &mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
 }
@@ -38,6 +54,10 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
 pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
     match name {
         "bursts" => bursts::summarize(&read(path)?),
+        "ceiling" => ceiling::summarize(&read(path)?),
+        "plateau" => plateau::summarize(&read(path)?),
+        "page-cache" => page_cache::summarize(&read(path)?),
+        "build" => build::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),
     }

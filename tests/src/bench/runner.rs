@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
@@ -33,6 +34,10 @@ pub(crate) struct Outcome {
     pub(crate) oom_kill: u64,
     /// Calls of 10 ms or more in which the memory controller held a thread.
     pub(crate) sleeps: u64,
+    /// When the first kill was seen, `CLOCK_MONOTONIC` nanoseconds; 0 for none.
+    pub(crate) killed_at_ns: u64,
+    /// Microseconds from the start of the command to its end.
+    pub(crate) wall_us: u64,
     /// What the load said of itself.
     pub(crate) said: Value,
     /// What it was granted and used over time.
@@ -64,17 +69,17 @@ impl Runner {
         Ok(Self { probe: Arc::new(Mutex::new(probe)), executable: env::current_exe()?, runs: 0 })
     }
 
-    /// The load as arguments of this binary.
-    fn load(&self, load: &[String]) -> Vec<String> {
-        [vec![self.executable.to_string_lossy().into_owned(), "load".to_owned()], load.to_vec()].concat()
+    /// The command line of one of this binary's loads.
+    pub(crate) fn load(&self, arguments: &[&str]) -> Vec<String> {
+        let executable = self.executable.to_string_lossy();
+        [&*executable, "load"].iter().chain(arguments).map(|&word| word.to_owned()).collect()
     }
 
-    /// Runs a load in a plain cgroup with a fixed limit.
-    pub(crate) fn fixed(&mut self, limit: Limit, load: &[String]) -> Result<Outcome> {
+    /// Runs a command in a plain cgroup with a fixed limit.
+    pub(crate) fn fixed(&mut self, limit: Limit, words: &[String]) -> Result<Outcome> {
         self.runs += 1;
         let cgroup = Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{}", self.runs))?;
         cgroup.set_limit("memory.max", limit)?;
-        let words = self.load(load);
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         let procs = File::options().write(true).open(cgroup.path().join("cgroup.procs"))?;
@@ -86,8 +91,8 @@ impl Runner {
         Ok(outcome)
     }
 
-    /// Runs a load under `bellows exec`.
-    pub(crate) fn bellows(&mut self, memory: Bytes, max: Bytes, options: &[String], load: &[String]) -> Result<Outcome> {
+    /// Runs a command under `bellows exec`.
+    pub(crate) fn bellows(&mut self, memory: Bytes, max: Bytes, options: &[String], words: &[String]) -> Result<Outcome> {
         let report = Path::new("/tmp/report.json");
         // The last run's report must not be taken for this one's.
         drop(fs::remove_file(report));
@@ -97,7 +102,7 @@ impl Runner {
             .args(["--report", "/tmp/report.json"])
             .args(options)
             .arg("--")
-            .args(self.load(load));
+            .args(words);
         let mut outcome = self.watch(command, PathBuf::new())?;
         outcome.report = fs::read_to_string(report)
             .ok()
@@ -108,6 +113,7 @@ impl Runner {
 
     fn watch(&self, mut command: Command, cgroup: PathBuf) -> Result<Outcome> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let start = Instant::now();
         let child = command.spawn().context("run the load")?;
         let path = if cgroup.as_os_str().is_empty() {
             Path::new(ROOT).join(format!("bellows-exec-{}", child.id()))
@@ -130,17 +136,26 @@ impl Runner {
             },
         );
         let Output { status, stdout, stderr } = child.wait_with_output()?;
+        let wall_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let track = sampler.finish();
         Ok(Outcome {
             code: status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1),
             oom_kill: track.oom_kill,
             sleeps: track.sleeps,
-            said: serde_json::from_slice(&stdout).unwrap_or_default(),
+            killed_at_ns: track.killed_at_ns,
+            wall_us,
+            said: said(&stdout),
             samples: track.samples,
             report: Value::Null,
             stderr: String::from_utf8_lossy(&stderr).trim().to_owned(),
         })
     }
+}
+
+/// The last line of a load's output that is a JSON object.
+fn said(stdout: &[u8]) -> Value {
+    let text = String::from_utf8_lossy(stdout);
+    text.lines().rev().find_map(|line| serde_json::from_str(line).ok()).unwrap_or_default()
 }
 
 /// Switches transparent huge pages.

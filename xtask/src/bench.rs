@@ -1,0 +1,186 @@
+//! `cargo xtask bench`: boot a guest, run the bench in it, keep its records, print its summary.
+//!
+//! The summary is recomputed from the records on the host, by the same binary that ran in the
+//! guest, so that a stranger can do the same with the files alone.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::{
+    build::{self, Binaries},
+    debian,
+    guest::{self, Guest},
+    root,
+    shell::{output, step},
+    tools,
+};
+
+/// The benches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Name {
+    Bursts,
+    Ceiling,
+    Plateau,
+    PageCache,
+    Build,
+    Smoke,
+}
+
+impl Name {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Bursts => "bursts",
+            Self::Ceiling => "ceiling",
+            Self::Plateau => "plateau",
+            Self::PageCache => "page-cache",
+            Self::Build => "build",
+            Self::Smoke => "smoke",
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Which bench.
+    pub(crate) name: Name,
+    /// The guest's kernel, such as 6.12.
+    #[arg(long, default_value = "6.12")]
+    pub(crate) kernel: String,
+    /// Cases.
+    #[arg(long)]
+    pub(crate) n: Option<u64>,
+    /// Seed of the cases.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Milliseconds by which each raise is held back.
+    #[arg(long)]
+    pub(crate) actuation_delay_ms: Option<u64>,
+    /// Seconds at each limit (plateau).
+    #[arg(long)]
+    pub(crate) seconds: Option<u64>,
+}
+
+impl Options {
+    /// The name of the evidence files: a variant has its own.
+    fn file_name(&self) -> String {
+        let mut name = self.name.text().to_owned();
+        if self.kernel != "6.12" {
+            name += &format!("-{}", self.kernel);
+        }
+        if let Some(delay) = self.actuation_delay_ms {
+            name += &format!("-delay-{delay}");
+        }
+        name
+    }
+
+    fn guest_command(&self) -> Vec<String> {
+        let mut words = vec!["/bin/bellows-guest", "bench", "--records", "/dev/ttyS1", self.name.text()]
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>();
+        for (flag, value) in
+            [
+                ("--n", self.n),
+                ("--seed", self.seed),
+                ("--actuation-delay-ms", self.actuation_delay_ms),
+                ("--seconds", self.seconds),
+            ]
+        {
+            if let Some(value) = value {
+                words.extend([flag.to_owned(), value.to_string()]);
+            }
+        }
+        words
+    }
+
+    /// Generous: a guest that needs it is broken.
+    fn limit(&self) -> Duration {
+        Duration::from_secs(1200 + 60 * self.n.unwrap_or(60) + 4 * self.seconds.unwrap_or(120))
+    }
+}
+
+pub(crate) fn command(options: &Options) -> Result<bool> {
+    tools::packages()?;
+    let binaries = build::binaries()?;
+    let summary = run(options, &binaries)?;
+    println!("{}", serde_json::to_string_pretty(&summary)?);
+    Ok(true)
+}
+
+/// Runs a bench and returns its summary.
+pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
+    let kernel = debian::kernel(&options.kernel)?;
+    let name = options.file_name();
+    let guest = Guest {
+        name: &name,
+        kernel: &kernel,
+        binaries,
+        memory_mib: 4096,
+        disk: disk(options.name)?,
+        files: build_sources()?,
+        command: options.guest_command(),
+        limit: options.limit(),
+    };
+    let ended = step(&format!("bench {name} on kernel {}", options.kernel), || {
+        guest::run(&guest, |line| {
+            if line.starts_with("case ") || line.starts_with("build ") || line.starts_with("bellows:") {
+                eprintln!("      {line}");
+            }
+        })
+    })?;
+    let records = evidence(&format!("{name}.jsonl"))?;
+    fs::write(&records, &ended.records)?;
+    ensure!(ended.code == 0, "bench {name} failed; its console:\n{}", crate::shell::tail(&ended.console, 40));
+    let summary = summarize(options.name, binaries, &records)?;
+    let file = json!({
+        "bench": name,
+        "kernel": options.kernel,
+        "seed": options.seed.unwrap_or(1),
+        "summary": summary,
+    });
+    fs::write(evidence(&format!("{name}.json"))?, format!("{}\n", serde_json::to_string_pretty(&file)?))?;
+    Ok(file)
+}
+
+/// The disk that a bench needs.
+fn disk(name: Name) -> Result<Option<PathBuf>> {
+    match name {
+        Name::PageCache => guest::empty_disk().map(Some),
+        Name::Build => debian::root_image("build", "trixie", &["g++", "make"]).map(Some),
+        Name::Bursts | Name::Ceiling | Name::Plateau | Name::Smoke => Ok(None),
+    }
+}
+
+/// The sources of the build load, for the guest.
+pub(crate) fn build_sources() -> Result<Vec<(String, PathBuf)>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(root()?.join("tests/build-load"))? {
+        let path = entry?.path();
+        if let Some(name) = path.file_name() {
+            files.push((format!("/build-load/{}", name.to_string_lossy()), path));
+        }
+    }
+    Ok(files)
+}
+
+fn evidence(name: &str) -> Result<PathBuf> {
+    let directory = root()?.join("target/bench");
+    fs::create_dir_all(&directory)?;
+    Ok(directory.join(name))
+}
+
+fn summarize(name: Name, binaries: &Binaries, records: &PathBuf) -> Result<Value> {
+    let text = output(Command::new(&binaries.guest).args(["summarize", name.text()]).arg(records))?;
+    match serde_json::from_str(&text) {
+        Ok(summary) => Ok(summary),
+        Err(error) => bail!("the summary of {} is no JSON ({error}): {text}", name.text()),
+    }
+}

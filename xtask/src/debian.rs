@@ -1,0 +1,246 @@
+//! Debian packages for guests: kernels and root file systems, by suite name.
+//!
+//! The mirror is the one that this machine's apt is configured with (or `$BELLOWS_DEBIAN_MIRROR`, or, on a
+//! system that is not Debian, the one that mmdebstrap would use); the suites beyond its own are
+//! added in a configuration of our own, so that the machine's is not touched. apt checks
+//! signatures; forky's Release file may be expired, which is no reason not to build a test guest.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    shell::{find, output, quiet, step},
+    tools,
+};
+
+const SUITES: [&str; 4] = ["bookworm", "trixie", "trixie-backports", "forky"];
+const ARCHIVE_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Kernel modules that a guest loads, in order.
+const MODULES: [&str; 1] = ["virtio_blk"];
+
+/// A kernel and the modules that a guest loads.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    pub(crate) image: PathBuf,
+    /// Uncompressed, in the order in which they are loaded.
+    pub(crate) modules: Vec<PathBuf>,
+}
+
+/// apt with our own suites and directories.
+struct Apt {
+    directory: PathBuf,
+}
+
+impl Apt {
+    fn new() -> Result<Self> {
+        let directory = tools::cache()?.join("apt");
+        for part in ["lists/partial", "archives/partial"] {
+            fs::create_dir_all(directory.join(part))?;
+        }
+        let apt = Self { directory };
+        let mirror = mirror()?;
+        let sources: Vec<String> =
+            SUITES.iter().map(|suite| format!("deb [signed-by={ARCHIVE_KEYRING}] {mirror} {suite} main\n")).collect();
+        let path = |part: &str| apt.directory.join(part).display().to_string();
+        let configuration = format!(
+            "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"-\";\nDir::State::Lists \"{}\";\n\
+             Dir::State::Status \"{}\";\nDir::Cache \"{}\";\nAcquire::Check-Valid-Until \"false\";\n\
+             APT::Architecture \"amd64\";\nAPT::Sandbox::User \"root\";\n",
+            path("sources.list"),
+            path("lists"),
+            path("status"),
+            path(""),
+        );
+        let fresh = fs::read_to_string(apt.directory.join("sources.list")).ok() == Some(sources.concat())
+            && apt.directory.join("updated").exists();
+        fs::write(apt.directory.join("sources.list"), sources.concat())?;
+        fs::write(apt.directory.join("apt.conf"), configuration)?;
+        fs::write(apt.directory.join("status"), "")?;
+        if !fresh {
+            apt.update()?;
+        }
+        Ok(apt)
+    }
+
+    fn update(&self) -> Result<()> {
+        step("fetch Debian package lists", || quiet(self.command("apt-get").args(["update", "-qq"])))?;
+        fs::write(self.directory.join("updated"), "")?;
+        Ok(())
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", self.directory.join("apt.conf"));
+        command
+    }
+
+    /// The newest package `PREFIX-RELEASE.N…-cloud-amd64`, if there is one.
+    fn newest(&self, prefix: &str, release: &str) -> Result<Option<String>> {
+        let names = output(self.command("apt-cache").args(["pkgnames", &format!("{prefix}-{release}.")]))?;
+        let mut found: Vec<(Vec<u64>, String)> = names
+            .lines()
+            .filter(|name| {
+                let flavour = name.strip_suffix("-unsigned").unwrap_or(name);
+                flavour.ends_with("-cloud-amd64")
+            })
+            .map(|name| (numbers(name), name.to_owned()))
+            .collect();
+        found.sort();
+        Ok(found.pop().map(|(_, name)| name))
+    }
+
+    /// Downloads packages and unpacks them into a directory; a stale list is renewed once.
+    fn unpack(&self, packages: &[String], directory: &Path) -> Result<()> {
+        let downloads = directory.with_extension("debs");
+        fs::create_dir_all(&downloads)?;
+        let download = || quiet(self.command("apt-get").arg("download").args(packages).current_dir(&downloads));
+        if download().is_err() {
+            self.update()?;
+            download()?;
+        }
+        for entry in fs::read_dir(&downloads)? {
+            quiet(Command::new("dpkg-deb").arg("-x").arg(entry?.path()).arg(directory))?;
+        }
+        fs::remove_dir_all(&downloads)?;
+        Ok(())
+    }
+}
+
+/// The numbers in a name, for sorting versions.
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+}
+
+/// The mirror of Debian's main archive.
+fn mirror() -> Result<String> {
+    if let Ok(mirror) = std::env::var("BELLOWS_DEBIAN_MIRROR") {
+        return Ok(mirror);
+    }
+    let targets = || {
+        let format = "$(ORIGIN)|$(LABEL)|$(REPO_URI)";
+        output(Command::new("apt-get").args(["indextargets", "--format", format])).map(|text| {
+            text.lines().find_map(|line| line.strip_prefix("Debian|Debian|")).map(|uri| uri.trim_end_matches('/').to_owned())
+        })
+    };
+    if let Some(mirror) = targets()? {
+        return Ok(mirror);
+    }
+    // A machine whose lists were never fetched.
+    quiet(Command::new("apt-get").args(["update", "-qq"]))?;
+    if let Some(mirror) = targets()? {
+        return Ok(mirror);
+    }
+    let script = fs::read_to_string("/usr/bin/mmdebstrap").unwrap_or_default();
+    let default = script.split(['"', '\'']).find(|word| word.starts_with("http") && word.ends_with("/debian"));
+    match default {
+        Some(mirror) => Ok(mirror.to_owned()),
+        None => bail!("apt knows no Debian mirror: set BELLOWS_DEBIAN_MIRROR to one"),
+    }
+}
+
+/// The newest Debian cloud kernel of a release such as `6.12`.
+pub(crate) fn kernel(release: &str) -> Result<Kernel> {
+    let directory = tools::cache()?.join("kernels").join(release);
+    let kernel = Kernel {
+        image: directory.join("vmlinuz"),
+        modules: (0..).zip(MODULES).map(|(index, name)| directory.join(format!("{index}-{name}.ko"))).collect(),
+    };
+    if std::iter::once(&kernel.image).chain(&kernel.modules).all(|file| tools::is_intact(file)) {
+        return Ok(kernel);
+    }
+    let apt = Apt::new()?;
+    let packages = match apt.newest("linux-image", release)? {
+        // From 7.x on the image package is empty and depends on these two.
+        _ if apt.newest("linux-binary", release)?.is_some() => ["linux-binary", "linux-modules"]
+            .iter()
+            .filter_map(|prefix| apt.newest(prefix, release).transpose())
+            .collect::<Result<Vec<_>>>()?,
+        Some(image) => vec![image],
+        None => bail!("no Debian suite of {} has a cloud kernel {release}", SUITES.join(", ")),
+    };
+    step(&format!("fetch kernel {release} ({})", packages.join(", ")), || {
+        let unpacked = directory.join("unpacked");
+        drop(fs::remove_dir_all(&directory));
+        fs::create_dir_all(&unpacked)?;
+        apt.unpack(&packages, &unpacked)?;
+        let files = files_below(&unpacked)?;
+        let find = |matches: &dyn Fn(&str) -> bool| {
+            files.iter().find(|file| file.file_name().is_some_and(|name| matches(&name.to_string_lossy())))
+        };
+        let image = find(&|name| name.starts_with("vmlinuz")).context("the package has no kernel image")?;
+        fs::copy(image, &kernel.image)?;
+        tools::seal(&kernel.image)?;
+        for (module, to) in MODULES.iter().zip(&kernel.modules) {
+            let from = find(&|name| name == format!("{module}.ko") || name == format!("{module}.ko.xz"));
+            uncompress(from.with_context(|| format!("the package has no module {module}"))?, to)?;
+            tools::seal(to)?;
+        }
+        fs::remove_dir_all(&unpacked)?;
+        Ok(())
+    })?;
+    Ok(kernel)
+}
+
+/// A Debian root file system as an ext4 image with the given packages.
+pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
+    let image = tools::cache()?.join(format!("{name}-{suite}.ext4"));
+    let recipe = image.with_extension("recipe");
+    let wanted = format!("{suite} {}\n", packages.join(" "));
+    if fs::read_to_string(&recipe).ok().as_deref() == Some(&wanted) && tools::is_intact(&image) {
+        return Ok(image);
+    }
+    let mirror = mirror()?;
+    step(&format!("make a {suite} root with {}", packages.join(", ")), || {
+        let tree = image.with_extension("tree");
+        drop(fs::remove_dir_all(&tree));
+        drop(fs::remove_file(&image));
+        quiet(
+            Command::new("mmdebstrap")
+                .args(["--quiet", "--variant=minbase", "--format=directory", "--architectures=amd64"])
+                .args(["--aptopt=Acquire::Check-Valid-Until \"false\"", "--dpkgopt=path-exclude=/usr/share/doc/*"])
+                .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"])
+                .arg(format!("--keyring={ARCHIVE_KEYRING}"))
+                .arg(format!("--include={}", packages.join(",")))
+                .arg(suite)
+                .arg(&tree)
+                .arg(format!("deb {mirror} {suite} main")),
+        )?;
+        let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
+        let options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d"];
+        quiet(Command::new(mke2fs).args(options).arg(&tree).arg(&image).arg("4G"))?;
+        fs::remove_dir_all(&tree)?;
+        tools::seal(&image)?;
+        fs::write(&recipe, &wanted)?;
+        Ok(())
+    })?;
+    Ok(image)
+}
+
+fn uncompress(from: &Path, to: &Path) -> Result<()> {
+    if from.extension().is_some_and(|extension| extension == "xz") {
+        let file = fs::File::create(to)?;
+        let status = Command::new("xz").arg("-dc").arg(from).stdout(file).status()?;
+        anyhow::ensure!(status.success(), "xz cannot uncompress {}", from.display());
+    } else {
+        fs::copy(from, to)?;
+    }
+    Ok(())
+}
+
+fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            files.extend(files_below(&entry.path())?);
+        } else {
+            files.push(entry.path());
+        }
+    }
+    Ok(files)
+}

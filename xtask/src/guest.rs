@@ -1,0 +1,202 @@
+//! Virtual machines: an initramfs around our binaries, QEMU, and a watch over its console.
+//!
+//! A guest ends in one of three ways: it writes its verdict and powers off; its kernel panics; or it
+//! is silent for too long. The last two end the run with the console shown. KVM is used where the
+//! processor offers it and `/dev/kvm` can be opened, emulation elsewhere.
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    build::Binaries,
+    debian::Kernel,
+    root,
+    shell::{find, tail},
+    tools,
+};
+
+const VERDICT: &str = "bellows-guest-verdict:";
+const BUSYBOX_APPLETS: [&str; 12] =
+    ["sh", "ls", "cat", "sleep", "echo", "dmesg", "insmod", "chroot", "mount", "env", "true", "false"];
+
+/// What to boot.
+pub(crate) struct Guest<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) binaries: &'a Binaries,
+    pub(crate) memory_mib: u32,
+    /// An ext4 image; the guest's writes to it are thrown away.
+    pub(crate) disk: Option<PathBuf>,
+    /// Files to add: path in the guest, content on the host.
+    pub(crate) files: Vec<(String, PathBuf)>,
+    /// Program and arguments, without commas or blanks.
+    pub(crate) command: Vec<String>,
+    pub(crate) limit: Duration,
+}
+
+/// What a guest left behind.
+pub(crate) struct Ended {
+    pub(crate) code: i32,
+    /// What it wrote to its records port.
+    pub(crate) records: String,
+    pub(crate) console: String,
+}
+
+/// Boots a guest and waits for its verdict. `progress` sees each new line of the console.
+pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<Ended> {
+    let directory = root()?.join("target/guests").join(guest.name);
+    fs::create_dir_all(&directory)?;
+    let initramfs = initramfs(guest, &directory)?;
+    let (console, records) = (directory.join("console"), directory.join("records"));
+    for file in [&console, &records] {
+        File::create(file)?;
+    }
+    let mut machine = Machine(qemu(guest, &initramfs, &console, &records)?);
+    let start = Instant::now();
+    let mut shown = 0;
+    let ended = loop {
+        let text = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+        // Whole lines only: the rest comes with the next look.
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        text.get(shown..whole).unwrap_or_default().lines().for_each(&mut progress);
+        shown = whole;
+        if text.contains("end Kernel panic") {
+            break Err("its kernel panicked");
+        }
+        if machine.0.try_wait()?.is_some() {
+            break Ok(());
+        }
+        if start.elapsed() > guest.limit {
+            break Err("it did not end in time");
+        }
+        thread::sleep(Duration::from_millis(100));
+    };
+    drop(machine);
+    let console = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+    let mut text = String::new();
+    File::open(&records)?.read_to_string(&mut text)?;
+    if let Err(why) = ended {
+        bail!("guest {}: {why}; the end of its console:\n{}", guest.name, tail(&console, 60));
+    }
+    let (records, verdict) = text.rsplit_once(VERDICT).unwrap_or((&text, ""));
+    let Ok(code) = verdict.trim().parse() else {
+        bail!("guest {} ended without a verdict; the end of its console:\n{}", guest.name, tail(&console, 60));
+    };
+    Ok(Ended { code, records: records.to_owned(), console })
+}
+
+/// Ends the machine when dropped, however the run ends.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // A machine that has ended already needs neither.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> Result<Child> {
+    let file = |path: &Path| format!("file:{}", path.display());
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", &guest.memory_mib.to_string()])
+        .args(["-no-reboot", "-nodefaults", "-display", "none"])
+        .args(["-serial", &file(console), "-serial", &file(records)])
+        .arg("-kernel")
+        .arg(&guest.kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off bellows.run={}", guest.command.join(",")));
+    if let Some(disk) = &guest.disk {
+        command.arg("-drive").arg(format!("file={},format=raw,if=virtio,snapshot=on", disk.display()));
+    }
+    let log = File::create(initramfs.with_file_name("qemu.log"))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.spawn().context("cannot run qemu-system-x86_64: install qemu-system-x86")
+}
+
+/// KVM where it works; some hosts have the device but no hardware virtualisation behind it.
+fn accelerator() -> &'static str {
+    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let hardware = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if hardware && usable { "kvm" } else { "tcg,thread=multi" }
+}
+
+fn initramfs(guest: &Guest<'_>, directory: &Path) -> Result<PathBuf> {
+    let tree = directory.join("initramfs");
+    drop(fs::remove_dir_all(&tree));
+    for part in ["bin", "modules", "proc", "sys", "dev", "run", "tmp"] {
+        fs::create_dir_all(tree.join(part))?;
+    }
+    let busybox = find("busybox").context("busybox is missing: install busybox-static")?;
+    fs::copy(busybox, tree.join("bin/busybox"))?;
+    for applet in BUSYBOX_APPLETS {
+        symlink("busybox", tree.join("bin").join(applet))?;
+    }
+    fs::copy(&guest.binaries.bellows, tree.join("bin/bellows"))?;
+    fs::copy(&guest.binaries.guest, tree.join("bin/bellows-guest"))?;
+    symlink("/bin/bellows-guest", tree.join("init"))?;
+    for module in &guest.kernel.modules {
+        let name = module.file_name().context("a module has a name")?;
+        fs::copy(module, tree.join("modules").join(name))?;
+    }
+    for (path, content) in &guest.files {
+        let to = tree.join(path.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().context("a file has a directory")?)?;
+        fs::copy(content, to)?;
+    }
+    let archive = directory.join("initramfs.cpio");
+    pack(&tree, &archive)?;
+    Ok(archive)
+}
+
+fn pack(tree: &Path, archive: &Path) -> Result<()> {
+    let mut child = Command::new("cpio")
+        .args(["--create", "--format=newc", "--quiet", "--null"])
+        .current_dir(tree)
+        .stdin(Stdio::piped())
+        .stdout(File::create(archive)?)
+        .spawn()
+        .context("cannot run cpio")?;
+    let mut names = Vec::new();
+    list(tree, Path::new("."), &mut names)?;
+    child.stdin.take().context("cpio has an input")?.write_all(&names)?;
+    ensure!(child.wait()?.success(), "cpio failed");
+    Ok(())
+}
+
+fn list(tree: &Path, below: &Path, names: &mut Vec<u8>) -> Result<()> {
+    names.extend_from_slice(below.as_os_str().as_encoded_bytes());
+    names.push(0);
+    let directory = tree.join(below);
+    if fs::symlink_metadata(&directory)?.is_dir() {
+        for entry in fs::read_dir(directory)? {
+            list(tree, &below.join(entry?.file_name()), names)?;
+        }
+    }
+    Ok(())
+}
+
+/// An empty ext4 image.
+pub(crate) fn empty_disk() -> Result<PathBuf> {
+    let disk = tools::cache()?.join("empty.ext4");
+    if !tools::is_intact(&disk) {
+        drop(fs::remove_file(&disk));
+        let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
+        crate::shell::quiet(Command::new(mke2fs).args(["-q", "-t", "ext4"]).arg(&disk).arg("3G"))?;
+        tools::seal(&disk)?;
+    }
+    Ok(disk)
+}

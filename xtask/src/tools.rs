@@ -1,0 +1,127 @@
+//! What a build or a guest needs from the machine: installed where we may, named where not.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::shell::{find, has, output, quiet, step};
+
+/// Goes with the LLVM of the compiler in rust-toolchain.toml.
+const BPF_LINKER: &str = "0.10.3";
+pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";
+
+/// A file by which a Debian package is recognised, and the package.
+const PACKAGES: [(&str, &str); 8] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("mke2fs", "e2fsprogs"),
+    ("xz", "xz-utils"),
+    ("musl-gcc", "musl-tools"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("depmod", "kmod"),
+];
+
+/// The cache directory: never needed, only faster.
+pub(crate) fn cache() -> Result<PathBuf> {
+    let directory = env::var_os("BELLOWS_CACHE").map(PathBuf::from).or_else(|| {
+        let user = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        user.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache"))).map(|cache| cache.join("bellows"))
+    });
+    let directory = directory.context("neither BELLOWS_CACHE nor HOME is set: set BELLOWS_CACHE to a directory")?;
+    fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    Ok(directory)
+}
+
+/// Installs the Debian packages that guests need.
+pub(crate) fn packages() -> Result<()> {
+    let missing: Vec<&str> =
+        PACKAGES.iter().filter(|(program, _)| !has(program)).map(|&(_, package)| package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let install = format!("apt-get install -y --no-install-recommends {}", missing.join(" "));
+    ensure!(has("apt-get"), "missing: {}. This machine has no apt-get; install them by its own means", missing.join(", "));
+    if output(Command::new("id").arg("-u"))?.trim() != "0" {
+        bail!("missing: {}. Run: sudo {install}", missing.join(", "));
+    }
+    step(&format!("install {}", missing.join(", ")), || {
+        quiet(Command::new("apt-get").args(["update", "-qq"]))?;
+        let mut words = install.split_whitespace();
+        let mut command = Command::new(words.next().unwrap_or("apt-get"));
+        quiet(command.args(words).env("DEBIAN_FRONTEND", "noninteractive"))
+    })
+}
+
+/// The standard library for a static binary.
+pub(crate) fn musl_target() -> Result<()> {
+    if output(Command::new("rustup").args(["target", "list", "--installed"]))?.contains(MUSL) {
+        return Ok(());
+    }
+    step("install the musl target", || quiet(Command::new("rustup").args(["target", "add", MUSL])))
+}
+
+/// The sources of `core`, for the BPF target.
+pub(crate) fn rust_src() -> Result<()> {
+    if output(Command::new("rustup").args(["component", "list", "--installed"]))?.contains("rust-src") {
+        return Ok(());
+    }
+    step("install rust-src", || quiet(Command::new("rustup").args(["component", "add", "rust-src"])))
+}
+
+/// The directory of the pinned bpf-linker.
+pub(crate) fn bpf_linker() -> Result<PathBuf> {
+    let is_pinned = |program: &Path| {
+        let version = output(Command::new(program).arg("--version"));
+        version.is_ok_and(|version| version.split_whitespace().any(|word| word == BPF_LINKER))
+    };
+    let directory = |program: &Path| program.parent().map(Path::to_owned);
+    if let Some(directory) = find("bpf-linker").filter(|found| is_pinned(found)).as_deref().and_then(directory) {
+        return Ok(directory);
+    }
+    let root = cache()?.join("tools");
+    let program = root.join("bin/bpf-linker");
+    if !is_pinned(&program) {
+        step(&format!("install bpf-linker {BPF_LINKER}"), || {
+            let mut command = Command::new("cargo");
+            command.args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--force", "--root"]);
+            // Not into our own target directory, and not with our own flags.
+            quiet(command.arg(&root).env_remove("CARGO_TARGET_DIR").env_remove("RUSTFLAGS").current_dir(&root_of(&root)?))
+        })?;
+    }
+    Ok(root.join("bin"))
+}
+
+fn root_of(directory: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(directory)?;
+    Ok(directory.to_owned())
+}
+
+/// Checks a cached artifact against the checksum that was written when it was made.
+pub(crate) fn is_intact(file: &Path) -> bool {
+    let Ok(expected) = fs::read_to_string(checksum_file(file)) else {
+        return false;
+    };
+    checksum(file).is_ok_and(|sum| sum == expected.trim())
+}
+
+/// Writes the checksum of an artifact that has been made completely.
+pub(crate) fn seal(file: &Path) -> Result<()> {
+    fs::write(checksum_file(file), checksum(file)?)?;
+    Ok(())
+}
+
+fn checksum_file(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".sha256");
+    PathBuf::from(name)
+}
+
+fn checksum(file: &Path) -> Result<String> {
+    let text = output(Command::new("sha256sum").arg(file))?;
+    text.split_whitespace().next().map(str::to_owned).context("sha256sum said nothing")
+}
