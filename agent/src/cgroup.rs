@@ -41,7 +41,9 @@ pub enum CgroupError {
         expected: &'static str,
     },
     /// The file system is not cgroup v2.
-    #[error("{path} is not on a cgroup v2 file system: boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there")]
+    #[error(
+        "{path} is not on a cgroup v2 file system: boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there"
+    )]
     NotV2 {
         /// The path.
         path: PathBuf,
@@ -54,7 +56,8 @@ impl CgroupError {
     pub fn is_gone(&self) -> bool {
         match self {
             Self::Io { source, .. } => {
-                source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ENODEV)
+                source.kind() == io::ErrorKind::NotFound
+                    || source.raw_os_error() == Some(libc::ENODEV)
             }
             Self::Parse { .. } | Self::NotV2 { .. } => false,
         }
@@ -132,13 +135,22 @@ impl Cgroup {
     ///
     /// [`CgroupError`] when there is no such directory or it is not on cgroup v2.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
-        let io = |source| CgroupError::Io { action: "open", path: path.to_owned(), source };
+        let io = |source| CgroupError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        };
         let stat = rustix::fs::statfs(path).map_err(|errno| io(errno.into()))?;
         if stat.f_type != CGROUP2_SUPER_MAGIC {
-            return Err(CgroupError::NotV2 { path: path.to_owned() });
+            return Err(CgroupError::NotV2 {
+                path: path.to_owned(),
+            });
         }
         let id = CgroupId(fs::metadata(path).map_err(io)?.ino());
-        Ok(Self { path: path.to_owned(), id })
+        Ok(Self {
+            path: path.to_owned(),
+            id,
+        })
     }
 
     /// Creates the cgroup `name` below this one.
@@ -148,7 +160,11 @@ impl Cgroup {
     /// [`CgroupError`] when the directory cannot be created.
     pub fn create_child(&self, name: &str) -> Result<Self, CgroupError> {
         let path = self.path.join(name);
-        fs::create_dir(&path).map_err(|source| CgroupError::Io { action: "create", path: path.clone(), source })?;
+        fs::create_dir(&path).map_err(|source| CgroupError::Io {
+            action: "create",
+            path: path.clone(),
+            source,
+        })?;
         Self::open(&path)
     }
 
@@ -171,7 +187,11 @@ impl Cgroup {
     /// [`CgroupError::Io`] when it cannot be read.
     pub fn read(&self, file: &str) -> Result<String, CgroupError> {
         let path = self.path.join(file);
-        fs::read_to_string(&path).map_err(|source| CgroupError::Io { action: "read", path, source })
+        fs::read_to_string(&path).map_err(|source| CgroupError::Io {
+            action: "read",
+            path,
+            source,
+        })
     }
 
     /// Writes one of its files.
@@ -181,7 +201,11 @@ impl Cgroup {
     /// [`CgroupError::Io`] when it cannot be written.
     pub fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         let path = self.path.join(file);
-        fs::write(&path, value).map_err(|source| CgroupError::Io { action: "write", path, source })
+        fs::write(&path, value).map_err(|source| CgroupError::Io {
+            action: "write",
+            path,
+            source,
+        })
     }
 
     /// Whether a file exists in it.
@@ -192,11 +216,18 @@ impl Cgroup {
 
     fn number(&self, file: &'static str) -> Result<u64, CgroupError> {
         let content = self.read(file)?;
-        content.trim().parse().map_err(|_error| self.unparsable(file, &content, "number"))
+        content
+            .trim()
+            .parse()
+            .map_err(|_error| self.unparsable(file, &content, "number"))
     }
 
     fn unparsable(&self, file: &str, content: &str, expected: &'static str) -> CgroupError {
-        CgroupError::Parse { path: self.path.join(file), content: content.trim().to_owned(), expected }
+        CgroupError::Parse {
+            path: self.path.join(file),
+            content: content.trim().to_owned(),
+            expected,
+        }
     }
 
     /// `memory.current`.
@@ -214,7 +245,11 @@ impl Cgroup {
     ///
     /// [`CgroupError`] when it cannot be read.
     pub fn peak(&self) -> Result<Option<Bytes>, CgroupError> {
-        if self.has("memory.peak") { self.number("memory.peak").map(|peak| Some(Bytes(peak))) } else { Ok(None) }
+        if self.has("memory.peak") {
+            self.number("memory.peak").map(|peak| Some(Bytes(peak)))
+        } else {
+            Ok(None)
+        }
     }
 
     /// A limit file such as `memory.max`.
@@ -244,7 +279,12 @@ impl Cgroup {
     pub fn events(&self) -> Result<MemoryEvents, CgroupError> {
         let content = self.read("memory.events")?;
         let field = |name| field(&content, name).unwrap_or(0);
-        Ok(MemoryEvents { high: field("high"), max: field("max"), oom: field("oom"), oom_kill: field("oom_kill") })
+        Ok(MemoryEvents {
+            high: field("high"),
+            max: field("max"),
+            oom: field("oom"),
+            oom_kill: field("oom_kill"),
+        })
     }
 
     /// Usage and page cache. Reading `memory.stat` flushes the kernel's statistics: once per
@@ -257,7 +297,10 @@ impl Cgroup {
         let content = self.read("memory.stat")?;
         let field = |name| field(&content, name).unwrap_or(0);
         let file = Bytes(field("active_file").saturating_add(field("inactive_file")));
-        Ok(MemoryStat { usage: self.usage()?, file })
+        Ok(MemoryStat {
+            usage: self.usage()?,
+            file,
+        })
     }
 
     /// Whether a process lives in it or below.
@@ -292,7 +335,13 @@ fn parse_limit(content: &str) -> Option<Limit> {
 
 /// The value of a `name value` line.
 fn field(content: &str, name: &str) -> Option<u64> {
-    content.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+    content.lines().find_map(|line| {
+        line.strip_prefix(name)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    })
 }
 
 /// An open file of a cgroup, for writes that must not resolve a path or allocate.
@@ -312,7 +361,11 @@ impl Control {
         let path = cgroup.path.join(file);
         match File::options().read(true).write(true).open(&path) {
             Ok(file) => Ok(Self { file, path }),
-            Err(source) => Err(CgroupError::Io { action: "open", path, source }),
+            Err(source) => Err(CgroupError::Io {
+                action: "open",
+                path,
+                source,
+            }),
         }
     }
 
@@ -331,7 +384,11 @@ impl Control {
         let length = usize::try_from(cursor.position()).unwrap_or(0);
         formatted
             .and_then(|()| self.file.write_all_at(&buffer[..length], 0))
-            .map_err(|source| CgroupError::Io { action: "write", path: self.path.clone(), source })
+            .map_err(|source| CgroupError::Io {
+                action: "write",
+                path: self.path.clone(),
+                source,
+            })
     }
 
     /// Writes `0` or `1`.
@@ -343,7 +400,11 @@ impl Control {
         let text: &[u8] = if on { b"1" } else { b"0" };
         self.file
             .write_all_at(text, 0)
-            .map_err(|source| CgroupError::Io { action: "write", path: self.path.clone(), source })
+            .map_err(|source| CgroupError::Io {
+                action: "write",
+                path: self.path.clone(),
+                source,
+            })
     }
 
     /// Reads the limit again.
@@ -356,7 +417,11 @@ impl Control {
         let length = self
             .file
             .read_at(&mut buffer, 0)
-            .map_err(|source| CgroupError::Io { action: "read", path: self.path.clone(), source })?;
+            .map_err(|source| CgroupError::Io {
+                action: "read",
+                path: self.path.clone(),
+                source,
+            })?;
         let content = String::from_utf8_lossy(&buffer[..length]);
         parse_limit(&content).ok_or_else(|| CgroupError::Parse {
             path: self.path.clone(),

@@ -56,7 +56,14 @@ impl Exec {
     /// What was typed, as options.
     #[must_use]
     pub fn options(self) -> exec::Options {
-        let Self { memory, max_memory, shrink_after, actuation_delay_ms, report, words } = self;
+        let Self {
+            memory,
+            max_memory,
+            shrink_after,
+            actuation_delay_ms,
+            report,
+            words,
+        } = self;
         exec::Options {
             memory,
             max_memory,

@@ -125,7 +125,9 @@ struct Guarded {
 
 impl Guarded {
     const fn active(&self) -> bool {
-        self.limit.0 != self.policy.original.0 || self.held_since.is_some() || self.requested.is_some()
+        self.limit.0 != self.policy.original.0
+            || self.held_since.is_some()
+            || self.requested.is_some()
     }
 
     const fn snapshot(&self, now: Nanos) -> Snapshot {
@@ -168,8 +170,21 @@ pub struct Controller<R> {
 
 impl<R: Requester> Controller<R> {
     /// A controller that guards nothing yet.
-    pub const fn new(kernel: Kernel, reflex: Reflex, ledger: Ledger, inputs: Receiver<Input>, requester: R) -> Self {
-        Self { kernel, reflex, ledger, inputs, requester, guards: BTreeMap::new() }
+    pub const fn new(
+        kernel: Kernel,
+        reflex: Reflex,
+        ledger: Ledger,
+        inputs: Receiver<Input>,
+        requester: R,
+    ) -> Self {
+        Self {
+            kernel,
+            reflex,
+            ledger,
+            inputs,
+            requester,
+            guards: BTreeMap::new(),
+        }
     }
 
     /// Guards a cgroup whose limit is `policy.original` or was raised above it by a predecessor.
@@ -181,20 +196,30 @@ impl<R: Requester> Controller<R> {
         let (id, at) = (cgroup.id(), now());
         let limit = cgroup.limit("memory.max")?.bytes();
         let controls = Controls::open(&cgroup)?;
-        let record =
-            Record::Adopt { at, cgroup: id, path: cgroup.path().to_owned(), original: policy.original };
+        let record = Record::Adopt {
+            at,
+            cgroup: id,
+            path: cgroup.path().to_owned(),
+            original: policy.original,
+        };
         self.ledger.append(&record)?;
         self.requester.record(&cgroup, &record);
         self.kernel.track(id)?;
         let mut guarded = Guarded {
             cgroup,
             policy,
-            history: History { last_growth: at, ..History::default() },
+            history: History {
+                last_growth: at,
+                ..History::default()
+            },
             limit,
             requested: None,
             held_since: None,
             refused_shrink: None,
-            report: Report { limits: vec![(at, limit)], ..Report::default() },
+            report: Report {
+                limits: vec![(at, limit)],
+                ..Report::default()
+            },
         };
         if let Ok(stat) = guarded.cgroup.stat() {
             guarded.history.observe(at, stat.demand());
@@ -205,7 +230,12 @@ impl<R: Requester> Controller<R> {
     }
 
     fn arm(&self, guarded: &Guarded, controls: Option<Controls>) {
-        let Guarded { cgroup, policy, limit, .. } = guarded;
+        let Guarded {
+            cgroup,
+            policy,
+            limit,
+            ..
+        } = guarded;
         self.reflex.send(Command::Arm(Box::new(Arm {
             cgroup: cgroup.id(),
             policy: *policy,
@@ -219,16 +249,26 @@ impl<R: Requester> Controller<R> {
     pub fn forget(&mut self, id: CgroupId) -> Option<Report> {
         let guarded = self.guards.remove(&id)?;
         self.reflex.send(Command::Disarm(id));
-        let Growth { peak_demand_pages, charges, .. } = self.kernel.growth(id).unwrap_or_default();
+        let Growth {
+            peak_demand_pages,
+            charges,
+            ..
+        } = self.kernel.growth(id).unwrap_or_default();
         let Holds { long_holds, .. } = self.kernel.holds(id).unwrap_or_default();
         self.kernel.forget(id);
-        let record = Record::Forget { at: now(), cgroup: id };
+        let record = Record::Forget {
+            at: now(),
+            cgroup: id,
+        };
         if let Err(error) = self.ledger.append(&record) {
             tracing::warn!(%error, "the ledger cannot be written");
         }
         self.requester.record(&guarded.cgroup, &record);
         let mut report = guarded.report;
-        report.peak_demand = guarded.history.peak_demand.max(Bytes::from_pages(peak_demand_pages));
+        report.peak_demand = guarded
+            .history
+            .peak_demand
+            .max(Bytes::from_pages(peak_demand_pages));
         report.sleeps = long_holds;
         report.charges = charges;
         report.lost = self.reflex.lost() + self.kernel.losses().iter().sum::<u64>();
@@ -251,7 +291,10 @@ impl<R: Requester> Controller<R> {
             self.take(input);
         }
         let ids: Vec<CgroupId> = self.guards.keys().copied().collect();
-        let reports = ids.into_iter().filter_map(|id| Some((id, self.forget(id)?))).collect();
+        let reports = ids
+            .into_iter()
+            .filter_map(|id| Some((id, self.forget(id)?)))
+            .collect();
         self.reflex.stop();
         if let Err(error) = self.ledger.remove() {
             tracing::warn!(%error, "the ledger is left behind");
@@ -278,8 +321,14 @@ impl<R: Requester> Controller<R> {
         let at = now();
         match verdict {
             Verdict::Event(event) => self.take_event(&event),
-            Verdict::Raised { cgroup, event_at, limit } => self.update(cgroup, |guarded| {
-                guarded.report.slowest_reaction = guarded.report.slowest_reaction.max(at.since(event_at));
+            Verdict::Raised {
+                cgroup,
+                event_at,
+                at,
+                limit,
+            } => self.update(cgroup, |guarded| {
+                guarded.report.slowest_reaction =
+                    guarded.report.slowest_reaction.max(at.since(event_at));
                 guarded.limit_is(at, limit);
             }),
             Verdict::Held { cgroup, at } => self.update(cgroup, |guarded| {
@@ -324,7 +373,12 @@ impl<R: Requester> Controller<R> {
             Ok(limit) => (limit.bytes(), error),
             Err(read) => (guarded.limit, Some(read.to_string())),
         };
-        let record = Record::Verify { at: now(), cgroup: id, limit, error };
+        let record = Record::Verify {
+            at: now(),
+            cgroup: id,
+            limit,
+            error,
+        };
         if let Err(error) = self.ledger.append(&record) {
             guarded.report.errors.push(error.to_string());
         }
@@ -341,7 +395,10 @@ impl<R: Requester> Controller<R> {
             KIND_WATERMARK => {
                 let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
                 guarded.history.observe(Nanos(event.at_ns), demand);
-                guarded.history.observe_rate(Bytes::from_pages(event.window_pages), Nanos(event.window_ns));
+                guarded.history.observe_rate(
+                    Bytes::from_pages(event.window_pages),
+                    Nanos(event.window_ns),
+                );
                 self.decide(id);
             }
             _ => {}
@@ -352,7 +409,10 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        if guarded.requested.is_some_and(|(requested, _)| requested == to) {
+        if guarded
+            .requested
+            .is_some_and(|(requested, _)| requested == to)
+        {
             guarded.requested = None;
         }
         if let Err(error) = &result {
@@ -423,12 +483,23 @@ impl<R: Requester> Controller<R> {
         }
     }
 
-    fn carry_out(&mut self, id: CgroupId, action: Action, reason: Reason) -> Result<(), GuardError> {
+    fn carry_out(
+        &mut self,
+        id: CgroupId,
+        action: Action,
+        reason: Reason,
+    ) -> Result<(), GuardError> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return Ok(());
         };
         let at = now();
-        let record = Record::Intend { at, cgroup: id, action, reason, demand: guarded.history.demand };
+        let record = Record::Intend {
+            at,
+            cgroup: id,
+            action,
+            reason,
+            demand: guarded.history.demand,
+        };
         self.ledger.append(&record)?;
         self.requester.record(&guarded.cgroup, &record);
         match action {
@@ -448,7 +519,12 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return Ok(());
         };
-        let Guarded { cgroup, policy, history, .. } = guarded;
+        let Guarded {
+            cgroup,
+            policy,
+            history,
+            ..
+        } = guarded;
         let before = reflex::thresholds(policy, from);
         let shrunk = match policy.actuation {
             Actuation::Direct => shrink::direct(cgroup, before, to, policy.cpus)?,

@@ -89,7 +89,11 @@ impl Ledger {
             fs::create_dir_all(directory)?;
         }
         let file = File::options().create(true).append(true).open(path)?;
-        Ok(Self { file, path: path.to_owned(), line: Vec::with_capacity(512) })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            line: Vec::with_capacity(512),
+        })
     }
 
     /// A second handle on the same file, for another thread.
@@ -147,7 +151,10 @@ pub fn read(path: &Path) -> io::Result<Contents> {
 
 fn parse(bytes: &[u8]) -> Contents {
     let mut contents = Contents::default();
-    for line in bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+    for line in bytes
+        .split(|&byte| byte == b'\n')
+        .filter(|line| !line.is_empty())
+    {
         match parse_line(line) {
             Some(record) => contents.records.push(record),
             None => contents.unreadable += 1,
@@ -174,14 +181,21 @@ mod tests {
         Record::Intend {
             at: Nanos(n),
             cgroup: CgroupId(7),
-            action: Action::Raise { from: Bytes::mib(1), to: Bytes::mib(2) },
+            action: Action::Raise {
+                from: Bytes::mib(1),
+                to: Bytes::mib(2),
+            },
             reason: Reason::WatermarkReached,
             demand: Bytes(n),
         }
     }
 
     fn written(records: &[Record]) -> Vec<u8> {
-        let path = std::env::temp_dir().join(format!("bellows-ledger-{}-{}", std::process::id(), records.len()));
+        let path = std::env::temp_dir().join(format!(
+            "bellows-ledger-{}-{}",
+            std::process::id(),
+            records.len()
+        ));
         let mut ledger = Ledger::open(&path).unwrap();
         for record in records {
             ledger.append(record).unwrap();
@@ -193,18 +207,38 @@ mod tests {
 
     #[test]
     fn reads_back_what_was_written() {
-        let records = [sample(1), Record::Forget { at: Nanos(2), cgroup: CgroupId(7) }];
+        let records = [
+            sample(1),
+            Record::Forget {
+                at: Nanos(2),
+                cgroup: CgroupId(7),
+            },
+        ];
         let contents = parse(&written(&records));
-        assert_eq!(contents, Contents { records: records.to_vec(), unreadable: 0 });
+        assert_eq!(
+            contents,
+            Contents {
+                records: records.to_vec(),
+                unreadable: 0
+            }
+        );
     }
 
     #[test]
     fn a_torn_tail_was_never_written() {
         let bytes = written(&[sample(1), sample(2), sample(3)]);
-        let last = bytes[..bytes.len() - 1].iter().rposition(|&byte| byte == b'\n').unwrap() + 1;
+        let last = bytes[..bytes.len() - 1]
+            .iter()
+            .rposition(|&byte| byte == b'\n')
+            .unwrap()
+            + 1;
         for end in last + 1..bytes.len() - 1 {
             let contents = parse(&bytes[..end]);
-            assert_eq!((contents.records.len(), contents.unreadable), (2, 1), "cut at {end}");
+            assert_eq!(
+                (contents.records.len(), contents.unreadable),
+                (2, 1),
+                "cut at {end}"
+            );
         }
     }
 

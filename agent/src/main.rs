@@ -13,14 +13,22 @@ use tracing_subscriber::EnvFilter;
 const OWN_FAILURE: u8 = 125;
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("BELLOWS_LOG").unwrap_or_else(|_unset| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let filter =
+        EnvFilter::try_from_env("BELLOWS_LOG").unwrap_or_else(|_unset| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             // Printing to a closed terminal is not worth another error.
             drop(error.print());
-            return if error.use_stderr() { ExitCode::from(OWN_FAILURE) } else { ExitCode::SUCCESS };
+            return if error.use_stderr() {
+                ExitCode::from(OWN_FAILURE)
+            } else {
+                ExitCode::SUCCESS
+            };
         }
     };
     match cli.command {

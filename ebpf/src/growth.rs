@@ -10,12 +10,13 @@
 //! above the watermark, where a false alarm would cost more than the reads.
 
 use aya_ebpf::{
-
     macros::{fentry, fexit},
     programs::{FEntryContext, FExitContext},
 };
 use aya_log_ebpf::warn;
-use bellows_ebpf_common::{Growth, Guard, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss};
+use bellows_ebpf_common::{
+    Growth, Guard, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss,
+};
 
 use crate::{
     emit::{self, now},
@@ -73,7 +74,9 @@ fn charged(id: u64, counter: Address, pages: u64, guard: Guard) -> Result<(), i3
     if demand > growth.peak_demand_pages {
         growth.peak_demand_pages = demand;
     }
-    if demand < guard.watermark_pages || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS {
+    if demand < guard.watermark_pages
+        || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS
+    {
         return Ok(());
     }
     growth.last_event_ns = at_ns;
@@ -101,7 +104,11 @@ fn observe(growth: &mut Growth, usage: u64, at_ns: u64) {
     let elapsed = at_ns.wrapping_sub(growth.window_start_ns);
     if elapsed >= WINDOW_NS {
         growth.window_pages = usage.saturating_sub(growth.window_start_pages);
-        growth.window_ns = if growth.window_start_ns == 0 { 0 } else { elapsed };
+        growth.window_ns = if growth.window_start_ns == 0 {
+            0
+        } else {
+            elapsed
+        };
         growth.window_start_ns = at_ns;
         growth.window_start_pages = usage;
     }
@@ -119,9 +126,11 @@ pub(crate) fn oom(ctx: FExitContext) -> i32 {
         return 0;
     }
     let counter = memcg::counter(memcg);
-    let (Ok(usage_pages), Ok(file_pages), Ok(limit_pages)) =
-        (memcg::usage(counter), memcg::file_pages(memcg), memcg::limit(counter))
-    else {
+    let (Ok(usage_pages), Ok(file_pages), Ok(limit_pages)) = (
+        memcg::usage(counter),
+        memcg::file_pages(memcg),
+        memcg::limit(counter),
+    ) else {
         emit::lost(loss::READ_FAILED);
         return 0;
     };

@@ -33,7 +33,11 @@ macro_rules! hold {
     };
 }
 
-hold!("mem_cgroup_handle_over_high", over_high_enter, over_high_leave);
+hold!(
+    "mem_cgroup_handle_over_high",
+    over_high_enter,
+    over_high_leave
+);
 hold!("try_to_free_mem_cgroup_pages", reclaim_enter, reclaim_leave);
 hold!("mem_cgroup_out_of_memory", oom_enter, oom_leave);
 
@@ -55,7 +59,10 @@ fn enter() {
         unsafe { (*start).depth += 1 };
         return;
     }
-    let start = HoldStart { at_ns: now(), depth: 1 };
+    let start = HoldStart {
+        at_ns: now(),
+        depth: 1,
+    };
     // A full LRU map forgets another thread's start: that hold goes uncounted.
     let _forgotten = HOLD_START.insert(thread, start, 0);
 }

@@ -49,7 +49,13 @@ fn tracked() -> Option<u64> {
 
 #[inline(always)]
 fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
-    LifeEvent { kind, pid, cgroup_id, at_ns: now(), name: [0; NAME_BYTES] }
+    LifeEvent {
+        kind,
+        pid,
+        cgroup_id,
+        at_ns: now(),
+        name: [0; NAME_BYTES],
+    }
 }
 
 #[btf_tracepoint(function = "sched_process_exec")]
@@ -63,7 +69,9 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
     match memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) {
         Ok(filename) => {
             // SAFETY: the helper checks the source address and bounds the copy by the buffer.
-            if unsafe { bpf_probe_read_kernel_str_bytes(filename as *const u8, &mut event.name) }.is_err() {
+            if unsafe { bpf_probe_read_kernel_str_bytes(filename as *const u8, &mut event.name) }
+                .is_err()
+            {
                 emit::lost(loss::READ_FAILED);
             }
         }

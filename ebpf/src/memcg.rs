@@ -7,9 +7,9 @@
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 
 use crate::offsets::{
-    ABSENT, NODES, OFF_CGROUP_KN, OFF_COUNTER_MAX, OFF_COUNTER_PARENT, OFF_COUNTER_USAGE, OFF_KERNFS_ID,
-    OFF_LRU_ZONE_SIZE, OFF_LRUGEN_PAGES, OFF_MEMCG_CGROUP, OFF_MEMCG_MEMORY, OFF_MEMCG_NODEINFO,
-    ZONES,
+    ABSENT, NODES, OFF_CGROUP_KN, OFF_COUNTER_MAX, OFF_COUNTER_PARENT, OFF_COUNTER_USAGE,
+    OFF_KERNFS_ID, OFF_LRU_ZONE_SIZE, OFF_LRUGEN_PAGES, OFF_MEMCG_CGROUP, OFF_MEMCG_MEMORY,
+    OFF_MEMCG_NODEINFO, ZONES,
 };
 
 /// Zones read per node; the kernel has five or six (`MAX_NR_ZONES`).
@@ -83,7 +83,9 @@ pub(crate) fn file_pages(memcg: Address) -> Result<u64, i32> {
         if index >= nodes {
             break;
         }
-        let slot = memcg.wrapping_add(OFF_MEMCG_NODEINFO.load()).wrapping_add(index * 8);
+        let slot = memcg
+            .wrapping_add(OFF_MEMCG_NODEINFO.load())
+            .wrapping_add(index * 8);
         let node: u64 = read(slot)?;
         if node != 0 {
             sum += classic_file_pages(node)? + generation_file_pages(node)?;
@@ -101,7 +103,8 @@ fn classic_file_pages(node: Address) -> Result<u64, i32> {
         if zone >= zones {
             break;
         }
-        let [inactive, active]: [u64; 2] = read(sizes.wrapping_add((zone * LISTS + INACTIVE_FILE) * 8))?;
+        let [inactive, active]: [u64; 2] =
+            read(sizes.wrapping_add((zone * LISTS + INACTIVE_FILE) * 8))?;
         sum += inactive + active;
     }
     Ok(sum)

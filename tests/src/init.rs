@@ -33,10 +33,13 @@ pub(crate) fn run() -> ! {
         }
     };
     // Without the records port there is only the console left to tell it.
-    let told = File::options().write(true).open(RECORDS).and_then(|mut port| {
-        writeln!(port, "{VERDICT} {code}")?;
-        port.flush()
-    });
+    let told = File::options()
+        .write(true)
+        .open(RECORDS)
+        .and_then(|mut port| {
+            writeln!(port, "{VERDICT} {code}")?;
+            port.flush()
+        });
     println!("{VERDICT} {code} {told:?}");
     // The console is unbuffered; the serial ports are drained by the power-off.
     let error = reboot(RebootCommand::PowerOff);
@@ -53,34 +56,66 @@ fn prepare() -> Result<()> {
         ("cgroup2", "/sys/fs/cgroup", "cgroup2"),
     ] {
         fs::create_dir_all(target)?;
-        mount(source, target, kind, MountFlags::empty(), None::<&std::ffi::CStr>)
-            .with_context(|| format!("mount {target}"))?;
+        mount(
+            source,
+            target,
+            kind,
+            MountFlags::empty(),
+            None::<&std::ffi::CStr>,
+        )
+        .with_context(|| format!("mount {target}"))?;
     }
     raw_mode(RECORDS)?;
     // In the order in which they depend on each other, as the host has numbered them.
-    let mut modules: Vec<_> = fs::read_dir("/modules").into_iter().flatten().flatten().map(|e| e.path()).collect();
+    let mut modules: Vec<_> = fs::read_dir("/modules")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path())
+        .collect();
     modules.sort();
     for module in modules {
         busybox(&["insmod", &module.to_string_lossy()])?;
     }
     if Path::new("/dev/vda").exists() {
         fs::create_dir_all("/disk")?;
-        mount("/dev/vda", "/disk", "ext4", MountFlags::empty(), None::<&std::ffi::CStr>).context("mount /disk")?;
+        mount(
+            "/dev/vda",
+            "/disk",
+            "ext4",
+            MountFlags::empty(),
+            None::<&std::ffi::CStr>,
+        )
+        .context("mount /disk")?;
     }
     // No swap is configured, and a benchmark must not be told so by accident.
-    ensure!(fs::read_to_string("/proc/swaps")?.lines().count() <= 1, "the guest has swap");
+    ensure!(
+        fs::read_to_string("/proc/swaps")?.lines().count() <= 1,
+        "the guest has swap"
+    );
     Ok(())
 }
 
 fn busybox(arguments: &[&str]) -> Result<()> {
-    let status = Command::new("/bin/busybox").args(arguments).status().context("busybox")?;
-    ensure!(status.success(), "busybox {} failed: {status}", arguments.join(" "));
+    let status = Command::new("/bin/busybox")
+        .args(arguments)
+        .status()
+        .context("busybox")?;
+    ensure!(
+        status.success(),
+        "busybox {} failed: {status}",
+        arguments.join(" ")
+    );
     Ok(())
 }
 
 /// Switches off echo and translation on the records port.
 fn raw_mode(port: &str) -> Result<()> {
-    let file = File::options().read(true).write(true).open(port).with_context(|| format!("open {port}"))?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(port)
+        .with_context(|| format!("open {port}"))?;
     let mut attributes = rustix::termios::tcgetattr(&file)?;
     attributes.make_raw();
     rustix::termios::tcsetattr(&file, rustix::termios::OptionalActions::Now, &attributes)?;

@@ -123,8 +123,15 @@ impl Mapping {
                 0,
             )
         };
-        ensure!(start != libc::MAP_FAILED, "mmap of {length} bytes: {}", io::Error::last_os_error());
-        Ok(Self { start: start.cast(), length })
+        ensure!(
+            start != libc::MAP_FAILED,
+            "mmap of {length} bytes: {}",
+            io::Error::last_os_error()
+        );
+        Ok(Self {
+            start: start.cast(),
+            length,
+        })
     }
 
     /// Touches the pages of a range; returns the longest time between two touched MiB.
@@ -190,7 +197,9 @@ fn run_burst(burst: &Burst) -> Result<()> {
     barrier.wait();
     let mut longest = Duration::ZERO;
     for worker in workers {
-        let gap = worker.join().map_err(|_panic| anyhow::anyhow!("a thread panicked"))??;
+        let gap = worker
+            .join()
+            .map_err(|_panic| anyhow::anyhow!("a thread panicked"))??;
         longest = longest.max(gap);
     }
     if burst.after_ms > 0 {
@@ -198,7 +207,10 @@ fn run_burst(burst: &Burst) -> Result<()> {
         mapping.touch(0, mapping.length);
         thread::sleep(Duration::from_millis(burst.after_ms));
     }
-    let result = BurstResult { growth_us: micros(growth), longest_gap_us: micros(longest) };
+    let result = BurstResult {
+        growth_us: micros(growth),
+        longest_gap_us: micros(longest),
+    };
     println!("{}", serde_json::to_string(&result)?);
     Ok(())
 }
@@ -229,11 +241,17 @@ fn run_plateau(plateau: &Plateau) -> Result<()> {
 /// What the cgroup of this process uses, without the stock that its CPUs hold in advance.
 fn own_usage() -> Result<Bytes> {
     let own = fs::read_to_string("/proc/self/cgroup")?;
-    let path = own.lines().find_map(|line| line.strip_prefix("0::/")).context("not in cgroup v2")?;
+    let path = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .context("not in cgroup v2")?;
     let stat = Cgroup::open(&Path::new("/sys/fs/cgroup").join(path))?.read("memory.stat")?;
     let field = |name: &str| {
-        let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.and_then(|value| value.parse::<u64>().ok()).unwrap_or(0)
+        let line = stat
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse::<u64>().ok())
+            .unwrap_or(0)
     };
     Ok(Bytes(field("anon") + field("file") + field("kernel")))
 }
@@ -255,6 +273,10 @@ fn run_cache(cache: &Cache) -> Result<()> {
         while file.read(&mut buffer)? > 0 {}
     }
     thread::sleep(Duration::from_millis(cache.hold_ms));
-    println!("{}", serde_json::json!({ "chunks": chunks }));
+    println!(
+        "{}",
+        serde_json::json!({ "chunks": chunks, "end_ns": now().0 })
+    );
+    drop(anonymous);
     Ok(())
 }

@@ -47,7 +47,10 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run();
     }
-    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .init();
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -62,7 +65,10 @@ fn run(command: Command) -> Result<()> {
         Command::Load(load) => load::run(&load),
         Command::Bench { records, bench } => bench::run(&bench, &records),
         Command::Summarize { name, records } => {
-            println!("{}", serde_json::to_string_pretty(&bench::summarize(&name, &records)?)?);
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&bench::summarize(&name, &records)?)?
+            );
             Ok(())
         }
     }

@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bellows::{
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 /// One look at a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Sample {
-    /// Microseconds since the sampler started.
+    /// `CLOCK_MONOTONIC` in microseconds.
     pub(crate) at_us: u64,
     /// `memory.max`.
     pub(crate) limit: u64,
@@ -57,7 +57,6 @@ impl Sampler {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
-            let start = Instant::now();
             let mut track = Track::default();
             let mut cgroup = None;
             while !stopped.load(Ordering::Relaxed) {
@@ -65,7 +64,7 @@ impl Sampler {
                     cgroup = Cgroup::open(&path).ok().inspect(&appeared);
                 }
                 if let Some(cgroup) = &cgroup {
-                    look(cgroup, start, &mut track);
+                    look(cgroup, &mut track);
                     track.sleeps = track.sleeps.max(sleeps(cgroup));
                 }
                 thread::sleep(INTERVAL);
@@ -81,12 +80,16 @@ impl Sampler {
     }
 }
 
-fn look(cgroup: &Cgroup, start: Instant, track: &mut Track) {
+fn look(cgroup: &Cgroup, track: &mut Track) {
     let (Ok(limit), Ok(Some(peak))) = (cgroup.limit("memory.max"), cgroup.peak()) else {
         return;
     };
-    let at_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let sample = Sample { at_us, limit: limit.bytes().0, peak: peak.0 };
+    let at_us = now().0 / 1000;
+    let sample = Sample {
+        at_us,
+        limit: limit.bytes().0,
+        peak: peak.0,
+    };
     let due = track.samples.last().is_none_or(|last| {
         last.limit != sample.limit || sample.at_us - last.at_us >= RECORD_INTERVAL_US
     });

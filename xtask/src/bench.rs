@@ -3,12 +3,7 @@
 //! The summary is recomputed from the records on the host, by the same binary that ran in the
 //! guest, so that a stranger can do the same with the files alone.
 
-use std::{
-    fs,
-    path::PathBuf,
-    process::Command,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -47,12 +42,15 @@ impl Name {
     }
 }
 
+/// The kernel that benches run on unless told otherwise.
+const DEFAULT_KERNEL: &str = "6.12";
+
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
     /// Which bench.
     pub(crate) name: Name,
     /// The guest's kernel, such as 6.12.
-    #[arg(long, default_value = "6.12")]
+    #[arg(long, default_value = DEFAULT_KERNEL)]
     pub(crate) kernel: String,
     /// Cases.
     #[arg(long)]
@@ -66,13 +64,33 @@ pub(crate) struct Options {
     /// Seconds at each limit (plateau).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
+    /// Leave out the run without a limit (build).
+    #[arg(long)]
+    pub(crate) without_unlimited: bool,
+    /// The directory below target/ for the evidence.
+    #[arg(skip = "bench")]
+    pub(crate) directory: &'static str,
 }
 
 impl Options {
+    /// A bench with its defaults.
+    pub(crate) fn of(name: Name) -> Self {
+        Self {
+            name,
+            kernel: DEFAULT_KERNEL.to_owned(),
+            n: None,
+            seed: None,
+            actuation_delay_ms: None,
+            seconds: None,
+            without_unlimited: false,
+            directory: "bench",
+        }
+    }
+
     /// The name of the evidence files: a variant has its own.
     fn file_name(&self) -> String {
         let mut name = self.name.text().to_owned();
-        if self.kernel != "6.12" {
+        if self.kernel != DEFAULT_KERNEL {
             name += &format!("-{}", self.kernel);
         }
         if let Some(delay) = self.actuation_delay_ms {
@@ -82,23 +100,36 @@ impl Options {
     }
 
     fn guest_command(&self) -> Vec<String> {
-        let mut words = vec!["/bin/bellows-guest", "bench", "--records", "/dev/ttyS1", self.name.text()]
-            .into_iter()
-            .map(str::to_owned)
-            .collect::<Vec<_>>();
-        for (flag, value) in
-            [
-                ("--n", self.n),
-                ("--seed", self.seed),
-                ("--actuation-delay-ms", self.actuation_delay_ms),
-                ("--seconds", self.seconds),
-            ]
-        {
+        let mut words = vec![
+            "/bin/bellows-guest",
+            "bench",
+            "--records",
+            "/dev/ttyS1",
+            self.name.text(),
+        ]
+        .into_iter()
+        .map(str::to_owned)
+        .collect::<Vec<_>>();
+        for (flag, value) in [
+            ("--n", self.n),
+            ("--seed", self.seed),
+            ("--actuation-delay-ms", self.actuation_delay_ms),
+            ("--seconds", self.seconds),
+        ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);
             }
         }
+        if self.without_unlimited {
+            words.push("--without-unlimited".to_owned());
+        }
         words
+    }
+
+    fn evidence(&self, extension: &str) -> Result<PathBuf> {
+        let directory = root()?.join("target").join(self.directory);
+        fs::create_dir_all(&directory)?;
+        Ok(directory.join(format!("{}.{extension}", self.file_name())))
     }
 
     /// Generous: a guest that needs it is broken.
@@ -129,16 +160,26 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         command: options.guest_command(),
         limit: options.limit(),
     };
-    let ended = step(&format!("bench {name} on kernel {}", options.kernel), || {
-        guest::run(&guest, |line| {
-            if line.starts_with("case ") || line.starts_with("build ") || line.starts_with("bellows:") {
-                eprintln!("      {line}");
-            }
-        })
-    })?;
-    let records = evidence(&format!("{name}.jsonl"))?;
+    let ended = step(
+        &format!("bench {name} on kernel {}", options.kernel),
+        || {
+            guest::run(&guest, |line| {
+                if line.starts_with("case ")
+                    || line.starts_with("build ")
+                    || line.starts_with("bellows:")
+                {
+                    eprintln!("      {line}");
+                }
+            })
+        },
+    )?;
+    let records = options.evidence("jsonl")?;
     fs::write(&records, &ended.records)?;
-    ensure!(ended.code == 0, "bench {name} failed; its console:\n{}", crate::shell::tail(&ended.console, 40));
+    ensure!(
+        ended.code == 0,
+        "bench {name} failed; its console:\n{}",
+        crate::shell::tail(&ended.console, 40)
+    );
     let summary = summarize(options.name, binaries, &records)?;
     let file = json!({
         "bench": name,
@@ -146,7 +187,10 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         "seed": options.seed.unwrap_or(1),
         "summary": summary,
     });
-    fs::write(evidence(&format!("{name}.json"))?, format!("{}\n", serde_json::to_string_pretty(&file)?))?;
+    fs::write(
+        options.evidence("json")?,
+        format!("{}\n", serde_json::to_string_pretty(&file)?),
+    )?;
     Ok(file)
 }
 
@@ -171,16 +215,17 @@ pub(crate) fn build_sources() -> Result<Vec<(String, PathBuf)>> {
     Ok(files)
 }
 
-fn evidence(name: &str) -> Result<PathBuf> {
-    let directory = root()?.join("target/bench");
-    fs::create_dir_all(&directory)?;
-    Ok(directory.join(name))
-}
-
 fn summarize(name: Name, binaries: &Binaries, records: &PathBuf) -> Result<Value> {
-    let text = output(Command::new(&binaries.guest).args(["summarize", name.text()]).arg(records))?;
+    let text = output(
+        Command::new(&binaries.guest)
+            .args(["summarize", name.text()])
+            .arg(records),
+    )?;
     match serde_json::from_str(&text) {
         Ok(summary) => Ok(summary),
-        Err(error) => bail!("the summary of {} is no JSON ({error}): {text}", name.text()),
+        Err(error) => bail!(
+            "the summary of {} is no JSON ({error}): {text}",
+            name.text()
+        ),
     }
 }

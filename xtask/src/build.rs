@@ -15,6 +15,9 @@ use crate::{
 };
 
 const BPF_TARGET: &str = "bpfel-unknown-none";
+/// A target directory of its own: build scripts look at RUSTC_BOOTSTRAP, and would be run again at
+/// every change between the two builds.
+const BPF_DIRECTORY: &str = "target/ebpf/build";
 
 /// Static binaries, by their paths.
 #[derive(Clone, Debug)]
@@ -31,7 +34,10 @@ pub(crate) fn ebpf() -> Result<PathBuf> {
     let object = root.join("target/ebpf/bellows.o");
     step("build the kernel programs", || {
         quiet(bpf_cargo(&linker, "build")?.current_dir(&root))?;
-        let built = root.join("target").join(BPF_TARGET).join("release/bellows-ebpf");
+        let built = root
+            .join(BPF_DIRECTORY)
+            .join(BPF_TARGET)
+            .join("release/bellows-ebpf");
         let bytes = fs::read(&built).with_context(|| built.display().to_string())?;
         check_object(&bytes)?;
         // The agent's build looks at the time of change: an equal object must not rebuild it.
@@ -47,11 +53,26 @@ pub(crate) fn ebpf() -> Result<PathBuf> {
 /// `cargo SUBCOMMAND` for the BPF target on the stable toolchain.
 pub(crate) fn bpf_cargo(linker: &Path, subcommand: &str) -> Result<Command> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let path = std::env::join_paths(std::iter::once(linker.to_owned()).chain(std::env::split_paths(&path)))?;
-    let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", "--cfg=bpf_target_arch=\"x86_64\""];
+    let path = std::env::join_paths(
+        std::iter::once(linker.to_owned()).chain(std::env::split_paths(&path)),
+    )?;
+    let flags = [
+        "-Cdebuginfo=2",
+        "-Clink-arg=--btf",
+        "--cfg=bpf_target_arch=\"x86_64\"",
+    ];
     let mut command = Command::new("cargo");
     command
-        .args([subcommand, "--locked", "-Z", "build-std=core", "--target", BPF_TARGET, "--release"])
+        .args([
+            subcommand,
+            "--locked",
+            "-Z",
+            "build-std=core",
+            "--target",
+            BPF_TARGET,
+            "--release",
+        ])
+        .args(["--target-dir", BPF_DIRECTORY])
         .args(["-p", "bellows-ebpf"])
         .env("PATH", path)
         // build-std and the BPF target are unstable; the compiler is pinned, so they do not move.
@@ -66,9 +87,18 @@ fn check_object(bytes: &[u8]) -> Result<()> {
     let contains = |needle: &[u8]| bytes.windows(needle.len()).any(|window| window == needle);
     ensure!(bytes.starts_with(b"\x7fELF"), "the object is no ELF file");
     // The magic number of a little-endian BTF section, version 1.
-    ensure!(contains(&[0x9f, 0xeb, 1, 0]), "the object has no BTF: was it linked with --btf?");
-    ensure!(contains(b"\0.BTF\0") || contains(b".BTF\0"), "the object has no .BTF section");
-    ensure!(contains(b"Dual MIT/GPL\0"), "the object has no GPL-compatible license string");
+    ensure!(
+        contains(&[0x9f, 0xeb, 1, 0]),
+        "the object has no BTF: was it linked with --btf?"
+    );
+    ensure!(
+        contains(b"\0.BTF\0") || contains(b".BTF\0"),
+        "the object has no .BTF section"
+    );
+    ensure!(
+        contains(b"Dual MIT/GPL\0"),
+        "the object has no GPL-compatible license string"
+    );
     Ok(())
 }
 
@@ -87,5 +117,8 @@ pub(crate) fn binaries() -> Result<Binaries> {
         quiet(&mut command)
     })?;
     let directory = root.join("target").join(tools::MUSL).join("release");
-    Ok(Binaries { bellows: directory.join("bellows"), guest: directory.join("bellows-guest") })
+    Ok(Binaries {
+        bellows: directory.join("bellows"),
+        guest: directory.join("bellows-guest"),
+    })
 }

@@ -44,8 +44,10 @@ impl Apt {
         }
         let apt = Self { directory };
         let mirror = mirror()?;
-        let sources: Vec<String> =
-            SUITES.iter().map(|suite| format!("deb [signed-by={ARCHIVE_KEYRING}] {mirror} {suite} main\n")).collect();
+        let sources: Vec<String> = SUITES
+            .iter()
+            .map(|suite| format!("deb [signed-by={ARCHIVE_KEYRING}] {mirror} {suite} main\n"))
+            .collect();
         let path = |part: &str| apt.directory.join(part).display().to_string();
         let configuration = format!(
             "Dir::Etc::SourceList \"{}\";\nDir::Etc::SourceParts \"-\";\nDir::State::Lists \"{}\";\n\
@@ -56,7 +58,8 @@ impl Apt {
             path("status"),
             path(""),
         );
-        let fresh = fs::read_to_string(apt.directory.join("sources.list")).ok() == Some(sources.concat())
+        let fresh = fs::read_to_string(apt.directory.join("sources.list")).ok()
+            == Some(sources.concat())
             && apt.directory.join("updated").exists();
         fs::write(apt.directory.join("sources.list"), sources.concat())?;
         fs::write(apt.directory.join("apt.conf"), configuration)?;
@@ -68,7 +71,9 @@ impl Apt {
     }
 
     fn update(&self) -> Result<()> {
-        step("fetch Debian package lists", || quiet(self.command("apt-get").args(["update", "-qq"])))?;
+        step("fetch Debian package lists", || {
+            quiet(self.command("apt-get").args(["update", "-qq"]))
+        })?;
         fs::write(self.directory.join("updated"), "")?;
         Ok(())
     }
@@ -81,7 +86,10 @@ impl Apt {
 
     /// The newest package `PREFIX-RELEASE.N…-cloud-amd64`, if there is one.
     fn newest(&self, prefix: &str, release: &str) -> Result<Option<String>> {
-        let names = output(self.command("apt-cache").args(["pkgnames", &format!("{prefix}-{release}.")]))?;
+        let names = output(
+            self.command("apt-cache")
+                .args(["pkgnames", &format!("{prefix}-{release}.")]),
+        )?;
         let mut found: Vec<(Vec<u64>, String)> = names
             .lines()
             .filter(|name| {
@@ -98,13 +106,25 @@ impl Apt {
     fn unpack(&self, packages: &[String], directory: &Path) -> Result<()> {
         let downloads = directory.with_extension("debs");
         fs::create_dir_all(&downloads)?;
-        let download = || quiet(self.command("apt-get").arg("download").args(packages).current_dir(&downloads));
+        let download = || {
+            quiet(
+                self.command("apt-get")
+                    .arg("download")
+                    .args(packages)
+                    .current_dir(&downloads),
+            )
+        };
         if download().is_err() {
             self.update()?;
             download()?;
         }
         for entry in fs::read_dir(&downloads)? {
-            quiet(Command::new("dpkg-deb").arg("-x").arg(entry?.path()).arg(directory))?;
+            quiet(
+                Command::new("dpkg-deb")
+                    .arg("-x")
+                    .arg(entry?.path())
+                    .arg(directory),
+            )?;
         }
         fs::remove_dir_all(&downloads)?;
         Ok(())
@@ -113,7 +133,9 @@ impl Apt {
 
 /// The numbers in a name, for sorting versions.
 fn numbers(name: &str) -> Vec<u64> {
-    name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+    name.split(|c: char| !c.is_ascii_digit())
+        .filter_map(|part| part.parse().ok())
+        .collect()
 }
 
 /// The mirror of Debian's main archive.
@@ -124,7 +146,9 @@ fn mirror() -> Result<String> {
     let targets = || {
         let format = "$(ORIGIN)|$(LABEL)|$(REPO_URI)";
         output(Command::new("apt-get").args(["indextargets", "--format", format])).map(|text| {
-            text.lines().find_map(|line| line.strip_prefix("Debian|Debian|")).map(|uri| uri.trim_end_matches('/').to_owned())
+            text.lines()
+                .find_map(|line| line.strip_prefix("Debian|Debian|"))
+                .map(|uri| uri.trim_end_matches('/').to_owned())
         })
     };
     if let Some(mirror) = targets()? {
@@ -136,7 +160,9 @@ fn mirror() -> Result<String> {
         return Ok(mirror);
     }
     let script = fs::read_to_string("/usr/bin/mmdebstrap").unwrap_or_default();
-    let default = script.split(['"', '\'']).find(|word| word.starts_with("http") && word.ends_with("/debian"));
+    let default = script
+        .split(['"', '\''])
+        .find(|word| word.starts_with("http") && word.ends_with("/debian"));
     match default {
         Some(mirror) => Ok(mirror.to_owned()),
         None => bail!("apt knows no Debian mirror: set BELLOWS_DEBIAN_MIRROR to one"),
@@ -148,9 +174,15 @@ pub(crate) fn kernel(release: &str) -> Result<Kernel> {
     let directory = tools::cache()?.join("kernels").join(release);
     let kernel = Kernel {
         image: directory.join("vmlinuz"),
-        modules: (0..).zip(MODULES).map(|(index, name)| directory.join(format!("{index}-{name}.ko"))).collect(),
+        modules: (0..)
+            .zip(MODULES)
+            .map(|(index, name)| directory.join(format!("{index}-{name}.ko")))
+            .collect(),
     };
-    if std::iter::once(&kernel.image).chain(&kernel.modules).all(|file| tools::is_intact(file)) {
+    if std::iter::once(&kernel.image)
+        .chain(&kernel.modules)
+        .all(|file| tools::is_intact(file))
+    {
         return Ok(kernel);
     }
     let apt = Apt::new()?;
@@ -161,28 +193,43 @@ pub(crate) fn kernel(release: &str) -> Result<Kernel> {
             .filter_map(|prefix| apt.newest(prefix, release).transpose())
             .collect::<Result<Vec<_>>>()?,
         Some(image) => vec![image],
-        None => bail!("no Debian suite of {} has a cloud kernel {release}", SUITES.join(", ")),
+        None => bail!(
+            "no Debian suite of {} has a cloud kernel {release}",
+            SUITES.join(", ")
+        ),
     };
-    step(&format!("fetch kernel {release} ({})", packages.join(", ")), || {
-        let unpacked = directory.join("unpacked");
-        drop(fs::remove_dir_all(&directory));
-        fs::create_dir_all(&unpacked)?;
-        apt.unpack(&packages, &unpacked)?;
-        let files = files_below(&unpacked)?;
-        let find = |matches: &dyn Fn(&str) -> bool| {
-            files.iter().find(|file| file.file_name().is_some_and(|name| matches(&name.to_string_lossy())))
-        };
-        let image = find(&|name| name.starts_with("vmlinuz")).context("the package has no kernel image")?;
-        fs::copy(image, &kernel.image)?;
-        tools::seal(&kernel.image)?;
-        for (module, to) in MODULES.iter().zip(&kernel.modules) {
-            let from = find(&|name| name == format!("{module}.ko") || name == format!("{module}.ko.xz"));
-            uncompress(from.with_context(|| format!("the package has no module {module}"))?, to)?;
-            tools::seal(to)?;
-        }
-        fs::remove_dir_all(&unpacked)?;
-        Ok(())
-    })?;
+    step(
+        &format!("fetch kernel {release} ({})", packages.join(", ")),
+        || {
+            let unpacked = directory.join("unpacked");
+            drop(fs::remove_dir_all(&directory));
+            fs::create_dir_all(&unpacked)?;
+            apt.unpack(&packages, &unpacked)?;
+            let files = files_below(&unpacked)?;
+            let find = |matches: &dyn Fn(&str) -> bool| {
+                files.iter().find(|file| {
+                    file.file_name()
+                        .is_some_and(|name| matches(&name.to_string_lossy()))
+                })
+            };
+            let image = find(&|name| name.starts_with("vmlinuz"))
+                .context("the package has no kernel image")?;
+            fs::copy(image, &kernel.image)?;
+            tools::seal(&kernel.image)?;
+            for (module, to) in MODULES.iter().zip(&kernel.modules) {
+                let from = find(&|name| {
+                    name == format!("{module}.ko") || name == format!("{module}.ko.xz")
+                });
+                uncompress(
+                    from.with_context(|| format!("the package has no module {module}"))?,
+                    to,
+                )?;
+                tools::seal(to)?;
+            }
+            fs::remove_dir_all(&unpacked)?;
+            Ok(())
+        },
+    )?;
     Ok(kernel)
 }
 
@@ -195,36 +242,69 @@ pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<P
         return Ok(image);
     }
     let mirror = mirror()?;
-    step(&format!("make a {suite} root with {}", packages.join(", ")), || {
-        let tree = image.with_extension("tree");
-        drop(fs::remove_dir_all(&tree));
-        drop(fs::remove_file(&image));
-        quiet(
-            Command::new("mmdebstrap")
-                .args(["--quiet", "--variant=minbase", "--format=directory", "--architectures=amd64"])
-                .args(["--aptopt=Acquire::Check-Valid-Until \"false\"", "--dpkgopt=path-exclude=/usr/share/doc/*"])
-                .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"])
-                .arg(format!("--keyring={ARCHIVE_KEYRING}"))
-                .arg(format!("--include={}", packages.join(",")))
-                .arg(suite)
-                .arg(&tree)
-                .arg(format!("deb {mirror} {suite} main")),
-        )?;
-        let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
-        let options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d"];
-        quiet(Command::new(mke2fs).args(options).arg(&tree).arg(&image).arg("4G"))?;
-        fs::remove_dir_all(&tree)?;
-        tools::seal(&image)?;
-        fs::write(&recipe, &wanted)?;
-        Ok(())
-    })?;
+    step(
+        &format!("make a {suite} root with {}", packages.join(", ")),
+        || {
+            let tree = image.with_extension("tree");
+            drop(fs::remove_dir_all(&tree));
+            drop(fs::remove_file(&image));
+            quiet(
+                Command::new("mmdebstrap")
+                    .args([
+                        "--quiet",
+                        "--variant=minbase",
+                        "--format=directory",
+                        "--architectures=amd64",
+                    ])
+                    .args([
+                        "--aptopt=Acquire::Check-Valid-Until \"false\"",
+                        "--dpkgopt=path-exclude=/usr/share/doc/*",
+                    ])
+                    .args([
+                        "--dpkgopt=path-exclude=/usr/share/man/*",
+                        "--dpkgopt=path-exclude=/usr/share/locale/*",
+                    ])
+                    .arg(format!("--keyring={ARCHIVE_KEYRING}"))
+                    .arg(format!("--include={}", packages.join(",")))
+                    .arg(suite)
+                    .arg(&tree)
+                    .arg(format!("deb {mirror} {suite} main")),
+            )?;
+            let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
+            let options = [
+                "-q",
+                "-t",
+                "ext4",
+                "-O",
+                "^has_journal",
+                "-E",
+                "root_owner=0:0",
+                "-d",
+            ];
+            quiet(
+                Command::new(mke2fs)
+                    .args(options)
+                    .arg(&tree)
+                    .arg(&image)
+                    .arg("4G"),
+            )?;
+            fs::remove_dir_all(&tree)?;
+            tools::seal(&image)?;
+            fs::write(&recipe, &wanted)?;
+            Ok(())
+        },
+    )?;
     Ok(image)
 }
 
 fn uncompress(from: &Path, to: &Path) -> Result<()> {
     if from.extension().is_some_and(|extension| extension == "xz") {
         let file = fs::File::create(to)?;
-        let status = Command::new("xz").arg("-dc").arg(from).stdout(file).status()?;
+        let status = Command::new("xz")
+            .arg("-dc")
+            .arg(from)
+            .stdout(file)
+            .status()?;
         anyhow::ensure!(status.success(), "xz cannot uncompress {}", from.display());
     } else {
         fs::copy(from, to)?;

@@ -25,8 +25,10 @@ use crate::{
 };
 
 const VERDICT: &str = "bellows-guest-verdict:";
-const BUSYBOX_APPLETS: [&str; 12] =
-    ["sh", "ls", "cat", "sleep", "echo", "dmesg", "insmod", "chroot", "mount", "env", "true", "false"];
+const BUSYBOX_APPLETS: [&str; 12] = [
+    "sh", "ls", "cat", "sleep", "echo", "dmesg", "insmod", "chroot", "mount", "env", "true",
+    "false",
+];
 
 /// What to boot.
 pub(crate) struct Guest<'a> {
@@ -67,7 +69,10 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
         let text = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
         // Whole lines only: the rest comes with the next look.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        text.get(shown..whole).unwrap_or_default().lines().for_each(&mut progress);
+        text.get(shown..whole)
+            .unwrap_or_default()
+            .lines()
+            .for_each(&mut progress);
         shown = whole;
         if text.contains("end Kernel panic") {
             break Err("its kernel panicked");
@@ -85,13 +90,25 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
     let mut text = String::new();
     File::open(&records)?.read_to_string(&mut text)?;
     if let Err(why) = ended {
-        bail!("guest {}: {why}; the end of its console:\n{}", guest.name, tail(&console, 60));
+        bail!(
+            "guest {}: {why}; the end of its console:\n{}",
+            guest.name,
+            tail(&console, 60)
+        );
     }
     let (records, verdict) = text.rsplit_once(VERDICT).unwrap_or((&text, ""));
     let Ok(code) = verdict.trim().parse() else {
-        bail!("guest {} ended without a verdict; the end of its console:\n{}", guest.name, tail(&console, 60));
+        bail!(
+            "guest {} ended without a verdict; the end of its console:\n{}",
+            guest.name,
+            tail(&console, 60)
+        );
     };
-    Ok(Ended { code, records: records.to_owned(), console })
+    Ok(Ended {
+        code,
+        records: records.to_owned(),
+        console,
+    })
 }
 
 /// Ends the machine when dropped, however the run ends.
@@ -109,7 +126,16 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
     let file = |path: &Path| format!("file:{}", path.display());
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-accel", accelerator(), "-cpu", "max", "-smp", "2", "-m", &guest.memory_mib.to_string()])
+        .args([
+            "-accel",
+            accelerator(),
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            &guest.memory_mib.to_string(),
+        ])
         .args(["-no-reboot", "-nodefaults", "-display", "none"])
         .args(["-serial", &file(console), "-serial", &file(records)])
         .arg("-kernel")
@@ -117,21 +143,42 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
         .arg("-initrd")
         .arg(initramfs)
         .arg("-append")
-        .arg(format!("console=ttyS0 quiet panic=-1 mitigations=off bellows.run={}", guest.command.join(",")));
+        .arg(format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off bellows.run={}",
+            guest.command.join(",")
+        ));
     if let Some(disk) = &guest.disk {
-        command.arg("-drive").arg(format!("file={},format=raw,if=virtio,snapshot=on", disk.display()));
+        command.arg("-drive").arg(format!(
+            "file={},format=raw,if=virtio,snapshot=on",
+            disk.display()
+        ));
     }
     let log = File::create(initramfs.with_file_name("qemu.log"))?;
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    command.spawn().context("cannot run qemu-system-x86_64: install qemu-system-x86")
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    command
+        .spawn()
+        .context("cannot run qemu-system-x86_64: install qemu-system-x86")
 }
 
 /// KVM where it works; some hosts have the device but no hardware virtualisation behind it.
 fn accelerator() -> &'static str {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let hardware = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
-    let usable = File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    if hardware && usable { "kvm" } else { "tcg,thread=multi" }
+    let hardware = flags
+        .split_whitespace()
+        .any(|flag| flag == "vmx" || flag == "svm");
+    let usable = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok();
+    if hardware && usable {
+        "kvm"
+    } else {
+        "tcg,thread=multi"
+    }
 }
 
 fn initramfs(guest: &Guest<'_>, directory: &Path) -> Result<PathBuf> {
@@ -172,7 +219,11 @@ fn pack(tree: &Path, archive: &Path) -> Result<()> {
         .context("cannot run cpio")?;
     let mut names = Vec::new();
     list(tree, Path::new("."), &mut names)?;
-    child.stdin.take().context("cpio has an input")?.write_all(&names)?;
+    child
+        .stdin
+        .take()
+        .context("cpio has an input")?
+        .write_all(&names)?;
     ensure!(child.wait()?.success(), "cpio failed");
     Ok(())
 }
@@ -195,7 +246,12 @@ pub(crate) fn empty_disk() -> Result<PathBuf> {
     if !tools::is_intact(&disk) {
         drop(fs::remove_file(&disk));
         let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
-        crate::shell::quiet(Command::new(mke2fs).args(["-q", "-t", "ext4"]).arg(&disk).arg("3G"))?;
+        crate::shell::quiet(
+            Command::new(mke2fs)
+                .args(["-q", "-t", "ext4"])
+                .arg(&disk)
+                .arg("3G"),
+        )?;
         tools::seal(&disk)?;
     }
     Ok(disk)

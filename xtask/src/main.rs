@@ -7,6 +7,7 @@
 mod bench;
 mod build;
 mod debian;
+mod demo;
 mod guest;
 mod shell;
 mod test;
@@ -18,7 +19,11 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    disable_help_subcommand = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -26,6 +31,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show a build that a fixed limit kills, without and with Bellows.
+    Demo,
     /// Build the kernel programs into target/ebpf/bellows.o.
     BuildEbpf,
     /// Run the checks: all tiers, or the named ones.
@@ -40,6 +47,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
+        Command::Demo => demo::run(),
         Command::Test { tiers } => test::run(&tiers),
         Command::Bench(options) => bench::command(&options),
     };
@@ -56,5 +64,8 @@ fn main() -> ExitCode {
 /// The root of the repository.
 fn root() -> Result<std::path::PathBuf> {
     let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    Ok(manifest.parent().ok_or_else(|| anyhow::anyhow!("xtask has no parent directory"))?.to_owned())
+    Ok(manifest
+        .parent()
+        .ok_or_else(|| anyhow::anyhow!("xtask has no parent directory"))?
+        .to_owned())
 }

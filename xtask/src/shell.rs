@@ -17,11 +17,24 @@ pub(crate) fn quiet(command: &mut Command) -> Result<()> {
 /// Runs a command and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let text = describe(command);
-    let Output { status, stdout, stderr } =
-        command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {text}"))?;
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {text}"))?;
     if !status.success() {
-        let (out, err) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-        bail!("{text} failed ({status}):\n{}\n{}", tail(&out, 20), tail(&err, 60));
+        let (out, err) = (
+            String::from_utf8_lossy(&stdout),
+            String::from_utf8_lossy(&stderr),
+        );
+        bail!(
+            "{text} failed ({status}):\n{}\n{}",
+            tail(&out, 20),
+            tail(&err, 60)
+        );
     }
     Ok(String::from_utf8_lossy(&stdout).into_owned())
 }
@@ -35,12 +48,17 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     // Where Debian keeps administrators' tools, which are not on everybody's path.
     let directories = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    directories.map(|directory| directory.join(program)).find(|file| file.is_file())
+    directories
+        .map(|directory| directory.join(program))
+        .find(|file| file.is_file())
 }
 
 fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// The last lines of a text.
@@ -61,7 +79,10 @@ pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
     let result = work();
     let mark = if result.is_ok() { "✓" } else { "✗" };
     let back = if terminal { "\r\u{1b}[K" } else { "" };
-    eprintln!("{back}  {mark} {what} ({:.1} s)", start.elapsed().as_secs_f64());
+    eprintln!(
+        "{back}  {mark} {what} ({:.1} s)",
+        start.elapsed().as_secs_f64()
+    );
     // A terminal that is gone is no reason to stop.
     drop(io::stderr().flush());
     result

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
@@ -75,23 +75,50 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 
 fn unit(checks: &mut Checks) -> Result<()> {
     checks.check("rustfmt", cargo(&["fmt", "--all", "--check"]));
-    let tests = step("unit tests", || cargo(&["test", "--locked", "--workspace", "--exclude", "bellows-ebpf"]));
+    let tests = step("unit tests", || {
+        cargo(&[
+            "test",
+            "--locked",
+            "--workspace",
+            "--exclude",
+            "bellows-ebpf",
+        ])
+    });
     checks.check("unit tests", tests);
     let clippy = step("clippy", || {
-        cargo(&["clippy", "--locked", "--workspace", "--exclude", "bellows-ebpf", "--all-targets", "--", "-D", "warnings"])
+        cargo(&[
+            "clippy",
+            "--locked",
+            "--workspace",
+            "--exclude",
+            "bellows-ebpf",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])
     });
     checks.check("clippy", clippy);
     tools::rust_src()?;
     let linker = tools::bpf_linker()?;
     let clippy = step("clippy for the BPF target", || {
-        quiet(build::bpf_cargo(&linker, "clippy")?.args(["--", "-D", "warnings"]).current_dir(root()?))
+        quiet(
+            build::bpf_cargo(&linker, "clippy")?
+                .args(["--", "-D", "warnings"])
+                .current_dir(root()?),
+        )
     });
     checks.check("clippy for the BPF target", clippy);
     Ok(())
 }
 
 fn options(name: Name, kernel: &str, n: Option<u64>, seed: u64) -> bench::Options {
-    bench::Options { name, kernel: kernel.to_owned(), n, seed: Some(seed), actuation_delay_ms: None, seconds: None }
+    bench::Options {
+        kernel: kernel.to_owned(),
+        n,
+        seed: Some(seed),
+        ..bench::Options::of(name)
+    }
 }
 
 fn kernel(checks: &mut Checks) -> Result<()> {
@@ -100,35 +127,143 @@ fn kernel(checks: &mut Checks) -> Result<()> {
     for release in ["6.1", "6.12", "7.2"] {
         let result = bench::run(&options(Name::Smoke, release, None, 1), &binaries);
         let complete = result.and_then(|file| {
-            ensure!(file["summary"]["complete"] == 1, "not every program attaches: {file}");
+            ensure!(
+                file["summary"]["complete"] == 1,
+                "not every program attaches: {file}"
+            );
             Ok(())
         });
         checks.check(&format!("every program attaches on {release}"), complete);
     }
-    bursts(checks, &binaries);
+    benches(checks, &binaries);
     Ok(())
 }
 
 fn at_most(summary: &Value, key: &str, most: f64) -> Result<()> {
     let value = summary[key].as_f64();
-    ensure!(value.is_some_and(|value| value <= most), "{key} is {}, more than {most}", summary[key]);
+    ensure!(
+        value.is_some_and(|value| value <= most),
+        "{key} is {}, more than {most}",
+        summary[key]
+    );
     Ok(())
 }
 
-fn bursts(checks: &mut Checks, binaries: &Binaries) {
-    let result = bench::run(&options(Name::Bursts, "6.12", Some(8), 11), binaries).and_then(|file| {
+fn at_least(summary: &Value, key: &str, least: f64) -> Result<()> {
+    let value = summary[key].as_f64();
+    ensure!(
+        value.is_some_and(|value| value >= least),
+        "{key} is {}, less than {least}",
+        summary[key]
+    );
+    Ok(())
+}
+
+/// Runs a bench and judges its summary.
+fn judge(
+    checks: &mut Checks,
+    binaries: &Binaries,
+    name: &str,
+    options: &bench::Options,
+    judge: impl FnOnce(&Value) -> Result<()>,
+) {
+    let result = bench::run(options, binaries).and_then(|file| {
         let summary = &file["summary"];
-        ensure!(summary["kills_without"] == summary["bursts"], "a burst survives its fixed limit: {summary}");
-        at_most(summary, "kills_with", 0.0)?;
-        at_most(summary, "raises_max", 5.0)?;
-        at_most(summary, "overgrant_p50", 1.35)
+        judge(summary).with_context(|| format!("summary {summary}"))
     });
-    checks.check("bursts survive under bellows exec", result);
-    let delayed = bench::Options { actuation_delay_ms: Some(600), ..options(Name::Bursts, "6.12", Some(6), 12) };
-    let result = bench::run(&delayed, binaries).and_then(|file| {
-        let summary = &file["summary"];
-        at_most(summary, "kills_with", 0.0)?;
-        at_most(summary, "stall_vs_delay_p50_small_pages", 1.5)
-    });
-    checks.check("bursts survive raises that are 600 ms late", result);
+    checks.check(name, result);
+}
+
+fn benches(checks: &mut Checks, binaries: &Binaries) {
+    let of = |bench, n, seed| options(bench, "6.12", Some(n), seed);
+    judge(
+        checks,
+        binaries,
+        "bursts survive under bellows exec",
+        &of(Name::Bursts, 8, 11),
+        |summary| {
+            ensure!(
+                summary["kills_without"] == summary["bursts"],
+                "a burst survives its fixed limit"
+            );
+            at_most(summary, "kills_with", 0.0)?;
+            at_most(summary, "raises_max", 5.0)?;
+            at_most(summary, "sleeps_p50", 0.0)?;
+            at_most(summary, "overgrant_p50", 1.35)?;
+            at_most(summary, "final_ratio_p50", 1.5)
+        },
+    );
+    let delayed = bench::Options {
+        actuation_delay_ms: Some(600),
+        ..of(Name::Bursts, 6, 12)
+    };
+    judge(
+        checks,
+        binaries,
+        "bursts survive raises that are 600 ms late",
+        &delayed,
+        |summary| {
+            at_most(summary, "kills_with", 0.0)?;
+            at_most(summary, "stall_vs_delay_p50_small_pages", 1.5)
+        },
+    );
+    judge(
+        checks,
+        binaries,
+        "at the ceiling everything is as without Bellows",
+        &of(Name::Ceiling, 4, 13),
+        |summary| {
+            ensure!(
+                summary["same_outcome"] == summary["cases"]
+                    && summary["killed_fixed"] == summary["cases"]
+            );
+            at_most(summary, "time_to_kill_ratio_p50", 1.5)
+        },
+    );
+    let plateau = bench::Options {
+        seconds: Some(20),
+        n: None,
+        ..of(Name::Plateau, 0, 14)
+    };
+    let plateau = bench::Options {
+        seed: None,
+        ..plateau
+    };
+    judge(
+        checks,
+        binaries,
+        "a plateau is no burst",
+        &plateau,
+        |summary| {
+            at_least(summary, "completed", 3.0)?;
+            at_most(summary, "raises", 0.0)?;
+            at_most(summary, "sleeps", 0.0)
+        },
+    );
+    judge(
+        checks,
+        binaries,
+        "page cache is no demand",
+        &of(Name::PageCache, 2, 15),
+        |summary| {
+            at_most(summary, "killed", 0.0)?;
+            at_most(summary, "raises_cache_only", 0.0)?;
+            at_least(summary, "mixed_grant_ratio", 0.8)?;
+            at_most(summary, "mixed_grant_ratio", 1.25)
+        },
+    );
+    let build = bench::Options {
+        without_unlimited: true,
+        ..bench::Options::of(Name::Build)
+    };
+    judge(
+        checks,
+        binaries,
+        "a C++ build passes that a fixed limit kills",
+        &build,
+        |summary| {
+            ensure!(summary["fixed_limit_passed"] == false && summary["bellows_passed"] == true);
+            at_most(summary, "bellows_kills", 0.0)
+        },
+    );
 }

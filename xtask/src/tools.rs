@@ -30,22 +30,34 @@ const PACKAGES: [(&str, &str); 8] = [
 pub(crate) fn cache() -> Result<PathBuf> {
     let directory = env::var_os("BELLOWS_CACHE").map(PathBuf::from).or_else(|| {
         let user = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        user.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache"))).map(|cache| cache.join("bellows"))
+        user.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")))
+            .map(|cache| cache.join("bellows"))
     });
-    let directory = directory.context("neither BELLOWS_CACHE nor HOME is set: set BELLOWS_CACHE to a directory")?;
+    let directory = directory
+        .context("neither BELLOWS_CACHE nor HOME is set: set BELLOWS_CACHE to a directory")?;
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     Ok(directory)
 }
 
 /// Installs the Debian packages that guests need.
 pub(crate) fn packages() -> Result<()> {
-    let missing: Vec<&str> =
-        PACKAGES.iter().filter(|(program, _)| !has(program)).map(|&(_, package)| package).collect();
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(program, _)| !has(program))
+        .map(|&(_, package)| package)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let install = format!("apt-get install -y --no-install-recommends {}", missing.join(" "));
-    ensure!(has("apt-get"), "missing: {}. This machine has no apt-get; install them by its own means", missing.join(", "));
+    let install = format!(
+        "apt-get install -y --no-install-recommends {}",
+        missing.join(" ")
+    );
+    ensure!(
+        has("apt-get"),
+        "missing: {}. This machine has no apt-get; install them by its own means",
+        missing.join(", ")
+    );
     if output(Command::new("id").arg("-u"))?.trim() != "0" {
         bail!("missing: {}. Run: sudo {install}", missing.join(", "));
     }
@@ -62,15 +74,21 @@ pub(crate) fn musl_target() -> Result<()> {
     if output(Command::new("rustup").args(["target", "list", "--installed"]))?.contains(MUSL) {
         return Ok(());
     }
-    step("install the musl target", || quiet(Command::new("rustup").args(["target", "add", MUSL])))
+    step("install the musl target", || {
+        quiet(Command::new("rustup").args(["target", "add", MUSL]))
+    })
 }
 
 /// The sources of `core`, for the BPF target.
 pub(crate) fn rust_src() -> Result<()> {
-    if output(Command::new("rustup").args(["component", "list", "--installed"]))?.contains("rust-src") {
+    if output(Command::new("rustup").args(["component", "list", "--installed"]))?
+        .contains("rust-src")
+    {
         return Ok(());
     }
-    step("install rust-src", || quiet(Command::new("rustup").args(["component", "add", "rust-src"])))
+    step("install rust-src", || {
+        quiet(Command::new("rustup").args(["component", "add", "rust-src"]))
+    })
 }
 
 /// The directory of the pinned bpf-linker.
@@ -80,7 +98,11 @@ pub(crate) fn bpf_linker() -> Result<PathBuf> {
         version.is_ok_and(|version| version.split_whitespace().any(|word| word == BPF_LINKER))
     };
     let directory = |program: &Path| program.parent().map(Path::to_owned);
-    if let Some(directory) = find("bpf-linker").filter(|found| is_pinned(found)).as_deref().and_then(directory) {
+    if let Some(directory) = find("bpf-linker")
+        .filter(|found| is_pinned(found))
+        .as_deref()
+        .and_then(directory)
+    {
         return Ok(directory);
     }
     let root = cache()?.join("tools");
@@ -88,9 +110,23 @@ pub(crate) fn bpf_linker() -> Result<PathBuf> {
     if !is_pinned(&program) {
         step(&format!("install bpf-linker {BPF_LINKER}"), || {
             let mut command = Command::new("cargo");
-            command.args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--force", "--root"]);
+            command.args([
+                "install",
+                "bpf-linker",
+                "--version",
+                BPF_LINKER,
+                "--locked",
+                "--force",
+                "--root",
+            ]);
             // Not into our own target directory, and not with our own flags.
-            quiet(command.arg(&root).env_remove("CARGO_TARGET_DIR").env_remove("RUSTFLAGS").current_dir(&root_of(&root)?))
+            quiet(
+                command
+                    .arg(&root)
+                    .env_remove("CARGO_TARGET_DIR")
+                    .env_remove("RUSTFLAGS")
+                    .current_dir(&root_of(&root)?),
+            )
         })?;
     }
     Ok(root.join("bin"))
@@ -123,5 +159,8 @@ fn checksum_file(file: &Path) -> PathBuf {
 
 fn checksum(file: &Path) -> Result<String> {
     let text = output(Command::new("sha256sum").arg(file))?;
-    text.split_whitespace().next().map(str::to_owned).context("sha256sum said nothing")
+    text.split_whitespace()
+        .next()
+        .map(str::to_owned)
+        .context("sha256sum said nothing")
 }

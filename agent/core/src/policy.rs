@@ -55,7 +55,7 @@ pub enum PolicyError {
 }
 
 impl Policy {
-    /// Checks that the limits are possible.
+    /// Checks that the limits are possible, and rounds them down to pages as the kernel will.
     ///
     /// # Errors
     ///
@@ -70,6 +70,10 @@ impl Policy {
         if ceiling.0 < original.0 {
             return Err(PolicyError::CeilingBelowOriginal { original, ceiling });
         }
-        Ok(self)
+        Ok(Self {
+            original,
+            ceiling,
+            ..self
+        })
     }
 }

@@ -65,6 +65,13 @@ impl Bytes {
         self.scaled(per_mille, 1000)
     }
 
+    /// Rounded down to whole pages, as the kernel does with every limit (`page_counter_memparse`,
+    /// mm/page_counter.c); a limit that is not is read back as another.
+    #[must_use]
+    pub const fn page_floor(self) -> Self {
+        Self(self.0 - self.0 % PAGE)
+    }
+
     /// Rounded up to whole mebibytes, so that a limit reads well in a pod and in `kubectl`.
     #[must_use]
     pub const fn round_up_mib(self) -> Self {

@@ -101,6 +101,8 @@ pub enum Verdict {
         cgroup: CgroupId,
         /// Kernel time of the event that it answered.
         event_at: Nanos,
+        /// When the limit was written.
+        at: Nanos,
         /// The limit now.
         limit: Bytes,
     },
@@ -163,8 +165,15 @@ impl Reflex {
             lost: Arc::clone(&lost),
             table: BTreeMap::new(),
         };
-        let thread = thread::Builder::new().name("reflex".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { commands: sender, wake, lost, thread: Some(thread) })
+        let thread = thread::Builder::new()
+            .name("reflex".to_owned())
+            .spawn(move || worker.run())?;
+        Ok(Self {
+            commands: sender,
+            wake,
+            lost,
+            thread: Some(thread),
+        })
     }
 
     /// Sends a command. A reflex that has ended ignores it.
@@ -221,7 +230,11 @@ struct Worker {
 pub fn now() -> Nanos {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-    Nanos(seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0)))
+    Nanos(
+        seconds
+            .saturating_mul(1_000_000_000)
+            .saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0)),
+    )
 }
 
 /// The kernel's `struct sched_param` (include/uapi/linux/sched/types.h).
@@ -234,8 +247,14 @@ fn be_real_time() {
     let parameters = SchedParam { priority: PRIORITY };
     // SAFETY: the system call reads one live structure of the kernel's layout; thread 0 is the
     // calling one. The C library's wrapper is not used: musl's always fails.
-    let result =
-        unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_FIFO, &raw const parameters) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_sched_setscheduler,
+            0,
+            libc::SCHED_FIFO,
+            &raw const parameters,
+        )
+    };
     if result != 0 {
         let error = io::Error::last_os_error();
         tracing::warn!(%error, "no real-time priority: a busy machine makes reactions late");
@@ -267,7 +286,10 @@ impl Worker {
             tv_nsec: timeout.subsec_nanos().into(),
         };
         let ring = self.kernel.ring.as_fd();
-        let mut sources = [PollFd::new(&ring, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+        let mut sources = [
+            PollFd::new(&ring, PollFlags::IN),
+            PollFd::new(&self.wake, PollFlags::IN),
+        ];
         // Interrupted or not: the loop looks at everything anyway.
         if let Err(errno) = poll(&mut sources, Some(&timeout)) {
             tracing::trace!(%errno, "poll");
@@ -319,7 +341,16 @@ impl Worker {
                 Reaction::Raise { rungs } => reflex::rung_for(rungs, demand)
                     .filter(|rung| rung.limit > row.limit)
                     .copied()
-                    .map(|rung| climb(row, &mut self.ledger, &mut self.kernel.guards, event, demand, rung)),
+                    .map(|rung| {
+                        climb(
+                            row,
+                            &mut self.ledger,
+                            &mut self.kernel.guards,
+                            event,
+                            demand,
+                            rung,
+                        )
+                    }),
                 Reaction::Hold { at } if demand >= *at && !row.held && !row.let_go => {
                     Some(hold(row, &mut self.ledger, cgroup, demand))
                 }
@@ -335,15 +366,42 @@ impl Worker {
     }
 
     fn arm(&mut self, arm: Arm) {
-        let Arm { cgroup, policy, limit, reaction, controls } = arm;
+        let Arm {
+            cgroup,
+            policy,
+            limit,
+            reaction,
+            controls,
+        } = arm;
         let row = match (self.table.remove(&cgroup), controls) {
-            (Some(row), _) => Row { policy, limit, reaction, let_go: row.let_go && limit <= row.limit, ..row },
-            (None, Some(controls)) => Row { policy, limit, reaction, controls, held: false, let_go: false },
+            (Some(row), _) => Row {
+                policy,
+                limit,
+                reaction,
+                let_go: row.let_go && limit <= row.limit,
+                ..row
+            },
+            (None, Some(controls)) => Row {
+                policy,
+                limit,
+                reaction,
+                controls,
+                held: false,
+                let_go: false,
+            },
             (None, None) => {
-                return self.tell(Verdict::Failed { cgroup, error: "armed without its files".to_owned() });
+                return self.tell(Verdict::Failed {
+                    cgroup,
+                    error: "armed without its files".to_owned(),
+                });
             }
         };
-        let result = watch(&row, &mut self.kernel.guards, cgroup, reflex::thresholds(&policy, limit));
+        let result = watch(
+            &row,
+            &mut self.kernel.guards,
+            cgroup,
+            reflex::thresholds(&policy, limit),
+        );
         self.table.insert(cgroup, row);
         if let Err(error) = result {
             self.tell(Verdict::Failed { cgroup, error });
@@ -358,10 +416,18 @@ impl Worker {
             // The brake would go on where the hold ended: let the kernel decide as it would have.
             row.let_go = true;
             if let Err(error) = row.controls.high.set(Limit::Max) {
-                self.tell(Verdict::Failed { cgroup, error: error.to_string() });
+                self.tell(Verdict::Failed {
+                    cgroup,
+                    error: error.to_string(),
+                });
             }
         }
-        let verdict = thaw(self.table.get_mut(&cgroup), &mut self.ledger, cgroup, reason);
+        let verdict = thaw(
+            self.table.get_mut(&cgroup),
+            &mut self.ledger,
+            cgroup,
+            reason,
+        );
         self.tell(verdict);
     }
 
@@ -378,7 +444,10 @@ impl Worker {
         if let Err(error) = high.map_err(|error| (error.is_gone(), error))
             && !error.0
         {
-            self.tell(Verdict::Failed { cgroup, error: error.1.to_string() });
+            self.tell(Verdict::Failed {
+                cgroup,
+                error: error.1.to_string(),
+            });
         }
     }
 
@@ -393,7 +462,10 @@ impl Worker {
                     if error.is_gone() {
                         row.held = false;
                     }
-                    verdicts.push(Verdict::Failed { cgroup, error: error.to_string() });
+                    verdicts.push(Verdict::Failed {
+                        cgroup,
+                        error: error.to_string(),
+                    });
                     continue;
                 }
             };
@@ -406,7 +478,12 @@ impl Worker {
             if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
                 verdicts.push(Verdict::Failed { cgroup, error });
             }
-            verdicts.push(thaw(Some(row), &mut self.ledger, cgroup, Reason::RaiseArrived));
+            verdicts.push(thaw(
+                Some(row),
+                &mut self.ledger,
+                cgroup,
+                Reason::RaiseArrived,
+            ));
             verdicts.push(Verdict::LimitRose { cgroup, limit });
         }
         for verdict in verdicts {
@@ -416,11 +493,21 @@ impl Worker {
 }
 
 /// Moves brake and watermark to `thresholds`, or removes them.
-fn watch(row: &Row, guards: &mut Guards, cgroup: CgroupId, thresholds: Option<Thresholds>) -> Result<(), String> {
+fn watch(
+    row: &Row,
+    guards: &mut Guards,
+    cgroup: CgroupId,
+    thresholds: Option<Thresholds>,
+) -> Result<(), String> {
     let high = thresholds.map_or(Limit::Max, |thresholds| Limit::At(thresholds.high));
-    row.controls.high.set(high).map_err(|error| error.to_string())?;
+    row.controls
+        .high
+        .set(high)
+        .map_err(|error| error.to_string())?;
     let watermark = thresholds.map(|thresholds| thresholds.watermark);
-    guards.set(cgroup, watermark).map_err(|error: LoadError| error.to_string())
+    guards
+        .set(cgroup, watermark)
+        .map_err(|error: LoadError| error.to_string())
 }
 
 fn climb(
@@ -432,17 +519,37 @@ fn climb(
     rung: reflex::Rung,
 ) -> Result<Verdict, String> {
     let cgroup = CgroupId(event.cgroup_id);
-    let action = Action::Raise { from: row.limit, to: rung.limit };
+    let action = Action::Raise {
+        from: row.limit,
+        to: rung.limit,
+    };
     intend(ledger, cgroup, action, Reason::WatermarkReached, demand)?;
-    row.controls.max.set(Limit::At(rung.limit)).map_err(|error| error.to_string())?;
+    row.controls
+        .max
+        .set(Limit::At(rung.limit))
+        .map_err(|error| error.to_string())?;
+    let at = now();
     row.limit = rung.limit;
     watch(row, guards, cgroup, rung.thresholds)?;
-    Ok(Verdict::Raised { cgroup, event_at: Nanos(event.at_ns), limit: rung.limit })
+    Ok(Verdict::Raised {
+        cgroup,
+        event_at: Nanos(event.at_ns),
+        at,
+        limit: rung.limit,
+    })
 }
 
-fn hold(row: &mut Row, ledger: &mut Ledger, cgroup: CgroupId, demand: Bytes) -> Result<Verdict, String> {
+fn hold(
+    row: &mut Row,
+    ledger: &mut Ledger,
+    cgroup: CgroupId,
+    demand: Bytes,
+) -> Result<Verdict, String> {
     intend(ledger, cgroup, Action::Hold, Reason::RaiseUnderWay, demand)?;
-    row.controls.freeze.set_flag(true).map_err(|error| error.to_string())?;
+    row.controls
+        .freeze
+        .set_flag(true)
+        .map_err(|error| error.to_string())?;
     row.held = true;
     Ok(Verdict::Held { cgroup, at: now() })
 }
@@ -469,6 +576,14 @@ fn intend(
     reason: Reason,
     demand: Bytes,
 ) -> Result<(), String> {
-    let record = Record::Intend { at: now(), cgroup, action, reason, demand };
-    ledger.append(&record).map_err(|error| format!("the ledger cannot be written, so nothing is done: {error}"))
+    let record = Record::Intend {
+        at: now(),
+        cgroup,
+        action,
+        reason,
+        demand,
+    };
+    ledger
+        .append(&record)
+        .map_err(|error| format!("the ledger cannot be written, so nothing is done: {error}"))
 }

@@ -26,7 +26,12 @@ pub enum Shrunk {
 /// # Errors
 ///
 /// [`CgroupError`] when a file cannot be read or written; the brake is put back.
-pub fn make_room(cgroup: &Cgroup, from: Option<Thresholds>, to: Bytes, cpus: u64) -> Result<Shrunk, CgroupError> {
+pub fn make_room(
+    cgroup: &Cgroup,
+    from: Option<Thresholds>,
+    to: Bytes,
+    cpus: u64,
+) -> Result<Shrunk, CgroupError> {
     let target = Thresholds::of(to, cpus);
     cgroup.set_limit("memory.high", Limit::At(target.high))?;
     let usage = cgroup.usage();
@@ -45,7 +50,12 @@ pub fn make_room(cgroup: &Cgroup, from: Option<Thresholds>, to: Bytes, cpus: u64
 /// # Errors
 ///
 /// [`CgroupError`] when a file cannot be read or written.
-pub fn direct(cgroup: &Cgroup, from: Option<Thresholds>, to: Bytes, cpus: u64) -> Result<Shrunk, CgroupError> {
+pub fn direct(
+    cgroup: &Cgroup,
+    from: Option<Thresholds>,
+    to: Bytes,
+    cpus: u64,
+) -> Result<Shrunk, CgroupError> {
     let shrunk = make_room(cgroup, from, to, cpus)?;
     if shrunk == Shrunk::Done {
         cgroup.set_limit("memory.max", Limit::At(to))?;

@@ -126,7 +126,8 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
     let (status, report, end) = outcome?;
     eprintln!("bellows: {}", summary(options, &report, &end));
     if let Some(path) = &options.report {
-        write_report(path, &report, &end).map_err(|error| ExecError::System("cannot write the report", error))?;
+        write_report(path, &report, &end)
+            .map_err(|error| ExecError::System("cannot write the report", error))?;
     }
     Ok(exit_code(status))
 }
@@ -136,7 +137,9 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
     Policy {
         original: options.memory,
         ceiling: options.max_memory,
-        actuation: options.actuation_delay.map_or(Actuation::Direct, |p95| Actuation::Requested { p95 }),
+        actuation: options
+            .actuation_delay
+            .map_or(Actuation::Direct, |p95| Actuation::Requested { p95 }),
         cpus: u64::try_from(cpus).unwrap_or(1),
         shrink_after: options.shrink_after,
     }
@@ -150,18 +153,29 @@ struct End {
     events: crate::cgroup::MemoryEvents,
 }
 
-fn run_in(options: &Options, policy: Policy, cgroup: &Cgroup) -> Result<(ExitStatus, Report, End), ExecError> {
+fn run_in(
+    options: &Options,
+    policy: Policy,
+    cgroup: &Cgroup,
+) -> Result<(ExitStatus, Report, End), ExecError> {
     cgroup.set_limit("memory.max", Limit::At(options.memory))?;
     // Loading takes a moment: it happens before the command can grow.
     let (kernel, reflexes) = Kernel::load(Purpose::Guard)?;
     let path = Path::new(ledger::DIRECTORY).join(format!("exec-{}.ledger", std::process::id()));
-    let ledger = Ledger::open(&path).map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
-    let releaser = Releaser::start(cgroup).map_err(|error| ExecError::System("cannot start the releaser", error))?;
+    let ledger = Ledger::open(&path)
+        .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
+    let releaser = Releaser::start(cgroup)
+        .map_err(|error| ExecError::System("cannot start the releaser", error))?;
     let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
-    let another = ledger.another().map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
+    let another = ledger
+        .another()
+        .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
     let reflex = Reflex::start(reflexes, another, guard::sink(inputs.clone()))
         .map_err(|error| ExecError::System("cannot start the reflex thread", error))?;
-    let requester = Delayed { delay: options.actuation_delay.unwrap_or_default(), inputs: inputs.clone() };
+    let requester = Delayed {
+        delay: options.actuation_delay.unwrap_or_default(),
+        inputs: inputs.clone(),
+    };
     let mut controller = Controller::new(kernel, reflex, ledger, receiver, requester);
     controller.adopt(cgroup.clone(), policy)?;
     let controller = thread::Builder::new()
@@ -177,30 +191,48 @@ fn run_in(options: &Options, policy: Policy, cgroup: &Cgroup) -> Result<(ExitSta
     let reports = controller.join().unwrap_or_default();
     releaser.finish();
     let report = reports.get(&cgroup.id()).cloned().unwrap_or_default();
-    let (status, end) = (status?, end?.unwrap_or(End { peak: None, events: Default::default() }));
+    let (status, end) = (
+        status?,
+        end?.unwrap_or(End {
+            peak: None,
+            events: Default::default(),
+        }),
+    );
     Ok((status, report, end))
 }
 
 fn end(cgroup: &Cgroup) -> Result<End, CgroupError> {
-    Ok(End { peak: cgroup.peak()?, events: cgroup.events()? })
+    Ok(End {
+        peak: cgroup.peak()?,
+        events: cgroup.events()?,
+    })
 }
 
 fn run_command(options: &Options, cgroup: &Cgroup) -> Result<ExitStatus, ExecError> {
-    let forwarder = signals::Forwarder::start().map_err(|error| ExecError::System("cannot take signals", error))?;
+    let forwarder = signals::Forwarder::start()
+        .map_err(|error| ExecError::System("cannot take signals", error))?;
     let mut child = spawn(&options.command, cgroup)?;
     forwarder.forward_to(child.id());
-    child.wait().map_err(|error| ExecError::System("cannot wait for the command", error))
+    child
+        .wait()
+        .map_err(|error| ExecError::System("cannot wait for the command", error))
 }
 
 fn spawn(words: &[OsString], cgroup: &Cgroup) -> Result<Child, ExecError> {
     let Some((program, arguments)) = words.split_first() else {
-        return Err(ExecError::NotFound { command: String::new() });
+        return Err(ExecError::NotFound {
+            command: String::new(),
+        });
     };
     let procs = cgroup.path().join("cgroup.procs");
     let procs = File::options()
         .write(true)
         .open(&procs)
-        .map_err(|source| CgroupError::Io { action: "open", path: procs.clone(), source })?;
+        .map_err(|source| CgroupError::Io {
+            action: "open",
+            path: procs.clone(),
+            source,
+        })?;
     let mut command = Command::new(program);
     command.args(arguments).env_remove(place::SCOPE_VARIABLE);
     // SAFETY: between fork and exec the closure only makes one write system call, which is
@@ -229,24 +261,47 @@ fn clear(cgroup: &Cgroup) -> Result<(), CgroupError> {
 }
 
 fn exit_code(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(125);
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal))
+        .unwrap_or(125);
     u8::try_from(code & 0xff).unwrap_or(125)
 }
 
 fn summary(options: &Options, report: &Report, end: &End) -> String {
-    let Options { memory, max_memory, .. } = options;
+    let Options {
+        memory, max_memory, ..
+    } = options;
     let peak = end.peak.unwrap_or(report.peak_demand);
-    let last = report.limits.iter().map(|&(_, limit)| limit).max().unwrap_or(*memory);
+    let last = report
+        .limits
+        .iter()
+        .map(|&(_, limit)| limit)
+        .max()
+        .unwrap_or(*memory);
     let mut text = format!("peak {peak}, limit {memory}");
     if report.raises > 0 {
-        text += &format!(" raised to {last} in {} raise{}", report.raises, plural(report.raises));
+        text += &format!(
+            " raised to {last} in {} raise{}",
+            report.raises,
+            plural(report.raises)
+        );
     }
     text += &format!(", {} sleep{}", report.sleeps, plural(report.sleeps));
     if report.holds > 0 {
-        text += &format!(", held {} time{} for {} ms", report.holds, plural(report.holds), report.held.as_millis());
+        text += &format!(
+            ", held {} time{} for {} ms",
+            report.holds,
+            plural(report.holds),
+            report.held.as_millis()
+        );
     }
     if end.events.oom_kill > 0 {
-        text += &format!("; {} process{} killed at the maximum of {max_memory}: raise --max-memory", end.events.oom_kill, if end.events.oom_kill == 1 { "" } else { "es" });
+        text += &format!(
+            "; {} process{} killed at the maximum of {max_memory}: raise --max-memory",
+            end.events.oom_kill,
+            if end.events.oom_kill == 1 { "" } else { "es" }
+        );
     } else if report.peak_demand >= *memory {
         text += &format!("; a fixed limit of {memory} would have killed it");
     } else {
@@ -292,7 +347,9 @@ impl Delayed {
         let (cgroup, inputs, delay) = (cgroup.clone(), self.inputs.clone(), self.delay);
         thread::spawn(move || {
             thread::sleep(Duration::from_nanos(delay.0));
-            let result = cgroup.set_limit("memory.max", Limit::At(to)).map_err(|error| error.to_string());
+            let result = cgroup
+                .set_limit("memory.max", Limit::At(to))
+                .map_err(|error| error.to_string());
             let cgroup: CgroupId = cgroup.id();
             // A controller that has ended does not need the answer.
             drop(inputs.send(Input::Answered { cgroup, to, result }));

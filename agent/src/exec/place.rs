@@ -25,13 +25,19 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 #[derive(Debug, Error)]
 pub enum PlaceError {
     /// systemd could not be asked.
-    #[error("cannot run systemd-run ({0}): install systemd's tools, or run where systemd is not the init system")]
+    #[error(
+        "cannot run systemd-run ({0}): install systemd's tools, or run where systemd is not the init system"
+    )]
     SystemdRun(io::Error),
     /// No cgroup v2.
-    #[error("this process is in no cgroup v2 hierarchy ({0}): boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on {CGROUP_ROOT}")]
+    #[error(
+        "this process is in no cgroup v2 hierarchy ({0}): boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on {CGROUP_ROOT}"
+    )]
     NoV2(String),
     /// The memory controller is not to be had.
-    #[error("the memory controller cannot be enabled at {CGROUP_ROOT} or in any cgroup above this process ({0}): boot without cgroup_disable=memory; in a container, run it with a writable cgroup namespace")]
+    #[error(
+        "the memory controller cannot be enabled at {CGROUP_ROOT} or in any cgroup above this process ({0}): boot without cgroup_disable=memory; in a container, run it with a writable cgroup namespace"
+    )]
     NoMemoryController(String),
     /// A cgroup file.
     #[error(transparent)]
@@ -76,7 +82,12 @@ impl Place {
         for path in own.ancestors().take_while(|path| path.starts_with(root)) {
             let candidate = Cgroup::open(path)?;
             match hand_out_memory(&candidate) {
-                Ok(()) => return Ok(Self { parent: candidate, supervisor: None }),
+                Ok(()) => {
+                    return Ok(Self {
+                        parent: candidate,
+                        supervisor: None,
+                    });
+                }
                 Err(error) => refusals.push(error.to_string()),
             }
         }
@@ -88,7 +99,10 @@ impl Place {
         let supervisor = scope.create_child("supervisor")?;
         supervisor.write("cgroup.procs", "0")?;
         hand_out_memory(&scope)?;
-        Ok(Self { parent: scope, supervisor: Some(supervisor) })
+        Ok(Self {
+            parent: scope,
+            supervisor: Some(supervisor),
+        })
     }
 
     pub(super) fn create(&self) -> Result<Cgroup, PlaceError> {
@@ -110,7 +124,10 @@ impl Place {
 
 fn hand_out_memory(cgroup: &Cgroup) -> Result<(), CgroupError> {
     let enabled = cgroup.read("cgroup.subtree_control")?;
-    if enabled.split_whitespace().any(|controller| controller == "memory") {
+    if enabled
+        .split_whitespace()
+        .any(|controller| controller == "memory")
+    {
         return Ok(());
     }
     cgroup.write("cgroup.subtree_control", "+memory")
@@ -118,7 +135,8 @@ fn hand_out_memory(cgroup: &Cgroup) -> Result<(), CgroupError> {
 
 /// The directory of this process's cgroup.
 fn own_cgroup() -> Result<PathBuf, PlaceError> {
-    let content = fs::read_to_string("/proc/self/cgroup").map_err(|error| PlaceError::NoV2(error.to_string()))?;
+    let content = fs::read_to_string("/proc/self/cgroup")
+        .map_err(|error| PlaceError::NoV2(error.to_string()))?;
     let path = content.lines().find_map(|line| line.strip_prefix("0::/"));
     let path = path.ok_or_else(|| PlaceError::NoV2(content.trim().replace('\n', ", ")))?;
     let directory = Path::new(CGROUP_ROOT).join(path);

@@ -29,17 +29,28 @@ pub(super) struct Releaser {
 impl Releaser {
     pub(super) fn start(cgroup: &Cgroup) -> io::Result<Self> {
         let mut command = Command::new(env::current_exe()?);
-        command.arg(SUBCOMMAND).arg(cgroup.path()).stdin(Stdio::piped());
+        command
+            .arg(SUBCOMMAND)
+            .arg(cgroup.path())
+            .stdin(Stdio::piped());
         // SAFETY: setsid is async-signal-safe and does not allocate.
-        unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
+        unsafe {
+            command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from))
+        };
         let mut child = command.spawn()?;
-        let pipe = child.stdin.take().ok_or_else(|| io::Error::other("no pipe to the releaser"))?;
+        let pipe = child
+            .stdin
+            .take()
+            .ok_or_else(|| io::Error::other("no pipe to the releaser"))?;
         Ok(Self { child, pipe })
     }
 
     /// Ends it: there is nothing left to release.
     pub(super) fn finish(self) {
-        let Self { mut child, mut pipe } = self;
+        let Self {
+            mut child,
+            mut pipe,
+        } = self;
         let farewell = pipe.write_all(FAREWELL);
         drop(pipe);
         if let Err(error) = farewell.and_then(|()| child.wait()) {

@@ -20,7 +20,9 @@ use signal_hook::{
     low_level::siginfo::Cause,
 };
 
-const FORWARDED: [i32; 9] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM, SIGCONT, SIGWINCH];
+const FORWARDED: [i32; 9] = [
+    SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM, SIGCONT, SIGWINCH,
+];
 
 /// Takes signals from its start on; those that come before the command runs are passed on once
 /// it does.
@@ -34,18 +36,23 @@ impl Forwarder {
         let mut signals = SignalsInfo::<WithOrigin>::new(FORWARDED)?;
         let target = Arc::new(AtomicU32::new(0));
         let shared = Arc::clone(&target);
-        let handle = thread::Builder::new().name("signals".to_owned()).spawn(move || {
-            for origin in signals.forever() {
-                if matches!(origin.cause, Cause::Kernel) && origin.signal != SIGHUP {
-                    continue;
+        let handle = thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || {
+                for origin in signals.forever() {
+                    if matches!(origin.cause, Cause::Kernel) && origin.signal != SIGHUP {
+                        continue;
+                    }
+                    while shared.load(Ordering::Acquire) == 0 {
+                        thread::park();
+                    }
+                    pass_on(shared.load(Ordering::Acquire), origin.signal);
                 }
-                while shared.load(Ordering::Acquire) == 0 {
-                    thread::park();
-                }
-                pass_on(shared.load(Ordering::Acquire), origin.signal);
-            }
-        })?;
-        Ok(Self { target, thread: handle.thread().clone() })
+            })?;
+        Ok(Self {
+            target,
+            thread: handle.thread().clone(),
+        })
     }
 
     pub(super) fn forward_to(&self, process: u32) {

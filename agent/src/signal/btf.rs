@@ -90,19 +90,30 @@ impl<'a> Btf<'a> {
     /// [`BtfError::Malformed`] when a length or kind is impossible.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, BtfError> {
         let malformed = || BtfError::Malformed("truncated header");
-        let magic = bytes.first_chunk::<2>().map(|magic| u16::from_le_bytes(*magic));
+        let magic = bytes
+            .first_chunk::<2>()
+            .map(|magic| u16::from_le_bytes(*magic));
         if magic != Some(MAGIC) {
             return Err(BtfError::Malformed("wrong magic number"));
         }
-        let field = |at| u32_at(bytes, at).map(|value| value as usize).ok_or_else(malformed);
+        let field = |at| {
+            u32_at(bytes, at)
+                .map(|value| value as usize)
+                .ok_or_else(malformed)
+        };
         let header = field(4)?;
         let section = |offset: usize, length: usize| {
             let start = header.checked_add(offset)?;
             bytes.get(start..start.checked_add(length)?)
         };
         let types = section(field(8)?, field(12)?).ok_or(BtfError::Malformed("truncated types"))?;
-        let strings = section(field(16)?, field(20)?).ok_or(BtfError::Malformed("truncated strings"))?;
-        let mut btf = Self { types, strings, positions: Vec::new() };
+        let strings =
+            section(field(16)?, field(20)?).ok_or(BtfError::Malformed("truncated strings"))?;
+        let mut btf = Self {
+            types,
+            strings,
+            positions: Vec::new(),
+        };
         btf.positions = btf.index()?;
         Ok(btf)
     }
@@ -111,7 +122,9 @@ impl<'a> Btf<'a> {
         let mut positions = Vec::with_capacity(self.types.len() / 24);
         let mut at = 0;
         while at < self.types.len() {
-            let header = self.header_at(at).ok_or(BtfError::Malformed("truncated type"))?;
+            let header = self
+                .header_at(at)
+                .ok_or(BtfError::Malformed("truncated type"))?;
             if header.kind == 0 || header.kind > kind::LAST {
                 return Err(BtfError::Malformed("unknown kind of type"));
             }
@@ -126,7 +139,11 @@ impl<'a> Btf<'a> {
                     _ => 0,
                 };
         }
-        if at == self.types.len() { Ok(positions) } else { Err(BtfError::Malformed("truncated type")) }
+        if at == self.types.len() {
+            Ok(positions)
+        } else {
+            Err(BtfError::Malformed("truncated type"))
+        }
     }
 
     fn header_at(&self, at: usize) -> Option<Header> {
@@ -148,7 +165,8 @@ impl<'a> Btf<'a> {
 
     fn name_is(&self, offset: u32, name: &str) -> bool {
         let rest = self.strings.get(offset as usize..);
-        rest.and_then(|rest| rest.strip_prefix(name.as_bytes())).is_some_and(|rest| rest.first() == Some(&0))
+        rest.and_then(|rest| rest.strip_prefix(name.as_bytes()))
+            .is_some_and(|rest| rest.first() == Some(&0))
     }
 
     /// Follows typedefs and qualifiers.
@@ -188,16 +206,25 @@ impl<'a> Btf<'a> {
             let at = structure.body + index * 12;
             let (member_name, type_id) = (u32_at(self.types, at)?, u32_at(self.types, at + 4)?);
             let position = u32_at(self.types, at + 8)?;
-            let bits = if structure.kind_flag { position & 0x00ff_ffff } else { position };
+            let bits = if structure.kind_flag {
+                position & 0x00ff_ffff
+            } else {
+                position
+            };
             let offset = u64::from(bits / 8);
             if self.name_is(member_name, name) {
                 return Some(Field { offset, type_id });
             }
             if self.name_is(member_name, "") {
-                let inner = self.resolve(type_id).filter(|inner| matches!(inner.kind, kind::STRUCT | kind::UNION));
+                let inner = self
+                    .resolve(type_id)
+                    .filter(|inner| matches!(inner.kind, kind::STRUCT | kind::UNION));
                 let found = inner.and_then(|inner| self.member(inner, name, depth));
                 if let Some(field) = found {
-                    return Some(Field { offset: offset + field.offset, ..field });
+                    return Some(Field {
+                        offset: offset + field.offset,
+                        ..field
+                    });
                 }
             }
         }
@@ -210,8 +237,13 @@ impl<'a> Btf<'a> {
     ///
     /// [`BtfError`] that names what the kernel does not have.
     pub fn field(&self, structure: &str, path: &str) -> Result<Field, BtfError> {
-        let missing = || BtfError::NoField { structure: structure.to_owned(), field: path.to_owned() };
-        let mut header = self.structure(structure).ok_or_else(|| BtfError::NoStruct(structure.to_owned()))?;
+        let missing = || BtfError::NoField {
+            structure: structure.to_owned(),
+            field: path.to_owned(),
+        };
+        let mut header = self
+            .structure(structure)
+            .ok_or_else(|| BtfError::NoStruct(structure.to_owned()))?;
         let mut offset = 0;
         let mut names = path.split('.').peekable();
         while let Some(name) = names.next() {
@@ -231,7 +263,10 @@ impl<'a> Btf<'a> {
         let mut type_id = field.type_id;
         let mut elements = 1_u64;
         let mut dimensions = 0;
-        while let Some(header) = self.resolve(type_id).filter(|header| header.kind == kind::ARRAY) {
+        while let Some(header) = self
+            .resolve(type_id)
+            .filter(|header| header.kind == kind::ARRAY)
+        {
             type_id = u32_at(self.types, header.body)?;
             elements = elements.checked_mul(u64::from(u32_at(self.types, header.body + 8)?))?;
             dimensions += 1;
@@ -244,7 +279,10 @@ impl<'a> Btf<'a> {
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..)?.first_chunk::<4>().map(|chunk| u32::from_le_bytes(*chunk))
+    bytes
+        .get(at..)?
+        .first_chunk::<4>()
+        .map(|chunk| u32::from_le_bytes(*chunk))
 }
 
 #[cfg(test)]
@@ -256,21 +294,61 @@ mod tests {
         let strings = b"\0int\0a\0b\0outer\0x\0c\0hook\0";
         let offset = |name: &[u8]| {
             let needle = [b"\0", name, b"\0"].concat();
-            u32::try_from(strings.windows(needle.len()).position(|w| w == needle).unwrap() + 1).unwrap()
+            u32::try_from(
+                strings
+                    .windows(needle.len())
+                    .position(|w| w == needle)
+                    .unwrap()
+                    + 1,
+            )
+            .unwrap()
         };
         let info = |kind: u32, members: u32| kind << 24 | members;
         let types: Vec<u32> = [
             vec![offset(b"int"), info(kind::INT, 0), 8, 64],
             vec![0, info(kind::ARRAY, 0), 0, 1, 1, 2],
             vec![0, info(kind::ARRAY, 0), 0, 2, 1, 4],
-            vec![0, info(kind::STRUCT, 2), 16, offset(b"a"), 1, 0, offset(b"b"), 1, 64],
-            vec![offset(b"outer"), info(kind::STRUCT, 3), 88, offset(b"x"), 1, 0, 0, 4, 64, offset(b"c"), 3, 192],
+            vec![
+                0,
+                info(kind::STRUCT, 2),
+                16,
+                offset(b"a"),
+                1,
+                0,
+                offset(b"b"),
+                1,
+                64,
+            ],
+            vec![
+                offset(b"outer"),
+                info(kind::STRUCT, 3),
+                88,
+                offset(b"x"),
+                1,
+                0,
+                0,
+                4,
+                64,
+                offset(b"c"),
+                3,
+                192,
+            ],
             vec![offset(b"hook"), info(kind::FUNC, 0), 0],
         ]
         .concat();
         let type_bytes = u32::try_from(types.len() * 4).unwrap();
-        let header = [0x0001_eb9f, 24, 0, type_bytes, type_bytes, u32::try_from(strings.len()).unwrap()];
-        let words = header.iter().chain(&types).flat_map(|word| word.to_le_bytes());
+        let header = [
+            0x0001_eb9f,
+            24,
+            0,
+            type_bytes,
+            type_bytes,
+            u32::try_from(strings.len()).unwrap(),
+        ];
+        let words = header
+            .iter()
+            .chain(&types)
+            .flat_map(|word| word.to_le_bytes());
         words.chain(strings.iter().copied()).collect()
     }
 
@@ -289,9 +367,15 @@ mod tests {
     fn names_what_is_missing() {
         let bytes = sample();
         let btf = Btf::parse(&bytes).unwrap();
-        assert_eq!(btf.field("inner", "x"), Err(BtfError::NoStruct("inner".to_owned())));
+        assert_eq!(
+            btf.field("inner", "x"),
+            Err(BtfError::NoStruct("inner".to_owned()))
+        );
         let error = btf.field("outer", "x.y").unwrap_err();
-        assert_eq!(error.to_string(), "the kernel's struct outer has no field x.y");
+        assert_eq!(
+            error.to_string(),
+            "the kernel's struct outer has no field x.y"
+        );
     }
 
     #[test]

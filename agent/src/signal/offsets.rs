@@ -27,7 +27,9 @@ impl Offsets {
         let zone_size = btf.field("mem_cgroup_per_node", "lru_zone_size")?;
         let zones = btf.elements(zone_size).unwrap_or(0) / LISTS;
         // Kernels without CONFIG_LRU_GEN have only the classic lists.
-        let generations = btf.field("mem_cgroup_per_node", "lruvec.lrugen.nr_pages").ok();
+        let generations = btf
+            .field("mem_cgroup_per_node", "lruvec.lrugen.nr_pages")
+            .ok();
         let lrugen = generations
             .filter(|&field| btf.elements(field) == Some(GENERATION_ROWS * zones))
             .map_or(ABSENT, |field| field.offset);

@@ -32,16 +32,24 @@ const POSSIBLE_NODES: &str = "/sys/devices/system/node/possible";
 #[derive(Debug, Error)]
 pub enum LoadError {
     /// The binary has no kernel part.
-    #[error("this bellows was built without its kernel programs: run `cargo xtask build-ebpf`, then build again")]
+    #[error(
+        "this bellows was built without its kernel programs: run `cargo xtask build-ebpf`, then build again"
+    )]
     NotBuilt,
     /// The kernel does not tell its types.
-    #[error("cannot read {VMLINUX} ({0}): Bellows needs a kernel with CONFIG_DEBUG_INFO_BTF=y, as Debian, Ubuntu and Fedora ship it, and sysfs mounted")]
+    #[error(
+        "cannot read {VMLINUX} ({0}): Bellows needs a kernel with CONFIG_DEBUG_INFO_BTF=y, as Debian, Ubuntu and Fedora ship it, and sysfs mounted"
+    )]
     NoBtf(io::Error),
     /// The kernel's types are not what is needed.
-    #[error("{0}: this kernel's memory controller is not known to Bellows; please report it with the output of `uname -a`")]
+    #[error(
+        "{0}: this kernel's memory controller is not known to Bellows; please report it with the output of `uname -a`"
+    )]
     Btf(#[from] BtfError),
     /// The kernel refuses BPF.
-    #[error("the kernel does not let this process load BPF programs ({0}): run as root with CAP_BPF and CAP_PERFMON, outside of a container that filters bpf()")]
+    #[error(
+        "the kernel does not let this process load BPF programs ({0}): run as root with CAP_BPF and CAP_PERFMON, outside of a container that filters bpf()"
+    )]
     Permission(io::Error),
     /// The object cannot be loaded.
     #[error("cannot load the kernel programs: {0}")]
@@ -80,11 +88,18 @@ struct Spec {
 }
 
 const fn spec(program: &'static str, hook: Hook, functions: &'static [&'static str]) -> Spec {
-    Spec { program, hook, functions }
+    Spec {
+        program,
+        hook,
+        functions,
+    }
 }
 
 /// From 6.18 on the body of the first is the second.
-const OVER_HIGH: &[&str] = &["mem_cgroup_handle_over_high", "__mem_cgroup_handle_over_high"];
+const OVER_HIGH: &[&str] = &[
+    "mem_cgroup_handle_over_high",
+    "__mem_cgroup_handle_over_high",
+];
 const GROWTH_FUNCTION: &str = "page_counter_try_charge";
 
 const GUARD_PROGRAMS: &[Spec] = &[
@@ -99,8 +114,16 @@ const GUARD_PROGRAMS: &[Spec] = &[
 const HOLD_PROGRAMS: &[Spec] = &[
     spec("over_high_enter", Hook::Entry, OVER_HIGH),
     spec("over_high_leave", Hook::Exit, OVER_HIGH),
-    spec("reclaim_enter", Hook::Entry, &["try_to_free_mem_cgroup_pages"]),
-    spec("reclaim_leave", Hook::Exit, &["try_to_free_mem_cgroup_pages"]),
+    spec(
+        "reclaim_enter",
+        Hook::Entry,
+        &["try_to_free_mem_cgroup_pages"],
+    ),
+    spec(
+        "reclaim_leave",
+        Hook::Exit,
+        &["try_to_free_mem_cgroup_pages"],
+    ),
     spec("oom_enter", Hook::Entry, &["mem_cgroup_out_of_memory"]),
     spec("oom_leave", Hook::Exit, &["mem_cgroup_out_of_memory"]),
 ];
@@ -139,7 +162,10 @@ pub struct Kernel {
 
 impl std::fmt::Debug for Kernel {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Kernel").field("missing", &self.missing).finish_non_exhaustive()
+        formatter
+            .debug_struct("Kernel")
+            .field("missing", &self.missing)
+            .finish_non_exhaustive()
     }
 }
 
@@ -179,7 +205,9 @@ impl Kernel {
         }
         let mut programs = loader.load(OBJECT).map_err(permission)?;
         let logger = EbpfLogger::init(&mut programs)
-            .inspect_err(|error| tracing::warn!(%error, "kernel-side diagnostics are not available"))
+            .inspect_err(
+                |error| tracing::warn!(%error, "kernel-side diagnostics are not available"),
+            )
             .ok();
         let mut missing = Vec::new();
         let specs = match purpose {
@@ -189,10 +217,17 @@ impl Kernel {
         for spec in specs {
             if let Err(source) = attach_any(&mut programs, spec, &btf) {
                 if spec.functions == [GROWTH_FUNCTION] {
-                    return Err(LoadError::Growth { function: GROWTH_FUNCTION, source });
+                    return Err(LoadError::Growth {
+                        function: GROWTH_FUNCTION,
+                        source,
+                    });
                 }
                 tracing::warn!(program = spec.program, error = %source, "a kernel program is not available");
-                missing.push(Missing { program: spec.program, functions: spec.functions, why: source.to_string() });
+                missing.push(Missing {
+                    program: spec.program,
+                    functions: spec.functions,
+                    why: source.to_string(),
+                });
             }
         }
         Self::with_maps(programs, logger, missing)
@@ -203,20 +238,55 @@ impl Kernel {
         logger: Option<EbpfLogger<&'static dyn log::Log>>,
         missing: Vec<Missing>,
     ) -> Result<(Self, Reflexes), LoadError> {
-        let ring = RingBuf::try_from(take(&mut programs, "MEMORY_EVENTS")?)
-            .map_err(|source| LoadError::Map { name: "MEMORY_EVENTS", source })?;
-        let life = RingBuf::try_from(take(&mut programs, "LIFE_EVENTS")?)
-            .map_err(|source| LoadError::Map { name: "LIFE_EVENTS", source })?;
-        let guards = HashMap::try_from(take(&mut programs, "GUARDS")?)
-            .map_err(|source| LoadError::Map { name: "GUARDS", source })?;
-        let growth = HashMap::try_from(take(&mut programs, "GROWTH")?)
-            .map_err(|source| LoadError::Map { name: "GROWTH", source })?;
-        let holds = HashMap::try_from(take(&mut programs, "HOLDS")?)
-            .map_err(|source| LoadError::Map { name: "HOLDS", source })?;
-        let losses = PerCpuArray::try_from(take(&mut programs, "LOSSES")?)
-            .map_err(|source| LoadError::Map { name: "LOSSES", source })?;
-        let kernel = Self { _programs: programs, growth, holds, losses, life, logger, missing };
-        Ok((kernel, Reflexes { ring, guards: Guards(guards) }))
+        let ring = RingBuf::try_from(take(&mut programs, "MEMORY_EVENTS")?).map_err(|source| {
+            LoadError::Map {
+                name: "MEMORY_EVENTS",
+                source,
+            }
+        })?;
+        let life = RingBuf::try_from(take(&mut programs, "LIFE_EVENTS")?).map_err(|source| {
+            LoadError::Map {
+                name: "LIFE_EVENTS",
+                source,
+            }
+        })?;
+        let guards =
+            HashMap::try_from(take(&mut programs, "GUARDS")?).map_err(|source| LoadError::Map {
+                name: "GUARDS",
+                source,
+            })?;
+        let growth =
+            HashMap::try_from(take(&mut programs, "GROWTH")?).map_err(|source| LoadError::Map {
+                name: "GROWTH",
+                source,
+            })?;
+        let holds =
+            HashMap::try_from(take(&mut programs, "HOLDS")?).map_err(|source| LoadError::Map {
+                name: "HOLDS",
+                source,
+            })?;
+        let losses = PerCpuArray::try_from(take(&mut programs, "LOSSES")?).map_err(|source| {
+            LoadError::Map {
+                name: "LOSSES",
+                source,
+            }
+        })?;
+        let kernel = Self {
+            _programs: programs,
+            growth,
+            holds,
+            losses,
+            life,
+            logger,
+            missing,
+        };
+        Ok((
+            kernel,
+            Reflexes {
+                ring,
+                guards: Guards(guards),
+            },
+        ))
     }
 
     /// Programs that could not be attached.
@@ -232,7 +302,12 @@ impl Kernel {
     /// [`LoadError::Map`] when the maps are full (4096 cgroups).
     pub fn track(&mut self, cgroup: CgroupId) -> Result<(), LoadError> {
         let growth = Growth::default();
-        self.growth.insert(cgroup.0, growth, 0).map_err(|source| LoadError::Map { name: "GROWTH", source })?;
+        self.growth
+            .insert(cgroup.0, growth, 0)
+            .map_err(|source| LoadError::Map {
+                name: "GROWTH",
+                source,
+            })?;
         self.track_holds(cgroup)
     }
 
@@ -243,7 +318,12 @@ impl Kernel {
     /// [`LoadError::Map`] when the map is full (4096 cgroups).
     pub fn track_holds(&mut self, cgroup: CgroupId) -> Result<(), LoadError> {
         let holds = Holds::default();
-        self.holds.insert(cgroup.0, holds, 0).map_err(|source| LoadError::Map { name: "HOLDS", source })
+        self.holds
+            .insert(cgroup.0, holds, 0)
+            .map_err(|source| LoadError::Map {
+                name: "HOLDS",
+                source,
+            })
     }
 
     /// Forgets a cgroup.
@@ -272,7 +352,9 @@ impl Kernel {
     pub fn losses(&self) -> [u64; loss::SLOTS as usize] {
         std::array::from_fn(|slot| {
             let slot = u32::try_from(slot).unwrap_or(loss::SLOTS);
-            self.losses.get(&slot, 0).map_or(0, |values| values.iter().sum())
+            self.losses
+                .get(&slot, 0)
+                .map_or(0, |values| values.iter().sum())
         })
     }
 
@@ -285,7 +367,10 @@ impl Kernel {
         while let Some(item) = self.life.next() {
             match LifeEvent::ref_from_bytes(&item) {
                 Ok(event) => take(event),
-                Err(_) => tracing::warn!(bytes = item.len(), "a life event of unknown size was skipped"),
+                Err(_) => tracing::warn!(
+                    bytes = item.len(),
+                    "a life event of unknown size was skipped"
+                ),
             }
         }
     }
@@ -303,7 +388,12 @@ impl Guards {
     pub fn set(&mut self, cgroup: CgroupId, watermark: Option<Bytes>) -> Result<(), LoadError> {
         let watermark_pages = watermark.map_or(WATERMARK_OFF, Bytes::pages);
         let guard = Guard { watermark_pages };
-        self.0.insert(cgroup.0, guard, 0).map_err(|source| LoadError::Map { name: "GUARDS", source })
+        self.0
+            .insert(cgroup.0, guard, 0)
+            .map_err(|source| LoadError::Map {
+                name: "GUARDS",
+                source,
+            })
     }
 
     /// Stops watching a cgroup.
@@ -337,7 +427,12 @@ impl ConcatSpecs for [&'static [Spec]; 2] {
 }
 
 fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadError> {
-    let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
+    let missing = || LoadError::Map {
+        name,
+        source: MapError::InvalidName {
+            name: name.to_owned(),
+        },
+    };
     programs.take_map(name).ok_or_else(missing)
 }
 
@@ -360,7 +455,9 @@ fn permission(error: EbpfError) -> LoadError {
 fn attach_any(programs: &mut Ebpf, spec: &Spec, btf: &AyaBtf) -> Result<(), ProgramError> {
     let mut result = Err(ProgramError::NotLoaded);
     for function in spec.functions {
-        let program = programs.program_mut(spec.program).ok_or(ProgramError::NotLoaded)?;
+        let program = programs
+            .program_mut(spec.program)
+            .ok_or(ProgramError::NotLoaded)?;
         result = attach(program, spec.hook, function, btf);
         if result.is_ok() {
             return result;
@@ -369,7 +466,12 @@ fn attach_any(programs: &mut Ebpf, spec: &Spec, btf: &AyaBtf) -> Result<(), Prog
     result
 }
 
-fn attach(program: &mut Program, hook: Hook, function: &str, btf: &AyaBtf) -> Result<(), ProgramError> {
+fn attach(
+    program: &mut Program,
+    hook: Hook,
+    function: &str,
+    btf: &AyaBtf,
+) -> Result<(), ProgramError> {
     match hook {
         Hook::Entry => {
             let program: &mut FEntry = program.try_into()?;
@@ -392,6 +494,10 @@ fn attach(program: &mut Program, hook: Hook, function: &str, btf: &AyaBtf) -> Re
 /// NUMA nodes that the kernel may have: one more than the last of a list such as `0-3`.
 fn nodes() -> u64 {
     let list = fs::read_to_string(Path::new(POSSIBLE_NODES)).unwrap_or_default();
-    let last = list.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u64>().ok());
+    let last = list
+        .trim()
+        .rsplit([',', '-'])
+        .next()
+        .and_then(|last| last.parse::<u64>().ok());
     last.map_or(1, |last| last.saturating_add(1))
 }

@@ -18,7 +18,7 @@ use super::{
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
     /// The fixed limit.
-    #[arg(long, value_parser = quantity::parse, default_value = "512Mi")]
+    #[arg(long, value_parser = quantity::parse, default_value = "256Mi")]
     memory: Bytes,
     /// The ceiling.
     #[arg(long, value_parser = quantity::parse, default_value = "3Gi")]
@@ -45,17 +45,36 @@ const ROOT: &str = "/disk";
 const SOURCES: &str = "/build-load";
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
-    let Options { memory, max_memory, jobs, without_unlimited } = *options;
+    let Options {
+        memory,
+        max_memory,
+        jobs,
+        without_unlimited,
+    } = *options;
     prepare()?;
     let mut runner = Runner::new()?;
     let build = |out: &str| -> Vec<String> {
         let jobs = format!("-j{jobs}");
         let out = format!("O=/tmp/{out}");
-        ["chroot", ROOT, "make", "--silent", "-C", SOURCES, &jobs, &out].map(str::to_owned).to_vec()
+        [
+            "chroot", ROOT, "make", "--silent", "-C", SOURCES, &jobs, &out,
+        ]
+        .map(str::to_owned)
+        .to_vec()
     };
-    // Once outside of the measurement: the compiler's pages are read from the disk.
-    let warm = Command::new("chroot").args([ROOT, "g++", "-x", "c++", "-c", "/dev/null", "-o", "/dev/null"]).status()?;
-    ensure!(warm.success(), "the guest's g++ does not work: {warm}");
+    // Once outside of the measurement: compiler and headers come from the disk, and their page cache
+    // belongs to no measured cgroup. A limit full of cache would thrash for minutes before it kills.
+    let words = build("warm");
+    let warm = Command::new(&words[0])
+        .args(&words[1..words.len() - 2])
+        .args([
+            "-j2",
+            "O=/tmp/warm",
+            "/tmp/warm/unit-1.o",
+            "/tmp/warm/main.o",
+        ])
+        .status()?;
+    ensure!(warm.success(), "the guest's compiler does not work: {warm}");
     eprintln!("build -j{jobs} at a fixed limit of {memory}");
     let fixed = runner.fixed(Limit::At(memory), &build("fixed"))?;
     eprintln!("build -j{jobs} under bellows exec, {memory} to {max_memory}");
@@ -67,16 +86,35 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         Some(runner.fixed(Limit::Max, &build("unlimited"))?)
     };
     eprintln!("{}", bellows.stderr);
-    records.write(&Record { memory, max_memory, jobs, unlimited, fixed, bellows })
+    records.write(&Record {
+        memory,
+        max_memory,
+        jobs,
+        unlimited,
+        fixed,
+        bellows,
+    })
 }
 
 /// Makes the disk a root to compile in.
 fn prepare() -> Result<()> {
-    ensure!(Path::new("/disk/usr/bin/make").exists(), "the guest's disk has no compiler");
-    for (source, target, kind) in
-        [("proc", "/disk/proc", "proc"), ("devtmpfs", "/disk/dev", "devtmpfs"), ("tmpfs", "/disk/run", "tmpfs")]
-    {
-        mount(source, target, kind, MountFlags::empty(), None::<&std::ffi::CStr>).with_context(|| target.to_owned())?;
+    ensure!(
+        Path::new("/disk/usr/bin/make").exists(),
+        "the guest's disk has no compiler"
+    );
+    for (source, target, kind) in [
+        ("proc", "/disk/proc", "proc"),
+        ("devtmpfs", "/disk/dev", "devtmpfs"),
+        ("tmpfs", "/disk/run", "tmpfs"),
+    ] {
+        mount(
+            source,
+            target,
+            kind,
+            MountFlags::empty(),
+            None::<&std::ffi::CStr>,
+        )
+        .with_context(|| target.to_owned())?;
     }
     let sources = format!("{ROOT}{SOURCES}");
     fs::create_dir_all(&sources)?;
@@ -89,8 +127,15 @@ fn prepare() -> Result<()> {
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let record: Record = serde_json::from_value(records.first().context("no record")?.clone())?;
-    let Record { unlimited, fixed, bellows, .. } = record;
-    let ratio = unlimited.as_ref().map(|unlimited| bellows.wall_us as f64 / unlimited.wall_us.max(1) as f64);
+    let Record {
+        unlimited,
+        fixed,
+        bellows,
+        ..
+    } = record;
+    let ratio = unlimited
+        .as_ref()
+        .map(|unlimited| bellows.wall_us as f64 / unlimited.wall_us.max(1) as f64);
     let seconds = |outcome: &Outcome| rounded(outcome.wall_us as f64 / 1e6);
     Ok(json!({
         "fixed_limit_passed": fixed.code == 0,

@@ -79,12 +79,20 @@ pub(super) fn log_uniform(random: &mut fastrand::Rng, low: f64, high: f64) -> f6
     (low.ln() + random.f64() * (high.ln() - low.ln())).exp()
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive size below 2^20 MiB")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a positive size below 2^20 MiB"
+)]
 pub(super) fn mib(value: f64) -> Bytes {
     Bytes((value * 1_048_576.0) as u64 / 4096 * 4096)
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a positive factor below 1000")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a positive factor below 1000"
+)]
 pub(super) fn thousandths(value: f64) -> u64 {
     (value * 1000.0) as u64
 }
@@ -101,8 +109,16 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             case.peak,
             case.threads,
             case.thp,
-            if record.fixed.killed() { "killed" } else { "alive" },
-            if record.bellows.killed() { "KILLED" } else { "alive" },
+            if record.fixed.killed() {
+                "killed"
+            } else {
+                "alive"
+            },
+            if record.bellows.killed() {
+                "KILLED"
+            } else {
+                "alive"
+            },
             record.bellows.sleeps,
             record.bellows.stderr,
         );
@@ -113,13 +129,21 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
     set_thp(case.thp)?;
-    let load = runner.load(&burst_words(case.limit.per_mille(500), case.peak, case.threads).each_ref().map(String::as_str));
+    let load = runner.load(
+        &burst_words(case.limit.per_mille(500), case.peak, case.threads)
+            .each_ref()
+            .map(String::as_str),
+    );
     let delay = case.delay_ms.to_string();
-    let options: Vec<String> =
-        if case.delay_ms > 0 { vec!["--actuation-delay-ms".to_owned(), delay] } else { Vec::new() };
+    let options: Vec<String> = if case.delay_ms > 0 {
+        vec!["--actuation-delay-ms".to_owned(), delay]
+    } else {
+        Vec::new()
+    };
     let mut order = [0, 1, 2];
     random.shuffle(&mut order);
-    let (mut unlimited, mut fixed, mut bellows) = (Outcome::default(), Outcome::default(), Outcome::default());
+    let (mut unlimited, mut fixed, mut bellows) =
+        (Outcome::default(), Outcome::default(), Outcome::default());
     for variant in order {
         match variant {
             0 => unlimited = runner.fixed(Limit::Max, &load)?,
@@ -127,13 +151,27 @@ fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Resu
             _ => bellows = runner.bellows(case.limit, case.max, &options, &load)?,
         }
     }
-    Ok(Record { case, unlimited, fixed, bellows })
+    Ok(Record {
+        case,
+        unlimited,
+        fixed,
+        bellows,
+    })
 }
 
 /// The load `burst`.
 pub(super) fn burst_words(rest: Bytes, peak: Bytes, threads: u64) -> [String; 7] {
     let (rest, peak, threads) = (rest.0.to_string(), peak.0.to_string(), threads.to_string());
-    ["burst", "--rest", &rest, "--peak", &peak, "--threads", &threads].map(str::to_owned)
+    [
+        "burst",
+        "--rest",
+        &rest,
+        "--peak",
+        &peak,
+        "--threads",
+        &threads,
+    ]
+    .map(str::to_owned)
 }
 
 fn said(outcome: &Outcome) -> Option<BurstResult> {
@@ -143,8 +181,13 @@ fn said(outcome: &Outcome) -> Option<BurstResult> {
 /// Granted byte-seconds over 1.25 times the running peak's, from the first raise on.
 fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
     // Before its first limit is set the cgroup has none, which is no raise.
-    let limited = samples.iter().position(|sample| sample.limit <= original.0)?;
-    let first = limited + samples[limited..].iter().position(|sample| sample.limit > original.0)?;
+    let limited = samples
+        .iter()
+        .position(|sample| sample.limit <= original.0)?;
+    let first = limited
+        + samples[limited..]
+            .iter()
+            .position(|sample| sample.limit > original.0)?;
     let (mut granted, mut used) = (0.0, 0.0);
     for pair in samples[first..].windows(2) {
         let seconds = (pair[1].at_us - pair[0].at_us) as f64;
@@ -154,11 +197,17 @@ fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
     (used > 0.0).then(|| granted / (1.25 * used))
 }
 
-
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> =
-        records.iter().map(|record| serde_json::from_value(record.clone())).collect::<Result<_, _>>()?;
-    let killed = |pick: fn(&Record) -> &Outcome| records.iter().filter(|record| pick(record).killed()).count();
+    let records: Vec<Record> = records
+        .iter()
+        .map(|record| serde_json::from_value(record.clone()))
+        .collect::<Result<_, _>>()?;
+    let killed = |pick: fn(&Record) -> &Outcome| {
+        records
+            .iter()
+            .filter(|record| pick(record).killed())
+            .count()
+    };
     let mut time_ratios = Vec::new();
     let mut stalls = Vec::new();
     let mut small_page_stalls = Vec::new();
@@ -167,7 +216,12 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let mut raises = Vec::new();
     let mut sleeps = Vec::new();
     for record in &records {
-        let Record { case, unlimited, bellows, .. } = record;
+        let Record {
+            case,
+            unlimited,
+            bellows,
+            ..
+        } = record;
         raises.push(bellows.report["report"]["raises"].as_f64().unwrap_or(0.0));
         sleeps.push(bellows.sleeps as f64);
         overgrants.extend(overgrant(&bellows.samples, case.limit));
@@ -187,7 +241,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         }
     }
     let kills_by_page = |thp| {
-        records.iter().filter(|record| record.case.thp == thp && record.bellows.killed()).count()
+        records
+            .iter()
+            .filter(|record| record.case.thp == thp && record.bellows.killed())
+            .count()
     };
     let p = |values: &[f64], percent| rounded(percentile(values, percent));
     let mut summary = json!({

@@ -54,7 +54,16 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             let bellows = runner.bellows(limit, ceiling, &[], &load)?;
             (runner.fixed(Limit::At(ceiling), &load)?, bellows)
         };
-        let record = Record { seed: options.seed, limit, ceiling, peak, threads, thp, fixed, bellows };
+        let record = Record {
+            seed: options.seed,
+            limit,
+            ceiling,
+            peak,
+            threads,
+            thp,
+            fixed,
+            bellows,
+        };
         eprintln!(
             "case {index}: limit {limit}, ceiling {ceiling}, peak {peak}: fixed {:?} ms, bellows {:?} ms: {}",
             time_to_kill(&record.fixed).map(|ns| ns / 1_000_000),
@@ -73,9 +82,14 @@ fn time_to_kill(outcome: &Outcome) -> Option<u64> {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> =
-        records.iter().map(|record| serde_json::from_value(record.clone())).collect::<Result<_, _>>()?;
-    let same = records.iter().filter(|record| record.fixed.killed() == record.bellows.killed()).count();
+    let records: Vec<Record> = records
+        .iter()
+        .map(|record| serde_json::from_value(record.clone()))
+        .collect::<Result<_, _>>()?;
+    let same = records
+        .iter()
+        .filter(|record| record.fixed.killed() == record.bellows.killed())
+        .count();
     let ratios: Vec<f64> = records
         .iter()
         .filter_map(|record| {

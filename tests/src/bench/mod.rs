@@ -39,7 +39,10 @@ pub(crate) enum Bench {
 }
 
 pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
-    let file = File::options().write(true).open(records).with_context(|| records.display().to_string())?;
+    let file = File::options()
+        .write(true)
+        .open(records)
+        .with_context(|| records.display().to_string())?;
     let mut records = Records::new(file);
     match bench {
         Bench::Bursts(options) => bursts::run(options, &mut records),
@@ -65,5 +68,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let content = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    content.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    content
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| line.to_owned()))
+        .collect()
 }

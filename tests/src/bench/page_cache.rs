@@ -44,29 +44,63 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     for index in 0..options.n {
         let limit = Bytes::mib(random.u64(48..=160));
         for anonymous in [Bytes::ZERO, limit.per_mille(random.u64(1500..=4000))] {
-            let file = if anonymous == Bytes::ZERO { limit.scaled(4, 1) } else { anonymous };
+            let file = if anonymous == Bytes::ZERO {
+                limit.scaled(4, 1)
+            } else {
+                anonymous
+            };
             let (size, memory) = (file.0.to_string(), anonymous.0.to_string());
             let load = runner.load(&[
-                "cache", "--file", FILE, "--size", &size, "--anonymous", &memory, "--passes", "2", "--hold-ms", "4000",
+                "cache",
+                "--file",
+                FILE,
+                "--size",
+                &size,
+                "--anonymous",
+                &memory,
+                "--passes",
+                "2",
+                "--hold-ms",
+                "4000",
             ]);
             let bellows = runner.bellows(limit, limit.scaled(16, 1), &[], &load)?;
             fs::remove_file(FILE)?;
-            eprintln!("case {index}: limit {limit}, file {file}, anonymous {anonymous}: {}", bellows.stderr);
-            records.write(&Record { seed: options.seed, limit, file, anonymous, bellows })?;
+            eprintln!(
+                "case {index}: limit {limit}, file {file}, anonymous {anonymous}: {}",
+                bellows.stderr
+            );
+            records.write(&Record {
+                seed: options.seed,
+                limit,
+                file,
+                anonymous,
+                bellows,
+            })?;
         }
     }
     Ok(())
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> =
-        records.iter().map(|record| serde_json::from_value(record.clone())).collect::<Result<_, _>>()?;
-    let (alone, mixed): (Vec<_>, Vec<_>) = records.iter().partition(|record| record.anonymous == Bytes::ZERO);
+    let records: Vec<Record> = records
+        .iter()
+        .map(|record| serde_json::from_value(record.clone()))
+        .collect::<Result<_, _>>()?;
+    let (alone, mixed): (Vec<_>, Vec<_>) = records
+        .iter()
+        .partition(|record| record.anonymous == Bytes::ZERO);
     let raises = |record: &&Record| record.bellows.report["report"]["raises"].as_u64();
     let ratios: Vec<f64> = mixed
         .iter()
         .filter_map(|record| {
-            let last = record.bellows.samples.last()?.limit;
+            // While the load still lived: its end gives everything back.
+            let end_us = record.bellows.said["end_ns"].as_u64()? / 1000;
+            let last = record
+                .bellows
+                .samples
+                .iter()
+                .rfind(|sample| sample.at_us < end_us)?
+                .limit;
             Some(last as f64 / (1.25 * record.anonymous.0 as f64))
         })
         .collect();

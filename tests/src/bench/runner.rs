@@ -64,25 +64,40 @@ pub(crate) struct Runner {
 impl Runner {
     pub(crate) fn new() -> Result<Self> {
         let (probe, _rings) = Kernel::load(Purpose::MeasureHolds)?;
-        anyhow::ensure!(probe.missing().is_empty(), "the bench's probe is incomplete: {:?}", probe.missing());
+        anyhow::ensure!(
+            probe.missing().is_empty(),
+            "the bench's probe is incomplete: {:?}",
+            probe.missing()
+        );
         Cgroup::open(Path::new(ROOT))?.write("cgroup.subtree_control", "+memory")?;
-        Ok(Self { probe: Arc::new(Mutex::new(probe)), executable: env::current_exe()?, runs: 0 })
+        Ok(Self {
+            probe: Arc::new(Mutex::new(probe)),
+            executable: env::current_exe()?,
+            runs: 0,
+        })
     }
 
     /// The command line of one of this binary's loads.
     pub(crate) fn load(&self, arguments: &[&str]) -> Vec<String> {
         let executable = self.executable.to_string_lossy();
-        [&*executable, "load"].iter().chain(arguments).map(|&word| word.to_owned()).collect()
+        [&*executable, "load"]
+            .iter()
+            .chain(arguments)
+            .map(|&word| word.to_owned())
+            .collect()
     }
 
     /// Runs a command in a plain cgroup with a fixed limit.
     pub(crate) fn fixed(&mut self, limit: Limit, words: &[String]) -> Result<Outcome> {
         self.runs += 1;
-        let cgroup = Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{}", self.runs))?;
+        let cgroup =
+            Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{}", self.runs))?;
         cgroup.set_limit("memory.max", limit)?;
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
-        let procs = File::options().write(true).open(cgroup.path().join("cgroup.procs"))?;
+        let procs = File::options()
+            .write(true)
+            .open(cgroup.path().join("cgroup.procs"))?;
         // SAFETY: one write between fork and exec; no allocation, no lock.
         unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
         let outcome = self.watch(command, cgroup.path().to_owned())?;
@@ -92,13 +107,25 @@ impl Runner {
     }
 
     /// Runs a command under `bellows exec`.
-    pub(crate) fn bellows(&mut self, memory: Bytes, max: Bytes, options: &[String], words: &[String]) -> Result<Outcome> {
+    pub(crate) fn bellows(
+        &mut self,
+        memory: Bytes,
+        max: Bytes,
+        options: &[String],
+        words: &[String],
+    ) -> Result<Outcome> {
         let report = Path::new("/tmp/report.json");
         // The last run's report must not be taken for this one's.
         drop(fs::remove_file(report));
         let mut command = Command::new(BELLOWS);
         command
-            .args(["exec", "--memory", &memory.0.to_string(), "--max-memory", &max.0.to_string()])
+            .args([
+                "exec",
+                "--memory",
+                &memory.0.to_string(),
+                "--max-memory",
+                &max.0.to_string(),
+            ])
             .args(["--report", "/tmp/report.json"])
             .args(options)
             .arg("--")
@@ -112,7 +139,10 @@ impl Runner {
     }
 
     fn watch(&self, mut command: Command, cgroup: PathBuf) -> Result<Outcome> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let start = Instant::now();
         let child = command.spawn().context("run the load")?;
         let path = if cgroup.as_os_str().is_empty() {
@@ -135,11 +165,18 @@ impl Runner {
                 holds.map_or(0, |holds| holds.long_holds)
             },
         );
-        let Output { status, stdout, stderr } = child.wait_with_output()?;
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = child.wait_with_output()?;
         let wall_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let track = sampler.finish();
         Ok(Outcome {
-            code: status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1),
+            code: status
+                .code()
+                .or_else(|| status.signal().map(|signal| 128 + signal))
+                .unwrap_or(-1),
             oom_kill: track.oom_kill,
             sleeps: track.sleeps,
             killed_at_ns: track.killed_at_ns,
@@ -155,7 +192,10 @@ impl Runner {
 /// The last line of a load's output that is a JSON object.
 fn said(stdout: &[u8]) -> Value {
     let text = String::from_utf8_lossy(stdout);
-    text.lines().rev().find_map(|line| serde_json::from_str(line).ok()).unwrap_or_default()
+    text.lines()
+        .rev()
+        .find_map(|line| serde_json::from_str(line).ok())
+        .unwrap_or_default()
 }
 
 /// Switches transparent huge pages.

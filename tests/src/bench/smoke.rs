@@ -10,16 +10,24 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let record = match Kernel::load(Purpose::Guard) {
         Ok((kernel, _reflexes)) => {
-            let missing: Vec<String> =
-                kernel.missing().iter().map(|missing| format!("{}: {}", missing.program, missing.why)).collect();
+            let missing: Vec<String> = kernel
+                .missing()
+                .iter()
+                .map(|missing| format!("{}: {}", missing.program, missing.why))
+                .collect();
             json!({ "kernel": release.trim(), "loaded": true, "missing": missing })
         }
-        Err(error) => json!({ "kernel": release.trim(), "loaded": false, "missing": [error.to_string()] }),
+        Err(error) => {
+            json!({ "kernel": release.trim(), "loaded": false, "missing": [error.to_string()] })
+        }
     };
     records.write(&record)
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the same shape as the other benches")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the same shape as the other benches"
+)]
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let complete = |record: &&Value| {
         record["loaded"] == true && record["missing"].as_array().is_some_and(Vec::is_empty)
