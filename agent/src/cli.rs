@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use bellows_core::{Bytes, Nanos, quantity};
 use clap::{Args, Parser, Subcommand};
 
-use crate::exec;
+use crate::{exec, run};
 
 /// Lets containers breathe: raises memory limits before the OOM killer acts, and lowers them again.
 #[derive(Debug, Parser)]
@@ -21,6 +21,13 @@ pub struct Cli {
 pub enum Command {
     /// Run one command in its own cgroup, with the guard around it.
     Exec(Exec),
+    /// Guard the pods of this node that opt in.
+    Run(Run),
+    /// Tell what happened to a pod, with its numbers.
+    Explain {
+        /// The pod: NAMESPACE/POD.
+        pod: String,
+    },
     /// Wait for the end of the parent, then release a cgroup (used by `exec`).
     #[command(name = exec::releaser::SUBCOMMAND, hide = true)]
     Release {
@@ -50,6 +57,33 @@ pub struct Exec {
     /// The command and its arguments.
     #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     words: Vec<OsString>,
+}
+
+/// `bellows run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The node whose pods are guarded [default: $NODE_NAME].
+    #[arg(long)]
+    node_name: Option<String>,
+    /// Seconds without growth after which a raised limit is lowered again.
+    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
+    shrink_after: u64,
+}
+
+impl Run {
+    /// What was typed, as options; `None` without a node's name.
+    #[must_use]
+    pub fn options(self) -> Option<run::Options> {
+        let Self {
+            node_name,
+            shrink_after,
+        } = self;
+        let node = node_name.or_else(run::node_from_environment)?;
+        Some(run::Options {
+            node,
+            shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
+        })
+    }
 }
 
 impl Exec {

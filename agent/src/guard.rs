@@ -32,6 +32,13 @@ use crate::{
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
 /// How often the controller looks at life events when nothing is raised.
 const QUIET_TICK: Duration = Duration::from_secs(1);
+/// A refused raise is not asked for again for this long.
+const REFUSED_FOR: Nanos = Nanos::millis(10_000);
+/// A request that is not in force after this long got lost or was deferred. The kubelet reports a
+/// limit below usage after 12.9 s (measured on 1.37).
+const REQUEST_LOST: Nanos = Nanos::millis(15_000);
+/// How many requests the 95th percentile of their time is taken over.
+const LATENCIES: usize = 20;
 /// Room for inputs that the controller has not taken yet.
 pub const INPUTS: usize = 4096;
 
@@ -49,8 +56,10 @@ pub enum Input {
         /// Whether it is in force, and why not.
         result: Result<(), String>,
     },
-    /// Guard a cgroup from now on.
-    Adopt(Cgroup, Policy),
+    /// Guard a cgroup from now on; the name is for people.
+    Adopt(Cgroup, Policy, String),
+    /// A guarded cgroup's rules have changed.
+    Policy(CgroupId, Policy),
     /// Guard it no more.
     Forget(CgroupId),
     /// End.
@@ -64,6 +73,9 @@ pub trait Requester {
 
     /// Lowers the limit; usage has been brought below `to` already. Must not block.
     fn lower(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
+
+    /// Takes back a request for `to` that was not carried out in time: the limit is still `limit`.
+    fn take_back(&mut self, cgroup: &Cgroup, to: Bytes, limit: Bytes);
 
     /// Takes note of what was decided and observed, for people.
     fn record(&mut self, cgroup: &Cgroup, record: &Record);
@@ -110,6 +122,8 @@ pub struct Report {
     pub sleeps: u64,
     /// Charges seen by the growth hook.
     pub charges: u64,
+    /// Times from a request to the limit in force.
+    pub latencies: Vec<Nanos>,
 }
 
 struct Guarded {
@@ -120,6 +134,7 @@ struct Guarded {
     requested: Option<(Bytes, Nanos)>,
     held_since: Option<Nanos>,
     refused_shrink: Option<Bytes>,
+    raise_not_before: Nanos,
     report: Report,
 }
 
@@ -139,7 +154,15 @@ impl Guarded {
             requested: self.requested,
             held_since: self.held_since,
             refused_shrink: self.refused_shrink,
+            raise_not_before: self.raise_not_before,
         }
+    }
+
+    /// The lower limit that is on its way, if one is.
+    fn lowering(&self) -> Option<Bytes> {
+        self.requested
+            .map(|(to, _)| to)
+            .filter(|&to| to < self.limit)
     }
 
     fn limit_is(&mut self, at: Nanos, limit: Bytes) {
@@ -152,6 +175,12 @@ impl Guarded {
         } else {
             self.report.shrinks += 1;
             self.history.shrunk();
+        }
+        if let Some((to, asked)) = self.requested
+            && (to == limit || (self.limit < to && to <= limit))
+        {
+            self.requested = None;
+            self.report.latencies.push(at.since(asked));
         }
         self.limit = limit;
         self.report.limits.push((at, limit));
@@ -192,7 +221,12 @@ impl<R: Requester> Controller<R> {
     /// # Errors
     ///
     /// [`GuardError`]; nothing is guarded then.
-    pub fn adopt(&mut self, cgroup: Cgroup, policy: Policy) -> Result<(), GuardError> {
+    pub fn adopt(
+        &mut self,
+        cgroup: Cgroup,
+        policy: Policy,
+        name: String,
+    ) -> Result<(), GuardError> {
         let (id, at) = (cgroup.id(), now());
         let limit = cgroup.limit("memory.max")?.bytes();
         let controls = Controls::open(&cgroup)?;
@@ -200,7 +234,9 @@ impl<R: Requester> Controller<R> {
             at,
             cgroup: id,
             path: cgroup.path().to_owned(),
+            name,
             original: policy.original,
+            limit,
         };
         self.ledger.append(&record)?;
         self.requester.record(&cgroup, &record);
@@ -216,6 +252,7 @@ impl<R: Requester> Controller<R> {
             requested: None,
             held_since: None,
             refused_shrink: None,
+            raise_not_before: Nanos(0),
             report: Report {
                 limits: vec![(at, limit)],
                 ..Report::default()
@@ -236,11 +273,15 @@ impl<R: Requester> Controller<R> {
             limit,
             ..
         } = guarded;
+        // A lower limit on its way may be in force at any moment: it is the one to guard, and only
+        // a limit above today's proves that it was overtaken.
+        let effective = guarded.lowering().unwrap_or(*limit);
         self.reflex.send(Command::Arm(Box::new(Arm {
             cgroup: cgroup.id(),
             policy: *policy,
-            limit: *limit,
-            reaction: reflex::reaction(policy, *limit),
+            limit: effective,
+            release_at: limit.plus(Bytes(1)),
+            reaction: reflex::reaction(policy, effective),
             controls,
         })));
     }
@@ -296,7 +337,7 @@ impl<R: Requester> Controller<R> {
             .filter_map(|id| Some((id, self.forget(id)?)))
             .collect();
         self.reflex.stop();
-        if let Err(error) = self.ledger.remove() {
+        if let Err(error) = self.ledger.retire() {
             tracing::warn!(%error, "the ledger is left behind");
         }
         reports
@@ -306,9 +347,15 @@ impl<R: Requester> Controller<R> {
         match input {
             Input::Verdict(verdict) => self.take_verdict(verdict),
             Input::Answered { cgroup, to, result } => self.take_answer(cgroup, to, result),
-            Input::Adopt(cgroup, policy) => {
+            Input::Policy(id, policy) => {
+                if let Some(guarded) = self.guards.get_mut(&id) {
+                    guarded.policy = policy;
+                    self.arm(&self.guards[&id], None);
+                }
+            }
+            Input::Adopt(cgroup, policy, name) => {
                 let path = cgroup.path().to_owned();
-                if let Err(error) = self.adopt(cgroup, policy) {
+                if let Err(error) = self.adopt(cgroup, policy, name) {
                     tracing::error!(path = %path.display(), %error, "cannot guard a container");
                 }
             }
@@ -340,12 +387,10 @@ impl<R: Requester> Controller<R> {
                     guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
                 }
             }),
-            Verdict::LimitRose { cgroup, limit } => self.update(cgroup, |guarded| {
-                guarded.limit_is(at, limit);
-                if guarded.requested.is_some_and(|(to, _)| limit >= to) {
-                    guarded.requested = None;
-                }
-            }),
+            Verdict::LimitRose { cgroup, limit } => {
+                self.update(cgroup, |guarded| guarded.limit_is(at, limit));
+                self.learn_latency(cgroup);
+            }
             Verdict::Failed { cgroup, error } => {
                 tracing::warn!(cgroup.id = cgroup.0, %error, "the reflex could not act");
                 self.update(cgroup, |guarded| guarded.report.errors.push(error));
@@ -409,18 +454,61 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        if guarded
-            .requested
-            .is_some_and(|(requested, _)| requested == to)
-        {
-            guarded.requested = None;
-        }
-        if let Err(error) = &result {
+        if let Err(error) = result {
             tracing::warn!(path = %guarded.cgroup.path().display(), %to, %error, "a change of the limit failed");
             guarded.report.errors.push(error.clone());
+            if guarded
+                .requested
+                .is_some_and(|(requested, _)| requested == to)
+            {
+                self.give_up(id);
+            }
+            self.verify(id, Some(error));
         }
-        self.verify(id, result.err());
         self.look_at(id);
+    }
+
+    /// A request was refused or got lost: what waited for it waits no more.
+    fn give_up(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let at = now();
+        let Some((to, _)) = guarded.requested.take() else {
+            return;
+        };
+        if to < guarded.limit {
+            guarded.refused_shrink = Some(guarded.history.demand);
+        } else {
+            guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
+        }
+        if guarded.held_since.is_some() {
+            self.reflex.send(Command::Release(id, Reason::HoldExpired));
+        }
+        self.arm(&self.guards[&id], None);
+    }
+
+    /// Takes the measured time of the last request into the policy.
+    fn learn_latency(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let mut recent: Vec<Nanos> = guarded
+            .report
+            .latencies
+            .iter()
+            .rev()
+            .take(LATENCIES)
+            .copied()
+            .collect();
+        recent.sort_unstable();
+        let rank = (recent.len() * 95).div_ceil(100);
+        if let (Some(&measured), Actuation::Requested { p95 }) = (
+            recent.get(rank.saturating_sub(1)),
+            &mut guarded.policy.actuation,
+        ) {
+            *p95 = measured;
+        }
     }
 
     fn tick(&mut self) {
@@ -450,11 +538,19 @@ impl<R: Requester> Controller<R> {
         match (guarded.cgroup.stat(), guarded.cgroup.limit("memory.max")) {
             (Ok(stat), Ok(limit)) => {
                 guarded.history.observe(at, stat.demand());
+                let lost = guarded
+                    .requested
+                    .filter(|&(_, asked)| at.since(asked) >= REQUEST_LOST);
                 if limit.bytes() != guarded.limit {
-                    // Raised by an answer, or changed by somebody else, who wins.
+                    // In force by a request, or changed by somebody else, who wins.
                     guarded.limit_is(at, limit.bytes());
-                    let guarded = &self.guards[&id];
-                    self.arm(guarded, None);
+                    self.verify(id, None);
+                    self.learn_latency(id);
+                    self.arm(&self.guards[&id], None);
+                } else if let Some((to, _)) = lost {
+                    let limit = guarded.limit;
+                    self.requester.take_back(&guarded.cgroup, to, limit);
+                    self.give_up(id);
                 }
                 self.decide(id);
             }
@@ -542,6 +638,9 @@ impl<R: Requester> Controller<R> {
             }
             (Shrunk::Done, Actuation::Requested { .. }) => {
                 guarded.requested = Some((to, now()));
+                // Before the request: the lower limit is guarded when it comes into force.
+                self.arm(&self.guards[&id], None);
+                let cgroup = &self.guards[&id].cgroup;
                 self.requester.lower(cgroup, from, to);
             }
         }

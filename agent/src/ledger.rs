@@ -34,8 +34,12 @@ pub enum Record {
         cgroup: CgroupId,
         /// Its directory.
         path: PathBuf,
+        /// What it is, for people: `NAMESPACE/POD/CONTAINER`, or a command.
+        name: String,
         /// Its limit at rest.
         original: Bytes,
+        /// Its limit now.
+        limit: Bytes,
     },
     /// Something is about to be done.
     Intend {
@@ -76,6 +80,30 @@ pub struct Ledger {
     file: File,
     path: PathBuf,
     line: Vec<u8>,
+}
+
+impl Record {
+    /// The cgroup that it is about.
+    #[must_use]
+    pub const fn cgroup(&self) -> CgroupId {
+        match self {
+            Self::Adopt { cgroup, .. }
+            | Self::Intend { cgroup, .. }
+            | Self::Verify { cgroup, .. }
+            | Self::Forget { cgroup, .. } => *cgroup,
+        }
+    }
+
+    /// When it was written.
+    #[must_use]
+    pub const fn at(&self) -> Nanos {
+        match self {
+            Self::Adopt { at, .. }
+            | Self::Intend { at, .. }
+            | Self::Verify { at, .. }
+            | Self::Forget { at, .. } => *at,
+        }
+    }
 }
 
 impl Ledger {
@@ -120,6 +148,15 @@ impl Ledger {
         self.file.write_all(&self.line)
     }
 
+    /// Keeps the file for `explain` under another name: everything in it is undone.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be renamed.
+    pub fn retire(self) -> io::Result<()> {
+        fs::rename(&self.path, previous(&self.path))
+    }
+
     /// Removes the file: everything in it is undone.
     ///
     /// # Errors
@@ -128,6 +165,12 @@ impl Ledger {
     pub fn remove(self) -> io::Result<()> {
         fs::remove_file(&self.path)
     }
+}
+
+/// Where the ledger of the process before is kept.
+#[must_use]
+pub fn previous(path: &Path) -> PathBuf {
+    path.with_extension("previous")
 }
 
 /// What a ledger file says.

@@ -9,10 +9,13 @@
 //! and the only modules that know them all.
 
 pub mod actuate;
+pub mod attribution;
 pub mod cgroup;
 pub mod cli;
 pub mod exec;
+pub mod explain;
 pub mod guard;
-
 pub mod ledger;
+pub mod recover;
+pub mod run;
 pub mod signal;

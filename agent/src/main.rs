@@ -1,16 +1,18 @@
 //! Parse, set up diagnostics, run.
 
-use std::{io, process::ExitCode};
+use std::{io, path::Path, process::ExitCode};
 
 use bellows::{
     cli::{Cli, Command},
-    exec,
+    exec, explain, run,
 };
 use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
 
 /// `env` and `timeout` report their own failures with this code.
 const OWN_FAILURE: u8 = 125;
+/// `EX_USAGE` of sysexits.h.
+const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     let filter =
@@ -39,12 +41,30 @@ fn main() -> ExitCode {
                 ExitCode::from(error.code())
             }
         },
-        Command::Release { cgroup } => match exec::releaser::wait_and_release(&cgroup) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("bellows: {error}");
-                ExitCode::FAILURE
-            }
-        },
+        Command::Run(arguments) => {
+            let Some(options) = arguments.options() else {
+                eprintln!("bellows: no node: set --node-name, or NODE_NAME by the downward API");
+                return ExitCode::from(USAGE);
+            };
+            report(run::run(&options).map_err(|error| error.to_string()))
+        }
+        Command::Explain { pod } => report(
+            explain::explain(Path::new(explain::LEDGER), &pod)
+                .map(|text| print!("{text}"))
+                .map_err(|error| error.to_string()),
+        ),
+        Command::Release { cgroup } => {
+            report(exec::releaser::wait_and_release(&cgroup).map_err(|error| error.to_string()))
+        }
+    }
+}
+
+fn report(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bellows: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -56,6 +56,8 @@ pub struct Snapshot {
     pub held_since: Option<Nanos>,
     /// A shrink to this limit was refused; do not try again above this demand.
     pub refused_shrink: Option<Bytes>,
+    /// A raise was refused; do not ask again before this time.
+    pub raise_not_before: Nanos,
 }
 
 /// What to do: actions in order, and what the reflex does from now on.
@@ -101,17 +103,40 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         history,
         limit,
         requested,
+        now,
+        raise_not_before,
         ..
     } = snapshot;
     let Actuation::Requested { p95 } = policy.actuation else {
         return None;
     };
-    let at_limit = thresholds(policy, *limit)?;
-    if requested.is_some() || history.demand < at_limit.watermark {
+    if now < raise_not_before {
         return None;
     }
-    let to = request_target(policy, history, p95);
-    (to > *limit).then_some((Action::Raise { from: *limit, to }, Reason::WatermarkReached))
+    let target = request_target(policy, history, p95);
+    match *requested {
+        // A lower limit may be in force at any moment: it is what counts. The new request must differ
+        // from the limit of today, or its arrival could not be told from the other's delay.
+        Some((lower, _)) if lower < *limit => {
+            let at_lower = thresholds(policy, lower)?;
+            let to = target.max(limit.plus(Bytes::mib(1))).min(policy.ceiling);
+            (history.demand >= at_lower.watermark).then_some((
+                Action::Raise { from: lower, to },
+                Reason::GrewWhileShrinking,
+            ))
+        }
+        Some(_) => None,
+        None => {
+            let at_limit = thresholds(policy, *limit)?;
+            (history.demand >= at_limit.watermark && target > *limit).then_some((
+                Action::Raise {
+                    from: *limit,
+                    to: target,
+                },
+                Reason::WatermarkReached,
+            ))
+        }
+    }
 }
 
 fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
@@ -182,6 +207,7 @@ mod tests {
             requested: None,
             held_since: None,
             refused_shrink: None,
+            raise_not_before: Nanos(0),
         }
     }
 
@@ -277,6 +303,30 @@ mod tests {
         assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(64)));
         snapshot.history.demand = Bytes::mib(700);
         assert_eq!(decide(&snapshot).actions, [], "not worth it");
+    }
+
+    #[test]
+    fn growth_while_shrinking_is_answered_with_more_than_before() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.limit = Bytes::mib(640);
+        snapshot.requested = Some((Bytes::mib(64), snapshot.now));
+        snapshot.history.demand = Bytes::mib(40);
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.history.demand = Bytes::mib(63);
+        let [(Action::Raise { from, to }, Reason::GrewWhileShrinking)] =
+            decide(&snapshot).actions[..]
+        else {
+            panic!("{:?}", decide(&snapshot))
+        };
+        assert_eq!((from, to), (Bytes::mib(64), Bytes::mib(641)));
+    }
+
+    #[test]
+    fn a_refused_raise_waits_its_time() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(63);
+        snapshot.raise_not_before = Nanos(snapshot.now.0 + 1);
+        assert_eq!(decide(&snapshot).actions, []);
     }
 
     #[test]

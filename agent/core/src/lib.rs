@@ -12,6 +12,7 @@
 pub mod action;
 pub mod decide;
 pub mod history;
+pub mod pod;
 pub mod policy;
 pub mod quantity;
 pub mod reflex;

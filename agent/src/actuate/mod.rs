@@ -5,4 +5,5 @@
 //! limit should be.
 
 pub mod reflex;
+pub mod resize;
 pub mod shrink;

@@ -59,8 +59,10 @@ pub struct Arm {
     pub cgroup: CgroupId,
     /// Its rules.
     pub policy: Policy,
-    /// Its limit now.
+    /// Its limit now, or the lower one that is on its way.
     pub limit: Bytes,
+    /// A hold is lifted by itself once the limit is at least this.
+    pub release_at: Bytes,
     /// What to do at the watermark.
     pub reaction: Reaction,
     /// Its files, the first time that it is armed.
@@ -208,6 +210,7 @@ impl Reflex {
 struct Row {
     policy: Policy,
     limit: Bytes,
+    release_at: Bytes,
     reaction: Reaction,
     controls: Controls,
     held: bool,
@@ -370,6 +373,7 @@ impl Worker {
             cgroup,
             policy,
             limit,
+            release_at,
             reaction,
             controls,
         } = arm;
@@ -377,6 +381,7 @@ impl Worker {
             (Some(row), _) => Row {
                 policy,
                 limit,
+                release_at,
                 reaction,
                 let_go: row.let_go && limit <= row.limit,
                 ..row
@@ -384,6 +389,7 @@ impl Worker {
             (None, Some(controls)) => Row {
                 policy,
                 limit,
+                release_at,
                 reaction,
                 controls,
                 held: false,
@@ -469,10 +475,11 @@ impl Worker {
                     continue;
                 }
             };
-            if limit <= row.limit {
+            if limit < row.release_at {
                 continue;
             }
             row.limit = limit;
+            row.release_at = Bytes(limit.0.saturating_add(1));
             row.reaction = reflex::reaction(&row.policy, limit);
             let thresholds = reflex::thresholds(&row.policy, limit);
             if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
@@ -499,7 +506,9 @@ fn watch(
     cgroup: CgroupId,
     thresholds: Option<Thresholds>,
 ) -> Result<(), String> {
-    let high = thresholds.map_or(Limit::Max, |thresholds| Limit::At(thresholds.high));
+    // What was let go is not braked again before its limit has risen.
+    let braked = thresholds.filter(|_| !row.let_go);
+    let high = braked.map_or(Limit::Max, |thresholds| Limit::At(thresholds.high));
     row.controls
         .high
         .set(high)

@@ -177,7 +177,11 @@ fn run_in(
         inputs: inputs.clone(),
     };
     let mut controller = Controller::new(kernel, reflex, ledger, receiver, requester);
-    controller.adopt(cgroup.clone(), policy)?;
+    let name = options
+        .command
+        .first()
+        .map(|word| word.to_string_lossy().into_owned());
+    controller.adopt(cgroup.clone(), policy, name.unwrap_or_default())?;
     let controller = thread::Builder::new()
         .name("controller".to_owned())
         .spawn(move || controller.run())
@@ -190,6 +194,8 @@ fn run_in(
     }
     let reports = controller.join().unwrap_or_default();
     releaser.finish();
+    // Everything in it is undone, and the summary tells the rest.
+    drop(std::fs::remove_file(ledger::previous(&path)));
     let report = reports.get(&cgroup.id()).cloned().unwrap_or_default();
     let (status, end) = (
         status?,
@@ -335,6 +341,10 @@ impl Requester for Delayed {
 
     fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
         self.set_later(cgroup, to);
+    }
+
+    fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
+        self.set_later(cgroup, limit);
     }
 
     fn record(&mut self, _cgroup: &Cgroup, record: &Record) {

@@ -1,0 +1,113 @@
+//! From a container of a pod to its cgroup.
+//!
+//! The directory is found by what it must contain (the pod's uid above, the container's id in its
+//! own name), never by an absolute path: drivers, runtimes and nested nodes put different things
+//! around these two. A container that is not found is not guarded; it is looked for again at the
+//! pod's next change.
+
+pub mod pods;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Where cgroups are.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// How deep below the root pods may be: `kubepods/burstable/podUID/ID` and a prefix of three.
+const DEPTH: u32 = 7;
+
+/// The runtime's id in a container status, without its scheme (`containerd://…`).
+#[must_use]
+pub fn container_id(status: &str) -> &str {
+    status.rsplit_once("://").map_or(status, |(_, id)| id)
+}
+
+/// The cgroup directory of a container.
+#[must_use]
+pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
+    let pod = pod_directory(root, pod_uid, DEPTH)?;
+    let entries = directories(&pod);
+    // cgroupfs: the id; systemd: cri-containerd-ID.scope, crio-ID.scope, docker-ID.scope.
+    entries.into_iter().find(|path| {
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let bare = name.strip_suffix(".scope").unwrap_or(&name);
+        bare == container_id
+            || (bare.ends_with(&format!("-{container_id}")) && !bare.contains("conmon"))
+    })
+}
+
+fn pod_directory(directory: &Path, uid: &str, depth: u32) -> Option<PathBuf> {
+    let depth = depth.checked_sub(1)?;
+    // systemd writes a uid's dashes as underscores.
+    let (plain, escaped) = (
+        format!("pod{uid}"),
+        format!("pod{}.slice", uid.replace('-', "_")),
+    );
+    let entries = directories(directory);
+    let found = entries.iter().find(|path| {
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        name == plain || name.ends_with(&escaped)
+    });
+    found.cloned().or_else(|| {
+        entries
+            .iter()
+            .find_map(|path| pod_directory(path, uid, depth))
+    })
+}
+
+/// Directories in a directory, in the order of their names.
+fn directories(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0f8c-11aa";
+    const ID: &str = "abcdef0123";
+
+    #[test]
+    fn finds_every_known_layout() {
+        let layouts = [
+            "kubepods/burstable/pod0f8c-11aa/abcdef0123",
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f8c_11aa.slice/cri-containerd-abcdef0123.scope",
+            "kubepods.slice/kubepods-pod0f8c_11aa.slice/crio-abcdef0123.scope",
+            "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod0f8c_11aa.slice/cri-containerd-abcdef0123.scope",
+        ];
+        for (index, layout) in layouts.iter().enumerate() {
+            let root = std::env::temp_dir().join(format!(
+                "bellows-attribution-{}-{index}",
+                std::process::id()
+            ));
+            let path = root.join(layout);
+            fs::create_dir_all(&path).unwrap();
+            fs::create_dir_all(path.with_file_name("crio-conmon-abcdef0123.scope")).unwrap();
+            fs::create_dir_all(path.with_file_name("other")).unwrap();
+            assert_eq!(find(&root, UID, ID), Some(path));
+            assert_eq!(find(&root, UID, "fff"), None);
+            assert_eq!(find(&root, "0f8c-11ab", ID), None);
+            fs::remove_dir_all(&root).unwrap();
+        }
+    }
+
+    #[test]
+    fn strips_the_scheme() {
+        assert_eq!(container_id("containerd://abc"), "abc");
+        assert_eq!(container_id("abc"), "abc");
+    }
+}

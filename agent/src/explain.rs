@@ -1,0 +1,197 @@
+//! `bellows explain NAMESPACE/POD`: what happened to a pod, with its numbers, from the ledger.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    io,
+    path::{Path, PathBuf},
+};
+
+use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
+use thiserror::Error;
+
+use crate::ledger::{self, Record};
+
+/// The ledger of `bellows run`.
+pub const LEDGER: &str = "/run/bellows/run.ledger";
+
+/// Why nothing can be explained.
+#[derive(Debug, Error)]
+pub enum ExplainError {
+    /// No ledger.
+    #[error("cannot read {0} ({1}): run this on the node, as root, where `bellows run` runs")]
+    NoLedger(PathBuf, io::Error),
+    /// Not in the ledger.
+    #[error(
+        "`{0}` was not guarded on this node. Guarded were: {1}. A pod opts in by the annotations bellows.dev/mode: Act and bellows.dev/max-memory"
+    )]
+    Unknown(String, String),
+}
+
+/// Explains a pod from the current and the previous ledger.
+///
+/// # Errors
+///
+/// [`ExplainError`] when there is no ledger, or it does not know the pod.
+pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
+    let mut records = ledger::read(&ledger::previous(path))
+        .unwrap_or_default()
+        .records;
+    match ledger::read(path) {
+        Ok(contents) => records.extend(contents.records),
+        Err(_) if !records.is_empty() => {}
+        Err(error) => return Err(ExplainError::NoLedger(path.to_owned(), error)),
+    }
+    let mut names: BTreeMap<CgroupId, String> = BTreeMap::new();
+    for record in &records {
+        if let Record::Adopt { cgroup, name, .. } = record {
+            names.insert(*cgroup, name.clone());
+        }
+    }
+    let meant: Vec<CgroupId> = names
+        .iter()
+        .filter(|(_, name)| *name == pod || name.starts_with(&format!("{pod}/")))
+        .map(|(&cgroup, _)| cgroup)
+        .collect();
+    if meant.is_empty() {
+        let known: Vec<&str> = names.values().map(String::as_str).collect();
+        let known = if known.is_empty() {
+            "none".to_owned()
+        } else {
+            known.join(", ")
+        };
+        return Err(ExplainError::Unknown(pod.to_owned(), known));
+    }
+    Ok(meant
+        .iter()
+        .map(|cgroup| story(&records, *cgroup, &names[cgroup]))
+        .collect())
+}
+
+/// One container's story, each line with the seconds since its adoption.
+fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
+    let mut text = format!("{name}\n");
+    let mut start = None;
+    let mut requested: Option<Nanos> = None;
+    let mut held: Option<Nanos> = None;
+    for record in records.iter().filter(|record| record.cgroup() == cgroup) {
+        let start = *start.get_or_insert(record.at());
+        let line = match record {
+            Record::Adopt {
+                original, limit, ..
+            } => {
+                format!("guarded: limit {limit}, original {original}")
+            }
+            Record::Intend {
+                at,
+                action,
+                reason,
+                demand,
+                ..
+            } => {
+                match action {
+                    Action::Raise { .. } | Action::Shrink { .. } => requested = Some(*at),
+                    Action::Hold => held = Some(*at),
+                    Action::Release | Action::Brake { .. } => {}
+                }
+                let since = held
+                    .filter(|_| *action == Action::Release)
+                    .map(|held| at.since(held));
+                intention(*action, *reason, *demand, since)
+            }
+            Record::Verify {
+                at, limit, error, ..
+            } => {
+                let after = requested
+                    .take()
+                    .map(|asked| format!(" after {} ms", at.since(asked).as_millis()));
+                let after = after.unwrap_or_default();
+                match error {
+                    None => format!("limit {limit} in force{after}"),
+                    Some(error) => format!("failed{after}, the limit is {limit}: {error}"),
+                }
+            }
+            Record::Forget { .. } => "not guarded any more".to_owned(),
+        };
+        let millis = record.at().since(start).as_millis();
+        // Writing to a string cannot fail.
+        let _infallible = writeln!(
+            text,
+            "  {:>6}.{:03} s  {line}",
+            millis / 1000,
+            millis % 1000
+        );
+    }
+    text
+}
+
+fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>) -> String {
+    let why = match reason {
+        Reason::WatermarkReached => "reached the watermark",
+        Reason::RaiseUnderWay => "reached the limit before its raise",
+        Reason::RaiseArrived => "the raise has arrived",
+        Reason::HoldExpired => "no raise came in time",
+        Reason::BurstOver => "the burst is over",
+        Reason::GrewWhileShrinking => "grew again while the limit was being lowered",
+        Reason::Adopted => "the guard starts",
+        Reason::Ended => "the guard ends",
+        Reason::Recovered => "a predecessor left it",
+    };
+    match action {
+        Action::Raise { from, to } => format!("{why} with {demand} of {from}: raise to {to}"),
+        Action::Shrink { from, to } => format!("{why}, {demand} in use: lower from {from} to {to}"),
+        Action::Hold => format!("{why} with {demand}: held"),
+        Action::Release => {
+            let time = held
+                .map(|held| format!(" after {} ms", held.as_millis()))
+                .unwrap_or_default();
+            format!("{why}: released{time}")
+        }
+        Action::Brake { .. } => format!("{why}: brake moved"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_a_burst_with_its_numbers() {
+        let cgroup = CgroupId(7);
+        let at = |millis| Nanos::millis(1000 + millis);
+        let intend = |millis, action, reason| Record::Intend {
+            at: at(millis),
+            cgroup,
+            action,
+            reason,
+            demand: Bytes::mib(63),
+        };
+        let (from, to) = (Bytes::mib(64), Bytes::mib(640));
+        let records = [
+            Record::Adopt {
+                at: at(0),
+                cgroup,
+                path: PathBuf::new(),
+                name: "dev/pod/app".to_owned(),
+                original: from,
+                limit: from,
+            },
+            intend(500, Action::Raise { from, to }, Reason::WatermarkReached),
+            intend(501, Action::Hold, Reason::RaiseUnderWay),
+            intend(901, Action::Release, Reason::RaiseArrived),
+            Record::Verify {
+                at: at(902),
+                cgroup,
+                limit: to,
+                error: None,
+            },
+        ];
+        let expected = "dev/pod/app\n\
+            \x20      0.000 s  guarded: limit 64 MiB, original 64 MiB\n\
+            \x20      0.500 s  reached the watermark with 63 MiB of 64 MiB: raise to 640 MiB\n\
+            \x20      0.501 s  reached the limit before its raise with 63 MiB: held\n\
+            \x20      0.901 s  the raise has arrived: released after 400 ms\n\
+            \x20      0.902 s  limit 640 MiB in force after 402 ms\n";
+        assert_eq!(story(&records, cgroup, "dev/pod/app"), expected);
+    }
+}

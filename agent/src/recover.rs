@@ -1,0 +1,59 @@
+//! What a predecessor left behind: brakes and holds, lifted before anything else is done.
+//!
+//! An agent that was killed cannot release what it held. Its ledger names every cgroup that it
+//! guarded; those that it did not forget are released at once, before the kernel programs are loaded
+//! or the API is asked, because their processes may stand still. Limits stay as they are: who adopts
+//! the container next knows its original and lowers it when its burst is over.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use bellows_core::CgroupId;
+
+use crate::{
+    exec::releaser::release,
+    ledger::{self, Record},
+};
+
+/// What was found and done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Cgroups whose brake and hold were lifted.
+    pub released: usize,
+    /// Lines of the ledger that were torn or damaged.
+    pub unreadable: usize,
+}
+
+/// Releases everything that the ledger at `path` holds, and puts the ledger aside.
+///
+/// # Errors
+///
+/// When the ledger exists but cannot be read or put aside.
+pub fn recover(path: &Path) -> io::Result<Recovered> {
+    let contents = match ledger::read(path) {
+        Ok(contents) => contents,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recovered::default()),
+        Err(error) => return Err(error),
+    };
+    let mut guarded: BTreeMap<CgroupId, PathBuf> = BTreeMap::new();
+    for record in &contents.records {
+        match record {
+            Record::Adopt { cgroup, path, .. } => drop(guarded.insert(*cgroup, path.clone())),
+            Record::Forget { cgroup, .. } => drop(guarded.remove(cgroup)),
+            Record::Intend { .. } | Record::Verify { .. } => {}
+        }
+    }
+    for cgroup in guarded.values() {
+        if let Err(error) = release(cgroup) {
+            tracing::error!(path = %cgroup.display(), %error, "a predecessor's brake cannot be lifted");
+        }
+    }
+    fs::rename(path, ledger::previous(path))?;
+    Ok(Recovered {
+        released: guarded.len(),
+        unreadable: contents.unreadable,
+    })
+}

@@ -1,0 +1,155 @@
+//! `bellows run`: the agent of one node.
+//!
+//! Composition: what a predecessor left is released; the kernel programs, the reflex and the
+//! controller start; then the pods of this node are watched and those that opt in are handed to the
+//! controller. The controller lives on a thread of its own and never waits for the API.
+
+mod events;
+mod watch;
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use bellows_core::{Actuation, Nanos};
+use kube::Client;
+use thiserror::Error;
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+};
+
+use crate::{
+    actuate::{reflex::Reflex, resize::Resizer},
+    explain::LEDGER,
+    guard::{self, Controller, Input},
+    ledger::Ledger,
+    recover::recover,
+    signal::programs::{Kernel, LoadError, Purpose},
+};
+
+/// What `bellows run` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The node whose pods are guarded.
+    pub node: String,
+    /// Quiet time after which a raised limit is lowered again.
+    pub shrink_after: Nanos,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// Not root.
+    #[error("bellows run needs root, for cgroups and BPF: run it as a privileged DaemonSet")]
+    NotRoot,
+    /// The kernel programs.
+    #[error(transparent)]
+    Kernel(#[from] LoadError),
+    /// The API is not configured.
+    #[error(
+        "no Kubernetes API to talk to ({0}): run in a pod with a service account, or set KUBECONFIG"
+    )]
+    Config(#[source] kube::config::InferConfigError),
+    /// The API client cannot be made.
+    #[error("cannot talk to the Kubernetes API: {0}")]
+    Client(#[from] kube::Error),
+    /// Something of the operating system.
+    #[error("{0}: {1}")]
+    System(&'static str, std::io::Error),
+    /// A part of the agent ended by itself.
+    #[error("{0} has ended; the agent stops, so that it is started again")]
+    Ended(&'static str),
+}
+
+/// What the time of a resize is taken for before one was measured (90th percentile of 60 resizes
+/// of an emulated 1.37 node; native ones are faster).
+const ASSUMED_P95: Nanos = Nanos::millis(1500);
+
+/// Runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay.
+///
+/// # Errors
+///
+/// [`RunError`]; its text says what to do.
+pub fn run(options: &Options) -> Result<(), RunError> {
+    let ledger_path = PathBuf::from(LEDGER);
+    // First of all: somebody may stand still.
+    let recovered =
+        recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;
+    tracing::info!(?recovered, "released what a predecessor held");
+    if !rustix::process::geteuid().is_root() {
+        return Err(RunError::NotRoot);
+    }
+    let (kernel, reflexes) = Kernel::load(Purpose::Guard)?;
+    let ledger = open_ledger(&ledger_path)?;
+    let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
+    let another = ledger
+        .another()
+        .map_err(|error| RunError::System("cannot open the ledger", error))?;
+    let reflex = Reflex::start(reflexes, another, guard::sink(inputs.clone()))
+        .map_err(|error| RunError::System("cannot start the reflex thread", error))?;
+    let runtime = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| RunError::System("cannot start the runtime", error))?;
+    let client = runtime.block_on(async {
+        let config = kube::Config::infer().await.map_err(RunError::Config)?;
+        Ok::<_, RunError>(Client::try_from(config)?)
+    })?;
+    let targets = Arc::new(Mutex::new(Default::default()));
+    let resizer = Resizer::new(
+        client.clone(),
+        runtime.handle().clone(),
+        Arc::clone(&targets),
+        inputs.clone(),
+    );
+    let controller = Controller::new(kernel, reflex, ledger, receiver, resizer);
+    let controller = thread::Builder::new()
+        .name("controller".to_owned())
+        .spawn(move || controller.run())
+        .map_err(|error| RunError::System("cannot start the controller thread", error))?;
+    let context = watch::Context {
+        client,
+        node: options.node.clone(),
+        inputs: inputs.clone(),
+        targets,
+        cpus: thread::available_parallelism()
+            .map_or(1, |cpus| u64::try_from(cpus.get()).unwrap_or(1)),
+        actuation: Actuation::Requested { p95: ASSUMED_P95 },
+        shrink_after: options.shrink_after,
+    };
+    let result = runtime.block_on(until_stopped(context));
+    if inputs.send(Input::Stop).is_err() || controller.join().is_err() {
+        return result.and(Err(RunError::Ended("the controller")));
+    }
+    result
+}
+
+fn open_ledger(path: &Path) -> Result<Ledger, RunError> {
+    Ledger::open(path)
+        .map_err(|error| RunError::System("cannot open the ledger in /run/bellows", error))
+}
+
+async fn until_stopped(context: watch::Context) -> Result<(), RunError> {
+    let install =
+        |kind| signal(kind).map_err(|error| RunError::System("cannot take signals", error));
+    let (mut term, mut int) = (
+        install(SignalKind::terminate())?,
+        install(SignalKind::interrupt())?,
+    );
+    tokio::select! {
+        () = watch::pods(context) => Err(RunError::Ended("the pod watch")),
+        _ = term.recv() => Ok(()),
+        _ = int.recv() => Ok(()),
+    }
+}
+
+/// The node's name where the command line has none.
+#[must_use]
+pub fn node_from_environment() -> Option<String> {
+    env::var("NODE_NAME").ok().filter(|name| !name.is_empty())
+}

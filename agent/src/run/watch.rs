@@ -1,0 +1,271 @@
+//! This node's pods: who opts in is adopted, who is gone is forgotten, who cannot be guarded is told.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::Path,
+    pin::pin,
+    sync::{PoisonError, mpsc::SyncSender},
+};
+
+use bellows_core::{
+    Actuation, Bytes, CgroupId, Nanos, Policy,
+    pod::{self, ORIGINAL, Wish},
+    quantity,
+};
+use futures::TryStreamExt as _;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{Patch, PatchParams},
+    runtime::{WatchStreamExt as _, watcher},
+};
+use serde_json::json;
+
+use super::events::Events;
+use crate::{
+    actuate::resize::{Target, Targets},
+    attribution::{self, CGROUP_ROOT, pods::convert},
+    cgroup::Cgroup,
+    guard::Input,
+};
+
+/// What the watch needs.
+pub(super) struct Context {
+    pub(super) client: Client,
+    pub(super) node: String,
+    pub(super) inputs: SyncSender<Input>,
+    pub(super) targets: Targets,
+    pub(super) cpus: u64,
+    pub(super) actuation: Actuation,
+    pub(super) shrink_after: Nanos,
+}
+
+/// A pod that is guarded, or was refused.
+#[derive(Default)]
+struct Known {
+    cgroup: Option<CgroupId>,
+    container_id: String,
+    policy: Option<Policy>,
+    refusal: Option<String>,
+}
+
+/// Watches for ever; broken connections are taken up again with a backoff.
+pub(super) async fn pods(context: Context) {
+    let api: Api<Pod> = Api::all(context.client.clone());
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.node));
+    let mut stream = pin!(
+        watcher(api, config)
+            .modify(|pod| pod.managed_fields_mut().clear())
+            .default_backoff()
+    );
+    let mut watch = Watch {
+        events: Events::new(context.client.clone(), &context.node),
+        context,
+        known: BTreeMap::new(),
+    };
+    let mut listed: Vec<String> = Vec::new();
+    loop {
+        match stream.try_next().await {
+            Ok(Some(watcher::Event::Init)) => listed.clear(),
+            Ok(Some(watcher::Event::InitApply(pod))) => {
+                listed.extend(pod.uid());
+                watch.apply(&pod).await;
+            }
+            Ok(Some(watcher::Event::InitDone)) => watch.keep_only(&listed),
+            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(&pod).await,
+            Ok(Some(watcher::Event::Delete(pod))) => watch.forget(&pod.uid().unwrap_or_default()),
+            Ok(None) => return,
+            Err(error) => tracing::warn!(%error, "the pod watch is interrupted"),
+        }
+    }
+}
+
+struct Watch {
+    context: Context,
+    events: Events,
+    known: BTreeMap<String, Known>,
+}
+
+impl Watch {
+    async fn apply(&mut self, pod: &Pod) {
+        let seen = convert(pod);
+        match pod::wish(&seen) {
+            Ok(None) => self.forget(&seen.uid),
+            Ok(Some(wish)) => {
+                if let Err(error) = self.guard(pod, &seen, &wish).await {
+                    tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, %error, "a pod is not guarded");
+                }
+            }
+            Err(refusal) => {
+                self.forget_cgroup(&seen.uid);
+                let known = self.known.entry(seen.uid.clone()).or_default();
+                let text = refusal.to_string();
+                if known.refusal.as_ref() != Some(&text) {
+                    known.refusal = Some(text.clone());
+                    self.events.refused(pod, refusal.reason(), text).await;
+                }
+            }
+        }
+    }
+
+    fn policy(&self, wish: &Wish) -> Result<Policy, String> {
+        let Context {
+            cpus,
+            actuation,
+            shrink_after,
+            ..
+        } = &self.context;
+        let policy = Policy {
+            original: wish.original,
+            ceiling: wish.ceiling,
+            actuation: *actuation,
+            cpus: *cpus,
+            shrink_after: *shrink_after,
+        };
+        policy.validate().map_err(|error| error.to_string())
+    }
+
+    async fn guard(&mut self, pod: &Pod, seen: &pod::Pod, wish: &Wish) -> Result<(), String> {
+        let known = self.known.get(&seen.uid);
+        if let Some((cgroup, policy)) = known
+            .filter(|known| known.container_id == wish.id)
+            .and_then(|known| Some((known.cgroup?, known.policy?)))
+        {
+            return self.follow(pod, seen, wish, cgroup, policy).await;
+        }
+        self.forget_cgroup(&seen.uid);
+        let policy = self.policy(wish)?;
+        let Some(path) = attribution::find(Path::new(CGROUP_ROOT), &seen.uid, &wish.id) else {
+            return Err(format!("its container {} has no cgroup yet", wish.id));
+        };
+        let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+        if !wish.recorded {
+            self.record_original(seen, &wish.container, wish.original)
+                .await?;
+        }
+        let target = Target {
+            namespace: seen.namespace.clone(),
+            name: seen.name.clone(),
+            index: wish.index,
+            limit: wish.limit_text.clone(),
+            asked: VecDeque::new(),
+        };
+        self.targets(|targets| drop(targets.insert(cgroup.id(), target)));
+        let known = Known {
+            cgroup: Some(cgroup.id()),
+            container_id: wish.id.clone(),
+            policy: Some(policy),
+            refusal: None,
+        };
+        self.known.insert(seen.uid.clone(), known);
+        let name = format!("{}/{}/{}", seen.namespace, seen.name, wish.container);
+        self.send(Input::Adopt(cgroup, policy, name));
+        let note = format!(
+            "container {}: limit {}, at most {}",
+            wish.container, policy.original, policy.ceiling
+        );
+        self.events.guarded(pod, note).await;
+        Ok(())
+    }
+
+    /// A guarded pod has changed: by us, or by somebody else, who then wins.
+    async fn follow(
+        &mut self,
+        pod: &Pod,
+        seen: &pod::Pod,
+        wish: &Wish,
+        cgroup: CgroupId,
+        policy: Policy,
+    ) -> Result<(), String> {
+        let ours = self.targets(|targets| {
+            targets.get_mut(&cgroup).is_none_or(|target| {
+                let ours =
+                    target.limit == wish.limit_text || target.asked.contains(&wish.limit_text);
+                target.limit.clone_from(&wish.limit_text);
+                ours
+            })
+        });
+        let mut wanted = self.policy(wish)?;
+        if !ours {
+            wanted.original = wish.limit.min(wanted.ceiling);
+            self.record_original(seen, &wish.container, wanted.original)
+                .await?;
+            let note = format!(
+                "the limit was changed to {} by somebody else, which is the new original",
+                wish.limit
+            );
+            self.events.guarded(pod, note).await;
+        }
+        // The measured time of requests is the controller's to know.
+        wanted.actuation = policy.actuation;
+        if wanted != policy {
+            if let Some(known) = self.known.get_mut(&seen.uid) {
+                known.policy = Some(wanted);
+            }
+            self.send(Input::Policy(cgroup, wanted));
+        }
+        Ok(())
+    }
+
+    /// Writes the limit as it was onto the pod, before anything is changed.
+    async fn record_original(
+        &self,
+        seen: &pod::Pod,
+        container: &str,
+        original: Bytes,
+    ) -> Result<(), String> {
+        let value = format!("{container}={}", quantity::format(original));
+        let patch = json!({ "metadata": { "annotations": { ORIGINAL: value } } });
+        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
+        let patched = api
+            .patch_metadata(&seen.name, &PatchParams::default(), &Patch::Merge(patch))
+            .await;
+        patched
+            .map(drop)
+            .map_err(|error| format!("its original limit cannot be recorded: {error}"))
+    }
+
+    fn targets<T>(&self, change: impl FnOnce(&mut BTreeMap<CgroupId, Target>) -> T) -> T {
+        change(
+            &mut self
+                .context
+                .targets
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+
+    fn send(&self, input: Input) {
+        if self.context.inputs.send(input).is_err() {
+            tracing::error!("the controller has ended");
+        }
+    }
+
+    fn forget_cgroup(&mut self, uid: &str) {
+        if let Some(cgroup) = self
+            .known
+            .get_mut(uid)
+            .and_then(|known| known.cgroup.take())
+        {
+            self.targets(|targets| drop(targets.remove(&cgroup)));
+            self.send(Input::Forget(cgroup));
+        }
+    }
+
+    fn forget(&mut self, uid: &str) {
+        self.forget_cgroup(uid);
+        self.known.remove(uid);
+    }
+
+    fn keep_only(&mut self, listed: &[String]) {
+        let gone: Vec<String> = self
+            .known
+            .keys()
+            .filter(|uid| !listed.contains(uid))
+            .cloned()
+            .collect();
+        for uid in gone {
+            self.forget(&uid);
+        }
+    }
+}
