@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::{
-    mount::{MountFlags, mount},
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move},
     system::{RebootCommand, reboot},
 };
 
@@ -21,6 +21,8 @@ use rustix::{
 const VERDICT: &str = "bellows-guest-verdict:";
 /// The kernel parameter that holds the command, words separated by commas.
 const PARAMETER: &str = "bellows.run=";
+/// The kernel parameter of a guest whose disk becomes its root.
+const NODE_PARAMETER: &str = "bellows.node=1";
 const RECORDS: &str = "/dev/ttyS1";
 
 /// Never returns.
@@ -88,11 +90,63 @@ fn prepare() -> Result<()> {
         )
         .context("mount /disk")?;
     }
+    if fs::read_to_string("/proc/cmdline")?.contains(NODE_PARAMETER) {
+        become_node().context("make the disk the root of a node")?;
+    }
     // No swap is configured, and a benchmark must not be told so by accident.
     ensure!(
         fs::read_to_string("/proc/swaps")?.lines().count() <= 1,
         "the guest has swap"
     );
+    Ok(())
+}
+
+/// Makes the disk the root, with our binaries in it, a network, and cgroups as a node has them.
+fn become_node() -> Result<()> {
+    for name in ["bellows", "bellows-guest", "busybox"] {
+        fs::copy(
+            format!("/bin/{name}"),
+            format!("/disk/usr/local/bin/{name}"),
+        )?;
+    }
+    copy_directory("/build-load", "/disk/build-load")?;
+    for directory in ["/proc", "/sys", "/dev", "/run", "/tmp"] {
+        mount_move(directory, format!("/disk{directory}")).with_context(|| directory.to_owned())?;
+    }
+    std::env::set_current_dir("/disk")?;
+    mount_move(".", "/").context("the disk to /")?;
+    rustix::process::chroot(".")?;
+    std::env::set_current_dir("/")?;
+    // Volumes of pods are mounted by one process and seen by another.
+    mount_change(
+        "/",
+        MountPropagationFlags::SHARED | MountPropagationFlags::REC,
+    )?;
+    rustix::system::sethostname(b"node")?;
+    for line in [
+        "ip link set lo up",
+        "ip link set eth0 up",
+        "ip address add 10.0.2.15/24 dev eth0",
+        "ip route add default via 10.0.2.2",
+    ] {
+        crate::node::shell(line)?;
+    }
+    let root = Path::new("/sys/fs/cgroup");
+    fs::create_dir_all(root.join("init"))?;
+    fs::write(root.join("init/cgroup.procs"), "0")?;
+    fs::write(
+        root.join("cgroup.subtree_control"),
+        "+cpuset +cpu +io +memory +pids +hugetlb",
+    )?;
+    Ok(())
+}
+
+fn copy_directory(from: &str, to: &str) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        fs::copy(entry.path(), Path::new(to).join(entry.file_name()))?;
+    }
     Ok(())
 }
 
@@ -130,9 +184,15 @@ fn run_command() -> Result<i32> {
         .context("the kernel command line has no bellows.run=")?;
     let words: Vec<&str> = command.split(',').collect();
     let (program, arguments) = words.split_first().context("bellows.run= is empty")?;
+    // A node finds its own at another place.
+    let program = if Path::new(program).exists() {
+        program
+    } else {
+        program.rsplit('/').next().unwrap_or(program)
+    };
     let mut child = Command::new(program)
         .args(arguments)
-        .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
+        .env("PATH", "/usr/local/bin:/bin:/sbin:/usr/bin:/usr/sbin")
         .env("HOME", "/")
         .stdin(Stdio::null())
         .spawn()

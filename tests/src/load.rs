@@ -22,6 +22,8 @@ pub(crate) enum Load {
     Burst(Burst),
     /// Fill to a size, then allocate and free a part of it for some time.
     Plateau(Plateau),
+    /// Wait for ever: the sandbox of a pod.
+    Pause,
     /// Read and write a file, and use anonymous memory beside it.
     Cache(Cache),
 }
@@ -87,6 +89,8 @@ pub(crate) struct BurstResult {
     pub(crate) growth_us: u64,
     /// Longest time in any thread between two touched MiB.
     pub(crate) longest_gap_us: u64,
+    /// When its memory was given back, `CLOCK_MONOTONIC` nanoseconds.
+    pub(crate) end_ns: u64,
 }
 
 const MIB: usize = 1 << 20;
@@ -96,6 +100,9 @@ pub(crate) fn run(load: &Load) -> Result<()> {
     match load {
         Load::Burst(burst) => run_burst(burst),
         Load::Plateau(plateau) => run_plateau(plateau),
+        Load::Pause => loop {
+            thread::sleep(Duration::from_secs(3600));
+        },
         Load::Cache(cache) => run_cache(cache),
     }
 }
@@ -202,16 +209,18 @@ fn run_burst(burst: &Burst) -> Result<()> {
             .map_err(|_panic| anyhow::anyhow!("a thread panicked"))??;
         longest = longest.max(gap);
     }
+    let result = BurstResult {
+        growth_us: micros(growth),
+        longest_gap_us: micros(longest),
+        end_ns: now().0,
+    };
+    println!("{}", serde_json::to_string(&result)?);
+    io::stdout().flush()?;
     if burst.after_ms > 0 {
         let mapping = Mapping::new(size(burst.rest)?)?;
         mapping.touch(0, mapping.length);
         thread::sleep(Duration::from_millis(burst.after_ms));
     }
-    let result = BurstResult {
-        growth_us: micros(growth),
-        longest_gap_us: micros(longest),
-    };
-    println!("{}", serde_json::to_string(&result)?);
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! Samples what a cgroup is granted and what it uses, from outside and without Bellows.
 
 use std::{
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -47,10 +46,10 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// Samples the cgroup at `path` as soon as it exists, until stopped. `appeared` is told of it,
+    /// Samples the cgroup as soon as it can be found, until stopped. `appeared` is told of it,
     /// `sleeps` is asked for its sleeps for as long as it exists.
     pub(crate) fn start(
-        path: PathBuf,
+        find: impl Fn() -> Option<Cgroup> + Send + 'static,
         appeared: impl Fn(&Cgroup) + Send + 'static,
         sleeps: impl Fn(&Cgroup) -> u64 + Send + 'static,
     ) -> Self {
@@ -61,7 +60,7 @@ impl Sampler {
             let mut cgroup = None;
             while !stopped.load(Ordering::Relaxed) {
                 if cgroup.is_none() {
-                    cgroup = Cgroup::open(&path).ok().inspect(&appeared);
+                    cgroup = find().inspect(&appeared);
                 }
                 if let Some(cgroup) = &cgroup {
                     look(cgroup, &mut track);

@@ -13,6 +13,7 @@ use crate::{
     build::{self, Binaries},
     debian,
     guest::{self, Guest},
+    kubernetes::{self, ControlPlane},
     root,
     shell::{output, step},
     tools,
@@ -26,10 +27,17 @@ pub(crate) enum Name {
     Plateau,
     PageCache,
     Build,
+    PodBursts,
+    Kill,
     Smoke,
 }
 
 impl Name {
+    /// Whether it needs a kubelet and an API server.
+    const fn needs_node(self) -> bool {
+        matches!(self, Self::PodBursts | Self::Kill)
+    }
+
     const fn text(self) -> &'static str {
         match self {
             Self::Bursts => "bursts",
@@ -37,6 +45,8 @@ impl Name {
             Self::Plateau => "plateau",
             Self::PageCache => "page-cache",
             Self::Build => "build",
+            Self::PodBursts => "pod-bursts",
+            Self::Kill => "kill",
             Self::Smoke => "smoke",
         }
     }
@@ -150,14 +160,31 @@ pub(crate) fn command(options: &Options) -> Result<bool> {
 pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let kernel = debian::kernel(&options.kernel)?;
     let name = options.file_name();
+    let control = if options.name.needs_node() {
+        Some(ControlPlane::start(&kubernetes::binaries()?)?)
+    } else {
+        None
+    };
+    let mut command = options.guest_command();
+    if let Some(control) = &control {
+        // The host's loopback, as QEMU's user network shows it to the guest.
+        let api = format!("https://10.0.2.2:{}", control.port);
+        command.extend([
+            "--api".to_owned(),
+            api,
+            "--token".to_owned(),
+            kubernetes::TOKEN.to_owned(),
+        ]);
+    }
     let guest = Guest {
         name: &name,
         kernel: &kernel,
         binaries,
         memory_mib: 4096,
         disk: disk(options.name)?,
+        node: control.is_some(),
         files: build_sources()?,
-        command: options.guest_command(),
+        command,
         limit: options.limit(),
     };
     let ended = step(
@@ -194,11 +221,35 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     Ok(file)
 }
 
+/// What a node has beside the kubelet.
+const NODE_PACKAGES: [&str; 10] = [
+    "ca-certificates",
+    "conntrack",
+    "containerd",
+    "containernetworking-plugins",
+    "g++",
+    "iproute2",
+    "iptables",
+    "make",
+    "mount",
+    "runc",
+];
+
 /// The disk that a bench needs.
 fn disk(name: Name) -> Result<Option<PathBuf>> {
     match name {
         Name::PageCache => guest::empty_disk().map(Some),
-        Name::Build => debian::root_image("build", "trixie", &["g++", "make"]).map(Some),
+        Name::Build => debian::root_image("build", "trixie", &["g++", "make"], &[]).map(Some),
+        Name::PodBursts | Name::Kill => {
+            let kubelet = kubernetes::binaries()?.kubelet;
+            debian::root_image(
+                "node",
+                "forky",
+                &NODE_PACKAGES,
+                &[("usr/bin/kubelet", &kubelet)],
+            )
+            .map(Some)
+        }
         Name::Bursts | Name::Ceiling | Name::Plateau | Name::Smoke => Ok(None),
     }
 }

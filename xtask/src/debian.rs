@@ -20,8 +20,14 @@ use crate::{
 
 const SUITES: [&str; 4] = ["bookworm", "trixie", "trixie-backports", "forky"];
 const ARCHIVE_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Kernel modules that a guest loads, in order.
-const MODULES: [&str; 1] = ["virtio_blk"];
+/// Kernel modules that a guest loads, in order: its disk, its network, containerd's snapshots.
+const MODULES: [&str; 5] = [
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "overlay",
+];
 
 /// A kernel and the modules that a guest loads.
 #[derive(Clone, Debug)]
@@ -233,11 +239,28 @@ pub(crate) fn kernel(release: &str) -> Result<Kernel> {
     Ok(kernel)
 }
 
-/// A Debian root file system as an ext4 image with the given packages.
-pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
+/// One file of a Debian package, unpacked into the cache.
+pub(crate) fn file(package: &str, suite: &str, path: &str) -> Result<PathBuf> {
+    let directory = tools::cache()?.join("packages").join(package);
+    drop(fs::remove_dir_all(&directory));
+    fs::create_dir_all(&directory)?;
+    Apt::new()?.unpack(&[format!("{package}/{suite}")], &directory)?;
+    Ok(directory.join(path))
+}
+
+/// A Debian root file system as an ext4 image with the given packages and files of our own.
+pub(crate) fn root_image(
+    name: &str,
+    suite: &str,
+    packages: &[&str],
+    files: &[(&str, &Path)],
+) -> Result<PathBuf> {
     let image = tools::cache()?.join(format!("{name}-{suite}.ext4"));
     let recipe = image.with_extension("recipe");
-    let wanted = format!("{suite} {}\n", packages.join(" "));
+    let mut wanted = format!("{suite} {}\n", packages.join(" "));
+    for (to, from) in files {
+        wanted += &format!("{to} {}\n", tools::checksum(from)?);
+    }
     if fs::read_to_string(&recipe).ok().as_deref() == Some(&wanted) && tools::is_intact(&image) {
         return Ok(image);
     }
@@ -270,6 +293,10 @@ pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<P
                     .arg(&tree)
                     .arg(format!("deb {mirror} {suite} main")),
             )?;
+            for (to, from) in files {
+                let copied = fs::copy(from, tree.join(to));
+                copied.with_context(|| format!("{} to {to}", from.display()))?;
+            }
             let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
             let options = [
                 "-q",

@@ -38,6 +38,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) memory_mib: u32,
     /// An ext4 image; the guest's writes to it are thrown away.
     pub(crate) disk: Option<PathBuf>,
+    /// Whether the disk becomes the root, with a network to this machine: a node.
+    pub(crate) node: bool,
     /// Files to add: path in the guest, content on the host.
     pub(crate) files: Vec<(String, PathBuf)>,
     /// Program and arguments, without commas or blanks.
@@ -144,9 +146,18 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
         .arg(initramfs)
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off bellows.run={}",
+            "console=ttyS0 quiet panic=-1 mitigations=off {}bellows.run={}",
+            if guest.node { "bellows.node=1 " } else { "" },
             guest.command.join(",")
         ));
+    if guest.node {
+        command.args([
+            "-netdev",
+            "user,id=net",
+            "-device",
+            "virtio-net-pci,netdev=net,romfile=",
+        ]);
+    }
     if let Some(disk) = &guest.disk {
         command.arg("-drive").arg(format!(
             "file={},format=raw,if=virtio,snapshot=on",

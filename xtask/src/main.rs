@@ -9,6 +9,7 @@ mod build;
 mod debian;
 mod demo;
 mod guest;
+mod kubernetes;
 mod shell;
 mod test;
 mod tools;

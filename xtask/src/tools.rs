@@ -15,7 +15,7 @@ const BPF_LINKER: &str = "0.10.3";
 pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";
 
 /// A file by which a Debian package is recognised, and the package.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("cpio", "cpio"),
@@ -24,6 +24,8 @@ const PACKAGES: [(&str, &str); 8] = [
     ("musl-gcc", "musl-tools"),
     ("mmdebstrap", "mmdebstrap"),
     ("depmod", "kmod"),
+    ("openssl", "openssl"),
+    ("curl", "curl"),
 ];
 
 /// The cache directory: never needed, only faster.
@@ -47,25 +49,31 @@ pub(crate) fn packages() -> Result<()> {
         .map(|&(_, package)| package)
         .collect();
     if missing.is_empty() {
-        return Ok(());
+        Ok(())
+    } else {
+        install(&missing)
     }
+}
+
+/// Installs Debian packages, or says how.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    let names = packages.join(", ");
     let install = format!(
         "apt-get install -y --no-install-recommends {}",
-        missing.join(" ")
+        packages.join(" ")
     );
     ensure!(
         has("apt-get"),
-        "missing: {}. This machine has no apt-get; install them by its own means",
-        missing.join(", ")
+        "missing: {names}. This machine has no apt-get; install them by its own means"
     );
     if output(Command::new("id").arg("-u"))?.trim() != "0" {
-        bail!("missing: {}. Run: sudo {install}", missing.join(", "));
+        bail!("missing: {names}. Run: sudo {install}");
     }
-    step(&format!("install {}", missing.join(", ")), || {
+    step(&format!("install {names}"), || {
         quiet(Command::new("apt-get").args(["update", "-qq"]))?;
-        let mut words = install.split_whitespace();
-        let mut command = Command::new(words.next().unwrap_or("apt-get"));
-        quiet(command.args(words).env("DEBIAN_FRONTEND", "noninteractive"))
+        let mut command = Command::new("apt-get");
+        command.args(install.split_whitespace().skip(1));
+        quiet(command.env("DEBIAN_FRONTEND", "noninteractive"))
     })
 }
 
@@ -157,7 +165,8 @@ fn checksum_file(file: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn checksum(file: &Path) -> Result<String> {
+/// The SHA-256 of a file.
+pub(crate) fn checksum(file: &Path) -> Result<String> {
     let text = output(Command::new("sha256sum").arg(file))?;
     text.split_whitespace()
         .next()

@@ -179,7 +179,7 @@ fn said(outcome: &Outcome) -> Option<BurstResult> {
 }
 
 /// Granted byte-seconds over 1.25 times the running peak's, from the first raise on.
-fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
+pub(super) fn overgrant(samples: &[Sample], original: Bytes) -> Option<f64> {
     // Before its first limit is set the cgroup has none, which is no raise.
     let limited = samples
         .iter()

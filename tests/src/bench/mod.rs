@@ -4,8 +4,10 @@
 mod build;
 mod bursts;
 mod ceiling;
+mod kill;
 mod page_cache;
 mod plateau;
+mod pod_bursts;
 mod record;
 mod runner;
 mod smoke;
@@ -34,6 +36,10 @@ pub(crate) enum Bench {
     PageCache(page_cache::Options),
     /// A real C++ build without a limit, at a fixed one, and under `bellows exec`.
     Build(build::Options),
+    /// Bursts in pods on a real kubelet, raised through the API.
+    PodBursts(pod_bursts::Options),
+    /// SIGKILL of the agent in the middle of bursts.
+    Kill(kill::Options),
     /// Load and attach every kernel program.
     Smoke,
 }
@@ -50,6 +56,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Plateau(options) => plateau::run(options, &mut records),
         Bench::PageCache(options) => page_cache::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
+        Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
+        Bench::Kill(options) => kill::run(options, &mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
 }
@@ -61,6 +69,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "plateau" => plateau::summarize(&read(path)?),
         "page-cache" => page_cache::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
+        "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "kill" => kill::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),
     }

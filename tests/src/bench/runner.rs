@@ -152,7 +152,7 @@ impl Runner {
         };
         let (tracked, asked) = (Arc::clone(&self.probe), Arc::clone(&self.probe));
         let sampler = Sampler::start(
-            path,
+            move || Cgroup::open(&path).ok(),
             move |cgroup| {
                 if let Ok(mut probe) = tracked.lock()
                     && let Err(error) = probe.track_holds(cgroup.id())

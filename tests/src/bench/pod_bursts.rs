@@ -1,0 +1,334 @@
+//! `pod-bursts`: the same bursts in pods on a real kubelet; every raise goes through the API.
+
+use std::{path::Path, thread, time::Duration};
+
+use anyhow::Result;
+use bellows::{
+    actuate::reflex::now,
+    cgroup::Cgroup,
+    explain::LEDGER,
+    ledger::{self, Record as LedgerRecord},
+};
+use bellows_core::{Action, Bytes, CgroupId, Nanos};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
+    record::{Records, percentile, rounded},
+    runner::set_thp,
+};
+use crate::{
+    node::{ApiServer, Node, start_agent},
+    pods::{Cluster, Spec},
+    sampler::{Sample, Sampler},
+};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Cases.
+    #[arg(long, default_value_t = 40)]
+    n: u64,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    server: ApiServer,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Case {
+    index: u64,
+    seed: u64,
+    limit: Bytes,
+    peak: Bytes,
+    max: Bytes,
+    growth_per_mille: u64,
+    threads: u64,
+}
+
+/// How one pod went.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Outcome {
+    phase: String,
+    reason: Option<String>,
+    restarts: i32,
+    oom_kill: u64,
+    said: Value,
+    samples: Vec<Sample>,
+    /// Whether `memory.max` was the original again, and how long after the end of the burst.
+    restored_after_ms: Option<u64>,
+    /// The ledger's records of this cgroup.
+    ledger: Vec<LedgerRecord>,
+}
+
+impl Outcome {
+    fn killed(&self) -> bool {
+        self.oom_kill > 0 || self.phase == "Failed" || self.restarts > 0
+    }
+
+    fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
+        self.ledger.iter().filter_map(|record| match record {
+            LedgerRecord::Intend {
+                at,
+                action: Action::Raise { to, .. },
+                ..
+            } => Some((*at, *to)),
+            _ => None,
+        })
+    }
+
+    /// For each raise, microseconds from its patch to the new `memory.max` as seen from outside.
+    fn api_times(&self) -> Vec<u64> {
+        self.raises()
+            .filter_map(|(at, to)| {
+                let asked = at.0 / 1000;
+                let seen = self
+                    .samples
+                    .iter()
+                    .find(|sample| sample.at_us >= asked && sample.limit >= to.page_floor().0)?;
+                Some(seen.at_us - asked)
+            })
+            .collect()
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    case: Case,
+    unlimited: Outcome,
+    fixed: Outcome,
+    bellows: Outcome,
+}
+
+const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let mut node = Node::start(&options.server)?;
+    let cluster = Cluster::connect()?;
+    cluster.wait_node_ready()?;
+    set_thp(false)?;
+    let mut agent = start_agent()?;
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    for index in 0..options.n {
+        let limit = Bytes(mib(log_uniform(&mut random, 64.0, 256.0)).0 >> 20 << 20);
+        let growth_per_mille = thousandths(log_uniform(&mut random, 2.0, 16.0));
+        let peak = limit.per_mille(growth_per_mille).min(Bytes::mib(2048));
+        let case = Case {
+            index,
+            seed: options.seed,
+            limit,
+            peak,
+            max: peak.per_mille(1500).page_floor(),
+            growth_per_mille,
+            threads: random.u64(1..=4),
+        };
+        let record = run_case(&cluster, case)?;
+        node.check()?;
+        anyhow::ensure!(
+            agent.try_wait()?.is_none(),
+            "bellows run has ended:\n{}",
+            crate::node::log_tail("bellows", 40)
+        );
+        eprintln!(
+            "case {index}: limit {limit}, peak {peak}, {} threads: fixed {}, bellows {}, {} patches of {:?} ms, restored after {:?} ms",
+            case.threads,
+            if record.fixed.killed() {
+                "killed"
+            } else {
+                "alive"
+            },
+            if record.bellows.killed() {
+                "KILLED"
+            } else {
+                "alive"
+            },
+            record.bellows.raises().count(),
+            record
+                .bellows
+                .api_times()
+                .iter()
+                .map(|us| us / 1000)
+                .collect::<Vec<_>>(),
+            record.bellows.restored_after_ms,
+        );
+        records.write(&record)?;
+    }
+    // It ends with the guest anyway.
+    drop(agent.kill());
+    Ok(())
+}
+
+fn run_case(cluster: &Cluster, case: Case) -> Result<Record> {
+    let unlimited = run_pod(cluster, case, "unlimited", case.max, None)?;
+    let fixed = run_pod(cluster, case, "fixed", case.limit, None)?;
+    let bellows = run_pod(cluster, case, "bellows", case.limit, Some(case.max))?;
+    Ok(Record {
+        case,
+        unlimited,
+        fixed,
+        bellows,
+    })
+}
+
+fn run_pod(
+    cluster: &Cluster,
+    case: Case,
+    variant: &str,
+    limit: Bytes,
+    max: Option<Bytes>,
+) -> Result<Outcome> {
+    let name = format!("{variant}-{}", case.index);
+    let after = if max.is_some() { "120000" } else { "0" };
+    let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
+    let command = ["/bellows-guest", "load"]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(words)
+        // Time for the kubelet to report it running, and for the agent to adopt it.
+        .chain(["--rest-ms", "4000", "--after-ms", after].map(str::to_owned))
+        .collect();
+    cluster.create(&Spec {
+        name: name.clone(),
+        limit,
+        max,
+        command,
+        host: false,
+    })?;
+    let cgroup = cluster.wait_running(&name)?;
+    let watched = cgroup.clone();
+    let sampler = Sampler::start(move || Some(watched.clone()), |_| {}, |_| 0);
+    let restored_after_ms = wait_end(cluster, &name, &cgroup, limit, max.is_some())?;
+    let track = sampler.finish();
+    let pod = cluster.get(&name)?;
+    let status = cluster.status(&name)?;
+    let terminated = status
+        .as_ref()
+        .and_then(|status| status.state.as_ref()?.terminated.as_ref());
+    let outcome = Outcome {
+        phase: cluster.phase(&name)?,
+        reason: terminated
+            .and_then(|state| state.reason.clone())
+            .or_else(|| pod.status?.reason),
+        restarts: status.as_ref().map_or(0, |status| status.restart_count),
+        oom_kill: track.oom_kill,
+        said: result(cluster, &name)?.unwrap_or_default(),
+        samples: track.samples,
+        restored_after_ms,
+        ledger: if max.is_some() {
+            ledger_of(cgroup.id())
+        } else {
+            Vec::new()
+        },
+    };
+    cluster.delete(&name)?;
+    Ok(outcome)
+}
+
+/// What the burst said when it was over.
+fn result(cluster: &Cluster, name: &str) -> Result<Option<Value>> {
+    Ok(cluster
+        .said(name)?
+        .into_iter()
+        .rfind(|value| value["growth_us"].is_u64()))
+}
+
+/// Waits until the pod has ended or, for a guarded one, until its limit is the original again.
+fn wait_end(
+    cluster: &Cluster,
+    name: &str,
+    cgroup: &Cgroup,
+    original: Bytes,
+    guarded: bool,
+) -> Result<Option<u64>> {
+    let start = now();
+    let mut ended_at = None;
+    while now().since(start) < Nanos::millis(300_000) {
+        thread::sleep(Duration::from_millis(200));
+        if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
+            return Ok(None);
+        }
+        if !guarded {
+            continue;
+        }
+        if ended_at.is_none() {
+            ended_at = result(cluster, name)?
+                .and_then(|value| value["end_ns"].as_u64())
+                .map(Nanos);
+        }
+        if let Some(end) = ended_at {
+            let after = now().since(end);
+            let limit = cgroup.limit("memory.max").map(|limit| limit.bytes());
+            if limit.is_ok_and(|limit| limit == original) {
+                return Ok(Some(after.as_millis()));
+            }
+            if after.0 > u64::try_from(RESTORE_LIMIT.as_nanos())? {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// What the agent's ledger says of a cgroup.
+pub(super) fn ledger_of(cgroup: CgroupId) -> Vec<LedgerRecord> {
+    let path = Path::new(LEDGER);
+    let read = |path: &Path| ledger::read(path).unwrap_or_default().records;
+    let records = [read(&ledger::previous(path)), read(path)].concat();
+    records
+        .into_iter()
+        .filter(|record| record.cgroup() == cgroup)
+        .collect()
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let records: Vec<Record> = records
+        .iter()
+        .map(|record| serde_json::from_value(record.clone()))
+        .collect::<Result<_, _>>()?;
+    let count =
+        |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
+    let (mut stalls, mut overgrants, mut times) = (Vec::new(), Vec::new(), Vec::new());
+    for Record {
+        case,
+        unlimited,
+        bellows,
+        ..
+    } in &records
+    {
+        overgrants.extend(overgrant(&bellows.samples, case.limit));
+        let api = bellows.api_times();
+        times.extend(api.iter().map(|&us| us as f64 / 1e6));
+        let gap = |outcome: &Outcome| outcome.said["longest_gap_us"].as_u64();
+        if let (Some(with), Some(without), Some(&slowest)) =
+            (gap(bellows), gap(unlimited), api.iter().max())
+        {
+            stalls.push(with.saturating_sub(without) as f64 / slowest.max(1) as f64);
+        }
+    }
+    let patches = |most: u64| {
+        let within = records
+            .iter()
+            .filter(|record| record.case.growth_per_mille <= most);
+        within.map(|record| record.bellows.raises().count()).max()
+    };
+    let p = |values: &[f64], percent| rounded(percentile(values, percent));
+    Ok(json!({
+        "bursts": records.len(),
+        "kills_without": count(&|record| record.fixed.killed()),
+        "kills_with": count(&|record| record.bellows.killed()),
+        "kills_unlimited": count(&|record| record.unlimited.killed()),
+        "restarts": records.iter().map(|record| record.bellows.restarts).sum::<i32>(),
+        "raise_patches_max_x8": patches(8000),
+        "raise_patches_max_x16": patches(16000),
+        "stall_vs_api_p50": p(&stalls, 50.0),
+        "stall_vs_api_max": p(&stalls, 100.0),
+        "api_seconds_p50": p(&times, 50.0),
+        "api_seconds_max": p(&times, 100.0),
+        "restored": count(&|record| record.bellows.restored_after_ms.is_some()),
+        "kills_shrinking": count(&|record| record.bellows.killed() && record.bellows.said["growth_us"].is_u64()),
+        "overgrant_p50": p(&overgrants, 50.0),
+        "overgrant_max": p(&overgrants, 100.0),
+    }))
+}

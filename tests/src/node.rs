@@ -1,0 +1,247 @@
+//! A node inside the guest: containerd, kubelet, and the agent under test.
+//!
+//! The kubelet keeps its own defaults for eviction and enforceNodeAllocatable, because kills are
+//! counted here; what is changed is only what a machine without systemd, swap and iptables rules
+//! needs. Everything a node prints goes to /var/log, and its end to the console when it fails.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+/// The node's name in the API.
+pub(crate) const NAME: &str = "node";
+/// The image of the loads, which is also the sandbox's.
+pub(crate) const IMAGE: &str = "bellows.dev/guest:1";
+const KUBECONFIG: &str = "/etc/kubernetes/kubeconfig";
+const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+const AGENT: &str = "/usr/local/bin/bellows";
+
+/// How to reach the API server.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ApiServer {
+    /// Its address.
+    #[arg(long, default_value = "")]
+    pub(crate) api: String,
+    /// The token to authenticate with.
+    #[arg(long, default_value = "")]
+    pub(crate) token: String,
+}
+
+/// A running node; its processes end with it.
+pub(crate) struct Node {
+    kubelet: Child,
+    containerd: Child,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for child in [&mut self.kubelet, &mut self.containerd] {
+            // One that has ended already needs neither.
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+impl Node {
+    pub(crate) fn start(server: &ApiServer) -> Result<Self> {
+        write_configuration(server)?;
+        let containerd = service(
+            "containerd",
+            &["--config", "/etc/containerd/bellows.toml"],
+            "containerd",
+        )?;
+        wait("containerd's socket", Duration::from_secs(90), || {
+            Ok(Path::new(CONTAINERD_SOCKET).exists())
+        })?;
+        import_image()?;
+        let kubelet = service(
+            "kubelet",
+            &[
+                "--config=/etc/kubernetes/kubelet.yaml",
+                &format!("--kubeconfig={KUBECONFIG}"),
+                &format!("--hostname-override={NAME}"),
+                "--node-ip=10.0.2.15",
+                "--v=2",
+            ],
+            "kubelet",
+        )?;
+        Ok(Self {
+            kubelet,
+            containerd,
+        })
+    }
+
+    /// Fails if one of its processes has ended.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        for (name, child) in [
+            ("kubelet", &mut self.kubelet),
+            ("containerd", &mut self.containerd),
+        ] {
+            if let Some(status) = child.try_wait()? {
+                bail!("{name} has ended ({status}):\n{}", log_tail(name, 40));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The end of a service's log.
+pub(crate) fn log_tail(name: &str, lines: usize) -> String {
+    let text = fs::read_to_string(format!("/var/log/{name}.log")).unwrap_or_default();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(format!("/var/log/{name}.log"))?;
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("run {program}"))
+}
+
+/// Starts the agent under test.
+pub(crate) fn start_agent() -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open("/var/log/bellows.log")?;
+    Command::new(AGENT)
+        .args(["run", "--node-name", NAME])
+        .env("KUBECONFIG", KUBECONFIG)
+        .env("BELLOWS_LOG", "info")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("run bellows run")
+}
+
+/// Waits for a condition.
+pub(crate) fn wait(
+    what: &str,
+    limit: Duration,
+    mut is_met: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        if is_met()? {
+            return Ok(());
+        }
+        ensure!(
+            start.elapsed() < limit,
+            "{what}: not within {} s",
+            limit.as_secs()
+        );
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The configuration with which a client reaches the API server.
+pub(crate) fn kubeconfig() -> &'static Path {
+    Path::new(KUBECONFIG)
+}
+
+fn write_configuration(server: &ApiServer) -> Result<()> {
+    for directory in [
+        "/etc/kubernetes",
+        "/etc/containerd",
+        "/etc/cni/net.d",
+        "/var/log",
+        "/var/lib/kubelet",
+    ] {
+        fs::create_dir_all(directory)?;
+    }
+    let kubeconfig = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "c", "cluster": { "server": server.api, "insecure-skip-tls-verify": true } }],
+        "users": [{ "name": "u", "user": { "token": server.token } }],
+        "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
+        "current-context": "x",
+    });
+    fs::write(KUBECONFIG, kubeconfig.to_string())?;
+    let kubelet = json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
+        "authorization": { "mode": "AlwaysAllow" },
+        "cgroupDriver": "cgroupfs",
+        "containerRuntimeEndpoint": format!("unix://{CONTAINERD_SOCKET}"),
+        "failSwapOn": false,
+        "makeIPTablesUtilChains": false,
+        "resolvConf": "",
+    });
+    fs::write("/etc/kubernetes/kubelet.yaml", kubelet.to_string())?;
+    let containerd = format!(
+        "version = 3\n\
+         [plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '{IMAGE}'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  runtime_type = 'io.containerd.runc.v2'\n\
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]\n  SystemdCgroup = false\n"
+    );
+    fs::write("/etc/containerd/bellows.toml", containerd)?;
+    // Pods use the host's network; the kubelet only wants to see that there is some network.
+    let network =
+        json!({ "cniVersion": "1.0.0", "name": "lo", "plugins": [{ "type": "loopback" }] });
+    fs::write("/etc/cni/net.d/10-lo.conflist", network.to_string())?;
+    Ok(())
+}
+
+/// Makes the one image by hand (a docker archive of one layer) and imports it.
+fn import_image() -> Result<()> {
+    let directory = Path::new("/tmp/image");
+    fs::create_dir_all(directory.join("root"))?;
+    fs::copy(
+        "/usr/local/bin/bellows-guest",
+        directory.join("root/bellows-guest"),
+    )?;
+    shell("tar -C /tmp/image/root -cf /tmp/image/layer.tar .")?;
+    let sum = shell("sha256sum /tmp/image/layer.tar")?;
+    let sum = sum
+        .split_whitespace()
+        .next()
+        .context("sha256sum said nothing")?;
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": { "Entrypoint": ["/bellows-guest", "load", "pause"] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
+    });
+    fs::write(directory.join("config.json"), config.to_string())?;
+    let manifest =
+        json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
+    fs::write(directory.join("manifest.json"), manifest.to_string())?;
+    shell("tar -C /tmp/image -cf /tmp/image.tar manifest.json config.json layer.tar")?;
+    shell("ctr -n k8s.io images import /tmp/image.tar")?;
+    fs::remove_dir_all(directory)?;
+    Ok(())
+}
+
+/// Runs a command line of plain words.
+pub(crate) fn shell(line: &str) -> Result<String> {
+    let mut words = line.split_whitespace();
+    let output = Command::new(words.next().context("an empty command")?)
+        .args(words)
+        .output()
+        .with_context(|| line.to_owned())?;
+    ensure!(
+        output.status.success(),
+        "{line}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

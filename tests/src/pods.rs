@@ -1,0 +1,187 @@
+//! Pods of the benches, through the real API.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use bellows::{
+    attribution::{self, CGROUP_ROOT, container_id},
+    cgroup::Cgroup,
+};
+use bellows_core::{Bytes, pod, quantity};
+use k8s_openapi::api::core::v1::{ContainerStatus, Node as ApiNode, Pod};
+use kube::{
+    Api, Client, Config, ResourceExt as _,
+    api::{DeleteParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::node::{self, wait};
+
+const NAMESPACE: &str = "default";
+const CONTAINER: &str = "load";
+
+/// The API, for a bench that is no async program.
+pub(crate) struct Cluster {
+    runtime: Runtime,
+    pods: Api<Pod>,
+    nodes: Api<ApiNode>,
+}
+
+/// What a pod should be.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec {
+    pub(crate) name: String,
+    pub(crate) limit: Bytes,
+    /// Opts in with this maximum.
+    pub(crate) max: Option<Bytes>,
+    pub(crate) command: Vec<String>,
+    /// Mounts the node's root at /host.
+    pub(crate) host: bool,
+}
+
+impl Cluster {
+    pub(crate) fn connect() -> Result<Self> {
+        let runtime = Runtime::new()?;
+        let client = runtime.block_on(async {
+            let kubeconfig = Kubeconfig::read_from(node::kubeconfig())?;
+            let config =
+                Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+            Ok::<_, anyhow::Error>(Client::try_from(config)?)
+        })?;
+        let (pods, nodes) = (Api::namespaced(client.clone(), NAMESPACE), Api::all(client));
+        Ok(Self {
+            runtime,
+            pods,
+            nodes,
+        })
+    }
+
+    pub(crate) fn wait_node_ready(&self) -> Result<()> {
+        wait("the node is Ready", Duration::from_secs(180), || {
+            let node = self.runtime.block_on(self.nodes.get_opt(node::NAME))?;
+            let conditions = node
+                .and_then(|node| node.status?.conditions)
+                .unwrap_or_default();
+            Ok(conditions
+                .iter()
+                .any(|condition| condition.type_ == "Ready" && condition.status == "True"))
+        })
+    }
+
+    pub(crate) fn create(&self, spec: &Spec) -> Result<()> {
+        let limit = quantity::format(spec.limit);
+        // Below the limit, so that the pod is Burstable and its limit may move alone.
+        let request = quantity::format(spec.limit.per_mille(500));
+        let annotations = spec.max.map_or_else(
+            || json!({}),
+            |max| json!({ pod::MODE: "Act", pod::MAX_MEMORY: quantity::format(max) }),
+        );
+        let mut container = json!({
+            "name": CONTAINER,
+            "image": node::IMAGE,
+            "imagePullPolicy": "Never",
+            "command": spec.command,
+            "resources": { "limits": { "memory": limit }, "requests": { "memory": request } },
+        });
+        let mut volumes = json!([]);
+        if spec.host {
+            container["volumeMounts"] = json!([{ "name": "host", "mountPath": "/host" }]);
+            volumes = json!([{ "name": "host", "hostPath": { "path": "/" } }]);
+        }
+        let manifest = json!({
+            "metadata": { "name": spec.name, "annotations": annotations },
+            "spec": {
+                "nodeName": node::NAME,
+                "hostNetwork": true,
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": 0,
+                "automountServiceAccountToken": false,
+                "enableServiceLinks": false,
+                "containers": [container],
+                "volumes": volumes,
+            },
+        });
+        let pod: Pod = serde_json::from_value(manifest)?;
+        self.runtime
+            .block_on(self.pods.create(&PostParams::default(), &pod))
+            .with_context(|| spec.name.clone())?;
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Result<Pod> {
+        Ok(self.runtime.block_on(self.pods.get(name))?)
+    }
+
+    /// The status of its container.
+    pub(crate) fn status(&self, name: &str) -> Result<Option<ContainerStatus>> {
+        let statuses = self
+            .get(name)?
+            .status
+            .and_then(|status| status.container_statuses);
+        Ok(statuses.and_then(|statuses| statuses.into_iter().next()))
+    }
+
+    pub(crate) fn phase(&self, name: &str) -> Result<String> {
+        Ok(self
+            .get(name)?
+            .status
+            .and_then(|status| status.phase)
+            .unwrap_or_default())
+    }
+
+    /// Waits until its container runs; returns its cgroup.
+    pub(crate) fn wait_running(&self, name: &str) -> Result<Cgroup> {
+        let mut found = None;
+        let limit = Duration::from_secs(120);
+        let waited = wait(&format!("pod {name} runs"), limit, || {
+            let pod = self.get(name)?;
+            if matches!(self.phase(name)?.as_str(), "Failed" | "Succeeded") {
+                bail!("pod {name} ended before it was seen running");
+            }
+            let Some(id) = self.status(name)?.and_then(|status| status.container_id) else {
+                return Ok(false);
+            };
+            let uid = pod.uid().unwrap_or_default();
+            found = attribution::find(Path::new(CGROUP_ROOT), &uid, container_id(&id));
+            Ok(found.is_some())
+        });
+        waited.with_context(|| node::log_tail("kubelet", 30))?;
+        Ok(Cgroup::open(&found.context("no cgroup")?)?)
+    }
+
+    /// What the container has printed that is JSON, one value a line.
+    pub(crate) fn said(&self, name: &str) -> Result<Vec<Value>> {
+        let uid = self.get(name)?.uid().unwrap_or_default();
+        let directory = PathBuf::from(format!(
+            "/var/log/pods/{NAMESPACE}_{name}_{uid}/{CONTAINER}"
+        ));
+        let mut text = String::new();
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            text += &fs::read_to_string(entry.path()).unwrap_or_default();
+        }
+        // The CRI log format: time, stream, tag, text.
+        let lines = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
+        Ok(lines
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect())
+    }
+
+    /// Deletes it and waits until it is gone.
+    pub(crate) fn delete(&self, name: &str) -> Result<()> {
+        self.runtime.block_on(
+            self.pods
+                .delete(name, &DeleteParams::default().grace_period(0)),
+        )?;
+        wait(
+            &format!("pod {name} is gone"),
+            Duration::from_secs(60),
+            || Ok(self.runtime.block_on(self.pods.get_opt(name))?.is_none()),
+        )
+    }
+}

@@ -1,0 +1,290 @@
+//! The Kubernetes side of a pod guest: its binaries, and a control plane on this machine.
+//!
+//! The components are built from their Go module (there is no other source that every machine can
+//! reach), etcd is Debian's. API server and etcd run on this machine, where they do not slow the
+//! emulated node down; the guest reaches them through QEMU's user network at 10.0.2.2.
+
+use std::{
+    fs::{self, File},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{
+    debian, root,
+    shell::{has, output, quiet, step, tail},
+    tools,
+};
+
+/// The release that the pod tier runs.
+pub(crate) const VERSION: &str = "1.37.2";
+/// What the guest's agent, kubelet and bench authenticate with; the API server lives for one run.
+pub(crate) const TOKEN: &str = "bellows-test";
+
+/// Executables on this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Binaries {
+    pub(crate) kubelet: PathBuf,
+    apiserver: PathBuf,
+    etcd: PathBuf,
+}
+
+/// Builds or finds the components.
+pub(crate) fn binaries() -> Result<Binaries> {
+    let directory = tools::cache()?.join("kubernetes").join(VERSION);
+    let built = Binaries {
+        kubelet: directory.join("kubelet"),
+        apiserver: directory.join("kube-apiserver"),
+        etcd: directory.join("etcd"),
+    };
+    fs::create_dir_all(&directory)?;
+    if !tools::is_intact(&built.etcd) {
+        let executable = debian::file("etcd-server", "forky", "usr/bin/etcd")?;
+        fs::copy(executable, &built.etcd)?;
+        tools::seal(&built.etcd)?;
+    }
+    for component in [&built.kubelet, &built.apiserver] {
+        if !tools::is_intact(component) {
+            build(&directory, component)?;
+        }
+    }
+    Ok(built)
+}
+
+fn build(directory: &Path, component: &Path) -> Result<()> {
+    if !has("go") {
+        tools::install(&["golang-go"])?;
+    }
+    let name = component
+        .file_name()
+        .and_then(|name| name.to_str())
+        .context("a component has a name")?;
+    step(&format!("build {name} {VERSION} (minutes, once)"), || {
+        let module = directory.join("module");
+        fs::create_dir_all(&module)?;
+        if !module.join("go.sum").exists() {
+            write_module(&module)?;
+        }
+        let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion=v{VERSION}");
+        let mut command = go(&module);
+        command
+            .args(["build", "-trimpath", "-ldflags", &flags, "-o"])
+            .arg(component);
+        quiet(command.arg(format!("k8s.io/kubernetes/cmd/{name}")))?;
+        tools::seal(component)
+    })
+}
+
+fn go(module: &Path) -> Command {
+    let mut command = Command::new("go");
+    command
+        .current_dir(module)
+        .env("CGO_ENABLED", "0")
+        .env("GOTOOLCHAIN", "auto")
+        .env("GOFLAGS", "-mod=mod");
+    command
+}
+
+/// A module that requires Kubernetes and replaces its staging modules by their releases.
+fn write_module(module: &Path) -> Result<()> {
+    fs::write(
+        module.join("go.mod"),
+        "module bellows.dev/kubernetes\n\ngo 1.26\n",
+    )?;
+    let download = output(go(module).args([
+        "mod",
+        "download",
+        "-json",
+        &format!("k8s.io/kubernetes@v{VERSION}"),
+    ]))?;
+    let download: Value = serde_json::from_str(&download)?;
+    let source = download["Dir"]
+        .as_str()
+        .context("go mod download names no directory")?;
+    let manifest = fs::read_to_string(Path::new(source).join("go.mod"))?;
+    let staging = "=> ./staging/src/k8s.io/";
+    let mut names: Vec<&str> = manifest
+        .lines()
+        .filter_map(|line| line.split_once(staging))
+        .map(|(_, name)| name.trim())
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    let minor = VERSION.strip_prefix("1.").context("a version 1.x")?;
+    let replaces: String = names
+        .iter()
+        .map(|name| format!("replace k8s.io/{name} => k8s.io/{name} v0.{minor}\n"))
+        .collect();
+    let go_mod = format!(
+        "module bellows.dev/kubernetes\n\ngo 1.26\n\nrequire k8s.io/kubernetes v{VERSION}\n\n{replaces}"
+    );
+    fs::write(module.join("go.mod"), go_mod)?;
+    let imports = "//go:build tools\n\npackage tools\n\nimport (\n\t_ \"k8s.io/kubernetes/cmd/kube-apiserver\"\n\t_ \"k8s.io/kubernetes/cmd/kubelet\"\n)\n";
+    fs::write(module.join("tools.go"), imports)?;
+    quiet(go(module).args(["mod", "tidy", "-e"]))
+}
+
+/// A process that ends with its owner.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // One that has ended already needs neither.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A running API server and its etcd; both end when it is dropped.
+pub(crate) struct ControlPlane {
+    /// The port on this machine's loopback.
+    pub(crate) port: u16,
+    // Dropped in this order.
+    apiserver: Service,
+    _etcd: Service,
+}
+
+impl ControlPlane {
+    /// Starts both in a fresh directory and waits until the API server is ready.
+    pub(crate) fn start(binaries: &Binaries) -> Result<Self> {
+        step("start etcd and kube-apiserver", || Self::started(binaries))
+    }
+
+    fn started(binaries: &Binaries) -> Result<Self> {
+        let directory = root()?.join("target/guests/control-plane");
+        drop(fs::remove_dir_all(&directory));
+        fs::create_dir_all(&directory)?;
+        let [client, peer, port] = free_ports()?;
+        let etcd = format!("http://127.0.0.1:{client}");
+        let peer = format!("http://127.0.0.1:{peer}");
+        let log = |name: &str| File::create(directory.join(name));
+        let mut command = Command::new(&binaries.etcd);
+        command
+            .arg("--data-dir")
+            .arg(directory.join("etcd"))
+            .args([
+                "--unsafe-no-fsync",
+                "--listen-client-urls",
+                &etcd,
+                "--advertise-client-urls",
+                &etcd,
+            ])
+            .args([
+                "--listen-peer-urls",
+                &peer,
+                "--initial-advertise-peer-urls",
+                &peer,
+            ])
+            .args(["--initial-cluster", &format!("default={peer}")]);
+        let service = |command: &mut Command, log: File| {
+            command
+                .stdin(Stdio::null())
+                .stdout(log.try_clone()?)
+                .stderr(log);
+            command.spawn().map(Service)
+        };
+        let running_etcd = service(&mut command, log("etcd.log")?).context("cannot run etcd")?;
+        let key = directory.join("service-account.key");
+        quiet(
+            Command::new("openssl")
+                .args(["genrsa", "-out"])
+                .arg(&key)
+                .arg("2048"),
+        )?;
+        let tokens = directory.join("tokens.csv");
+        fs::write(&tokens, format!("{TOKEN},bellows,1,system:masters\n"))?;
+        let mut command = Command::new(&binaries.apiserver);
+        command
+            .args([
+                &format!("--etcd-servers={etcd}"),
+                &format!("--secure-port={port}"),
+                "--bind-address=127.0.0.1",
+            ])
+            .args([
+                "--authorization-mode=AlwaysAllow",
+                "--service-cluster-ip-range=10.96.0.0/24",
+            ])
+            .args(["--service-account-issuer=https://kubernetes.default.svc"])
+            .args(["--disable-admission-plugins=ServiceAccount,TaintNodesByCondition"])
+            .arg(format!("--token-auth-file={}", tokens.display()))
+            .arg(format!("--service-account-key-file={}", key.display()))
+            .arg(format!(
+                "--service-account-signing-key-file={}",
+                key.display()
+            ))
+            .arg(format!(
+                "--cert-dir={}",
+                directory.join("certificates").display()
+            ));
+        let apiserver = service(&mut command, log("kube-apiserver.log")?)
+            .context("cannot run kube-apiserver")?;
+        let mut control = Self {
+            port,
+            apiserver,
+            _etcd: running_etcd,
+        };
+        control.wait_ready(&directory)?;
+        Ok(control)
+    }
+
+    fn wait_ready(&mut self, directory: &Path) -> Result<()> {
+        let url = format!("https://127.0.0.1:{}/readyz", self.port);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(90) {
+            let mut probe = Command::new("curl");
+            probe.args([
+                "--silent",
+                "--insecure",
+                "--fail",
+                "--max-time",
+                "5",
+                "--header",
+            ]);
+            probe
+                .arg(format!("Authorization: Bearer {TOKEN}"))
+                .arg(&url);
+            if quiet(&mut probe).is_ok() {
+                return Ok(());
+            }
+            ensure!(
+                self.apiserver.0.try_wait()?.is_none(),
+                "kube-apiserver has ended:\n{}",
+                log_tail(directory)
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+        bail!(
+            "kube-apiserver is not ready after 90 s:\n{}",
+            log_tail(directory)
+        )
+    }
+}
+
+fn log_tail(directory: &Path) -> String {
+    let read = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
+    format!(
+        "{}\n{}",
+        tail(&read("kube-apiserver.log"), 30),
+        tail(&read("etcd.log"), 10)
+    )
+}
+
+/// Ports of the loopback interface that are free now.
+fn free_ports() -> Result<[u16; 3]> {
+    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0"));
+    let mut ports = [0; 3];
+    for (port, listener) in ports.iter_mut().zip(&listeners) {
+        *port = listener
+            .as_ref()
+            .map_err(|error| anyhow::anyhow!("no free port: {error}"))?
+            .local_addr()?
+            .port();
+    }
+    Ok(ports)
+}
