@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn tells_a_burst_with_its_numbers() {
         let cgroup = CgroupId(7);
-        let at = |millis| Nanos::millis(1000 + millis);
+        let at = |millis: u64| Nanos::millis(1000 + millis);
         let intend = |millis, action, reason| Record::Intend {
             at: at(millis),
             cgroup,

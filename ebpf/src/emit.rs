@@ -1,6 +1,6 @@
 //! Sending records: reserve, fill, submit; a full ring is counted and survived.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns};
 use bellows_ebpf_common::{LifeEvent, MemoryEvent, loss};
 
 use crate::maps::{LIFE_EVENTS, LOSSES, MEMORY_EVENTS};
@@ -12,6 +12,18 @@ const NO_WAKEUP: u64 = 1;
 pub(crate) fn now() -> u64 {
     // SAFETY: takes no argument and cannot fail.
     unsafe { bpf_ktime_get_ns() }
+}
+
+/// The current thread group's id (what userspace calls a process) and the thread's.
+#[inline(always)]
+pub(crate) fn process_and_thread() -> (u32, u32) {
+    let ids = bpf_get_current_pid_tgid();
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the two halves of the helper's result"
+    )]
+    let halves = ((ids >> 32) as u32, ids as u32);
+    halves
 }
 
 /// Counts a loss in `slot` of [`LOSSES`].

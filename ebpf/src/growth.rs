@@ -37,13 +37,13 @@ pub(crate) fn growth(ctx: FEntryContext) -> i32 {
     let pages: u64 = ctx.arg(1);
     for _ in 0..LEVELS {
         // A counter that is not a memory cgroup's gives an error or an unknown id.
-        if let Ok(id) = memcg::id(memcg::of_counter(counter)) {
-            if let Some(guard) = GUARDS.get_ptr(id) {
-                // SAFETY: a map value stays readable while the program runs.
-                let guard = unsafe { *guard };
-                if charged(id, counter, pages, guard).is_err() {
-                    emit::lost(loss::READ_FAILED);
-                }
+        if let Ok(id) = memcg::id(memcg::of_counter(counter))
+            && let Some(guard) = GUARDS.get_ptr(id)
+        {
+            // SAFETY: a map value stays readable while the program runs.
+            let guard = unsafe { *guard };
+            if charged(id, counter, pages, guard).is_err() {
+                emit::lost(loss::READ_FAILED);
             }
         }
         match memcg::parent(counter) {
@@ -82,7 +82,7 @@ fn charged(id: u64, counter: Address, pages: u64, guard: Guard) -> Result<(), i3
     growth.last_event_ns = at_ns;
     emit::memory(&MemoryEvent {
         kind: KIND_WATERMARK,
-        charge_pages: pages as u32,
+        charge_pages: u32::try_from(pages).unwrap_or(u32::MAX),
         cgroup_id: id,
         at_ns,
         usage_pages: usage,

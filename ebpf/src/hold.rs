@@ -6,14 +6,14 @@
 //! only the outermost call is counted. This measures; it must never be needed for a decision.
 
 use aya_ebpf::{
-    helpers::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid},
+    helpers::bpf_get_current_cgroup_id,
     macros::{fentry, fexit},
     programs::{FEntryContext, FExitContext},
 };
 use bellows_ebpf_common::LONG_HOLD_NS;
 
 use crate::{
-    emit::now,
+    emit::{now, process_and_thread},
     maps::{HOLD_START, HOLDS, HoldStart},
 };
 
@@ -45,7 +45,7 @@ hold!("mem_cgroup_out_of_memory", oom_enter, oom_leave);
 fn current() -> (u64, u32) {
     // SAFETY: takes no argument and cannot fail.
     let cgroup = unsafe { bpf_get_current_cgroup_id() };
-    (cgroup, bpf_get_current_pid_tgid() as u32)
+    (cgroup, process_and_thread().1)
 }
 
 #[inline(always)]

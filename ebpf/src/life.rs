@@ -6,7 +6,7 @@
 
 use aya_ebpf::{
     helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
         bpf_probe_read_kernel_str_bytes,
     },
     macros::btf_tracepoint,
@@ -17,7 +17,7 @@ use bellows_ebpf_common::{
 };
 
 use crate::{
-    emit::{self, now},
+    emit::{self, now, process_and_thread},
     maps::GUARDS,
     memcg::{self, Address},
     offsets::OFF_BPRM_FILENAME,
@@ -64,7 +64,7 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let bprm: Address = ctx.arg(2);
-    let pid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    let (pid, _) = process_and_thread();
     let mut event = event(KIND_EXEC, pid, cgroup_id);
     match memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) {
         Ok(filename) => {
@@ -83,12 +83,11 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
 
 #[btf_tracepoint(function = "sched_process_exit")]
 pub(crate) fn exit(_ctx: BtfTracePointContext) -> i32 {
-    let ids = bpf_get_current_pid_tgid();
-    let (process, thread) = ((ids >> 32) as u32, ids as u32);
-    if process == thread {
-        if let Some(cgroup_id) = tracked() {
-            emit::life(&event(KIND_EXIT, process, cgroup_id));
-        }
+    let (process, thread) = process_and_thread();
+    if process == thread
+        && let Some(cgroup_id) = tracked()
+    {
+        emit::life(&event(KIND_EXIT, process, cgroup_id));
     }
     0
 }

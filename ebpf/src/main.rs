@@ -6,6 +6,10 @@
 //! structure offset that was not resolved on the running kernel (see [`offsets`]).
 #![no_std]
 #![no_main]
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "aya hands a program its context by value"
+)]
 
 mod emit;
 mod growth;

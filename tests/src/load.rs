@@ -3,7 +3,9 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
+    process::Command,
     ptr,
     sync::{Arc, Barrier},
     thread,
@@ -22,6 +24,14 @@ pub(crate) enum Load {
     Burst(Burst),
     /// Fill to a size, then allocate and free a part of it for some time.
     Plateau(Plateau),
+    /// Run a command with another root.
+    Chroot {
+        /// The root.
+        root: PathBuf,
+        /// The command.
+        #[arg(trailing_var_arg = true, required = true)]
+        words: Vec<String>,
+    },
     /// Wait for ever: the sandbox of a pod.
     Pause,
     /// Read and write a file, and use anonymous memory beside it.
@@ -100,6 +110,12 @@ pub(crate) fn run(load: &Load) -> Result<()> {
     match load {
         Load::Burst(burst) => run_burst(burst),
         Load::Plateau(plateau) => run_plateau(plateau),
+        Load::Chroot { root, words } => {
+            rustix::process::chroot(root)?;
+            std::env::set_current_dir("/")?;
+            let (program, arguments) = words.split_first().context("no command")?;
+            Err(Command::new(program).args(arguments).exec().into())
+        }
         Load::Pause => loop {
             thread::sleep(Duration::from_secs(3600));
         },
@@ -146,8 +162,9 @@ impl Mapping {
         let mut longest = Duration::ZERO;
         let mut last = Instant::now();
         for (page, offset) in (from..to.min(self.length)).step_by(PAGE).enumerate() {
+            let page_start = self.start.wrapping_add(offset);
             // SAFETY: the offset is inside the mapping, which is writable and ours alone.
-            unsafe { ptr::write_volatile(self.start.add(offset), 1) };
+            unsafe { ptr::write_volatile(page_start, 1) };
             if page % (MIB / PAGE) == 0 {
                 let now = Instant::now();
                 longest = longest.max(now - last);

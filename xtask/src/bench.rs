@@ -28,6 +28,7 @@ pub(crate) enum Name {
     PageCache,
     Build,
     PodBursts,
+    PodBuild,
     Kill,
     Smoke,
 }
@@ -35,7 +36,7 @@ pub(crate) enum Name {
 impl Name {
     /// Whether it needs a kubelet and an API server.
     const fn needs_node(self) -> bool {
-        matches!(self, Self::PodBursts | Self::Kill)
+        matches!(self, Self::PodBursts | Self::PodBuild | Self::Kill)
     }
 
     const fn text(self) -> &'static str {
@@ -46,6 +47,7 @@ impl Name {
             Self::PageCache => "page-cache",
             Self::Build => "build",
             Self::PodBursts => "pod-bursts",
+            Self::PodBuild => "pod-build",
             Self::Kill => "kill",
             Self::Smoke => "smoke",
         }
@@ -194,6 +196,8 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
                 if line.starts_with("case ")
                     || line.starts_with("build ")
                     || line.starts_with("bellows:")
+                    || line.starts_with("default/")
+                    || line.starts_with("     ")
                 {
                     eprintln!("      {line}");
                 }
@@ -240,7 +244,7 @@ fn disk(name: Name) -> Result<Option<PathBuf>> {
     match name {
         Name::PageCache => guest::empty_disk().map(Some),
         Name::Build => debian::root_image("build", "trixie", &["g++", "make"], &[]).map(Some),
-        Name::PodBursts | Name::Kill => {
+        Name::PodBursts | Name::PodBuild | Name::Kill => {
             let kubelet = kubernetes::binaries()?.kubelet;
             debian::root_image(
                 "node",

@@ -10,17 +10,27 @@ use crate::{
     build, root, tools,
 };
 
-pub(crate) fn run() -> Result<bool> {
+/// Shows it around one command or, with `pod`, in a pod on a real kubelet.
+pub(crate) fn run(pod: bool) -> Result<bool> {
     println!(
-        "A real `make -j8` of template-heavy C++, in a virtual machine with kernel 6.12, in a cgroup of 256 MiB:\n\
-         first at that fixed limit, then under `bellows exec --memory 256Mi --max-memory 3Gi`.\n"
+        "A real `make -j8` of template-heavy C++ in a virtual machine with kernel 6.12, limited to 256 MiB:"
     );
+    if pod {
+        println!(
+            "first in a pod at that fixed limit, then in one annotated for `bellows run` with a maximum of 3 GiB.\n"
+        );
+    } else {
+        println!(
+            "first at that fixed limit, then under `bellows exec --memory 256Mi --max-memory 3Gi`.\n"
+        );
+    }
     tools::packages()?;
     let binaries = build::binaries()?;
+    let name = if pod { Name::PodBuild } else { Name::Build };
     let options = bench::Options {
-        without_unlimited: true,
+        without_unlimited: !pod,
         directory: "demo",
-        ..bench::Options::of(Name::Build)
+        ..bench::Options::of(name)
     };
     let file = bench::run(&options, &binaries)?;
     let summary = &file["summary"];
@@ -30,7 +40,7 @@ pub(crate) fn run() -> Result<bool> {
         &report,
         format!("{}\n", serde_json::to_string_pretty(&file)?),
     )?;
-    println!("\nreport: target/demo/report.json   raw record: target/demo/build.jsonl");
+    println!("\nreport: target/demo/report.json   raw records: target/demo/*.jsonl");
     ensure!(
         summary["fixed_limit_passed"] == false,
         "the build passed at the fixed limit: there is nothing to show"
@@ -51,7 +61,7 @@ fn table(summary: &Value) -> String {
     };
     let text = |value: &Value| value.to_string();
     let rows = [
-        ["", "fixed limit 256 MiB", "under bellows exec"].map(str::to_owned),
+        ["", "fixed limit 256 MiB", "with Bellows"].map(str::to_owned),
         [
             "build".to_owned(),
             outcome(&summary["fixed_limit_passed"]).to_owned(),

@@ -33,7 +33,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Show a build that a fixed limit kills, without and with Bellows.
-    Demo,
+    Demo {
+        /// In a pod on a real kubelet instead of around one command.
+        #[arg(long)]
+        pod: bool,
+    },
     /// Build the kernel programs into target/ebpf/bellows.o.
     BuildEbpf,
     /// Run the checks: all tiers, or the named ones.
@@ -48,7 +52,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
-        Command::Demo => demo::run(),
+        Command::Demo { pod } => demo::run(pod),
         Command::Test { tiers } => test::run(&tiers),
         Command::Bench(options) => bench::command(&options),
     };

@@ -23,9 +23,11 @@ pub(crate) enum Tier {
     Unit,
     /// Real kernels in guests.
     Kernel,
+    /// A real kubelet and API server.
+    Pod,
 }
 
-const ALL: [Tier; 2] = [Tier::Unit, Tier::Kernel];
+const ALL: [Tier; 3] = [Tier::Unit, Tier::Kernel, Tier::Pod];
 
 /// Counts checks by name.
 #[derive(Default)]
@@ -57,6 +59,7 @@ pub(crate) fn run(tiers: &[Tier]) -> Result<bool> {
         let result = match tier {
             Tier::Unit => unit(&mut checks),
             Tier::Kernel => kernel(&mut checks),
+            Tier::Pod => pod(&mut checks),
         };
         if let Err(error) = result {
             checks.check(&format!("the {tier:?} tier can run"), Err(error));
@@ -266,4 +269,45 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "bellows_kills", 0.0)
         },
     );
+}
+
+fn pod(checks: &mut Checks) -> Result<()> {
+    tools::packages()?;
+    let binaries = build::binaries()?;
+    let bursts = options(Name::PodBursts, "6.12", Some(4), 21);
+    judge(
+        checks,
+        &binaries,
+        "bursts in pods survive through API resizes",
+        &bursts,
+        |summary| {
+            ensure!(
+                summary["kills_without"] == summary["bursts"],
+                "a burst survives its fixed limit"
+            );
+            ensure!(
+                summary["restored"] == summary["bursts"],
+                "a limit was not restored"
+            );
+            for key in ["kills_with", "restarts", "kills_shrinking"] {
+                at_most(summary, key, 0.0)?;
+            }
+            at_most(summary, "raise_patches_max_x8", 2.0)?;
+            at_most(summary, "raise_patches_max_x16", 3.0)?;
+            at_most(summary, "overgrant_p50", 1.35)
+        },
+    );
+    let kill = options(Name::Kill, "6.12", Some(3), 22);
+    judge(
+        checks,
+        &binaries,
+        "a killed agent leaves nothing held, raised or unreadable",
+        &kill,
+        |summary| {
+            at_most(summary, "released_after_start_max_s", 1.0)?;
+            at_most(summary, "left_raised", 0.0)?;
+            at_most(summary, "ledger_unreadable", 0.0)
+        },
+    );
+    Ok(())
 }

@@ -91,8 +91,7 @@ fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
 /// The rung for a demand: the lowest whose next watermark is above it.
 #[must_use]
 pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
-    let reached = rungs.iter().filter(|rung| demand >= rung.trigger);
-    reached.last()
+    rungs.iter().rfind(|rung| demand >= rung.trigger)
 }
 
 #[cfg(test)]

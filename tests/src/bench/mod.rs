@@ -7,6 +7,7 @@ mod ceiling;
 mod kill;
 mod page_cache;
 mod plateau;
+mod pod_build;
 mod pod_bursts;
 mod record;
 mod runner;
@@ -38,6 +39,8 @@ pub(crate) enum Bench {
     Build(build::Options),
     /// Bursts in pods on a real kubelet, raised through the API.
     PodBursts(pod_bursts::Options),
+    /// The C++ build in a pod, without and with Bellows.
+    PodBuild(pod_build::Options),
     /// SIGKILL of the agent in the middle of bursts.
     Kill(kill::Options),
     /// Load and attach every kernel program.
@@ -57,6 +60,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PageCache(options) => page_cache::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
+        Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::Kill(options) => kill::run(options, &mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
@@ -70,6 +74,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "page-cache" => page_cache::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => kill::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),

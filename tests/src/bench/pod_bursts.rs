@@ -5,7 +5,7 @@ use std::{path::Path, thread, time::Duration};
 use anyhow::Result;
 use bellows::{
     actuate::reflex::now,
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Limit},
     explain::LEDGER,
     ledger::{self, Record as LedgerRecord},
 };
@@ -50,13 +50,15 @@ struct Case {
 
 /// How one pod went.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Outcome {
-    phase: String,
+pub(super) struct Outcome {
+    pub(super) phase: String,
     reason: Option<String>,
     restarts: i32,
-    oom_kill: u64,
+    pub(super) oom_kill: u64,
+    /// Milliseconds from when it was seen running to its end.
+    pub(super) wall_ms: u64,
     said: Value,
-    samples: Vec<Sample>,
+    pub(super) samples: Vec<Sample>,
     /// Whether `memory.max` was the original again, and how long after the end of the burst.
     restored_after_ms: Option<u64>,
     /// The ledger's records of this cgroup.
@@ -68,7 +70,7 @@ impl Outcome {
         self.oom_kill > 0 || self.phase == "Failed" || self.restarts > 0
     }
 
-    fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
+    pub(super) fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
         self.ledger.iter().filter_map(|record| match record {
             LedgerRecord::Intend {
                 at,
@@ -179,7 +181,6 @@ fn run_pod(
     limit: Bytes,
     max: Option<Bytes>,
 ) -> Result<Outcome> {
-    let name = format!("{variant}-{}", case.index);
     let after = if max.is_some() { "120000" } else { "0" };
     let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
     let command = ["/bellows-guest", "load"]
@@ -189,40 +190,54 @@ fn run_pod(
         // Time for the kubelet to report it running, and for the agent to adopt it.
         .chain(["--rest-ms", "4000", "--after-ms", after].map(str::to_owned))
         .collect();
-    cluster.create(&Spec {
-        name: name.clone(),
-        limit,
-        max,
-        command,
-        host: false,
-    })?;
-    let cgroup = cluster.wait_running(&name)?;
+    let name = format!("{variant}-{}", case.index);
+    observe(
+        cluster,
+        &Spec {
+            name,
+            limit,
+            max,
+            command,
+            host: false,
+        },
+        max.is_some(),
+    )
+}
+
+/// Runs a pod to its end, or until its limit is the original again, and observes it from outside.
+pub(super) fn observe(cluster: &Cluster, spec: &Spec, until_restored: bool) -> Result<Outcome> {
+    let name = &spec.name;
+    cluster.create(spec)?;
+    let cgroup = cluster.wait_running(name)?;
     let watched = cgroup.clone();
     let sampler = Sampler::start(move || Some(watched.clone()), |_| {}, |_| 0);
-    let restored_after_ms = wait_end(cluster, &name, &cgroup, limit, max.is_some())?;
+    let start = now();
+    let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, until_restored)?;
+    let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
-    let pod = cluster.get(&name)?;
-    let status = cluster.status(&name)?;
+    let pod = cluster.get(name)?;
+    let status = cluster.status(name)?;
     let terminated = status
         .as_ref()
         .and_then(|status| status.state.as_ref()?.terminated.as_ref());
     let outcome = Outcome {
-        phase: cluster.phase(&name)?,
+        phase: cluster.phase(name)?,
         reason: terminated
             .and_then(|state| state.reason.clone())
             .or_else(|| pod.status?.reason),
         restarts: status.as_ref().map_or(0, |status| status.restart_count),
         oom_kill: track.oom_kill,
-        said: result(cluster, &name)?.unwrap_or_default(),
+        wall_ms,
+        said: result(cluster, name)?.unwrap_or_default(),
         samples: track.samples,
         restored_after_ms,
-        ledger: if max.is_some() {
+        ledger: if spec.max.is_some() {
             ledger_of(cgroup.id())
         } else {
             Vec::new()
         },
     };
-    cluster.delete(&name)?;
+    cluster.delete(name)?;
     Ok(outcome)
 }
 
@@ -244,7 +259,7 @@ fn wait_end(
 ) -> Result<Option<u64>> {
     let start = now();
     let mut ended_at = None;
-    while now().since(start) < Nanos::millis(300_000) {
+    while now().since(start) < Nanos::millis(600_000) {
         thread::sleep(Duration::from_millis(200));
         if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
             return Ok(None);
@@ -259,7 +274,7 @@ fn wait_end(
         }
         if let Some(end) = ended_at {
             let after = now().since(end);
-            let limit = cgroup.limit("memory.max").map(|limit| limit.bytes());
+            let limit = cgroup.limit("memory.max").map(Limit::bytes);
             if limit.is_ok_and(|limit| limit == original) {
                 return Ok(Some(after.as_millis()));
             }
