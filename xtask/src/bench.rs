@@ -27,6 +27,7 @@ pub(crate) enum Name {
     Plateau,
     PageCache,
     Build,
+    ExecCli,
     PodBursts,
     PodBuild,
     Kill,
@@ -47,6 +48,7 @@ impl Name {
             Self::PageCache => "page-cache",
             Self::Build => "build",
             Self::PodBursts => "pod-bursts",
+            Self::ExecCli => "exec-cli",
             Self::PodBuild => "pod-build",
             Self::Kill => "kill",
             Self::Smoke => "smoke",
@@ -254,7 +256,7 @@ fn disk(name: Name) -> Result<Option<PathBuf>> {
             )
             .map(Some)
         }
-        Name::Bursts | Name::Ceiling | Name::Plateau | Name::Smoke => Ok(None),
+        Name::Bursts | Name::Ceiling | Name::ExecCli | Name::Plateau | Name::Smoke => Ok(None),
     }
 }
 

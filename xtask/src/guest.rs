@@ -25,9 +25,9 @@ use crate::{
 };
 
 const VERDICT: &str = "bellows-guest-verdict:";
-const BUSYBOX_APPLETS: [&str; 12] = [
+const BUSYBOX_APPLETS: [&str; 14] = [
     "sh", "ls", "cat", "sleep", "echo", "dmesg", "insmod", "chroot", "mount", "env", "true",
-    "false",
+    "false", "kill", "unshare",
 ];
 
 /// What to boot.
@@ -55,8 +55,39 @@ pub(crate) struct Ended {
     pub(crate) console: String,
 }
 
+/// Boots of one guest before the emulator's defect is given up on.
+const ATTEMPTS: u32 = 3;
+/// What the kernel says when it meets a breakpoint that it has already removed.
+const STALE_BREAKPOINT: &str = "Oops: int3";
+
 /// Boots a guest and waits for its verdict. `progress` sees each new line of the console.
+///
+/// QEMU's multi-threaded emulation can run a stale translation of an instruction that another
+/// processor has just patched: the kernel patches with breakpoints (jump labels at boot, ftrace when
+/// we attach), meets one that is long gone, and panics with `Oops: int3` (seen with QEMU 7.2, on a
+/// bare boot too). It happens with no hardware and says nothing of what is tested, so such a guest,
+/// and only such a one, is booted again, and said so.
 pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<Ended> {
+    let mut attempt = 1;
+    loop {
+        match boot(guest, &mut progress) {
+            Err(error)
+                if accelerator() != KVM
+                    && attempt < ATTEMPTS
+                    && format!("{error:#}").contains(STALE_BREAKPOINT) =>
+            {
+                eprintln!(
+                    "      the emulator ran a stale breakpoint (see guest::run); booting {} again",
+                    guest.name
+                );
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+fn boot(guest: &Guest<'_>, progress: &mut impl FnMut(&str)) -> Result<Ended> {
     let directory = root()?.join("target/guests").join(guest.name);
     fs::create_dir_all(&directory)?;
     let initramfs = initramfs(guest, &directory)?;
@@ -74,7 +105,7 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
         text.get(shown..whole)
             .unwrap_or_default()
             .lines()
-            .for_each(&mut progress);
+            .for_each(&mut *progress);
         shown = whole;
         if text.contains("end Kernel panic") {
             break Err("its kernel panicked");
@@ -95,7 +126,7 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
         bail!(
             "guest {}: {why}; the end of its console:\n{}",
             guest.name,
-            tail(&console, 60)
+            tail(&console, 90)
         );
     }
     let (records, verdict) = text.rsplit_once(VERDICT).unwrap_or((&text, ""));
@@ -103,7 +134,7 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
         bail!(
             "guest {} ended without a verdict; the end of its console:\n{}",
             guest.name,
-            tail(&console, 60)
+            tail(&console, 90)
         );
     };
     Ok(Ended {
@@ -174,6 +205,8 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
         .context("cannot run qemu-system-x86_64: install qemu-system-x86")
 }
 
+const KVM: &str = "kvm";
+
 /// KVM where it works; some hosts have the device but no hardware virtualisation behind it.
 fn accelerator() -> &'static str {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -186,7 +219,7 @@ fn accelerator() -> &'static str {
         .open("/dev/kvm")
         .is_ok();
     if hardware && usable {
-        "kvm"
+        KVM
     } else {
         "tcg,thread=multi"
     }

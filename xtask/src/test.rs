@@ -138,6 +138,7 @@ fn kernel(checks: &mut Checks) -> Result<()> {
         });
         checks.check(&format!("every program attaches on {release}"), complete);
     }
+    edges(checks, &binaries);
     benches(checks, &binaries);
     Ok(())
 }
@@ -175,6 +176,28 @@ fn judge(
         judge(summary).with_context(|| format!("summary {summary}"))
     });
     checks.check(name, result);
+}
+
+/// Each edge of the command line is a check of its own.
+fn edges(checks: &mut Checks, binaries: &Binaries) {
+    match bench::run(&bench::Options::of(Name::ExecCli), binaries) {
+        Ok(file) => {
+            let failures = file["summary"]["failures"]
+                .as_object()
+                .cloned()
+                .unwrap_or_default();
+            for name in file["summary"]["cases"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+            {
+                let failure = failures.get(name).map(|why| anyhow::anyhow!("{why}"));
+                checks.check(&format!("exec: {name}"), failure.map_or(Ok(()), Err));
+            }
+        }
+        Err(error) => checks.check("exec: its edges", Err(error)),
+    }
 }
 
 fn benches(checks: &mut Checks, binaries: &Binaries) {

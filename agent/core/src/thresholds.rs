@@ -40,7 +40,7 @@ impl Thresholds {
     pub fn of(limit: Bytes, cpus: u64) -> Self {
         let stock = Bytes(STOCK_PER_CPU.0.saturating_mul(cpus));
         let margin = limit
-            .per_mille(40)
+            .per_mille(36)
             .minus(stock)
             .clamp(limit.per_mille(15), limit.per_mille(30));
         let watermark = limit.minus(margin);
@@ -66,7 +66,7 @@ mod tests {
                     high,
                     hold,
                 } = Thresholds::of(limit, cpus);
-                assert!(flat <= watermark.plus(limit.per_mille(1)), "{limit} {cpus}");
+                assert!(flat.plus(limit.per_mille(3)) <= watermark, "{limit} {cpus}");
                 assert!(watermark <= high && high <= hold && hold < limit);
             }
         }

@@ -160,7 +160,7 @@ fn run_in(
 ) -> Result<(ExitStatus, Report, End), ExecError> {
     cgroup.set_limit("memory.max", Limit::At(options.memory))?;
     // Loading takes a moment: it happens before the command can grow.
-    let (kernel, reflexes) = Kernel::load(Purpose::Guard)?;
+    let (kernel, reflexes) = Kernel::load(Purpose::GuardAndMeasure)?;
     let path = Path::new(ledger::DIRECTORY).join(format!("exec-{}.ledger", std::process::id()));
     let ledger = Ledger::open(&path)
         .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;

@@ -76,13 +76,13 @@ const ASSUMED_P95: Nanos = Nanos::millis(1500);
 /// [`RunError`]; its text says what to do.
 pub fn run(options: &Options) -> Result<(), RunError> {
     let ledger_path = PathBuf::from(LEDGER);
+    if !rustix::process::geteuid().is_root() {
+        return Err(RunError::NotRoot);
+    }
     // First of all: somebody may stand still.
     let recovered =
         recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;
     tracing::info!(?recovered, "released what a predecessor held");
-    if !rustix::process::geteuid().is_root() {
-        return Err(RunError::NotRoot);
-    }
     let (kernel, reflexes) = Kernel::load(Purpose::Guard)?;
     let ledger = open_ledger(&ledger_path)?;
     let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);

@@ -131,8 +131,10 @@ const HOLD_PROGRAMS: &[Spec] = &[
 /// Which programs to attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Everything that a guard needs.
+    /// What a guard needs.
     Guard,
+    /// The same, and the measuring of holds, for a summary.
+    GuardAndMeasure,
     /// Only the measuring of holds, for a bench that observes without guarding.
     MeasureHolds,
 }
@@ -211,10 +213,11 @@ impl Kernel {
             .ok();
         let mut missing = Vec::new();
         let specs = match purpose {
-            Purpose::Guard => [GUARD_PROGRAMS, HOLD_PROGRAMS].concat_specs(),
-            Purpose::MeasureHolds => HOLD_PROGRAMS.iter().collect(),
+            Purpose::Guard => &[GUARD_PROGRAMS][..],
+            Purpose::GuardAndMeasure => &[GUARD_PROGRAMS, HOLD_PROGRAMS],
+            Purpose::MeasureHolds => &[HOLD_PROGRAMS],
         };
-        for spec in specs {
+        for spec in specs.iter().copied().flatten() {
             if let Err(source) = attach_any(&mut programs, spec, &btf) {
                 if spec.functions == [GROWTH_FUNCTION] {
                     return Err(LoadError::Growth {
@@ -414,16 +417,6 @@ impl std::fmt::Debug for Guards {
 #[must_use]
 pub fn memory_event(bytes: &[u8]) -> Option<MemoryEvent> {
     MemoryEvent::read_from_bytes(bytes).ok()
-}
-
-trait ConcatSpecs {
-    fn concat_specs(&self) -> Vec<&'static Spec>;
-}
-
-impl ConcatSpecs for [&'static [Spec]; 2] {
-    fn concat_specs(&self) -> Vec<&'static Spec> {
-        self.iter().flat_map(|specs| specs.iter()).collect()
-    }
 }
 
 fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadError> {

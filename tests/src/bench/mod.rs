@@ -4,6 +4,7 @@
 mod build;
 mod bursts;
 mod ceiling;
+mod exec_cli;
 mod kill;
 mod page_cache;
 mod plateau;
@@ -43,6 +44,8 @@ pub(crate) enum Bench {
     PodBuild(pod_build::Options),
     /// SIGKILL of the agent in the middle of bursts.
     Kill(kill::Options),
+    /// What `bellows exec` promises at its edges: exit codes, signals, refusals, nothing left behind.
+    ExecCli,
     /// Load and attach every kernel program.
     Smoke,
 }
@@ -62,6 +65,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::Kill(options) => kill::run(options, &mut records),
+        Bench::ExecCli => exec_cli::run(&mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
 }
@@ -76,6 +80,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => kill::summarize(&read(path)?),
+        "exec-cli" => exec_cli::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),
     }

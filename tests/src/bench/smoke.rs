@@ -8,7 +8,7 @@ use super::record::Records;
 
 pub(crate) fn run(records: &mut Records) -> Result<()> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let record = match Kernel::load(Purpose::Guard) {
+    let record = match Kernel::load(Purpose::GuardAndMeasure) {
         Ok((kernel, _reflexes)) => {
             let missing: Vec<String> = kernel
                 .missing()
