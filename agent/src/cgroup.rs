@@ -369,6 +369,23 @@ impl Control {
         }
     }
 
+    /// Opens `file` of `cgroup` for reading only.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when it cannot be opened.
+    pub fn open_read(cgroup: &Cgroup, file: &str) -> Result<Self, CgroupError> {
+        let path = cgroup.path.join(file);
+        match File::open(&path) {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(CgroupError::Io {
+                action: "open",
+                path,
+                source,
+            }),
+        }
+    }
+
     /// Writes a limit.
     ///
     /// # Errors

@@ -9,11 +9,11 @@
 use std::{
     collections::BTreeMap,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bellows_core::{
-    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason, Snapshot, decide, reflex,
+    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason, Snapshot, decide,
 };
 use bellows_ebpf_common::{Growth, Holds, KIND_EXIT, KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use thiserror::Error;
@@ -21,7 +21,7 @@ use thiserror::Error;
 use crate::{
     actuate::{
         reflex::{Arm, Command, Controls, Reflex, Verdict, now},
-        shrink::{self, Shrunk},
+        shrink,
     },
     cgroup::{Cgroup, CgroupError},
     ledger::{Ledger, Record},
@@ -54,7 +54,7 @@ pub enum Input {
         /// The limit that was asked for.
         to: Bytes,
         /// Whether it is in force, and why not.
-        result: Result<(), String>,
+        result: Result<(), Refused>,
     },
     /// Guard a cgroup from now on; the name is for people.
     Adopt(Cgroup, Policy, String),
@@ -64,6 +64,15 @@ pub enum Input {
     Forget(CgroupId),
     /// End.
     Stop,
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// What to tell people.
+    pub why: String,
+    /// Whether it may be carried out all the same: nobody has answered.
+    pub uncertain: bool,
 }
 
 /// Carries changes to limits that somebody else owns.
@@ -122,8 +131,19 @@ pub struct Report {
     pub sleeps: u64,
     /// Charges seen by the growth hook.
     pub charges: u64,
-    /// Times from a request to the limit in force.
+    /// Times from a request to the limit in force, the latest first.
     pub latencies: Vec<Nanos>,
+}
+
+/// What a report keeps of each kind: a guard may live for months.
+const KEPT: usize = 4096;
+
+impl Report {
+    fn failed(&mut self, error: String) {
+        if self.errors.len() < KEPT {
+            self.errors.push(error);
+        }
+    }
 }
 
 struct Guarded {
@@ -133,7 +153,7 @@ struct Guarded {
     limit: Bytes,
     requested: Option<(Bytes, Nanos)>,
     held_since: Option<Nanos>,
-    refused_shrink: Option<Bytes>,
+    refused_shrink: Option<(Bytes, Nanos)>,
     raise_not_before: Nanos,
     report: Report,
 }
@@ -180,10 +200,14 @@ impl Guarded {
             && (to == limit || (self.limit < to && to <= limit))
         {
             self.requested = None;
-            self.report.latencies.push(at.since(asked));
+            let latencies = &mut self.report.latencies;
+            latencies.truncate(KEPT);
+            latencies.insert(0, at.since(asked));
         }
         self.limit = limit;
-        self.report.limits.push((at, limit));
+        if self.report.limits.len() < KEPT {
+            self.report.limits.push((at, limit));
+        }
     }
 }
 
@@ -267,23 +291,14 @@ impl<R: Requester> Controller<R> {
     }
 
     fn arm(&self, guarded: &Guarded, controls: Option<Controls>) {
-        let Guarded {
-            cgroup,
-            policy,
-            limit,
-            ..
-        } = guarded;
-        // A lower limit on its way may be in force at any moment: it is the one to guard, and only
-        // a limit above today's proves that it was overtaken.
-        let effective = guarded.lowering().unwrap_or(*limit);
-        self.reflex.send(Command::Arm(Box::new(Arm {
+        let Guarded { cgroup, policy, .. } = guarded;
+        let arm = Arm {
             cgroup: cgroup.id(),
             policy: *policy,
-            limit: effective,
-            release_at: limit.plus(Bytes(1)),
-            reaction: reflex::reaction(policy, effective),
+            lowering: guarded.lowering(),
             controls,
-        })));
+        };
+        self.reflex.send(Command::Arm(Box::new(arm)));
     }
 
     /// Stops guarding a cgroup: brake and hold are lifted, its limit stays.
@@ -297,14 +312,6 @@ impl<R: Requester> Controller<R> {
         } = self.kernel.growth(id).unwrap_or_default();
         let Holds { long_holds, .. } = self.kernel.holds(id).unwrap_or_default();
         self.kernel.forget(id);
-        let record = Record::Forget {
-            at: now(),
-            cgroup: id,
-        };
-        if let Err(error) = self.ledger.append(&record) {
-            tracing::warn!(%error, "the ledger cannot be written");
-        }
-        self.requester.record(&guarded.cgroup, &record);
         let mut report = guarded.report;
         report.peak_demand = guarded
             .history
@@ -319,13 +326,20 @@ impl<R: Requester> Controller<R> {
     /// Runs until [`Input::Stop`] or until every sender is gone; then lifts every brake and hold.
     /// Returns what happened to what was guarded at the end.
     pub fn run(mut self) -> BTreeMap<CgroupId, Report> {
+        let mut last_tick = Instant::now();
         loop {
             let active = self.guards.values().any(Guarded::active);
             let tick = if active { ACTIVE_TICK } else { QUIET_TICK };
-            match self.inputs.recv_timeout(tick) {
+            // Traffic must not starve the tick: it is due whether or not inputs keep coming.
+            let rest = tick.saturating_sub(last_tick.elapsed());
+            match self.inputs.recv_timeout(rest) {
                 Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
                 Ok(input) => self.take(input),
-                Err(RecvTimeoutError::Timeout) => self.tick(),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if last_tick.elapsed() >= tick {
+                self.tick();
+                last_tick = Instant::now();
             }
         }
         while let Ok(input) = self.inputs.try_recv() {
@@ -387,13 +401,19 @@ impl<R: Requester> Controller<R> {
                     guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
                 }
             }),
+            Verdict::Lowered { cgroup, limit } => {
+                self.update(cgroup, |guarded| guarded.limit_is(at, limit));
+            }
+            Verdict::LowerRefused { cgroup } => self.update(cgroup, |guarded| {
+                guarded.refused_shrink = Some((guarded.history.demand, at));
+            }),
             Verdict::LimitRose { cgroup, limit } => {
                 self.update(cgroup, |guarded| guarded.limit_is(at, limit));
                 self.learn_latency(cgroup);
             }
             Verdict::Failed { cgroup, error } => {
                 tracing::warn!(cgroup.id = cgroup.0, %error, "the reflex could not act");
-                self.update(cgroup, |guarded| guarded.report.errors.push(error));
+                self.update(cgroup, |guarded| guarded.report.failed(error));
             }
         }
     }
@@ -425,7 +445,7 @@ impl<R: Requester> Controller<R> {
             error,
         };
         if let Err(error) = self.ledger.append(&record) {
-            guarded.report.errors.push(error.to_string());
+            guarded.report.failed(error.to_string());
         }
         self.requester.record(&guarded.cgroup, &record);
     }
@@ -450,17 +470,25 @@ impl<R: Requester> Controller<R> {
         }
     }
 
-    fn take_answer(&mut self, id: CgroupId, to: Bytes, result: Result<(), String>) {
+    fn take_answer(&mut self, id: CgroupId, to: Bytes, result: Result<(), Refused>) {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        if let Err(error) = result {
+        if let Err(Refused {
+            why: error,
+            uncertain,
+        }) = result
+        {
             tracing::warn!(path = %guarded.cgroup.path().display(), %to, %error, "a change of the limit failed");
-            guarded.report.errors.push(error.clone());
+            guarded.report.failed(error.clone());
             if guarded
                 .requested
                 .is_some_and(|(requested, _)| requested == to)
             {
+                if uncertain {
+                    let limit = guarded.limit;
+                    self.requester.take_back(&guarded.cgroup, to, limit);
+                }
                 self.give_up(id);
             }
             self.verify(id, Some(error));
@@ -478,7 +506,7 @@ impl<R: Requester> Controller<R> {
             return;
         };
         if to < guarded.limit {
-            guarded.refused_shrink = Some(guarded.history.demand);
+            guarded.refused_shrink = Some((guarded.history.demand, at));
         } else {
             guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
         }
@@ -497,7 +525,6 @@ impl<R: Requester> Controller<R> {
             .report
             .latencies
             .iter()
-            .rev()
             .take(LATENCIES)
             .copied()
             .collect();
@@ -558,7 +585,7 @@ impl<R: Requester> Controller<R> {
                 if error.is_gone() {
                     drop(self.forget(id));
                 } else {
-                    guarded.report.errors.push(error.to_string());
+                    guarded.report.failed(error.to_string());
                 }
             }
         }
@@ -573,7 +600,7 @@ impl<R: Requester> Controller<R> {
             if let Err(error) = self.carry_out(id, action, reason) {
                 tracing::warn!(cgroup.id = id.0, ?action, ?reason, %error, "an action failed");
                 if let Some(guarded) = self.guards.get_mut(&id) {
-                    guarded.report.errors.push(error.to_string());
+                    guarded.report.failed(error.to_string());
                 }
             }
         }
@@ -621,22 +648,14 @@ impl<R: Requester> Controller<R> {
             history,
             ..
         } = guarded;
-        let before = reflex::thresholds(policy, from);
-        let shrunk = match policy.actuation {
-            Actuation::Direct => shrink::direct(cgroup, before, to, policy.cpus)?,
-            Actuation::Requested { .. } => shrink::make_room(cgroup, before, to, policy.cpus)?,
-        };
-        match (shrunk, policy.actuation) {
-            (Shrunk::Refused { usage }, _) => {
-                tracing::debug!(%usage, %to, "usage does not come down; the limit stays");
-                guarded.refused_shrink = Some(history.demand);
-            }
-            (Shrunk::Done, Actuation::Direct) => {
-                guarded.limit_is(now(), to);
-                self.verify(id, None);
-                self.arm(&self.guards[&id], None);
-            }
-            (Shrunk::Done, Actuation::Requested { .. }) => {
+        if !shrink::make_room(cgroup, to, policy.cpus)? {
+            guarded.refused_shrink = Some((history.demand, now()));
+            self.arm(&self.guards[&id], None);
+            return Ok(());
+        }
+        match policy.actuation {
+            Actuation::Direct => self.reflex.send(Command::Lower(id, to)),
+            Actuation::Requested { .. } => {
                 guarded.requested = Some((to, now()));
                 // Before the request: the lower limit is guarded when it comes into force.
                 self.arm(&self.guards[&id], None);

@@ -139,11 +139,13 @@ impl Ledger {
     ///
     /// When the file system is full; the caller then does not act.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
+        // A line begins with a line break too: what a full file system has cut off before it must
+        // not swallow it. Empty lines are skipped.
         self.line.clear();
-        self.line.extend_from_slice(b"00000000 ");
+        self.line.extend_from_slice(b"\n00000000 ");
         serde_json::to_writer(&mut self.line, record)?;
-        let crc = crc32fast::hash(&self.line[9..]);
-        write!(&mut self.line[..8], "{crc:08x}")?;
+        let crc = crc32fast::hash(&self.line[10..]);
+        write!(&mut self.line[1..9], "{crc:08x}")?;
         self.line.push(b'\n');
         self.file.write_all(&self.line)
     }

@@ -12,10 +12,10 @@ use bellows::{
     cgroup::Cgroup,
 };
 use bellows_core::{Bytes, pod, quantity};
-use k8s_openapi::api::core::v1::{ContainerStatus, Node as ApiNode, Pod};
+use k8s_openapi::api::core::v1::{ContainerStatus, Event, Node as ApiNode, Pod};
 use kube::{
     Api, Client, Config, ResourceExt as _,
-    api::{DeleteParams, PostParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Value, json};
@@ -31,6 +31,7 @@ pub(crate) struct Cluster {
     runtime: Runtime,
     pods: Api<Pod>,
     nodes: Api<ApiNode>,
+    events: Api<Event>,
 }
 
 /// What a pod should be.
@@ -54,11 +55,14 @@ impl Cluster {
                 Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
             Ok::<_, anyhow::Error>(Client::try_from(config)?)
         })?;
-        let (pods, nodes) = (Api::namespaced(client.clone(), NAMESPACE), Api::all(client));
+        let pods = Api::namespaced(client.clone(), NAMESPACE);
+        let events = Api::namespaced(client.clone(), NAMESPACE);
+        let nodes = Api::all(client);
         Ok(Self {
             runtime,
             pods,
             nodes,
+            events,
         })
     }
 
@@ -75,19 +79,33 @@ impl Cluster {
     }
 
     pub(crate) fn create(&self, spec: &Spec) -> Result<()> {
-        let limit = quantity::format(spec.limit);
-        // Below the limit, so that the pod is Burstable and its limit may move alone.
-        let request = quantity::format(spec.limit.per_mille(500));
         let annotations = spec.max.map_or_else(
             || json!({}),
             |max| json!({ pod::MODE: "Act", pod::MAX_MEMORY: quantity::format(max) }),
         );
+        self.create_with(spec, &annotations, false)
+    }
+
+    /// Creates a pod with these annotations; a Guaranteed one on demand.
+    pub(crate) fn create_with(
+        &self,
+        spec: &Spec,
+        annotations: &Value,
+        guaranteed: bool,
+    ) -> Result<()> {
+        let mut limits = json!({ "memory": quantity::format(spec.limit) });
+        // Below the limit, so that the pod is Burstable and its limit may move alone.
+        let mut requests = json!({ "memory": quantity::format(spec.limit.per_mille(500)) });
+        if guaranteed {
+            limits["cpu"] = json!("100m");
+            requests = limits.clone();
+        }
         let mut container = json!({
             "name": CONTAINER,
             "image": node::IMAGE,
             "imagePullPolicy": "Never",
             "command": spec.command,
-            "resources": { "limits": { "memory": limit }, "requests": { "memory": request } },
+            "resources": { "limits": limits, "requests": requests },
         });
         let mut volumes = json!([]);
         if spec.host {
@@ -111,6 +129,29 @@ impl Cluster {
         self.runtime
             .block_on(self.pods.create(&PostParams::default(), &pod))
             .with_context(|| spec.name.clone())?;
+        Ok(())
+    }
+
+    /// Reasons and notes of the Events about a pod.
+    pub(crate) fn events(&self, name: &str) -> Result<Vec<(String, String)>> {
+        let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
+        let events = self.runtime.block_on(self.events.list(&about))?;
+        let text = |text: Option<String>| text.unwrap_or_default();
+        Ok(events
+            .into_iter()
+            .map(|event| (text(event.reason), text(event.message)))
+            .collect())
+    }
+
+    /// Resizes a pod as anybody might.
+    pub(crate) fn resize(&self, name: &str, limit: &str) -> Result<()> {
+        let container =
+            json!({ "name": CONTAINER, "resources": { "limits": { "memory": limit } } });
+        let patch = Patch::Strategic(json!({ "spec": { "containers": [container] } }));
+        self.runtime.block_on(
+            self.pods
+                .patch_resize(name, &PatchParams::default(), &patch),
+        )?;
         Ok(())
     }
 

@@ -30,6 +30,7 @@ pub(crate) enum Name {
     ExecCli,
     PodBursts,
     PodBuild,
+    PodEdges,
     Kill,
     Smoke,
 }
@@ -37,7 +38,10 @@ pub(crate) enum Name {
 impl Name {
     /// Whether it needs a kubelet and an API server.
     const fn needs_node(self) -> bool {
-        matches!(self, Self::PodBursts | Self::PodBuild | Self::Kill)
+        matches!(
+            self,
+            Self::PodBursts | Self::PodBuild | Self::PodEdges | Self::Kill
+        )
     }
 
     const fn text(self) -> &'static str {
@@ -50,6 +54,7 @@ impl Name {
             Self::PodBursts => "pod-bursts",
             Self::ExecCli => "exec-cli",
             Self::PodBuild => "pod-build",
+            Self::PodEdges => "pod-edges",
             Self::Kill => "kill",
             Self::Smoke => "smoke",
         }
@@ -246,7 +251,7 @@ fn disk(name: Name) -> Result<Option<PathBuf>> {
     match name {
         Name::PageCache => guest::empty_disk().map(Some),
         Name::Build => debian::root_image("build", "trixie", &["g++", "make"], &[]).map(Some),
-        Name::PodBursts | Name::PodBuild | Name::Kill => {
+        Name::PodBursts | Name::PodBuild | Name::PodEdges | Name::Kill => {
             let kubelet = kubernetes::binaries()?.kubelet;
             debian::root_image(
                 "node",

@@ -138,7 +138,7 @@ fn kernel(checks: &mut Checks) -> Result<()> {
         });
         checks.check(&format!("every program attaches on {release}"), complete);
     }
-    edges(checks, &binaries);
+    edges(checks, &binaries, Name::ExecCli, "exec");
     benches(checks, &binaries);
     Ok(())
 }
@@ -179,8 +179,8 @@ fn judge(
 }
 
 /// Each edge of the command line is a check of its own.
-fn edges(checks: &mut Checks, binaries: &Binaries) {
-    match bench::run(&bench::Options::of(Name::ExecCli), binaries) {
+fn edges(checks: &mut Checks, binaries: &Binaries, name: Name, command: &str) {
+    match bench::run(&bench::Options::of(name), binaries) {
         Ok(file) => {
             let failures = file["summary"]["failures"]
                 .as_object()
@@ -193,10 +193,10 @@ fn edges(checks: &mut Checks, binaries: &Binaries) {
                 .filter_map(Value::as_str)
             {
                 let failure = failures.get(name).map(|why| anyhow::anyhow!("{why}"));
-                checks.check(&format!("exec: {name}"), failure.map_or(Ok(()), Err));
+                checks.check(&format!("{command}: {name}"), failure.map_or(Ok(()), Err));
             }
         }
-        Err(error) => checks.check("exec: its edges", Err(error)),
+        Err(error) => checks.check(&format!("{command}: its edges"), Err(error)),
     }
 }
 
@@ -239,10 +239,13 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         "at the ceiling everything is as without Bellows",
         &of(Name::Ceiling, 4, 13),
         |summary| {
-            ensure!(
-                summary["same_outcome"] == summary["cases"]
-                    && summary["killed_fixed"] == summary["cases"]
-            );
+            for key in ["same_outcome", "killed_fixed", "timed"] {
+                ensure!(
+                    summary[key] == summary["cases"],
+                    "{key} is {}",
+                    summary[key]
+                );
+            }
             at_most(summary, "time_to_kill_ratio_p50", 1.5)
         },
     );
@@ -320,6 +323,7 @@ fn pod(checks: &mut Checks) -> Result<()> {
             at_most(summary, "overgrant_p50", 1.35)
         },
     );
+    edges(checks, &binaries, Name::PodEdges, "run");
     let kill = options(Name::Kill, "6.12", Some(3), 22);
     judge(
         checks,

@@ -34,6 +34,8 @@ pub const HOLD_LIMIT: Nanos = Nanos::millis(5000);
 const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 /// A shrink that gives back less than this share of the limit is not worth its cost.
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
+/// A refused shrink is tried again after this time even if demand has not fallen.
+const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(30_000);
 /// A requested raise goes to at least this multiple of the demand.
 const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.
@@ -54,8 +56,8 @@ pub struct Snapshot {
     pub requested: Option<(Bytes, Nanos)>,
     /// Since when the container is held.
     pub held_since: Option<Nanos>,
-    /// A shrink to this limit was refused; do not try again above this demand.
-    pub refused_shrink: Option<Bytes>,
+    /// A shrink was refused at this demand and time: tried again with less demand, or later.
+    pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
     pub raise_not_before: Nanos,
 }
@@ -143,13 +145,13 @@ fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let Snapshot {
         policy,
         history,
-        limit,
         held_since,
         now,
         ..
     } = snapshot;
     let since = (*held_since)?;
-    let cleared = thresholds(policy, *limit).is_none_or(|at| history.demand < at.watermark);
+    let cleared =
+        thresholds(policy, effective(snapshot)).is_none_or(|at| history.demand < at.watermark);
     if cleared {
         Some((Action::Release, Reason::RaiseArrived))
     } else if now.since(since) >= HOLD_LIMIT {
@@ -157,6 +159,13 @@ fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     } else {
         None
     }
+}
+
+/// The limit that counts: a lower one on its way may be in force at any moment.
+fn effective(snapshot: &Snapshot) -> Bytes {
+    snapshot
+        .requested
+        .map_or(snapshot.limit, |(to, _)| to.min(snapshot.limit))
 }
 
 fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
@@ -173,7 +182,9 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if requested.is_some() || *limit <= policy.original || !quiet {
         return None;
     }
-    if refused_shrink.is_some_and(|at| history.demand >= at) {
+    let refused = refused_shrink
+        .is_some_and(|(demand, at)| history.demand >= demand && now.since(at) < SHRINK_REFUSED_FOR);
+    if refused {
         return None;
     }
     let to = history
@@ -181,8 +192,9 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         .per_mille(SHRINK_MARGIN_PER_MILLE)
         .round_up_mib()
         .max(policy.original);
-    (to <= limit.per_mille(SHRINK_WORTH_PER_MILLE))
-        .then_some((Action::Shrink { from: *limit, to }, Reason::BurstOver))
+    // The original is always worth it: what is near to it would otherwise stay raised for ever.
+    let worth = to == policy.original || to <= limit.per_mille(SHRINK_WORTH_PER_MILLE);
+    (worth && to < *limit).then_some((Action::Shrink { from: *limit, to }, Reason::BurstOver))
 }
 
 #[cfg(test)]
@@ -319,6 +331,25 @@ mod tests {
             panic!("{:?}", decide(&snapshot))
         };
         assert_eq!((from, to), (Bytes::mib(64), Bytes::mib(641)));
+        snapshot.held_since = Some(snapshot.now);
+        let released = decide(&snapshot)
+            .actions
+            .iter()
+            .any(|(action, _)| *action == Action::Release);
+        assert!(!released, "the lower limit may be in force: the hold stays");
+    }
+
+    #[test]
+    fn a_limit_just_above_the_original_comes_down_too() {
+        let mut snapshot = snapshot(Actuation::Direct);
+        snapshot.limit = Bytes::mib(70);
+        snapshot.history.last_growth = Nanos(0);
+        snapshot.history.demand = Bytes::mib(30);
+        let shrink = Action::Shrink {
+            from: Bytes::mib(70),
+            to: Bytes::mib(64),
+        };
+        assert_eq!(decide(&snapshot).actions, [(shrink, Reason::BurstOver)]);
     }
 
     #[test]
@@ -335,9 +366,12 @@ mod tests {
         snapshot.limit = Bytes::mib(1000);
         snapshot.history.last_growth = Nanos(0);
         snapshot.history.demand = Bytes::mib(400);
-        snapshot.refused_shrink = Some(Bytes::mib(400));
+        snapshot.refused_shrink = Some((Bytes::mib(400), snapshot.now));
         assert_eq!(decide(&snapshot).actions, []);
         snapshot.history.demand = Bytes::mib(399);
+        assert_eq!(decide(&snapshot).actions.len(), 1);
+        snapshot.history.demand = Bytes::mib(400);
+        snapshot.now = Nanos(snapshot.now.0 + SHRINK_REFUSED_FOR.0);
         assert_eq!(decide(&snapshot).actions.len(), 1);
     }
 }

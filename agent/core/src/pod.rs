@@ -84,6 +84,8 @@ pub struct Wish {
     pub limit: Bytes,
     /// The limit at rest.
     pub original: Bytes,
+    /// The same as it was written.
+    pub original_text: String,
     /// The limit that is never exceeded.
     pub ceiling: Bytes,
     /// Whether the original stands on the pod already.
@@ -208,10 +210,12 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         return Err(Refusal::RestartsOnResize(container.name.clone()));
     }
     let recorded = recorded_original(pod, &container.name)?;
-    // A limit above the maximum was set by somebody else: it is the new original, and too high.
-    let original = recorded.filter(|_| limit <= ceiling).unwrap_or(limit);
+    let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.clone()));
     if ceiling < original {
-        return Err(Refusal::MaximumBelowLimit { limit, ceiling });
+        return Err(Refusal::MaximumBelowLimit {
+            limit: original,
+            ceiling,
+        });
     }
     let Some(id) = container.id.clone() else {
         return Ok(None);
@@ -223,6 +227,7 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         limit_text: text,
         limit,
         original,
+        original_text,
         ceiling,
         recorded: recorded.is_some(),
     }))
@@ -242,19 +247,17 @@ fn chosen(pod: &Pod) -> Result<(usize, &Container), Refusal> {
 }
 
 /// The original that stands on the pod for this container.
-fn recorded_original(pod: &Pod, container: &str) -> Result<Option<Bytes>, Refusal> {
+fn recorded_original(pod: &Pod, container: &str) -> Result<Option<(Bytes, String)>, Refusal> {
     let Some(value) = pod.annotations.get(ORIGINAL) else {
         return Ok(None);
     };
     match value.split_once('=') {
-        Some((name, size)) if name == container => {
-            quantity::parse(size)
-                .map(Some)
-                .map_err(|source| Refusal::Quantity {
-                    name: ORIGINAL,
-                    source,
-                })
-        }
+        Some((name, size)) if name == container => quantity::parse(size)
+            .map(|bytes| Some((bytes, size.to_owned())))
+            .map_err(|source| Refusal::Quantity {
+                name: ORIGINAL,
+                source,
+            }),
         Some(_) => Ok(None),
         None => {
             let source = QuantityError::NoNumber(value.clone());

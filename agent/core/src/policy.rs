@@ -61,9 +61,7 @@ impl Policy {
     ///
     /// [`PolicyError`] when the ceiling is below the limit, or the limit below 1 MiB.
     pub const fn validate(self) -> Result<Self, PolicyError> {
-        let Self {
-            original, ceiling, ..
-        } = self;
+        let (original, ceiling) = (self.original.page_floor(), self.ceiling.page_floor());
         if original.0 < Bytes::mib(1).0 {
             return Err(PolicyError::TooSmall { original });
         }
@@ -75,5 +73,25 @@ impl Policy {
             ceiling,
             ..self
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_become_what_the_kernel_will_make_of_them() {
+        let policy = Policy {
+            original: Bytes(100_000_000),
+            ceiling: Bytes(4_000_000_001),
+            actuation: Actuation::Direct,
+            cpus: 1,
+            shrink_after: Nanos(0),
+        };
+        let Policy {
+            original, ceiling, ..
+        } = policy.validate().unwrap();
+        assert_eq!((original.0, ceiling.0), (99_999_744, 3_999_997_952));
     }
 }

@@ -5,9 +5,10 @@
 //! the only writer of watermarks, brakes and raises. Whatever it does was laid down by core
 //! beforehand; what it did comes back as a [`Verdict`].
 //!
-//! It must never lower a limit or a brake below usage (the kernel then reclaims in the writer) and
-//! never wait for the controller: a full verdict channel loses a verdict, which is counted, not
-//! time.
+//! It must never lower a limit or a brake below usage (the kernel then reclaims in the writer): a
+//! lower limit is written only after a look at usage, and here, because nobody else can do it without
+//! racing a raise. It must never wait for the controller: a full verdict channel loses a verdict,
+//! which is counted, not time.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +23,10 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Action, Bytes, CgroupId, Nanos, Policy, Reaction, Reason, Thresholds, reflex};
+use bellows_core::{
+    Action, Bytes, CgroupId, Nanos, Policy, Reaction, Reason, Thresholds, decide::HOLD_LIMIT,
+    reflex,
+};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -36,6 +40,8 @@ use crate::{
 const HELD_POLL: Duration = Duration::from_millis(1);
 /// How long the thread waits when nothing is held; it is woken by events and commands.
 const IDLE_POLL: Duration = Duration::from_secs(3600);
+/// How long a container whose hold expired is left alone.
+const LET_GO_FOR: Nanos = Nanos::millis(10_000);
 /// Real-time priority of the thread: above every ordinary task, below the kernel's own threads.
 const PRIORITY: i32 = 10;
 
@@ -44,6 +50,8 @@ const PRIORITY: i32 = 10;
 pub enum Command {
     /// Watch a cgroup from now on, or with other numbers than before.
     Arm(Box<Arm>),
+    /// Lower a limit that nobody else manages, if usage is below the watermark of the new one.
+    Lower(CgroupId, Bytes),
     /// Lift a hold.
     Release(CgroupId, Reason),
     /// Remove brake and hold and stop watching.
@@ -59,12 +67,9 @@ pub struct Arm {
     pub cgroup: CgroupId,
     /// Its rules.
     pub policy: Policy,
-    /// Its limit now, or the lower one that is on its way.
-    pub limit: Bytes,
-    /// A hold is lifted by itself once the limit is at least this.
-    pub release_at: Bytes,
-    /// What to do at the watermark.
-    pub reaction: Reaction,
+    /// A lower limit that is on its way and may be in force at any moment; `None` for the limit
+    /// that the kernel has.
+    pub lowering: Option<Bytes>,
     /// Its files, the first time that it is armed.
     pub controls: Option<Controls>,
 }
@@ -75,6 +80,7 @@ pub struct Controls {
     max: Control,
     high: Control,
     freeze: Control,
+    current: Control,
 }
 
 impl Controls {
@@ -88,6 +94,7 @@ impl Controls {
             max: Control::open(cgroup, "memory.max")?,
             high: Control::open(cgroup, "memory.high")?,
             freeze: Control::open(cgroup, "cgroup.freeze")?,
+            current: Control::open_read(cgroup, "memory.current")?,
         })
     }
 }
@@ -114,6 +121,18 @@ pub enum Verdict {
         cgroup: CgroupId,
         /// Since when.
         at: Nanos,
+    },
+    /// A limit was lowered.
+    Lowered {
+        /// In this cgroup.
+        cgroup: CgroupId,
+        /// The limit now.
+        limit: Bytes,
+    },
+    /// A limit was not lowered: usage is too near to it.
+    LowerRefused {
+        /// In this cgroup.
+        cgroup: CgroupId,
     },
     /// The limit of a held cgroup was raised by somebody; it is held no more.
     LimitRose {
@@ -213,9 +232,11 @@ struct Row {
     release_at: Bytes,
     reaction: Reaction,
     controls: Controls,
-    held: bool,
-    /// After a hold expired: not held again before the limit has risen.
-    let_go: bool,
+    /// Since when it is held.
+    held: Option<Nanos>,
+    /// Since when it is let go after a hold expired: not braked or held again before the limit has
+    /// risen or [`LET_GO_FOR`] has passed.
+    let_go: Option<Nanos>,
 }
 
 struct Worker {
@@ -282,7 +303,7 @@ impl Worker {
     }
 
     fn wait(&self) {
-        let held = self.table.values().any(|row| row.held);
+        let held = self.table.values().any(|row| row.held.is_some());
         let timeout = if held { HELD_POLL } else { IDLE_POLL };
         let timeout = rustix::time::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
@@ -309,6 +330,7 @@ impl Worker {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Arm(arm)) => self.arm(*arm),
+                Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -354,7 +376,7 @@ impl Worker {
                             rung,
                         )
                     }),
-                Reaction::Hold { at } if demand >= *at && !row.held && !row.let_go => {
+                Reaction::Hold { at } if demand >= *at && row.held.is_none() && !is_let_go(row) => {
                     Some(hold(row, &mut self.ledger, cgroup, demand))
                 }
                 Reaction::Hold { .. } | Reaction::Nothing => None,
@@ -372,35 +394,53 @@ impl Worker {
         let Arm {
             cgroup,
             policy,
-            limit,
-            release_at,
-            reaction,
+            lowering,
             controls,
         } = arm;
-        let row = match (self.table.remove(&cgroup), controls) {
-            (Some(row), _) => Row {
-                policy,
-                limit,
-                release_at,
-                reaction,
-                let_go: row.let_go && limit <= row.limit,
-                ..row
-            },
-            (None, Some(controls)) => Row {
-                policy,
-                limit,
-                release_at,
-                reaction,
-                controls,
-                held: false,
-                let_go: false,
-            },
+        let (known, controls) = match (self.table.remove(&cgroup), controls) {
+            (
+                Some(Row {
+                    limit,
+                    held,
+                    let_go,
+                    controls,
+                    ..
+                }),
+                _,
+            ) => (Some((limit, held, let_go)), controls),
+            (None, Some(controls)) => (None, controls),
             (None, None) => {
-                return self.tell(Verdict::Failed {
-                    cgroup,
-                    error: "armed without its files".to_owned(),
-                });
+                let error = "armed without its files".to_owned();
+                return self.tell(Verdict::Failed { cgroup, error });
             }
+        };
+        // What the controller knows may be older than the last raise.
+        let actual = match controls.max.get() {
+            Ok(limit) => limit.bytes(),
+            Err(error) => {
+                // Whatever it was, it is not watched any more, so nothing may be left on it.
+                self.kernel.guards.remove(cgroup);
+                let lifted = controls
+                    .high
+                    .set(Limit::Max)
+                    .and_then(|()| controls.freeze.set_flag(false));
+                let error = lifted.err().unwrap_or(error).to_string();
+                return self.tell(Verdict::Failed { cgroup, error });
+            }
+        };
+        let limit = lowering.map_or(actual, |lower| lower.min(actual));
+        let (held, let_go) = known.map_or((None, None), |(before, held, let_go)| {
+            (held, let_go.filter(|_| limit <= before))
+        });
+        let row = Row {
+            policy,
+            limit,
+            // Only a limit above today's proves that a lower one was overtaken.
+            release_at: actual.plus(Bytes(1)),
+            reaction: reflex::reaction(&policy, limit),
+            controls,
+            held,
+            let_go,
         };
         let result = watch(
             &row,
@@ -414,13 +454,37 @@ impl Worker {
         }
     }
 
+    fn lower(&mut self, cgroup: CgroupId, to: Bytes) {
+        let Some(row) = self.table.get_mut(&cgroup) else {
+            return;
+        };
+        let at = Thresholds::of(to, row.policy.cpus);
+        let verdict = match row.controls.current.get() {
+            Ok(usage) if usage.bytes() <= at.watermark => match row.controls.max.set(Limit::At(to))
+            {
+                Ok(()) => {
+                    row.limit = to;
+                    row.release_at = to.plus(Bytes(1));
+                    row.reaction = reflex::reaction(&row.policy, to);
+                    let thresholds = reflex::thresholds(&row.policy, to);
+                    watch(row, &mut self.kernel.guards, cgroup, thresholds)
+                        .map(|()| Verdict::Lowered { cgroup, limit: to })
+                }
+                Err(_) => Ok(Verdict::LowerRefused { cgroup }),
+            },
+            Ok(_) => Ok(Verdict::LowerRefused { cgroup }),
+            Err(error) => Err(error.to_string()),
+        };
+        self.tell(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
+    }
+
     fn release(&mut self, cgroup: CgroupId, reason: Reason) {
-        let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.held) else {
+        let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.held.is_some()) else {
             return;
         };
         if reason == Reason::HoldExpired {
             // The brake would go on where the hold ended: let the kernel decide as it would have.
-            row.let_go = true;
+            row.let_go = Some(now());
             if let Err(error) = row.controls.high.set(Limit::Max) {
                 self.tell(Verdict::Failed {
                     cgroup,
@@ -443,31 +507,40 @@ impl Worker {
             return;
         };
         let high = row.controls.high.set(Limit::Max);
-        if row.held {
+        if row.held.is_some() {
             let verdict = thaw(Some(&mut row), &mut self.ledger, cgroup, Reason::Ended);
             self.tell(verdict);
         }
-        if let Err(error) = high.map_err(|error| (error.is_gone(), error))
-            && !error.0
-        {
+        // Only now: a successor releases whatever was not forgotten.
+        let forgotten = self.ledger.append(&Record::Forget { at: now(), cgroup });
+        match high {
+            Err(error) if !error.is_gone() => self.tell(Verdict::Failed {
+                cgroup,
+                error: error.to_string(),
+            }),
+            _ => {}
+        }
+        if let Err(error) = forgotten {
             self.tell(Verdict::Failed {
                 cgroup,
-                error: error.1.to_string(),
+                error: error.to_string(),
             });
         }
     }
 
-    /// Lifts the hold of every cgroup whose limit somebody has raised.
+    /// Lifts the hold of every cgroup whose limit somebody has raised, and of one that was held for
+    /// longer than anybody may be, whatever the controller knows.
     fn look_after_held(&mut self) {
-        let held = self.table.iter_mut().filter(|(_, row)| row.held);
+        let at = now();
         let mut verdicts = Vec::new();
-        for (&cgroup, row) in held {
+        for (&cgroup, row) in &mut self.table {
+            let Some(since) = row.held else {
+                continue;
+            };
             let limit = match row.controls.max.get() {
                 Ok(limit) => limit.bytes(),
                 Err(error) => {
-                    if error.is_gone() {
-                        row.held = false;
-                    }
+                    verdicts.push(thaw(Some(row), &mut self.ledger, cgroup, Reason::Ended));
                     verdicts.push(Verdict::Failed {
                         cgroup,
                         error: error.to_string(),
@@ -475,23 +548,41 @@ impl Worker {
                     continue;
                 }
             };
-            if limit < row.release_at {
-                continue;
+            if limit == row.limit {
+                // The lower limit has come into force: any rise from here is the answer.
+                row.release_at = limit.plus(Bytes(1));
             }
-            row.limit = limit;
-            row.release_at = Bytes(limit.0.saturating_add(1));
-            row.reaction = reflex::reaction(&row.policy, limit);
-            let thresholds = reflex::thresholds(&row.policy, limit);
-            if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
-                verdicts.push(Verdict::Failed { cgroup, error });
+            if limit >= row.release_at {
+                row.limit = limit;
+                row.release_at = limit.plus(Bytes(1));
+                row.reaction = reflex::reaction(&row.policy, limit);
+                row.let_go = None;
+                let thresholds = reflex::thresholds(&row.policy, limit);
+                if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
+                    verdicts.push(Verdict::Failed { cgroup, error });
+                }
+                verdicts.push(thaw(
+                    Some(row),
+                    &mut self.ledger,
+                    cgroup,
+                    Reason::RaiseArrived,
+                ));
+                verdicts.push(Verdict::LimitRose { cgroup, limit });
+            } else if at.since(since) >= HOLD_LIMIT {
+                row.let_go = Some(now());
+                if let Err(error) = row.controls.high.set(Limit::Max) {
+                    verdicts.push(Verdict::Failed {
+                        cgroup,
+                        error: error.to_string(),
+                    });
+                }
+                verdicts.push(thaw(
+                    Some(row),
+                    &mut self.ledger,
+                    cgroup,
+                    Reason::HoldExpired,
+                ));
             }
-            verdicts.push(thaw(
-                Some(row),
-                &mut self.ledger,
-                cgroup,
-                Reason::RaiseArrived,
-            ));
-            verdicts.push(Verdict::LimitRose { cgroup, limit });
         }
         for verdict in verdicts {
             self.tell(verdict);
@@ -499,24 +590,37 @@ impl Worker {
     }
 }
 
-/// Moves brake and watermark to `thresholds`, or removes them.
+fn is_let_go(row: &Row) -> bool {
+    row.let_go
+        .is_some_and(|since| now().since(since) < LET_GO_FOR)
+}
+
+/// Moves watermark and brake to `thresholds`, or removes them.
+///
+/// A brake below usage (a limit full of page cache, for one) would reclaim here, on this thread: it is
+/// left out then, and the watermark, which counts no cache, guards alone.
 fn watch(
     row: &Row,
     guards: &mut Guards,
     cgroup: CgroupId,
     thresholds: Option<Thresholds>,
 ) -> Result<(), String> {
-    // What was let go is not braked again before its limit has risen.
-    let braked = thresholds.filter(|_| !row.let_go);
+    let watermark = thresholds.map(|thresholds| thresholds.watermark);
+    guards
+        .set(cgroup, watermark)
+        .map_err(|error: LoadError| error.to_string())?;
+    let usage = row
+        .controls
+        .current
+        .get()
+        .map_err(|error| error.to_string())?
+        .bytes();
+    let braked = thresholds.filter(|thresholds| !is_let_go(row) && usage <= thresholds.high);
     let high = braked.map_or(Limit::Max, |thresholds| Limit::At(thresholds.high));
     row.controls
         .high
         .set(high)
-        .map_err(|error| error.to_string())?;
-    let watermark = thresholds.map(|thresholds| thresholds.watermark);
-    guards
-        .set(cgroup, watermark)
-        .map_err(|error: LoadError| error.to_string())
+        .map_err(|error| error.to_string())
 }
 
 fn climb(
@@ -559,8 +663,9 @@ fn hold(
         .freeze
         .set_flag(true)
         .map_err(|error| error.to_string())?;
-    row.held = true;
-    Ok(Verdict::Held { cgroup, at: now() })
+    let at = now();
+    row.held = Some(at);
+    Ok(Verdict::Held { cgroup, at })
 }
 
 /// Lifts a hold. The write comes first: a ledger that cannot be written must not keep a container
@@ -570,7 +675,7 @@ fn thaw(row: Option<&mut Row>, ledger: &mut Ledger, cgroup: CgroupId, reason: Re
         return Verdict::Released { cgroup };
     };
     let result = row.controls.freeze.set_flag(false);
-    row.held = false;
+    row.held = None;
     let recorded = intend(ledger, cgroup, Action::Release, reason, Bytes::ZERO);
     match result.map_err(|error| error.to_string()).and(recorded) {
         Ok(()) => Verdict::Released { cgroup },

@@ -22,7 +22,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     cgroup::Cgroup,
-    guard::{Input, Requester},
+    guard::{Input, Refused, Requester},
     ledger::Record,
 };
 
@@ -42,8 +42,12 @@ pub struct Target {
     pub index: usize,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
+    /// The limit at rest, as it was written: what to write back.
+    pub original: (Bytes, String),
     /// What we have asked for lately.
     pub asked: VecDeque<String>,
+    /// One request at a time: a raise must not overtake the lowering that it answers.
+    pub order: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// The targets, shared between the pod watch and the requests.
@@ -84,44 +88,105 @@ impl Resizer {
     fn send(&self, cgroup: CgroupId, to: Bytes) {
         let this = self.clone();
         self.runtime.spawn(async move {
-            let result = match tokio::time::timeout(TIMEOUT, this.patch(cgroup, to)).await {
+            let result = match tokio::time::timeout(TIMEOUT, this.resize(cgroup, to)).await {
                 Ok(result) => result,
-                Err(_elapsed) => Err(format!(
-                    "the API did not answer within {} s",
-                    TIMEOUT.as_secs()
-                )),
+                Err(_elapsed) => {
+                    let why = format!("the API did not answer within {} s", TIMEOUT.as_secs());
+                    Err(Refused {
+                        why,
+                        uncertain: true,
+                    })
+                }
             };
-            if let Err(error) = result {
+            if result.is_err() {
                 // A controller that has ended needs no answer.
-                drop(this.inputs.try_send(Input::Answered {
-                    cgroup,
-                    to,
-                    result: Err(error),
-                }));
+                drop(this.inputs.try_send(Input::Answered { cgroup, to, result }));
             }
         });
     }
 
-    async fn patch(&self, cgroup: CgroupId, to: Bytes) -> Result<(), String> {
-        let value = quantity::format(to);
-        let target = {
-            let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-            let target = targets
-                .get_mut(&cgroup)
-                .ok_or_else(|| "the pod is gone".to_owned())?;
-            // Before the request: the watch may see it before the answer is here.
-            target.asked.push_back(value.clone());
-            if target.asked.len() > REMEMBERED {
-                target.asked.pop_front();
-            }
-            target.clone()
+    fn target<T>(
+        &self,
+        cgroup: CgroupId,
+        change: impl FnOnce(&mut Target) -> T,
+    ) -> Result<T, Refused> {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = || Refused {
+            why: "the pod is gone".to_owned(),
+            uncertain: false,
         };
+        targets.get_mut(&cgroup).map(change).ok_or_else(gone)
+    }
+
+    async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
+        let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
+        let _turn = order.lock().await;
+        let first = self.patch(cgroup, to).await;
+        // 422: the test on the old value failed, or the value itself is refused. If the spec holds
+        // another value of ours, it was the former, and only our knowledge was old.
+        match first {
+            Err((refused, Some(422))) if self.catch_up(cgroup).await? => {
+                tracing::debug!(
+                    why = refused.why,
+                    "patching again from the value in the spec"
+                );
+                self.patch(cgroup, to).await.map_err(|(refused, _)| refused)
+            }
+            result => result.map_err(|(refused, _)| refused),
+        }
+    }
+
+    /// Reads the limit in the spec; returns whether it is a value of ours that we did not know of.
+    async fn catch_up(&self, cgroup: CgroupId) -> Result<bool, Refused> {
+        let (namespace, name, index) = self.target(cgroup, |target| {
+            (target.namespace.clone(), target.name.clone(), target.index)
+        })?;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
+        let pod = pods.get(&name).await.map_err(|error| refusal(&error).0)?;
+        let Some(limit) = memory_limit(pod, index) else {
+            return Ok(false);
+        };
+        self.target(cgroup, |target| {
+            let is_new = target.limit != limit && target.asked.contains(&limit);
+            if is_new {
+                target.limit = limit;
+            }
+            is_new
+        })
+    }
+
+    async fn patch(&self, cgroup: CgroupId, to: Bytes) -> Result<(), (Refused, Option<u16>)> {
+        let (target, value) = self
+            .target(cgroup, |target| {
+                let (original, text) = &target.original;
+                let value = if to == *original {
+                    text.clone()
+                } else {
+                    quantity::format(to)
+                };
+                // Before the request: the watch may see it before the answer is here.
+                target.asked.push_back(value.clone());
+                if target.asked.len() > REMEMBERED {
+                    target.asked.pop_front();
+                }
+                (target.clone(), value)
+            })
+            .map_err(|refused| (refused, None))?;
         let path = format!("/spec/containers/{}/resources/limits/memory", target.index);
         let operations = json!([
             { "op": "test", "path": path, "value": target.limit },
             { "op": "replace", "path": path, "value": value },
         ]);
-        let patch = serde_json::from_value(operations).map_err(|error| error.to_string())?;
+        let uncertain = false;
+        let patch = serde_json::from_value(operations).map_err(|error| {
+            (
+                Refused {
+                    why: error.to_string(),
+                    uncertain,
+                },
+                None,
+            )
+        })?;
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let patched = pods
             .patch_resize(
@@ -131,24 +196,45 @@ impl Resizer {
             )
             .await
             .map_err(|error| {
-                format!(
-                    "resize of {}/{} to {value}: {error}",
+                let (Refused { why, uncertain }, code) = refusal(&error);
+                let why = format!(
+                    "resize of {}/{} to {value}: {why}",
                     target.namespace, target.name
-                )
+                );
+                (Refused { why, uncertain }, code)
             })?;
-        let containers = patched.spec.unwrap_or_default().containers;
-        let limits = containers
-            .into_iter()
-            .nth(target.index)
-            .and_then(|container| container.resources?.limits);
-        if let Some(limit) = limits.and_then(|mut limits| limits.remove("memory")) {
-            let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(target) = targets.get_mut(&cgroup) {
-                target.limit = limit.0;
-            }
+        if let Some(limit) = memory_limit(patched, target.index) {
+            self.target(cgroup, |target| target.limit = limit)
+                .map_err(|refused| (refused, None))?;
         }
         Ok(())
     }
+}
+
+/// What an error of the client means: an answer of the API is definite, anything else may have
+/// reached it.
+fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
+    let code = match error {
+        kube::Error::Api(status) => Some(status.code),
+        _ => None,
+    };
+    let uncertain = code.is_none_or(|code| code >= 500);
+    (
+        Refused {
+            why: error.to_string(),
+            uncertain,
+        },
+        code,
+    )
+}
+
+fn memory_limit(pod: Pod, index: usize) -> Option<String> {
+    let container = pod.spec?.containers.into_iter().nth(index)?;
+    container
+        .resources?
+        .limits?
+        .remove("memory")
+        .map(|limit| limit.0)
 }
 
 impl Requester for Resizer {

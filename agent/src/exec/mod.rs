@@ -30,7 +30,7 @@ use thiserror::Error;
 use crate::{
     actuate::reflex::Reflex,
     cgroup::{Cgroup, CgroupError, Limit},
-    guard::{self, Controller, GuardError, Input, Report, Requester},
+    guard::{self, Controller, GuardError, Input, Refused, Report, Requester},
     ledger::{self, Ledger, Record},
     signal::programs::{Kernel, LoadError, Purpose},
 };
@@ -118,12 +118,16 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
         return Err(ExecError::NotRoot(user.as_raw()));
     }
     place::enter_scope()?;
+    // Before there is anything to leave behind.
+    let forwarder = signals::Forwarder::start()
+        .map_err(|error| ExecError::System("cannot take signals", error))?;
     let place = Place::find()?;
     let cgroup = place.create()?;
-    let outcome = run_in(options, policy, &cgroup);
-    clear(&cgroup)?;
-    place.leave()?;
+    let outcome = run_in(options, policy, &cgroup, &forwarder);
+    let cleared = clear(&cgroup).and_then(|()| place.leave());
+    // What went wrong first is what to tell.
     let (status, report, end) = outcome?;
+    cleared?;
     eprintln!("bellows: {}", summary(options, &report, &end));
     if let Some(path) = &options.report {
         write_report(path, &report, &end)
@@ -157,6 +161,7 @@ fn run_in(
     options: &Options,
     policy: Policy,
     cgroup: &Cgroup,
+    forwarder: &signals::Forwarder,
 ) -> Result<(ExitStatus, Report, End), ExecError> {
     cgroup.set_limit("memory.max", Limit::At(options.memory))?;
     // Loading takes a moment: it happens before the command can grow.
@@ -187,7 +192,7 @@ fn run_in(
         .spawn(move || controller.run())
         .map_err(|error| ExecError::System("cannot start the controller thread", error))?;
 
-    let status = run_command(options, cgroup);
+    let status = run_command(options, cgroup, forwarder);
     let end = status.as_ref().ok().map(|_status| end(cgroup)).transpose();
     if inputs.send(Input::Stop).is_err() {
         tracing::error!("the controller has ended before the command");
@@ -214,9 +219,11 @@ fn end(cgroup: &Cgroup) -> Result<End, CgroupError> {
     })
 }
 
-fn run_command(options: &Options, cgroup: &Cgroup) -> Result<ExitStatus, ExecError> {
-    let forwarder = signals::Forwarder::start()
-        .map_err(|error| ExecError::System("cannot take signals", error))?;
+fn run_command(
+    options: &Options,
+    cgroup: &Cgroup,
+    forwarder: &signals::Forwarder,
+) -> Result<ExitStatus, ExecError> {
     let mut child = spawn(&options.command, cgroup)?;
     forwarder.forward_to(child.id());
     child
@@ -359,7 +366,10 @@ impl Delayed {
             thread::sleep(Duration::from_nanos(delay.0));
             let result = cgroup
                 .set_limit("memory.max", Limit::At(to))
-                .map_err(|error| error.to_string());
+                .map_err(|error| Refused {
+                    why: error.to_string(),
+                    uncertain: false,
+                });
             let cgroup: CgroupId = cgroup.id();
             // A controller that has ended does not need the answer.
             drop(inputs.send(Input::Answered { cgroup, to, result }));

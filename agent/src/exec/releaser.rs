@@ -3,7 +3,7 @@
 //! A command whose guard was killed would stay braked, or frozen, for ever. The releaser is this
 //! same binary, waiting on a pipe whose other end only `bellows exec` has: end of file without a
 //! farewell means that it died. It runs in a session of its own, so that a Ctrl-C or a hang-up of
-//! the terminal does not take it along.
+//! the terminal does not take it along. When the orphaned command has ended, it removes its cgroup.
 
 use std::{
     env,
@@ -11,19 +11,25 @@ use std::{
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, ChildStdin, Command, Stdio},
+    thread,
+    time::Duration,
 };
 
+use super::place::remove_tree;
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "release-on-death-of-parent";
 const FAREWELL: &[u8] = b"done";
+/// How often the releaser looks whether an orphaned command has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A running releaser.
 #[derive(Debug)]
 pub(super) struct Releaser {
     child: Child,
-    pipe: ChildStdin,
+    /// Closed without a farewell, it means death.
+    pipe: Option<ChildStdin>,
 }
 
 impl Releaser {
@@ -38,22 +44,25 @@ impl Releaser {
             command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from))
         };
         let mut child = command.spawn()?;
-        let pipe = child
-            .stdin
-            .take()
-            .ok_or_else(|| io::Error::other("no pipe to the releaser"))?;
+        let pipe = child.stdin.take();
         Ok(Self { child, pipe })
     }
 
     /// Ends it: there is nothing left to release.
-    pub(super) fn finish(self) {
-        let Self {
-            mut child,
-            mut pipe,
-        } = self;
-        let farewell = pipe.write_all(FAREWELL);
-        drop(pipe);
-        if let Err(error) = farewell.and_then(|()| child.wait()) {
+    pub(super) fn finish(mut self) {
+        if let Some(mut pipe) = self.pipe.take()
+            && let Err(error) = pipe.write_all(FAREWELL)
+        {
+            tracing::debug!(%error, "the releaser has ended already");
+        }
+    }
+}
+
+impl Drop for Releaser {
+    /// Waits for it, so that it does not linger in the cgroup that its parent leaves.
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        if let Err(error) = self.child.wait() {
             tracing::debug!(%error, "the releaser has ended already");
         }
     }
@@ -71,7 +80,18 @@ pub fn wait_and_release(path: &Path) -> Result<(), CgroupError> {
     if said == FAREWELL {
         return Ok(());
     }
-    release(path)
+    release(path)?;
+    // Nobody else is left to remove the command's cgroup when the command has ended.
+    while Cgroup::open(path)
+        .and_then(|cgroup| cgroup.populated())
+        .unwrap_or(false)
+    {
+        thread::sleep(LOOK_AGAIN);
+    }
+    match Cgroup::open(path).and_then(|cgroup| remove_tree(&cgroup)) {
+        Err(error) if !error.is_gone() => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Lifts the brake and the hold of a cgroup.

@@ -4,13 +4,13 @@ use std::{
     collections::{BTreeMap, VecDeque},
     path::Path,
     pin::pin,
-    sync::{PoisonError, mpsc::SyncSender},
+    sync::{Arc, PoisonError, mpsc::SyncSender},
+    time::Duration,
 };
 
 use bellows_core::{
-    Actuation, Bytes, CgroupId, Nanos, Policy,
+    Actuation, CgroupId, Nanos, Policy,
     pod::{self, ORIGINAL, Wish},
-    quantity,
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::Pod;
@@ -40,6 +40,11 @@ pub(super) struct Context {
     pub(super) shrink_after: Nanos,
 }
 
+/// Longest time that the API may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a pod is tried again that could not be guarded for a passing reason.
+const RETRY: Duration = Duration::from_secs(2);
+
 /// A pod that is guarded, or was refused.
 #[derive(Default)]
 struct Known {
@@ -62,17 +67,26 @@ pub(super) async fn pods(context: Context) {
         events: Events::new(context.client.clone(), &context.node),
         context,
         known: BTreeMap::new(),
+        pending: BTreeMap::new(),
     };
     let mut listed: Vec<String> = Vec::new();
+    let mut retry = tokio::time::interval(RETRY);
     loop {
-        match stream.try_next().await {
+        let event = tokio::select! {
+            event = stream.try_next() => event,
+            _ = retry.tick() => {
+                watch.retry().await;
+                continue;
+            }
+        };
+        match event {
             Ok(Some(watcher::Event::Init)) => listed.clear(),
             Ok(Some(watcher::Event::InitApply(pod))) => {
                 listed.extend(pod.uid());
-                watch.apply(&pod).await;
+                watch.apply(pod).await;
             }
             Ok(Some(watcher::Event::InitDone)) => watch.keep_only(&listed),
-            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(&pod).await,
+            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
             Ok(Some(watcher::Event::Delete(pod))) => watch.forget(&pod.uid().unwrap_or_default()),
             Ok(None) => return,
             Err(error) => tracing::warn!(%error, "the pod watch is interrupted"),
@@ -84,25 +98,39 @@ struct Watch {
     context: Context,
     events: Events,
     known: BTreeMap<String, Known>,
+    /// Pods that could not be guarded for a passing reason, by uid.
+    pending: BTreeMap<String, Pod>,
 }
 
 impl Watch {
-    async fn apply(&mut self, pod: &Pod) {
-        let seen = convert(pod);
+    async fn retry(&mut self) {
+        for pod in std::mem::take(&mut self.pending).into_values() {
+            self.apply(pod).await;
+        }
+    }
+
+    async fn apply(&mut self, pod: Pod) {
+        let seen = convert(&pod);
+        self.pending.remove(&seen.uid);
         match pod::wish(&seen) {
-            Ok(None) => self.forget(&seen.uid),
+            Ok(None) => {
+                self.give_back(&seen).await;
+                self.forget(&seen.uid);
+            }
             Ok(Some(wish)) => {
-                if let Err(error) = self.guard(pod, &seen, &wish).await {
+                if let Err(error) = self.guard(&pod, &seen, &wish).await {
                     tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, %error, "a pod is not guarded");
+                    self.pending.insert(seen.uid.clone(), pod);
                 }
             }
             Err(refusal) => {
+                self.give_back(&seen).await;
                 self.forget_cgroup(&seen.uid);
                 let known = self.known.entry(seen.uid.clone()).or_default();
                 let text = refusal.to_string();
                 if known.refusal.as_ref() != Some(&text) {
                     known.refusal = Some(text.clone());
-                    self.events.refused(pod, refusal.reason(), text).await;
+                    self.events.refused(&pod, refusal.reason(), text).await;
                 }
             }
         }
@@ -140,7 +168,7 @@ impl Watch {
         };
         let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
         if !wish.recorded {
-            self.record_original(seen, &wish.container, wish.original)
+            self.record_original(seen, &wish.container, &wish.original_text)
                 .await?;
         }
         let target = Target {
@@ -148,7 +176,10 @@ impl Watch {
             name: seen.name.clone(),
             index: wish.index,
             limit: wish.limit_text.clone(),
-            asked: VecDeque::new(),
+            original: (policy.original, wish.original_text.clone()),
+            // A limit that a predecessor has set is ours.
+            asked: VecDeque::from([wish.limit_text.clone()]),
+            order: Arc::default(),
         };
         self.targets(|targets| drop(targets.insert(cgroup.id(), target)));
         let known = Known {
@@ -178,17 +209,14 @@ impl Watch {
         policy: Policy,
     ) -> Result<(), String> {
         let ours = self.targets(|targets| {
-            targets.get_mut(&cgroup).is_none_or(|target| {
-                let ours =
-                    target.limit == wish.limit_text || target.asked.contains(&wish.limit_text);
-                target.limit.clone_from(&wish.limit_text);
-                ours
+            targets.get(&cgroup).is_none_or(|target| {
+                target.limit == wish.limit_text || target.asked.contains(&wish.limit_text)
             })
         });
         let mut wanted = self.policy(wish)?;
         if !ours {
             wanted.original = wish.limit.min(wanted.ceiling);
-            self.record_original(seen, &wish.container, wanted.original)
+            self.record_original(seen, &wish.container, &wish.limit_text)
                 .await?;
             let note = format!(
                 "the limit was changed to {} by somebody else, which is the new original",
@@ -196,6 +224,15 @@ impl Watch {
             );
             self.events.guarded(pod, note).await;
         }
+        // Only now: a change that could not be recorded must be seen as one again.
+        self.targets(|targets| {
+            if let Some(target) = targets.get_mut(&cgroup) {
+                target.limit.clone_from(&wish.limit_text);
+                if !ours {
+                    target.original = (wanted.original, wish.limit_text.clone());
+                }
+            }
+        });
         // The measured time of requests is the controller's to know.
         wanted.actuation = policy.actuation;
         if wanted != policy {
@@ -212,17 +249,19 @@ impl Watch {
         &self,
         seen: &pod::Pod,
         container: &str,
-        original: Bytes,
+        original: &str,
     ) -> Result<(), String> {
-        let value = format!("{container}={}", quantity::format(original));
-        let patch = json!({ "metadata": { "annotations": { ORIGINAL: value } } });
+        let patch = json!({ "metadata": { "annotations": { ORIGINAL: format!("{container}={original}") } } });
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let patched = api
-            .patch_metadata(&seen.name, &PatchParams::default(), &Patch::Merge(patch))
-            .await;
-        patched
-            .map(drop)
-            .map_err(|error| format!("its original limit cannot be recorded: {error}"))
+        let (parameters, patch) = (PatchParams::default(), Patch::Merge(patch));
+        let patched = api.patch_metadata(&seen.name, &parameters, &patch);
+        match tokio::time::timeout(TIMEOUT, patched).await {
+            Ok(Ok(_patched)) => Ok(()),
+            Ok(Err(error)) => Err(format!("its original limit cannot be recorded: {error}")),
+            Err(_elapsed) => {
+                Err("its original limit cannot be recorded: the API does not answer".to_owned())
+            }
+        }
     }
 
     fn targets<T>(&self, change: impl FnOnce(&mut BTreeMap<CgroupId, Target>) -> T) -> T {
@@ -241,6 +280,45 @@ impl Watch {
         }
     }
 
+    /// A pod that opts out while its limit is raised gets its original back. The kubelet carries it
+    /// out when usage allows (it refuses a limit below usage and tries again).
+    async fn give_back(&self, seen: &pod::Pod) {
+        let cgroup = self.known.get(&seen.uid).and_then(|known| known.cgroup);
+        let target =
+            cgroup.and_then(|cgroup| self.targets(|targets| targets.get(&cgroup).cloned()));
+        let Some(Target {
+            index,
+            limit,
+            original: (_, original),
+            ..
+        }) = target.filter(|_| !seen.ending)
+        else {
+            return;
+        };
+        if limit == original {
+            return;
+        }
+        let path = format!("/spec/containers/{index}/resources/limits/memory");
+        let operations = json!([
+            { "op": "test", "path": path, "value": limit },
+            { "op": "replace", "path": path, "value": original },
+        ]);
+        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
+        let Ok(patch) = serde_json::from_value(operations) else {
+            return;
+        };
+        let (parameters, patch) = (PatchParams::default(), Patch::<()>::Json(patch));
+        let patched = api.patch_resize(&seen.name, &parameters, &patch);
+        match tokio::time::timeout(TIMEOUT, patched).await {
+            Ok(Ok(_patched)) => {}
+            failed => tracing::warn!(
+                pod.name = seen.name,
+                ?failed,
+                "a limit could not be given back"
+            ),
+        }
+    }
+
     fn forget_cgroup(&mut self, uid: &str) {
         if let Some(cgroup) = self
             .known
@@ -255,6 +333,7 @@ impl Watch {
     fn forget(&mut self, uid: &str) {
         self.forget_cgroup(uid);
         self.known.remove(uid);
+        self.pending.remove(uid);
     }
 
     fn keep_only(&mut self, listed: &[String]) {

@@ -86,9 +86,20 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .iter()
         .map(|record| serde_json::from_value(record.clone()))
         .collect::<Result<_, _>>()?;
+    // A kill counts only if the kernel's OOM killer did it, and at the ceiling.
+    let killed = |outcome: &Outcome| outcome.oom_kill > 0;
+    let reached = |record: &Record| {
+        let limits = record
+            .bellows
+            .samples
+            .iter()
+            .map(|sample| sample.limit)
+            .filter(|&limit| limit != u64::MAX);
+        limits.max() == Some(record.ceiling.page_floor().0)
+    };
     let same = records
         .iter()
-        .filter(|record| record.fixed.killed() == record.bellows.killed())
+        .filter(|record| killed(&record.fixed) == killed(&record.bellows) && reached(record))
         .count();
     let ratios: Vec<f64> = records
         .iter()
@@ -98,7 +109,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .collect();
     Ok(json!({
         "cases": records.len(),
-        "killed_fixed": records.iter().filter(|record| record.fixed.killed()).count(),
+        "killed_fixed": records.iter().filter(|record| killed(&record.fixed)).count(),
+        "timed": ratios.len(),
         "same_outcome": same,
         "time_to_kill_ratio_p50": rounded(percentile(&ratios, 50.0)),
         "time_to_kill_ratio_p90": rounded(percentile(&ratios, 90.0)),

@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{record::Records, runner::BELLOWS};
+use crate::node::wait;
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Record {
-    case: String,
-    failure: Option<String>,
+pub(super) struct Record {
+    pub(super) case: String,
+    pub(super) failure: Option<String>,
 }
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -220,13 +221,13 @@ fn killed() -> Result<()> {
         "released after {:?}",
         start.elapsed()
     );
-    // Its guard is gone: what it left is the test's to end.
+    // Its guard is gone; when it has ended, the releaser removes what is left of it.
     cgroup.write("cgroup.kill", "1")?;
-    while cgroup.populated()? {
-        thread::sleep(Duration::from_millis(5));
-    }
-    cgroup.remove()?;
-    Ok(())
+    wait(
+        "the releaser removes the cgroup",
+        Duration::from_secs(10),
+        || Ok(!path.exists()),
+    )
 }
 
 fn nothing_left() -> Result<()> {

@@ -10,6 +10,7 @@ mod page_cache;
 mod plateau;
 mod pod_build;
 mod pod_bursts;
+mod pod_edges;
 mod record;
 mod runner;
 mod smoke;
@@ -42,6 +43,8 @@ pub(crate) enum Bench {
     PodBursts(pod_bursts::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// What `bellows run` promises at its edges: Events, and changes by others.
+    PodEdges(pod_edges::Options),
     /// SIGKILL of the agent in the middle of bursts.
     Kill(kill::Options),
     /// What `bellows exec` promises at its edges: exit codes, signals, refusals, nothing left behind.
@@ -64,6 +67,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => kill::run(options, &mut records),
         Bench::ExecCli => exec_cli::run(&mut records),
         Bench::Smoke => smoke::run(&mut records),
@@ -80,7 +84,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => kill::summarize(&read(path)?),
-        "exec-cli" => exec_cli::summarize(&read(path)?),
+        "exec-cli" | "pod-edges" => exec_cli::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),
     }
