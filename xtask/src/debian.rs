@@ -178,17 +178,8 @@ fn mirror() -> Result<String> {
 /// The newest Debian cloud kernel of a release such as `6.12`.
 pub(crate) fn kernel(release: &str) -> Result<Kernel> {
     let directory = tools::cache()?.join("kernels").join(release);
-    let kernel = Kernel {
-        image: directory.join("vmlinuz"),
-        modules: (0..)
-            .zip(MODULES)
-            .map(|(index, name)| directory.join(format!("{index}-{name}.ko")))
-            .collect(),
-    };
-    if std::iter::once(&kernel.image)
-        .chain(&kernel.modules)
-        .all(|file| tools::is_intact(file))
-    {
+    let list = directory.join("modules.list");
+    if let Some(kernel) = cached_kernel(&directory, &list) {
         return Ok(kernel);
     }
     let apt = Apt::new()?;
@@ -212,31 +203,96 @@ pub(crate) fn kernel(release: &str) -> Result<Kernel> {
             fs::create_dir_all(&unpacked)?;
             apt.unpack(&packages, &unpacked)?;
             let files = files_below(&unpacked)?;
-            let find = |matches: &dyn Fn(&str) -> bool| {
-                files.iter().find(|file| {
-                    file.file_name()
-                        .is_some_and(|name| matches(&name.to_string_lossy()))
-                })
-            };
-            let image = find(&|name| name.starts_with("vmlinuz"))
-                .context("the package has no kernel image")?;
-            fs::copy(image, &kernel.image)?;
-            tools::seal(&kernel.image)?;
-            for (module, to) in MODULES.iter().zip(&kernel.modules) {
-                let from = find(&|name| {
-                    name == format!("{module}.ko") || name == format!("{module}.ko.xz")
-                });
-                uncompress(
-                    from.with_context(|| format!("the package has no module {module}"))?,
-                    to,
-                )?;
-                tools::seal(to)?;
+            let image = files
+                .iter()
+                .find(|file| file_name(file).starts_with("vmlinuz"));
+            let to = directory.join("vmlinuz");
+            fs::copy(image.context("the package has no kernel image")?, &to)?;
+            tools::seal(&to)?;
+            let mut names = String::new();
+            for (index, module) in load_order(&unpacked)?.iter().enumerate() {
+                let name = format!("{index:02}-{}.ko", module_name(module));
+                uncompress(module, &directory.join(&name))?;
+                tools::seal(&directory.join(&name))?;
+                names += &format!("{name}\n");
             }
+            fs::write(&list, names)?;
+            tools::seal(&list)?;
             fs::remove_dir_all(&unpacked)?;
             Ok(())
         },
     )?;
-    Ok(kernel)
+    cached_kernel(&directory, &list).context("the kernel that was just fetched is not intact")
+}
+
+fn cached_kernel(directory: &Path, list: &Path) -> Option<Kernel> {
+    let names = fs::read_to_string(list)
+        .ok()
+        .filter(|_| tools::is_intact(list))?;
+    let modules: Vec<PathBuf> = names.lines().map(|name| directory.join(name)).collect();
+    let image = directory.join("vmlinuz");
+    let intact = std::iter::once(&image)
+        .chain(&modules)
+        .all(|file| tools::is_intact(file));
+    intact.then_some(Kernel { image, modules })
+}
+
+/// The modules that a guest needs with all that they depend on, in the order of loading. What is built
+/// into the kernel is no file and needs none.
+fn load_order(unpacked: &Path) -> Result<Vec<PathBuf>> {
+    // Newer packages have /usr/lib only; depmod looks in /lib.
+    if !unpacked.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", unpacked.join("lib"))?;
+    }
+    let modules = unpacked.join("lib/modules");
+    let version = fs::read_dir(&modules)?
+        .next()
+        .context("the package has no modules")??
+        .file_name();
+    let depmod = find("depmod").context("depmod is missing: install kmod")?;
+    quiet(Command::new(depmod).arg("-b").arg(unpacked).arg(&version))?;
+    let directory = modules.join(version);
+    let dependencies = fs::read_to_string(directory.join("modules.dep"))?;
+    let mut order: Vec<PathBuf> = Vec::new();
+    for wanted in MODULES {
+        let line = dependencies.lines().find(|line| {
+            line.split(':')
+                .next()
+                .is_some_and(|path| module_name(Path::new(path)) == wanted)
+        });
+        // modules.dep names a module and what it needs, the last of which comes first.
+        let (module, needs) = line
+            .and_then(|line| line.split_once(':'))
+            .unwrap_or_default();
+        let paths = needs
+            .split_whitespace()
+            .rev()
+            .chain(std::iter::once(module));
+        for path in paths
+            .filter(|path| !path.is_empty())
+            .map(|path| directory.join(path))
+        {
+            if !order.contains(&path) {
+                order.push(path);
+            }
+        }
+    }
+    Ok(order)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// `virtio_blk` of `…/virtio_blk.ko.xz`.
+fn module_name(path: &Path) -> String {
+    file_name(path)
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// One file of a Debian package, unpacked into the cache.

@@ -128,7 +128,11 @@ fn kernel(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
     for release in ["6.1", "6.12", "7.2"] {
-        let result = bench::run(&options(Name::Smoke, release, None, 1), &binaries);
+        let smoke = bench::Options {
+            kernel: release.to_owned(),
+            ..bench::Options::of(Name::Smoke)
+        };
+        let result = bench::run(&smoke, &binaries);
         let complete = result.and_then(|file| {
             ensure!(
                 file["summary"]["complete"] == 1,

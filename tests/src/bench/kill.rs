@@ -157,7 +157,10 @@ fn limit_after(
             .into_iter()
             .rfind(|value| value["growth_us"].is_u64());
         end = end.or_else(|| over.and_then(|value| value["end_ns"].as_u64()).map(Nanos));
-        let limit = cgroup.limit("memory.max")?.bytes();
+        // A cgroup that is gone is a pod that died: nothing guarded it while the agent was dead.
+        let Ok(limit) = cgroup.limit("memory.max").map(Limit::bytes) else {
+            return Ok(None);
+        };
         let late = end.is_some_and(|end| now().since(end) >= Nanos::millis(30_000));
         if end.is_some() && (limit == original || late) {
             return Ok(Some(limit.0));
