@@ -35,7 +35,7 @@ const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 /// A shrink that gives back less than this share of the limit is not worth its cost.
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
 /// A refused shrink is tried again after this time even if demand has not fallen.
-const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(30_000);
+const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
 /// A requested raise goes to at least this multiple of the demand.
 const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.

@@ -1,9 +1,10 @@
 //! Making room for a lower limit without killing or braking what lives under it.
 //!
 //! Writing `memory.max` below usage reclaims in the writer and then kills. So page cache is given
-//! back first, by `memory.reclaim` (Linux 5.19), which throttles nobody; before that by lowering
-//! `memory.high`, which reclaims and never kills. This may block for as long as reclaim takes and
-//! must not run on the reflex thread; it changes no limit.
+//! back first, by `memory.reclaim` (Linux 5.19), which throttles nobody; then `memory.high` keeps a
+//! reader from filling it again at once, close to usage by then, so that nobody sleeps for it. Before
+//! 5.19 `memory.high` does both. This may block for as long as reclaim takes and must not run on the
+//! reflex thread; it changes no limit.
 
 use bellows_core::{Bytes, Thresholds};
 
@@ -23,14 +24,13 @@ pub fn make_room(cgroup: &Cgroup, to: Bytes, cpus: u64) -> Result<bool, CgroupEr
     }
     let excess = stat.usage.minus(target.watermark);
     if excess > Bytes::ZERO {
-        if cgroup.has("memory.reclaim") {
-            // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
-            if let Err(error) = cgroup.write("memory.reclaim", &excess.0.to_string()) {
-                tracing::debug!(%error, "reclaimed less than asked for");
-            }
-        } else {
-            cgroup.set_limit("memory.high", Limit::At(target.high))?;
+        // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
+        if cgroup.has("memory.reclaim")
+            && let Err(error) = cgroup.write("memory.reclaim", &excess.0.to_string())
+        {
+            tracing::debug!(%error, "reclaimed less than asked for");
         }
+        cgroup.set_limit("memory.high", Limit::At(target.high))?;
     }
     Ok(cgroup.usage()? <= target.watermark)
 }
