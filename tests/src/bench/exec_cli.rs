@@ -184,9 +184,13 @@ fn processes() -> Result<Vec<String>> {
 }
 
 fn killed() -> Result<()> {
-    let mut child = exec(&SIZES, &["sleep", "30"])
+    // It says when it runs: between fork and exec it still holds what its parent holds.
+    let mut child = exec(&SIZES, &["sh", "-c", "echo ready; exec sleep 30"])
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
+    let mut stdout = child.stdout.take().context("no output")?;
+    std::io::Read::read_exact(&mut stdout, &mut [0; 6])?;
     let path = Path::new(ROOT).join(format!("bellows-exec-{}", child.id()));
     let until = |what: &str, is_met: &dyn Fn(&Cgroup) -> bool| -> Result<()> {
         let start = Instant::now();
@@ -201,9 +205,6 @@ fn killed() -> Result<()> {
     let high = |cgroup: &Cgroup| cgroup.limit("memory.high").ok();
     until("the brake is set", &|cgroup| {
         matches!(high(cgroup), Some(Limit::At(_)))
-    })?;
-    until("the command runs", &|cgroup| {
-        cgroup.populated().unwrap_or(false)
     })?;
     let cgroup = Cgroup::open(&path)?;
     cgroup.write("cgroup.freeze", "1")?;
