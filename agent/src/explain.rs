@@ -92,7 +92,7 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                 match action {
                     Action::Raise { .. } | Action::Shrink { .. } => requested = Some(*at),
                     Action::Hold => held = Some(*at),
-                    Action::Release | Action::Brake { .. } => {}
+                    Action::Release => {}
                 }
                 let since = held
                     .filter(|_| *action == Action::Release)
@@ -133,9 +133,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::HoldExpired => "no raise came in time",
         Reason::BurstOver => "the burst is over",
         Reason::GrewWhileShrinking => "grew again while the limit was being lowered",
-        Reason::Adopted => "the guard starts",
         Reason::Ended => "the guard ends",
-        Reason::Recovered => "a predecessor left it",
     };
     match action {
         Action::Raise { from, to } => format!("{why} with {demand} of {from}: raise to {to}"),
@@ -147,7 +145,6 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
                 .unwrap_or_default();
             format!("{why}: released{time}")
         }
-        Action::Brake { .. } => format!("{why}: brake moved"),
     }
 }
 

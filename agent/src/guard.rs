@@ -632,8 +632,8 @@ impl<R: Requester> Controller<R> {
             }
             Action::Release => self.reflex.send(Command::Release(id, reason)),
             Action::Shrink { from, to } => self.shrink(id, from, to)?,
-            // The reflex brakes and holds by its table.
-            Action::Hold | Action::Brake { .. } => {}
+            // The reflex holds by its table.
+            Action::Hold => {}
         }
         Ok(())
     }

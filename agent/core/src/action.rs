@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{thresholds::Thresholds, units::Bytes};
+use crate::units::Bytes;
 
 /// Why something was done. Closed: whatever has no reason here is not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -20,12 +20,8 @@ pub enum Reason {
     BurstOver,
     /// Demand rose again while the limit was being lowered.
     GrewWhileShrinking,
-    /// The guard starts.
-    Adopted,
     /// The guard ends.
     Ended,
-    /// A predecessor died and left this behind.
-    Recovered,
 }
 
 /// What can be done to one guarded cgroup.
@@ -45,11 +41,6 @@ pub enum Action {
         from: Bytes,
         /// The limit after.
         to: Bytes,
-    },
-    /// Move the brake. `None` removes it.
-    Brake {
-        /// Where to.
-        thresholds: Option<Thresholds>,
     },
     /// Freeze the container. Undone by [`Action::Release`].
     Hold,

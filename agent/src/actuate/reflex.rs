@@ -482,22 +482,7 @@ impl Worker {
         let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.held.is_some()) else {
             return;
         };
-        if reason == Reason::HoldExpired {
-            // The brake would go on where the hold ended: let the kernel decide as it would have.
-            row.let_go = Some(now());
-            if let Err(error) = row.controls.high.set(Limit::Max) {
-                self.tell(Verdict::Failed {
-                    cgroup,
-                    error: error.to_string(),
-                });
-            }
-        }
-        let verdict = thaw(
-            self.table.get_mut(&cgroup),
-            &mut self.ledger,
-            cgroup,
-            reason,
-        );
+        let verdict = thaw(row, &mut self.ledger, cgroup, reason);
         self.tell(verdict);
     }
 
@@ -508,7 +493,7 @@ impl Worker {
         };
         let high = row.controls.high.set(Limit::Max);
         if row.held.is_some() {
-            let verdict = thaw(Some(&mut row), &mut self.ledger, cgroup, Reason::Ended);
+            let verdict = thaw(&mut row, &mut self.ledger, cgroup, Reason::Ended);
             self.tell(verdict);
         }
         // Only now: a successor releases whatever was not forgotten.
@@ -540,7 +525,7 @@ impl Worker {
             let limit = match row.controls.max.get() {
                 Ok(limit) => limit.bytes(),
                 Err(error) => {
-                    verdicts.push(thaw(Some(row), &mut self.ledger, cgroup, Reason::Ended));
+                    verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::Ended));
                     verdicts.push(Verdict::Failed {
                         cgroup,
                         error: error.to_string(),
@@ -561,27 +546,10 @@ impl Worker {
                 if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
                     verdicts.push(Verdict::Failed { cgroup, error });
                 }
-                verdicts.push(thaw(
-                    Some(row),
-                    &mut self.ledger,
-                    cgroup,
-                    Reason::RaiseArrived,
-                ));
+                verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::RaiseArrived));
                 verdicts.push(Verdict::LimitRose { cgroup, limit });
             } else if at.since(since) >= HOLD_LIMIT {
-                row.let_go = Some(now());
-                if let Err(error) = row.controls.high.set(Limit::Max) {
-                    verdicts.push(Verdict::Failed {
-                        cgroup,
-                        error: error.to_string(),
-                    });
-                }
-                verdicts.push(thaw(
-                    Some(row),
-                    &mut self.ledger,
-                    cgroup,
-                    Reason::HoldExpired,
-                ));
+                verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::HoldExpired));
             }
         }
         for verdict in verdicts {
@@ -668,16 +636,24 @@ fn hold(
     Ok(Verdict::Held { cgroup, at })
 }
 
-/// Lifts a hold. The write comes first: a ledger that cannot be written must not keep a container
-/// frozen.
-fn thaw(row: Option<&mut Row>, ledger: &mut Ledger, cgroup: CgroupId, reason: Reason) -> Verdict {
-    let Some(row) = row else {
-        return Verdict::Released { cgroup };
+/// Lifts a hold; one that expired with its brake, which would go on where the hold ended: the kernel
+/// then decides as it would have. The writes come first: a ledger that cannot be written must not
+/// keep a container frozen.
+fn thaw(row: &mut Row, ledger: &mut Ledger, cgroup: CgroupId, reason: Reason) -> Verdict {
+    let unbraked = if reason == Reason::HoldExpired {
+        row.let_go = Some(now());
+        row.controls.high.set(Limit::Max)
+    } else {
+        Ok(())
     };
-    let result = row.controls.freeze.set_flag(false);
+    let thawed = row.controls.freeze.set_flag(false);
     row.held = None;
     let recorded = intend(ledger, cgroup, Action::Release, reason, Bytes::ZERO);
-    match result.map_err(|error| error.to_string()).and(recorded) {
+    match unbraked
+        .and(thawed)
+        .map_err(|error| error.to_string())
+        .and(recorded)
+    {
         Ok(()) => Verdict::Released { cgroup },
         Err(error) => Verdict::Failed { cgroup, error },
     }

@@ -12,12 +12,12 @@ use std::{
 };
 
 use bellows_core::{Bytes, CgroupId, quantity};
+use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use serde_json::json;
 use tokio::runtime::Handle;
 
 use crate::{
@@ -172,28 +172,10 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
-        let path = format!("/spec/containers/{}/resources/limits/memory", target.index);
-        let operations = json!([
-            { "op": "test", "path": path, "value": target.limit },
-            { "op": "replace", "path": path, "value": value },
-        ]);
-        let uncertain = false;
-        let patch = serde_json::from_value(operations).map_err(|error| {
-            (
-                Refused {
-                    why: error.to_string(),
-                    uncertain,
-                },
-                None,
-            )
-        })?;
+        let patch = limit_patch(target.index, &target.limit, &value);
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let patched = pods
-            .patch_resize(
-                &target.name,
-                &PatchParams::default(),
-                &Patch::<()>::Json(patch),
-            )
+            .patch_resize(&target.name, &PatchParams::default(), &patch)
             .await
             .map_err(|error| {
                 let (Refused { why, uncertain }, code) = refusal(&error);
@@ -209,6 +191,30 @@ impl Resizer {
         }
         Ok(())
     }
+}
+
+/// Replaces a container's memory limit if it is still `from`.
+#[must_use]
+pub fn limit_patch(index: usize, from: &str, to: &str) -> Patch<()> {
+    let tokens = [
+        "spec",
+        "containers",
+        &index.to_string(),
+        "resources",
+        "limits",
+        "memory",
+    ];
+    let path = PointerBuf::from_tokens(tokens);
+    Patch::Json(json_patch::Patch(vec![
+        PatchOperation::Test(TestOperation {
+            path: path.clone(),
+            value: from.into(),
+        }),
+        PatchOperation::Replace(ReplaceOperation {
+            path,
+            value: to.into(),
+        }),
+    ]))
 }
 
 /// What an error of the client means: an answer of the API is definite, anything else may have

@@ -23,7 +23,7 @@ use serde_json::json;
 
 use super::events::Events;
 use crate::{
-    actuate::resize::{Target, Targets},
+    actuate::resize::{Target, Targets, limit_patch},
     attribution::{self, CGROUP_ROOT, pods::convert},
     cgroup::Cgroup,
     guard::Input,
@@ -298,16 +298,11 @@ impl Watch {
         if limit == original {
             return;
         }
-        let path = format!("/spec/containers/{index}/resources/limits/memory");
-        let operations = json!([
-            { "op": "test", "path": path, "value": limit },
-            { "op": "replace", "path": path, "value": original },
-        ]);
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let Ok(patch) = serde_json::from_value(operations) else {
-            return;
-        };
-        let (parameters, patch) = (PatchParams::default(), Patch::<()>::Json(patch));
+        let (parameters, patch) = (
+            PatchParams::default(),
+            limit_patch(index, &limit, &original),
+        );
         let patched = api.patch_resize(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => {}
