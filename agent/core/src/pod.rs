@@ -23,6 +23,8 @@ pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
 pub const CONTAINER: &str = "bellows.dev/container";
 /// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were.
 pub const ORIGINAL: &str = "bellows.dev/original-memory";
+/// The field manager of Bellows' own changes: by it the API itself tells them from others'.
+pub const MANAGER: &str = "bellows";
 
 /// Quality of service class of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub struct Container {
     pub id: Option<String>,
     /// `resources.limits.memory` as written.
     pub memory_limit: Option<String>,
+    /// The field manager that has set it to what it is; `None` where the API does not say.
+    pub limit_manager: Option<String>,
     /// Whether `resizePolicy` restarts it when memory changes.
     pub restarts_on_resize: bool,
 }
@@ -90,6 +94,9 @@ pub struct Wish {
     pub ceiling: Bytes,
     /// Whether the original stands on the pod already.
     pub recorded: bool,
+    /// Whether somebody else has changed the limit since the original was recorded: the limit is the
+    /// new original then.
+    pub foreign: bool,
 }
 
 /// Why a pod that opted in is not guarded.
@@ -209,7 +216,16 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
     if container.restarts_on_resize {
         return Err(Refusal::RestartsOnResize(container.name.clone()));
     }
+    let theirs = container
+        .limit_manager
+        .as_deref()
+        .is_some_and(|manager| manager != MANAGER);
     let recorded = recorded_original(pod, &container.name)?;
+    let foreign = theirs
+        && recorded
+            .as_ref()
+            .is_some_and(|(original, _)| *original != limit);
+    let recorded = recorded.filter(|_| !foreign);
     let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.clone()));
     if ceiling < original {
         return Err(Refusal::MaximumBelowLimit {
@@ -230,6 +246,7 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         original_text,
         ceiling,
         recorded: recorded.is_some(),
+        foreign,
     }))
 }
 
@@ -287,6 +304,7 @@ mod tests {
                 name: "app".to_owned(),
                 id: Some("c1".to_owned()),
                 memory_limit: Some("64Mi".to_owned()),
+                limit_manager: Some("kubectl".to_owned()),
                 restarts_on_resize: false,
             }],
             is_static: false,
@@ -317,10 +335,24 @@ mod tests {
     fn the_recorded_original_holds_after_a_raise() {
         let mut raised = pod(&[ACT, MAX, (ORIGINAL, "app=64Mi")]);
         raised.containers[0].memory_limit = Some("640Mi".to_owned());
-        let wish = wish(&raised).unwrap().unwrap();
+        for manager in [Some(MANAGER.to_owned()), None] {
+            raised.containers[0].limit_manager = manager;
+            let wish = wish(&raised).unwrap().unwrap();
+            assert_eq!(
+                (wish.limit, wish.original, wish.recorded, wish.foreign),
+                (Bytes::mib(640), Bytes::mib(64), true, false)
+            );
+        }
+    }
+
+    #[test]
+    fn a_limit_that_somebody_else_has_set_is_the_new_original() {
+        let mut changed = pod(&[ACT, MAX, (ORIGINAL, "app=64Mi")]);
+        changed.containers[0].memory_limit = Some("96Mi".to_owned());
+        let wish = wish(&changed).unwrap().unwrap();
         assert_eq!(
-            (wish.limit, wish.original),
-            (Bytes::mib(640), Bytes::mib(64))
+            (wish.original, wish.recorded, wish.foreign),
+            (Bytes::mib(96), false, true)
         );
     }
 

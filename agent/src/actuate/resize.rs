@@ -6,12 +6,12 @@
 //! force is seen in the cgroup, which is why success is not answered here.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId, quantity};
+use bellows_core::{Bytes, CgroupId, pod::MANAGER, quantity};
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
@@ -21,6 +21,7 @@ use kube::{
 use tokio::runtime::Handle;
 
 use crate::{
+    attribution::pods::limit_manager,
     cgroup::Cgroup,
     guard::{Input, Refused, Requester},
     ledger::Record,
@@ -28,8 +29,6 @@ use crate::{
 
 /// Longest time that the API may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Own values that are remembered, to tell them from somebody else's.
-const REMEMBERED: usize = 16;
 
 /// Where a guarded cgroup's limit is written in the API.
 #[derive(Clone, Debug)]
@@ -38,14 +37,14 @@ pub struct Target {
     pub namespace: String,
     /// Name of the pod.
     pub name: String,
-    /// Index of the container in the spec.
+    /// The container.
+    pub container: String,
+    /// Its index in the spec.
     pub index: usize,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
     /// The limit at rest, as it was written: what to write back.
     pub original: (Bytes, String),
-    /// What we have asked for lately.
-    pub asked: VecDeque<String>,
     /// One request at a time: a raise must not overtake the lowering that it answers.
     pub order: Arc<tokio::sync::Mutex<()>>,
 }
@@ -122,8 +121,8 @@ impl Resizer {
         let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
         let _turn = order.lock().await;
         let first = self.patch(cgroup, to).await;
-        // 422: the test on the old value failed, or the value itself is refused. If the spec holds
-        // another value of ours, it was the former, and only our knowledge was old.
+        // 422: the test on the old value failed, or the value itself is refused. If the value in the
+        // spec is ours, it was the former, and only our knowledge was old.
         match first {
             Err((refused, Some(422))) if self.catch_up(cgroup).await? => {
                 tracing::debug!(
@@ -138,19 +137,19 @@ impl Resizer {
 
     /// Reads the limit in the spec; returns whether it is a value of ours that we did not know of.
     async fn catch_up(&self, cgroup: CgroupId) -> Result<bool, Refused> {
-        let (namespace, name, index) = self.target(cgroup, |target| {
-            (target.namespace.clone(), target.name.clone(), target.index)
-        })?;
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
-        let pod = pods.get(&name).await.map_err(|error| refusal(&error).0)?;
-        let Some(limit) = memory_limit(pod, index) else {
+        let target = self.target(cgroup, |target| target.clone())?;
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
+        let pod = pods
+            .get(&target.name)
+            .await
+            .map_err(|error| refusal(&error).0)?;
+        let is_ours = limit_manager(&pod, &target.container).as_deref() == Some(MANAGER);
+        let Some(limit) = memory_limit(pod, target.index).filter(|_| is_ours) else {
             return Ok(false);
         };
         self.target(cgroup, |target| {
-            let is_new = target.limit != limit && target.asked.contains(&limit);
-            if is_new {
-                target.limit = limit;
-            }
+            let is_new = target.limit != limit;
+            target.limit = limit;
             is_new
         })
     }
@@ -164,18 +163,13 @@ impl Resizer {
                 } else {
                     quantity::format(to)
                 };
-                // Before the request: the watch may see it before the answer is here.
-                target.asked.push_back(value.clone());
-                if target.asked.len() > REMEMBERED {
-                    target.asked.pop_front();
-                }
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
         let patch = limit_patch(target.index, &target.limit, &value);
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let patched = pods
-            .patch_resize(&target.name, &PatchParams::default(), &patch)
+            .patch_resize(&target.name, &parameters(), &patch)
             .await
             .map_err(|error| {
                 let (Refused { why, uncertain }, code) = refusal(&error);
@@ -190,6 +184,15 @@ impl Resizer {
                 .map_err(|refused| (refused, None))?;
         }
         Ok(())
+    }
+}
+
+/// Patches are made under our own name: by it a change of ours is told from others'.
+#[must_use]
+pub fn parameters() -> PatchParams {
+    PatchParams {
+        field_manager: Some(MANAGER.to_owned()),
+        ..PatchParams::default()
     }
 }
 

@@ -1,8 +1,9 @@
 //! The API's pods as core's: converted here, once, so that generated types go no further.
 
-use bellows_core::pod::{Container, Pod, QosClass};
+use bellows_core::pod::{Container, MANAGER, Pod, QosClass};
 use k8s_openapi::api::core::v1;
 use kube::ResourceExt as _;
+use serde_json::json;
 
 use super::container_id;
 
@@ -36,6 +37,7 @@ pub fn convert(pod: &v1::Pod) -> Pod {
             memory_limit: limits
                 .and_then(|limits| limits.get("memory"))
                 .map(|quantity| quantity.0.clone()),
+            limit_manager: limit_manager(pod, &container.name),
             restarts_on_resize: restarts
                 .filter(|policy| policy.resource_name == "memory")
                 .any(|policy| policy.restart_policy == "RestartContainer"),
@@ -55,5 +57,59 @@ pub fn convert(pod: &v1::Pod) -> Pod {
         containers: containers.collect(),
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
+    }
+}
+
+/// The field manager that owns a container's memory limit: the API moves it to whoever changes the
+/// value. Ours comes first where several have set the same one.
+#[must_use]
+pub fn limit_manager(pod: &v1::Pod, container: &str) -> Option<String> {
+    let key = format!("k:{}", json!({ "name": container }));
+    let path = [
+        "f:spec",
+        "f:containers",
+        &key,
+        "f:resources",
+        "f:limits",
+        "f:memory",
+    ];
+    let mut managers: Vec<&str> = pod
+        .managed_fields()
+        .iter()
+        .filter(|entry| {
+            let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
+            path.iter()
+                .fold(fields, |fields, part| fields?.get(part))
+                .is_some()
+        })
+        .filter_map(|entry| entry.manager.as_deref())
+        .collect();
+    managers.sort_by_key(|manager| *manager != MANAGER);
+    managers.first().map(|&manager| manager.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(managers: &[&str]) -> v1::Pod {
+        let fields = json!({ "f:spec": { "f:containers": { "k:{\"name\":\"app\"}": {
+            "f:resources": { "f:limits": { ".": {}, "f:memory": {} } },
+        } } } });
+        let entry = |manager: &&str| json!({ "manager": manager, "fieldsV1": fields });
+        let other = json!({ "manager": "kubelet", "fieldsV1": { "f:status": { "f:phase": {} } } });
+        let entries: Vec<_> = std::iter::once(other)
+            .chain(managers.iter().map(entry))
+            .collect();
+        serde_json::from_value(json!({ "metadata": { "managedFields": entries } })).unwrap()
+    }
+
+    #[test]
+    fn the_owner_of_the_limit_is_found() {
+        let owner = |managers| limit_manager(&pod(managers), "app");
+        assert_eq!(owner(&[]), None);
+        assert_eq!(owner(&["kubectl"]).as_deref(), Some("kubectl"));
+        assert_eq!(owner(&["argocd", MANAGER]).as_deref(), Some(MANAGER));
+        assert_eq!(limit_manager(&pod(&["kubectl"]), "other"), None);
     }
 }

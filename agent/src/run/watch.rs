@@ -1,7 +1,7 @@
 //! This node's pods: who opts in is adopted, who is gone is forgotten, who cannot be guarded is told.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     path::Path,
     pin::pin,
     sync::{Arc, PoisonError, mpsc::SyncSender},
@@ -16,14 +16,14 @@ use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{Patch, PatchParams},
+    api::Patch,
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde_json::json;
 
 use super::events::Events;
 use crate::{
-    actuate::resize::{Target, Targets, limit_patch},
+    actuate::resize::{Target, Targets, limit_patch, parameters},
     attribution::{self, CGROUP_ROOT, pods::convert},
     cgroup::Cgroup,
     guard::Input,
@@ -58,11 +58,7 @@ struct Known {
 pub(super) async fn pods(context: Context) {
     let api: Api<Pod> = Api::all(context.client.clone());
     let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.node));
-    let mut stream = pin!(
-        watcher(api, config)
-            .modify(|pod| pod.managed_fields_mut().clear())
-            .default_backoff()
-    );
+    let mut stream = pin!(watcher(api, config).default_backoff());
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
         context,
@@ -174,11 +170,10 @@ impl Watch {
         let target = Target {
             namespace: seen.namespace.clone(),
             name: seen.name.clone(),
+            container: wish.container.clone(),
             index: wish.index,
             limit: wish.limit_text.clone(),
             original: (policy.original, wish.original_text.clone()),
-            // A limit that a predecessor has set is ours.
-            asked: VecDeque::from([wish.limit_text.clone()]),
             order: Arc::default(),
         };
         self.targets(|targets| drop(targets.insert(cgroup.id(), target)));
@@ -208,16 +203,12 @@ impl Watch {
         cgroup: CgroupId,
         policy: Policy,
     ) -> Result<(), String> {
-        let ours = self.targets(|targets| {
-            targets.get(&cgroup).is_none_or(|target| {
-                target.limit == wish.limit_text || target.asked.contains(&wish.limit_text)
-            })
-        });
         let mut wanted = self.policy(wish)?;
-        if !ours {
-            wanted.original = wish.limit.min(wanted.ceiling);
-            self.record_original(seen, &wish.container, &wish.limit_text)
+        if !wish.recorded {
+            self.record_original(seen, &wish.container, &wish.original_text)
                 .await?;
+        }
+        if wanted.original != policy.original {
             let note = format!(
                 "the limit was changed to {} by somebody else, which is the new original",
                 wish.limit
@@ -228,9 +219,7 @@ impl Watch {
         self.targets(|targets| {
             if let Some(target) = targets.get_mut(&cgroup) {
                 target.limit.clone_from(&wish.limit_text);
-                if !ours {
-                    target.original = (wanted.original, wish.limit_text.clone());
-                }
+                target.original = (wanted.original, wish.original_text.clone());
             }
         });
         // The measured time of requests is the controller's to know.
@@ -253,7 +242,7 @@ impl Watch {
     ) -> Result<(), String> {
         let patch = json!({ "metadata": { "annotations": { ORIGINAL: format!("{container}={original}") } } });
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (PatchParams::default(), Patch::Merge(patch));
+        let (parameters, patch) = (parameters(), Patch::Merge(patch));
         let patched = api.patch_metadata(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => Ok(()),
@@ -299,10 +288,7 @@ impl Watch {
             return;
         }
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (
-            PatchParams::default(),
-            limit_patch(index, &limit, &original),
-        );
+        let (parameters, patch) = (parameters(), limit_patch(index, &limit, &original));
         let patched = api.patch_resize(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => {}
