@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 /// Where ledgers are kept.
 pub const DIRECTORY: &str = "/run/bellows";
+/// A ledger of this size is put aside and a new one begun: it lies in memory.
+const LARGEST: u64 = 4 << 20;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -131,6 +133,40 @@ impl Ledger {
     /// When the file cannot be opened again.
     pub fn another(&self) -> io::Result<Self> {
         Self::open(&self.path)
+    }
+
+    /// Whether it is time to [`Self::rotate`].
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be asked for its size.
+    pub fn is_full(&self) -> io::Result<bool> {
+        Ok(self.file.metadata()?.len() >= LARGEST)
+    }
+
+    /// Begins a new file with `first` and puts this one aside. At every instant there is a file under
+    /// the ledger's name or, in its absence, the one put aside, that knows what is guarded. Other
+    /// handles go on writing into the one put aside until they are replaced.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written or renamed; this handle is still good then.
+    pub fn rotate(&mut self, first: &[Record]) -> io::Result<()> {
+        let path = self.path.clone();
+        let fresh = path.with_extension("next");
+        // What a predecessor may have left of an attempt.
+        match fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut next = Self::open(&fresh)?;
+        for record in first {
+            next.append(record)?;
+        }
+        fs::rename(&path, previous(&path))?;
+        fs::rename(&fresh, &path)?;
+        *self = Self { path, ..next };
+        Ok(())
     }
 
     /// Appends a record. Returns only after the kernel has it.
@@ -285,6 +321,25 @@ mod tests {
                 "cut at {end}"
             );
         }
+    }
+
+    #[test]
+    fn a_rotated_ledger_knows_what_is_guarded() {
+        let path = std::env::temp_dir().join(format!("bellows-rotate-{}", std::process::id()));
+        let mut ledger = Ledger::open(&path).unwrap();
+        let mut records = 0;
+        while !ledger.is_full().unwrap() {
+            ledger.append(&sample(records)).unwrap();
+            records += 1;
+        }
+        ledger.rotate(&[sample(7)]).unwrap();
+        ledger.append(&sample(8)).unwrap();
+        assert!(!ledger.is_full().unwrap());
+        assert_eq!(read(&path).unwrap().records, [sample(7), sample(8)]);
+        let aside = read(&previous(&path)).unwrap().records.len();
+        assert_eq!(u64::try_from(aside).unwrap(), records);
+        fs::remove_file(previous(&path)).unwrap();
+        ledger.remove().unwrap();
     }
 
     #[test]

@@ -15,7 +15,7 @@ use bellows_core::CgroupId;
 
 use crate::{
     exec::releaser::release,
-    ledger::{self, Record},
+    ledger::{self, Contents, Record},
 };
 
 /// What was found and done.
@@ -33,10 +33,11 @@ pub struct Recovered {
 ///
 /// When the ledger exists but cannot be read or put aside.
 pub fn recover(path: &Path) -> io::Result<Recovered> {
-    let contents = match ledger::read(path) {
-        Ok(contents) => contents,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recovered::default()),
-        Err(error) => return Err(error),
+    let aside = ledger::previous(path);
+    let (contents, is_current) = match read_if_there(path)? {
+        Some(contents) => (contents, true),
+        // The predecessor died between putting its ledger aside and beginning the next.
+        None => (read_if_there(&aside)?.unwrap_or_default(), false),
     };
     let mut guarded: BTreeMap<CgroupId, PathBuf> = BTreeMap::new();
     for record in &contents.records {
@@ -51,9 +52,19 @@ pub fn recover(path: &Path) -> io::Result<Recovered> {
             tracing::error!(path = %cgroup.display(), %error, "a predecessor's brake cannot be lifted");
         }
     }
-    fs::rename(path, ledger::previous(path))?;
+    if is_current {
+        fs::rename(path, aside)?;
+    }
     Ok(Recovered {
         released: guarded.len(),
         unreadable: contents.unreadable,
     })
+}
+
+fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
+    match ledger::read(path) {
+        Ok(contents) => Ok(Some(contents)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }

@@ -6,39 +6,35 @@
 //! channel and the reclaim of a shrink; requests to others are sent through [`Requester`] and
 //! answered with an [`Input`].
 
+mod guarded;
+mod requests;
+
 use std::{
     collections::BTreeMap,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
     time::{Duration, Instant},
 };
 
-use bellows_core::{
-    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason, Snapshot, decide,
-};
+use bellows_core::{Bytes, CgroupId, Nanos, Policy, decide};
 use bellows_ebpf_common::{Growth, Holds, KIND_EXIT, KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use thiserror::Error;
 
 use crate::{
-    actuate::{
-        reflex::{Arm, Command, Controls, Reflex, Verdict, now},
-        shrink,
-    },
+    actuate::reflex::{Arm, Command, Controls, Reflex, Verdict, now},
     cgroup::{Cgroup, CgroupError},
     ledger::{Ledger, Record},
     signal::programs::{Kernel, LoadError},
 };
+use guarded::Guarded;
+pub use guarded::Report;
 
 /// How often a guard is looked at while its limit is above its original or it is held.
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
 /// How often the controller looks at life events when nothing is raised.
 const QUIET_TICK: Duration = Duration::from_secs(1);
-/// A refused raise is not asked for again for this long.
-const REFUSED_FOR: Nanos = Nanos::millis(10_000);
 /// A request that is not in force after this long got lost or was deferred. The kubelet reports a
 /// limit below usage after 12.9 s (measured on 1.37).
 const REQUEST_LOST: Nanos = Nanos::millis(15_000);
-/// How many requests the 95th percentile of their time is taken over.
-const LATENCIES: usize = 20;
 /// Room for inputs that the controller has not taken yet.
 pub const INPUTS: usize = 4096;
 
@@ -104,113 +100,6 @@ pub enum GuardError {
     Ledger(#[from] std::io::Error),
 }
 
-/// What happened to a guarded cgroup, for the summary and the benches.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct Report {
-    /// Limits over time, the first one at adoption.
-    pub limits: Vec<(Nanos, Bytes)>,
-    /// Raises.
-    pub raises: u64,
-    /// Shrinks.
-    pub shrinks: u64,
-    /// Times that it was held.
-    pub holds: u64,
-    /// Total time that it was held.
-    pub held: Nanos,
-    /// Highest demand seen.
-    pub peak_demand: Bytes,
-    /// Times that the OOM killer was entered.
-    pub ooms: u64,
-    /// Longest time from a kernel event to the raise that answered it.
-    pub slowest_reaction: Nanos,
-    /// Verdicts and records lost on the way.
-    pub lost: u64,
-    /// What failed.
-    pub errors: Vec<String>,
-    /// Times that the kernel held a thread for 10 ms or more.
-    pub sleeps: u64,
-    /// Charges seen by the growth hook.
-    pub charges: u64,
-    /// Times from a request to the limit in force, the latest first.
-    pub latencies: Vec<Nanos>,
-}
-
-/// What a report keeps of each kind: a guard may live for months.
-const KEPT: usize = 4096;
-
-impl Report {
-    fn failed(&mut self, error: String) {
-        if self.errors.len() < KEPT {
-            self.errors.push(error);
-        }
-    }
-}
-
-struct Guarded {
-    cgroup: Cgroup,
-    policy: Policy,
-    history: History,
-    limit: Bytes,
-    requested: Option<(Bytes, Nanos)>,
-    held_since: Option<Nanos>,
-    refused_shrink: Option<(Bytes, Nanos)>,
-    raise_not_before: Nanos,
-    report: Report,
-}
-
-impl Guarded {
-    const fn active(&self) -> bool {
-        self.limit.0 != self.policy.original.0
-            || self.held_since.is_some()
-            || self.requested.is_some()
-    }
-
-    const fn snapshot(&self, now: Nanos) -> Snapshot {
-        Snapshot {
-            now,
-            policy: self.policy,
-            history: self.history,
-            limit: self.limit,
-            requested: self.requested,
-            held_since: self.held_since,
-            refused_shrink: self.refused_shrink,
-            raise_not_before: self.raise_not_before,
-        }
-    }
-
-    /// The lower limit that is on its way, if one is.
-    fn lowering(&self) -> Option<Bytes> {
-        self.requested
-            .map(|(to, _)| to)
-            .filter(|&to| to < self.limit)
-    }
-
-    fn limit_is(&mut self, at: Nanos, limit: Bytes) {
-        if limit == self.limit {
-            return;
-        }
-        if limit > self.limit {
-            self.report.raises += 1;
-            self.refused_shrink = None;
-        } else {
-            self.report.shrinks += 1;
-            self.history.shrunk();
-        }
-        if let Some((to, asked)) = self.requested
-            && (to == limit || (self.limit < to && to <= limit))
-        {
-            self.requested = None;
-            let latencies = &mut self.report.latencies;
-            latencies.truncate(KEPT);
-            latencies.insert(0, at.since(asked));
-        }
-        self.limit = limit;
-        if self.report.limits.len() < KEPT {
-            self.report.limits.push((at, limit));
-        }
-    }
-}
-
 /// The controller of one agent.
 pub struct Controller<R> {
     kernel: Kernel,
@@ -254,34 +143,11 @@ impl<R: Requester> Controller<R> {
         let (id, at) = (cgroup.id(), now());
         let limit = cgroup.limit("memory.max")?.bytes();
         let controls = Controls::open(&cgroup)?;
-        let record = Record::Adopt {
-            at,
-            cgroup: id,
-            path: cgroup.path().to_owned(),
-            name,
-            original: policy.original,
-            limit,
-        };
+        let mut guarded = Guarded::new(cgroup, name, policy, at, limit);
+        let record = guarded.adoption(at);
         self.ledger.append(&record)?;
-        self.requester.record(&cgroup, &record);
+        self.requester.record(&guarded.cgroup, &record);
         self.kernel.track(id)?;
-        let mut guarded = Guarded {
-            cgroup,
-            policy,
-            history: History {
-                last_growth: at,
-                ..History::default()
-            },
-            limit,
-            requested: None,
-            held_since: None,
-            refused_shrink: None,
-            raise_not_before: Nanos(0),
-            report: Report {
-                limits: vec![(at, limit)],
-                ..Report::default()
-            },
-        };
         if let Ok(stat) = guarded.cgroup.stat() {
             guarded.history.observe(at, stat.demand());
         }
@@ -408,8 +274,10 @@ impl<R: Requester> Controller<R> {
                 guarded.refused_shrink = Some((guarded.history.demand, at));
             }),
             Verdict::LimitRose { cgroup, limit } => {
-                self.update(cgroup, |guarded| guarded.limit_is(at, limit));
-                self.learn_latency(cgroup);
+                self.update(cgroup, |guarded| {
+                    guarded.limit_is(at, limit);
+                    guarded.learn_latency();
+                });
             }
             Verdict::Failed { cgroup, error } => {
                 tracing::warn!(cgroup.id = cgroup.0, %error, "the reflex could not act");
@@ -470,75 +338,26 @@ impl<R: Requester> Controller<R> {
         }
     }
 
-    fn take_answer(&mut self, id: CgroupId, to: Bytes, result: Result<(), Refused>) {
-        let Some(guarded) = self.guards.get_mut(&id) else {
-            return;
-        };
-        if let Err(Refused {
-            why: error,
-            uncertain,
-        }) = result
-        {
-            tracing::warn!(path = %guarded.cgroup.path().display(), %to, %error, "a change of the limit failed");
-            guarded.report.failed(error.clone());
-            if guarded
-                .requested
-                .is_some_and(|(requested, _)| requested == to)
-            {
-                if uncertain {
-                    let limit = guarded.limit;
-                    self.requester.take_back(&guarded.cgroup, to, limit);
-                }
-                self.give_up(id);
-            }
-            self.verify(id, Some(error));
+    /// Begins a new ledger when this one is full. A failure is tried again at the next tick.
+    fn turn_page(&mut self) -> std::io::Result<()> {
+        if !self.ledger.is_full()? {
+            return Ok(());
         }
-        self.look_at(id);
-    }
-
-    /// A request was refused or got lost: what waited for it waits no more.
-    fn give_up(&mut self, id: CgroupId) {
-        let Some(guarded) = self.guards.get_mut(&id) else {
-            return;
-        };
         let at = now();
-        let Some((to, _)) = guarded.requested.take() else {
-            return;
-        };
-        if to < guarded.limit {
-            guarded.refused_shrink = Some((guarded.history.demand, at));
-        } else {
-            guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
-        }
-        if guarded.held_since.is_some() {
-            self.reflex.send(Command::Release(id, Reason::HoldExpired));
-        }
-        self.arm(&self.guards[&id], None);
-    }
-
-    /// Takes the measured time of the last request into the policy.
-    fn learn_latency(&mut self, id: CgroupId) {
-        let Some(guarded) = self.guards.get_mut(&id) else {
-            return;
-        };
-        let mut recent: Vec<Nanos> = guarded
-            .report
-            .latencies
-            .iter()
-            .take(LATENCIES)
-            .copied()
+        let guarded: Vec<Record> = self
+            .guards
+            .values()
+            .map(|guarded| guarded.adoption(at))
             .collect();
-        recent.sort_unstable();
-        let rank = (recent.len() * 95).div_ceil(100);
-        if let (Some(&measured), Actuation::Requested { p95 }) = (
-            recent.get(rank.saturating_sub(1)),
-            &mut guarded.policy.actuation,
-        ) {
-            *p95 = measured;
-        }
+        self.ledger.rotate(&guarded)?;
+        self.reflex.send(Command::Ledger(self.ledger.another()?));
+        Ok(())
     }
 
     fn tick(&mut self) {
+        if let Err(error) = self.turn_page() {
+            tracing::warn!(%error, "a full ledger cannot be put aside: free memory on /run");
+        }
         let mut exited = Vec::new();
         self.kernel.drain_life(|event| {
             if event.kind == KIND_EXIT {
@@ -571,8 +390,8 @@ impl<R: Requester> Controller<R> {
                 if limit.bytes() != guarded.limit {
                     // In force by a request, or changed by somebody else, who wins.
                     guarded.limit_is(at, limit.bytes());
+                    guarded.learn_latency();
                     self.verify(id, None);
-                    self.learn_latency(id);
                     self.arm(&self.guards[&id], None);
                 } else if let Some((to, _)) = lost {
                     let limit = guarded.limit;
@@ -604,66 +423,6 @@ impl<R: Requester> Controller<R> {
                 }
             }
         }
-    }
-
-    fn carry_out(
-        &mut self,
-        id: CgroupId,
-        action: Action,
-        reason: Reason,
-    ) -> Result<(), GuardError> {
-        let Some(guarded) = self.guards.get_mut(&id) else {
-            return Ok(());
-        };
-        let at = now();
-        let record = Record::Intend {
-            at,
-            cgroup: id,
-            action,
-            reason,
-            demand: guarded.history.demand,
-        };
-        self.ledger.append(&record)?;
-        self.requester.record(&guarded.cgroup, &record);
-        match action {
-            Action::Raise { from, to } => {
-                guarded.requested = Some((to, at));
-                self.requester.raise(&guarded.cgroup, from, to);
-            }
-            Action::Release => self.reflex.send(Command::Release(id, reason)),
-            Action::Shrink { from, to } => self.shrink(id, from, to)?,
-            // The reflex holds by its table.
-            Action::Hold => {}
-        }
-        Ok(())
-    }
-
-    fn shrink(&mut self, id: CgroupId, from: Bytes, to: Bytes) -> Result<(), GuardError> {
-        let Some(guarded) = self.guards.get_mut(&id) else {
-            return Ok(());
-        };
-        let Guarded {
-            cgroup,
-            policy,
-            history,
-            ..
-        } = guarded;
-        if !shrink::make_room(cgroup, to, policy.cpus)? {
-            guarded.refused_shrink = Some((history.demand, now()));
-            self.arm(&self.guards[&id], None);
-            return Ok(());
-        }
-        match policy.actuation {
-            Actuation::Direct => self.reflex.send(Command::Lower(id, to)),
-            Actuation::Requested { .. } => {
-                guarded.requested = Some((to, now()));
-                // Before the request: the lower limit is guarded when it comes into force.
-                self.arm(&self.guards[&id], None);
-                let cgroup = &self.guards[&id].cgroup;
-                self.requester.lower(cgroup, from, to);
-            }
-        }
-        Ok(())
     }
 }
 

@@ -10,6 +10,8 @@
 //! racing a raise. It must never wait for the controller: a full verdict channel loses a verdict,
 //! which is counted, not time.
 
+mod row;
+
 use std::{
     collections::BTreeMap,
     io,
@@ -23,25 +25,21 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{
-    Action, Bytes, CgroupId, Nanos, Policy, Reaction, Reason, Thresholds, decide::HOLD_LIMIT,
-    reflex,
-};
+use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::{
-    cgroup::{Cgroup, CgroupError, Control, Limit},
     ledger::{Ledger, Record},
-    signal::programs::{Guards, LoadError, Reflexes, memory_event},
+    signal::programs::{Reflexes, memory_event},
 };
+pub use row::Controls;
+use row::Row;
 
 /// How often the limit of a held cgroup is looked at: the answer lifts the hold at once.
 const HELD_POLL: Duration = Duration::from_millis(1);
 /// How long the thread waits when nothing is held; it is woken by events and commands.
 const IDLE_POLL: Duration = Duration::from_secs(3600);
-/// How long a container whose hold expired is left alone.
-const LET_GO_FOR: Nanos = Nanos::millis(10_000);
 /// Real-time priority of the thread: above every ordinary task, below the kernel's own threads.
 const PRIORITY: i32 = 10;
 
@@ -56,6 +54,8 @@ pub enum Command {
     Release(CgroupId, Reason),
     /// Remove brake and hold and stop watching.
     Disarm(CgroupId),
+    /// Write into this ledger from now on.
+    Ledger(Ledger),
     /// End the thread, after disarming everything.
     Stop,
 }
@@ -72,31 +72,6 @@ pub struct Arm {
     pub lowering: Option<Bytes>,
     /// Its files, the first time that it is armed.
     pub controls: Option<Controls>,
-}
-
-/// The files that the reflex writes.
-#[derive(Debug)]
-pub struct Controls {
-    max: Control,
-    high: Control,
-    freeze: Control,
-    current: Control,
-}
-
-impl Controls {
-    /// Opens them.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError`] when one does not exist or cannot be written.
-    pub fn open(cgroup: &Cgroup) -> Result<Self, CgroupError> {
-        Ok(Self {
-            max: Control::open(cgroup, "memory.max")?,
-            high: Control::open(cgroup, "memory.high")?,
-            freeze: Control::open(cgroup, "cgroup.freeze")?,
-            current: Control::open_read(cgroup, "memory.current")?,
-        })
-    }
 }
 
 /// What the reflex saw or did.
@@ -226,19 +201,6 @@ impl Reflex {
     }
 }
 
-struct Row {
-    policy: Policy,
-    limit: Bytes,
-    release_at: Bytes,
-    reaction: Reaction,
-    controls: Controls,
-    /// Since when it is held.
-    held: Option<Nanos>,
-    /// Since when it is let go after a hold expired: not braked or held again before the limit has
-    /// risen or [`LET_GO_FOR`] has passed.
-    let_go: Option<Nanos>,
-}
-
 struct Worker {
     kernel: Reflexes,
     ledger: Ledger,
@@ -303,7 +265,7 @@ impl Worker {
     }
 
     fn wait(&self) {
-        let held = self.table.values().any(|row| row.held.is_some());
+        let held = self.table.values().any(Row::is_held);
         let timeout = if held { HELD_POLL } else { IDLE_POLL };
         let timeout = rustix::time::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
@@ -333,6 +295,7 @@ impl Worker {
                 Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
+                Ok(Command::Ledger(ledger)) => self.ledger = ledger,
                 Err(mpsc::TryRecvError::Empty) => return true,
                 Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
             }
@@ -356,33 +319,19 @@ impl Worker {
         }
     }
 
+    fn tell_of(&self, cgroup: CgroupId, verdict: Result<Verdict, String>) {
+        self.tell(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
+    }
+
     fn react(&mut self, event: &MemoryEvent) {
         let cgroup = CgroupId(event.cgroup_id);
         let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
         if event.kind == KIND_WATERMARK
             && let Some(row) = self.table.get_mut(&cgroup)
         {
-            let verdict = match &row.reaction {
-                Reaction::Raise { rungs } => reflex::rung_for(rungs, demand)
-                    .filter(|rung| rung.limit > row.limit)
-                    .copied()
-                    .map(|rung| {
-                        climb(
-                            row,
-                            &mut self.ledger,
-                            &mut self.kernel.guards,
-                            event,
-                            demand,
-                            rung,
-                        )
-                    }),
-                Reaction::Hold { at } if demand >= *at && row.held.is_none() && !is_let_go(row) => {
-                    Some(hold(row, &mut self.ledger, cgroup, demand))
-                }
-                Reaction::Hold { .. } | Reaction::Nothing => None,
-            };
+            let verdict = row.react(event, demand, &mut self.ledger, &mut self.kernel.guards);
             if let Some(verdict) = verdict {
-                self.tell(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
+                self.tell_of(cgroup, verdict);
             }
         } else if event.kind != KIND_OOM && event.kind != KIND_WATERMARK {
             return;
@@ -391,98 +340,37 @@ impl Worker {
     }
 
     fn arm(&mut self, arm: Arm) {
-        let Arm {
-            cgroup,
-            policy,
-            lowering,
-            controls,
-        } = arm;
-        let (known, controls) = match (self.table.remove(&cgroup), controls) {
-            (
-                Some(Row {
-                    limit,
-                    held,
-                    let_go,
-                    controls,
-                    ..
-                }),
-                _,
-            ) => (Some((limit, held, let_go)), controls),
-            (None, Some(controls)) => (None, controls),
-            (None, None) => {
-                let error = "armed without its files".to_owned();
-                return self.tell(Verdict::Failed { cgroup, error });
+        let cgroup = arm.cgroup;
+        let armed = match Row::armed(arm, self.table.remove(&cgroup)) {
+            Ok(row) => {
+                let result = row.watch(&mut self.kernel.guards);
+                self.table.insert(cgroup, row);
+                result
             }
-        };
-        // What the controller knows may be older than the last raise.
-        let actual = match controls.max.get() {
-            Ok(limit) => limit.bytes(),
             Err(error) => {
-                // Whatever it was, it is not watched any more, so nothing may be left on it.
+                // Whatever it was, it is not watched any more.
                 self.kernel.guards.remove(cgroup);
-                let lifted = controls
-                    .high
-                    .set(Limit::Max)
-                    .and_then(|()| controls.freeze.set_flag(false));
-                let error = lifted.err().unwrap_or(error).to_string();
-                return self.tell(Verdict::Failed { cgroup, error });
+                Err(error)
             }
         };
-        let limit = lowering.map_or(actual, |lower| lower.min(actual));
-        let (held, let_go) = known.map_or((None, None), |(before, held, let_go)| {
-            (held, let_go.filter(|_| limit <= before))
-        });
-        let row = Row {
-            policy,
-            limit,
-            // Only a limit above today's proves that a lower one was overtaken.
-            release_at: actual.plus(Bytes(1)),
-            reaction: reflex::reaction(&policy, limit),
-            controls,
-            held,
-            let_go,
-        };
-        let result = watch(
-            &row,
-            &mut self.kernel.guards,
-            cgroup,
-            reflex::thresholds(&policy, limit),
-        );
-        self.table.insert(cgroup, row);
-        if let Err(error) = result {
+        if let Err(error) = armed {
             self.tell(Verdict::Failed { cgroup, error });
         }
     }
 
     fn lower(&mut self, cgroup: CgroupId, to: Bytes) {
-        let Some(row) = self.table.get_mut(&cgroup) else {
-            return;
-        };
-        let at = Thresholds::of(to, row.policy.cpus);
-        let verdict = match row.controls.current.get() {
-            Ok(usage) if usage.bytes() <= at.watermark => match row.controls.max.set(Limit::At(to))
-            {
-                Ok(()) => {
-                    row.limit = to;
-                    row.release_at = to.plus(Bytes(1));
-                    row.reaction = reflex::reaction(&row.policy, to);
-                    let thresholds = reflex::thresholds(&row.policy, to);
-                    watch(row, &mut self.kernel.guards, cgroup, thresholds)
-                        .map(|()| Verdict::Lowered { cgroup, limit: to })
-                }
-                Err(_) => Ok(Verdict::LowerRefused { cgroup }),
-            },
-            Ok(_) => Ok(Verdict::LowerRefused { cgroup }),
-            Err(error) => Err(error.to_string()),
-        };
-        self.tell(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
+        let Self { kernel, table, .. } = self;
+        if let Some(row) = table.get_mut(&cgroup) {
+            let verdict = row.lower(&mut kernel.guards, to);
+            self.tell_of(cgroup, verdict);
+        }
     }
 
     fn release(&mut self, cgroup: CgroupId, reason: Reason) {
-        let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.held.is_some()) else {
+        let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.is_held()) else {
             return;
         };
-        let verdict = thaw(row, &mut self.ledger, cgroup, reason);
+        let verdict = row.thaw(&mut self.ledger, reason);
         self.tell(verdict);
     }
 
@@ -491,25 +379,16 @@ impl Worker {
         let Some(mut row) = self.table.remove(&cgroup) else {
             return;
         };
-        let high = row.controls.high.set(Limit::Max);
-        if row.held.is_some() {
-            let verdict = thaw(&mut row, &mut self.ledger, cgroup, Reason::Ended);
+        let unbraked = row.unbrake();
+        if row.is_held() {
+            let verdict = row.thaw(&mut self.ledger, Reason::Ended);
             self.tell(verdict);
         }
         // Only now: a successor releases whatever was not forgotten.
         let forgotten = self.ledger.append(&Record::Forget { at: now(), cgroup });
-        match high {
-            Err(error) if !error.is_gone() => self.tell(Verdict::Failed {
-                cgroup,
-                error: error.to_string(),
-            }),
-            _ => {}
-        }
-        if let Err(error) = forgotten {
-            self.tell(Verdict::Failed {
-                cgroup,
-                error: error.to_string(),
-            });
+        let forgotten = forgotten.map_err(|error| error.to_string());
+        for error in [unbraked, forgotten].into_iter().filter_map(Result::err) {
+            self.tell(Verdict::Failed { cgroup, error });
         }
     }
 
@@ -518,162 +397,11 @@ impl Worker {
     fn look_after_held(&mut self) {
         let at = now();
         let mut verdicts = Vec::new();
-        for (&cgroup, row) in &mut self.table {
-            let Some(since) = row.held else {
-                continue;
-            };
-            let limit = match row.controls.max.get() {
-                Ok(limit) => limit.bytes(),
-                Err(error) => {
-                    verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::Ended));
-                    verdicts.push(Verdict::Failed {
-                        cgroup,
-                        error: error.to_string(),
-                    });
-                    continue;
-                }
-            };
-            if limit == row.limit {
-                // The lower limit has come into force: any rise from here is the answer.
-                row.release_at = limit.plus(Bytes(1));
-            }
-            if limit >= row.release_at {
-                row.limit = limit;
-                row.release_at = limit.plus(Bytes(1));
-                row.reaction = reflex::reaction(&row.policy, limit);
-                row.let_go = None;
-                let thresholds = reflex::thresholds(&row.policy, limit);
-                if let Err(error) = watch(row, &mut self.kernel.guards, cgroup, thresholds) {
-                    verdicts.push(Verdict::Failed { cgroup, error });
-                }
-                verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::RaiseArrived));
-                verdicts.push(Verdict::LimitRose { cgroup, limit });
-            } else if at.since(since) >= HOLD_LIMIT {
-                verdicts.push(thaw(row, &mut self.ledger, cgroup, Reason::HoldExpired));
-            }
+        for row in self.table.values_mut().filter(|row| row.is_held()) {
+            row.look_after(at, &mut self.ledger, &mut self.kernel.guards, &mut verdicts);
         }
         for verdict in verdicts {
             self.tell(verdict);
         }
     }
-}
-
-fn is_let_go(row: &Row) -> bool {
-    row.let_go
-        .is_some_and(|since| now().since(since) < LET_GO_FOR)
-}
-
-/// Moves watermark and brake to `thresholds`, or removes them.
-///
-/// A brake below usage (a limit full of page cache, for one) would reclaim here, on this thread: it is
-/// left out then, and the watermark, which counts no cache, guards alone.
-fn watch(
-    row: &Row,
-    guards: &mut Guards,
-    cgroup: CgroupId,
-    thresholds: Option<Thresholds>,
-) -> Result<(), String> {
-    let watermark = thresholds.map(|thresholds| thresholds.watermark);
-    guards
-        .set(cgroup, watermark)
-        .map_err(|error: LoadError| error.to_string())?;
-    let usage = row
-        .controls
-        .current
-        .get()
-        .map_err(|error| error.to_string())?
-        .bytes();
-    let braked = thresholds.filter(|thresholds| !is_let_go(row) && usage <= thresholds.high);
-    let high = braked.map_or(Limit::Max, |thresholds| Limit::At(thresholds.high));
-    row.controls
-        .high
-        .set(high)
-        .map_err(|error| error.to_string())
-}
-
-fn climb(
-    row: &mut Row,
-    ledger: &mut Ledger,
-    guards: &mut Guards,
-    event: &MemoryEvent,
-    demand: Bytes,
-    rung: reflex::Rung,
-) -> Result<Verdict, String> {
-    let cgroup = CgroupId(event.cgroup_id);
-    let action = Action::Raise {
-        from: row.limit,
-        to: rung.limit,
-    };
-    intend(ledger, cgroup, action, Reason::WatermarkReached, demand)?;
-    row.controls
-        .max
-        .set(Limit::At(rung.limit))
-        .map_err(|error| error.to_string())?;
-    let at = now();
-    row.limit = rung.limit;
-    watch(row, guards, cgroup, rung.thresholds)?;
-    Ok(Verdict::Raised {
-        cgroup,
-        event_at: Nanos(event.at_ns),
-        at,
-        limit: rung.limit,
-    })
-}
-
-fn hold(
-    row: &mut Row,
-    ledger: &mut Ledger,
-    cgroup: CgroupId,
-    demand: Bytes,
-) -> Result<Verdict, String> {
-    intend(ledger, cgroup, Action::Hold, Reason::RaiseUnderWay, demand)?;
-    row.controls
-        .freeze
-        .set_flag(true)
-        .map_err(|error| error.to_string())?;
-    let at = now();
-    row.held = Some(at);
-    Ok(Verdict::Held { cgroup, at })
-}
-
-/// Lifts a hold; one that expired with its brake, which would go on where the hold ended: the kernel
-/// then decides as it would have. The writes come first: a ledger that cannot be written must not
-/// keep a container frozen.
-fn thaw(row: &mut Row, ledger: &mut Ledger, cgroup: CgroupId, reason: Reason) -> Verdict {
-    let unbraked = if reason == Reason::HoldExpired {
-        row.let_go = Some(now());
-        row.controls.high.set(Limit::Max)
-    } else {
-        Ok(())
-    };
-    let thawed = row.controls.freeze.set_flag(false);
-    row.held = None;
-    let recorded = intend(ledger, cgroup, Action::Release, reason, Bytes::ZERO);
-    match unbraked
-        .and(thawed)
-        .map_err(|error| error.to_string())
-        .and(recorded)
-    {
-        Ok(()) => Verdict::Released { cgroup },
-        Err(error) => Verdict::Failed { cgroup, error },
-    }
-}
-
-fn intend(
-    ledger: &mut Ledger,
-    cgroup: CgroupId,
-    action: Action,
-    reason: Reason,
-    demand: Bytes,
-) -> Result<(), String> {
-    let record = Record::Intend {
-        at: now(),
-        cgroup,
-        action,
-        reason,
-        demand,
-    };
-    ledger
-        .append(&record)
-        .map_err(|error| format!("the ledger cannot be written, so nothing is done: {error}"))
 }
