@@ -1,4 +1,7 @@
-//! PID 1 of a kernel guest: mounts, modules, the command from the kernel command line, power off.
+//! PID 1 of a guest: mounts, modules, the command from the kernel command line, power off.
+//!
+//! Where the guest is to run systemd, this prepares the disk, becomes systemd, and is called again by
+//! a service of it for the rest.
 //!
 //! The host reads two things: the console, for people and for panics, and the second serial port,
 //! for records and the verdict. Whatever goes wrong here ends in a verdict line and a power-off; a
@@ -7,6 +10,7 @@
 use std::{
     fs::{self, File},
     io::Write as _,
+    os::unix::process::CommandExt as _,
     path::Path,
     process::{Command, Stdio},
 };
@@ -21,13 +25,31 @@ use rustix::{
 const VERDICT: &str = "bellows-guest-verdict:";
 /// The kernel parameter that holds the command, words separated by commas.
 const PARAMETER: &str = "bellows.run=";
-/// The kernel parameter of a guest whose disk becomes its root.
+/// The kernel parameter of a guest whose disk becomes its root, with a network.
 const NODE_PARAMETER: &str = "bellows.node=1";
+/// The kernel parameter of a guest whose disk becomes its root, with systemd as PID 1.
+const SYSTEMD_PARAMETER: &str = "bellows.systemd=1";
+const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 const RECORDS: &str = "/dev/ttyS1";
 
-/// Never returns.
+/// The body of PID 1.
 pub(crate) fn run() -> ! {
-    let code = match prepare().and_then(|()| run_command()) {
+    let prepared = prepare();
+    if let Ok(Init::Systemd) = prepared {
+        let error = become_systemd();
+        finish(Err(error));
+    }
+    finish(prepared.and_then(|_ours| run_command()))
+}
+
+/// What systemd's service does: the command, then the end of the guest.
+pub(crate) fn run_in_service() -> ! {
+    finish(run_command())
+}
+
+/// Tells how it went and ends the guest.
+fn finish(result: Result<i32>) -> ! {
+    let code = match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("bellows-guest: {error:#}");
@@ -48,7 +70,13 @@ pub(crate) fn run() -> ! {
     panic!("cannot power off: {error:?}");
 }
 
-fn prepare() -> Result<()> {
+/// Who is PID 1 from here on.
+enum Init {
+    Ours,
+    Systemd,
+}
+
+fn prepare() -> Result<Init> {
     for (source, target, kind) in [
         ("proc", "/proc", "proc"),
         ("sysfs", "/sys", "sysfs"),
@@ -90,19 +118,33 @@ fn prepare() -> Result<()> {
         )
         .context("mount /disk")?;
     }
-    if fs::read_to_string("/proc/cmdline")?.contains(NODE_PARAMETER) {
-        become_node().context("make the disk the root of a node")?;
-    }
     // No swap is configured, and a benchmark must not be told so by accident.
     ensure!(
         fs::read_to_string("/proc/swaps")?.lines().count() <= 1,
         "the guest has swap"
     );
-    Ok(())
+    let parameters = fs::read_to_string("/proc/cmdline")?;
+    let (node, systemd) = (
+        parameters.contains(NODE_PARAMETER),
+        parameters.contains(SYSTEMD_PARAMETER),
+    );
+    if node || systemd {
+        change_root().context("make the disk the root")?;
+    }
+    if node {
+        set_up_network().context("set the network up")?;
+    }
+    if systemd {
+        return Ok(Init::Systemd);
+    }
+    if node {
+        hand_out_controllers().context("hand the controllers out")?;
+    }
+    Ok(Init::Ours)
 }
 
-/// Makes the disk the root, with our binaries in it, a network, and cgroups as a node has them.
-fn become_node() -> Result<()> {
+/// Makes the disk the root, with our binaries in it.
+fn change_root() -> Result<()> {
     for name in ["bellows", "bellows-guest", "busybox"] {
         fs::copy(
             format!("/bin/{name}"),
@@ -122,6 +164,10 @@ fn become_node() -> Result<()> {
         "/",
         MountPropagationFlags::SHARED | MountPropagationFlags::REC,
     )?;
+    Ok(())
+}
+
+fn set_up_network() -> Result<()> {
     rustix::system::sethostname(b"node")?;
     for line in [
         "ip link set lo up",
@@ -131,6 +177,11 @@ fn become_node() -> Result<()> {
     ] {
         crate::node::shell(line)?;
     }
+    Ok(())
+}
+
+/// As a node without systemd has its cgroups.
+fn hand_out_controllers() -> Result<()> {
     let root = Path::new("/sys/fs/cgroup");
     fs::create_dir_all(root.join("init"))?;
     fs::write(root.join("init/cgroup.procs"), "0")?;
@@ -139,6 +190,32 @@ fn become_node() -> Result<()> {
         "+cpuset +cpu +io +memory +pids +hugetlb",
     )?;
     Ok(())
+}
+
+/// Becomes systemd; returns only if that fails.
+fn become_systemd() -> anyhow::Error {
+    let unit = "[Unit]\n\
+        Description=What this guest was booted for\n\
+        Requires=basic.target\n\
+        After=basic.target\n\
+        [Service]\n\
+        Type=oneshot\n\
+        ExecStart=/usr/local/bin/bellows-guest in-service\n\
+        StandardOutput=file:/dev/console\n\
+        StandardError=file:/dev/console\n\
+        LimitNOFILE=1048576\n\
+        TasksMax=infinity\n";
+    let written = fs::write("/etc/systemd/system/bellows-guest.service", unit)
+        // A machine without an identity is booted for the first time, which asks questions.
+        .and_then(|()| fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n"));
+    if let Err(error) = written {
+        return error.into();
+    }
+    let error = Command::new(SYSTEMD)
+        .arg("--unit=bellows-guest.service")
+        .arg("--log-target=kmsg")
+        .exec();
+    anyhow::Error::new(error).context(SYSTEMD)
 }
 
 fn copy_directory(from: &str, to: &str) -> Result<()> {

@@ -55,6 +55,9 @@ pub(crate) struct Burst {
     /// Milliseconds at the peak.
     #[arg(long, default_value_t = 200)]
     pub(crate) hold_ms: u64,
+    /// Milliseconds at rest, the burst's memory given back, before it bursts a second time.
+    #[arg(long)]
+    pub(crate) again_after_ms: Option<u64>,
     /// Milliseconds to go on at rest, the burst's memory given back.
     #[arg(long, default_value_t = 0)]
     pub(crate) after_ms: u64,
@@ -187,6 +190,20 @@ fn size(bytes: Bytes) -> Result<usize> {
 }
 
 fn run_burst(burst: &Burst) -> Result<()> {
+    burst_once(burst, burst.rest_ms)?;
+    if let Some(pause) = burst.again_after_ms {
+        burst_once(burst, pause)?;
+    }
+    if burst.after_ms > 0 {
+        let mapping = Mapping::new(size(burst.rest)?)?;
+        mapping.touch(0, mapping.length);
+        thread::sleep(Duration::from_millis(burst.after_ms));
+    }
+    Ok(())
+}
+
+/// Rests for `rest_ms`, grows, gives the memory back and says how it went.
+fn burst_once(burst: &Burst, rest_ms: u64) -> Result<()> {
     let threads = usize::try_from(burst.threads)?.max(1);
     let (rest, peak) = (size(burst.rest)? / threads, size(burst.peak)? / threads);
     let barrier = Arc::new(Barrier::new(threads + 1));
@@ -209,10 +226,9 @@ fn run_burst(burst: &Burst) -> Result<()> {
         }));
     }
     barrier.wait();
-    thread::sleep(Duration::from_millis(burst.rest_ms));
+    thread::sleep(Duration::from_millis(rest_ms));
     // A burst that is killed has said when it began.
-    println!("{}", serde_json::json!({ "start_ns": now().0 }));
-    io::stdout().flush()?;
+    say(&serde_json::json!({ "start_ns": now().0 }))?;
     let start = Instant::now();
     barrier.wait();
     barrier.wait();
@@ -226,19 +242,16 @@ fn run_burst(burst: &Burst) -> Result<()> {
             .map_err(|_panic| anyhow::anyhow!("a thread panicked"))??;
         longest = longest.max(gap);
     }
-    let result = BurstResult {
+    say(&BurstResult {
         growth_us: micros(growth),
         longest_gap_us: micros(longest),
         end_ns: now().0,
-    };
-    println!("{}", serde_json::to_string(&result)?);
-    io::stdout().flush()?;
-    if burst.after_ms > 0 {
-        let mapping = Mapping::new(size(burst.rest)?)?;
-        mapping.touch(0, mapping.length);
-        thread::sleep(Duration::from_millis(burst.after_ms));
-    }
-    Ok(())
+    })
+}
+
+fn say(what: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(what)?);
+    Ok(io::stdout().flush()?)
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -260,8 +273,7 @@ fn run_plateau(plateau: &Plateau) -> Result<()> {
         rounds += 1;
         thread::sleep(Duration::from_millis(5));
     }
-    println!("{}", serde_json::json!({ "rounds": rounds }));
-    Ok(())
+    say(&serde_json::json!({ "rounds": rounds }))
 }
 
 /// What the cgroup of this process uses, without the stock that its CPUs hold in advance.
@@ -299,10 +311,7 @@ fn run_cache(cache: &Cache) -> Result<()> {
         while file.read(&mut buffer)? > 0 {}
     }
     thread::sleep(Duration::from_millis(cache.hold_ms));
-    println!(
-        "{}",
-        serde_json::json!({ "chunks": chunks, "end_ns": now().0 })
-    );
+    say(&serde_json::json!({ "chunks": chunks, "end_ns": now().0 }))?;
     drop(anonymous);
     Ok(())
 }

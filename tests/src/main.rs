@@ -36,6 +36,9 @@ enum Command {
         #[command(subcommand)]
         bench: bench::Bench,
     },
+    /// Run what the guest was booted for, and end the guest (called by systemd).
+    #[command(hide = true)]
+    InService,
     /// Recompute the summary of a bench from its records.
     Summarize {
         /// The bench.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Load(load) => load::run(&load),
+        Command::InService => init::run_in_service(),
         Command::Bench { records, bench } => bench::run(&bench, &records),
         Command::Summarize { name, records } => {
             println!(

@@ -156,7 +156,13 @@ pub(crate) fn kubeconfig() -> &'static Path {
     Path::new(KUBECONFIG)
 }
 
+/// Whether systemd is PID 1: it then owns the cgroups, and is the driver of kubelet and runtime.
+fn has_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
 fn write_configuration(server: &ApiServer) -> Result<()> {
+    let systemd = has_systemd();
     for directory in [
         "/etc/kubernetes",
         "/etc/containerd",
@@ -180,7 +186,7 @@ fn write_configuration(server: &ApiServer) -> Result<()> {
         "kind": "KubeletConfiguration",
         "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
         "authorization": { "mode": "AlwaysAllow" },
-        "cgroupDriver": "cgroupfs",
+        "cgroupDriver": if systemd { "systemd" } else { "cgroupfs" },
         "containerRuntimeEndpoint": format!("unix://{CONTAINERD_SOCKET}"),
         "failSwapOn": false,
         "makeIPTablesUtilChains": false,
@@ -191,7 +197,7 @@ fn write_configuration(server: &ApiServer) -> Result<()> {
         "version = 3\n\
          [plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '{IMAGE}'\n\
          [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  runtime_type = 'io.containerd.runc.v2'\n\
-         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]\n  SystemdCgroup = false\n"
+         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]\n  SystemdCgroup = {systemd}\n"
     );
     fs::write("/etc/containerd/bellows.toml", containerd)?;
     // Pods use the host's network; the kubelet only wants to see that there is some network.

@@ -37,8 +37,9 @@ pub(crate) struct Track {
 }
 
 const INTERVAL: Duration = Duration::from_millis(4);
-/// Unchanged limits are recorded this often.
-const RECORD_INTERVAL_US: u64 = 20_000;
+/// A rising peak is recorded this often, an unchanged one that often.
+const RISING_INTERVAL_US: u64 = 20_000;
+const STILL_INTERVAL_US: u64 = 1_000_000;
 
 pub(crate) struct Sampler {
     stop: Arc<AtomicBool>,
@@ -90,7 +91,10 @@ fn look(cgroup: &Cgroup, track: &mut Track) {
         peak: peak.0,
     };
     let due = track.samples.last().is_none_or(|last| {
-        last.limit != sample.limit || sample.at_us - last.at_us >= RECORD_INTERVAL_US
+        let since = sample.at_us - last.at_us;
+        last.limit != sample.limit
+            || since >= STILL_INTERVAL_US
+            || (last.peak != sample.peak && since >= RISING_INTERVAL_US)
     });
     if due {
         track.samples.push(sample);

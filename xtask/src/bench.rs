@@ -40,7 +40,7 @@ impl Name {
     const fn needs_node(self) -> bool {
         matches!(
             self,
-            Self::PodBursts | Self::PodBuild | Self::PodEdges | Self::Kill
+            Self::PodBursts | Self::PodBuild | Self::PodEdges | Self::Kill | Self::Plateau
         )
     }
 
@@ -83,6 +83,9 @@ pub(crate) struct Options {
     /// Seconds at each limit (plateau).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
+    /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
+    #[arg(long)]
+    pub(crate) systemd: bool,
     /// Leave out the run without a limit (build).
     #[arg(long)]
     pub(crate) without_unlimited: bool,
@@ -101,6 +104,7 @@ impl Options {
             seed: None,
             actuation_delay_ms: None,
             seconds: None,
+            systemd: false,
             without_unlimited: false,
             directory: "bench",
         }
@@ -114,6 +118,9 @@ impl Options {
         }
         if let Some(delay) = self.actuation_delay_ms {
             name += &format!("-delay-{delay}");
+        }
+        if self.systemd {
+            name += "-systemd";
         }
         name
     }
@@ -190,8 +197,9 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         kernel: &kernel,
         binaries,
         memory_mib: 4096,
-        disk: disk(options.name)?,
+        disk: disk(options)?,
         node: control.is_some(),
+        systemd: options.systemd,
         files: build_sources()?,
         command,
         limit: options.limit(),
@@ -232,8 +240,10 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     Ok(file)
 }
 
+/// What a machine has that builds, and one with systemd.
+const BUILD_PACKAGES: [&str; 3] = ["g++", "make", "systemd"];
 /// What a node has beside the kubelet.
-const NODE_PACKAGES: [&str; 10] = [
+const NODE_PACKAGES: [&str; 11] = [
     "ca-certificates",
     "conntrack",
     "containerd",
@@ -244,14 +254,14 @@ const NODE_PACKAGES: [&str; 10] = [
     "make",
     "mount",
     "runc",
+    "systemd",
 ];
 
 /// The disk that a bench needs.
-fn disk(name: Name) -> Result<Option<PathBuf>> {
-    match name {
+fn disk(options: &Options) -> Result<Option<PathBuf>> {
+    match options.name {
         Name::PageCache => guest::empty_disk().map(Some),
-        Name::Build => debian::root_image("build", "trixie", &["g++", "make"], &[]).map(Some),
-        Name::PodBursts | Name::PodBuild | Name::PodEdges | Name::Kill => {
+        name if name.needs_node() => {
             let kubelet = kubernetes::binaries()?.kubelet;
             debian::root_image(
                 "node",
@@ -261,7 +271,10 @@ fn disk(name: Name) -> Result<Option<PathBuf>> {
             )
             .map(Some)
         }
-        Name::Bursts | Name::Ceiling | Name::ExecCli | Name::Plateau | Name::Smoke => Ok(None),
+        name if name == Name::Build || options.systemd => {
+            debian::root_image("build", "trixie", &BUILD_PACKAGES, &[]).map(Some)
+        }
+        _ => Ok(None),
     }
 }
 

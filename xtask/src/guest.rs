@@ -40,6 +40,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) disk: Option<PathBuf>,
     /// Whether the disk becomes the root, with a network to this machine: a node.
     pub(crate) node: bool,
+    /// Whether the disk becomes the root, with systemd as PID 1.
+    pub(crate) systemd: bool,
     /// Files to add: path in the guest, content on the host.
     pub(crate) files: Vec<(String, PathBuf)>,
     /// Program and arguments, without commas or blanks.
@@ -177,8 +179,13 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
         .arg(initramfs)
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off {}bellows.run={}",
+            "console=ttyS0 quiet panic=-1 mitigations=off {}{}bellows.run={}",
             if guest.node { "bellows.node=1 " } else { "" },
+            if guest.systemd {
+                "bellows.systemd=1 "
+            } else {
+                ""
+            },
             guest.command.join(",")
         ));
     if guest.node {

@@ -142,7 +142,13 @@ fn kernel(checks: &mut Checks) -> Result<()> {
         });
         checks.check(&format!("every program attaches on {release}"), complete);
     }
-    edges(checks, &binaries, Name::ExecCli, "exec");
+    let exec = bench::Options::of(Name::ExecCli);
+    edges(checks, &binaries, &exec, "exec");
+    let systemd = bench::Options {
+        systemd: true,
+        ..exec
+    };
+    edges(checks, &binaries, &systemd, "exec under systemd");
     benches(checks, &binaries);
     Ok(())
 }
@@ -183,8 +189,8 @@ fn judge(
 }
 
 /// Each edge of the command line is a check of its own.
-fn edges(checks: &mut Checks, binaries: &Binaries, name: Name, command: &str) {
-    match bench::run(&bench::Options::of(name), binaries) {
+fn edges(checks: &mut Checks, binaries: &Binaries, options: &bench::Options, command: &str) {
+    match bench::run(options, binaries) {
         Ok(file) => {
             let failures = file["summary"]["failures"]
                 .as_object()
@@ -253,26 +259,6 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "time_to_kill_ratio_p50", 1.5)
         },
     );
-    let plateau = bench::Options {
-        seconds: Some(20),
-        n: None,
-        ..of(Name::Plateau, 0, 14)
-    };
-    let plateau = bench::Options {
-        seed: None,
-        ..plateau
-    };
-    judge(
-        checks,
-        binaries,
-        "a plateau is no burst",
-        &plateau,
-        |summary| {
-            at_least(summary, "completed", 3.0)?;
-            at_most(summary, "raises", 0.0)?;
-            at_most(summary, "sleeps", 0.0)
-        },
-    );
     judge(
         checks,
         binaries,
@@ -327,7 +313,30 @@ fn pod(checks: &mut Checks) -> Result<()> {
             at_most(summary, "overgrant_p50", 1.35)
         },
     );
-    edges(checks, &binaries, Name::PodEdges, "run");
+    edges(
+        checks,
+        &binaries,
+        &bench::Options::of(Name::PodEdges),
+        "run",
+    );
+    let plateau = bench::Options {
+        seconds: Some(120),
+        ..bench::Options::of(Name::Plateau)
+    };
+    judge(
+        checks,
+        &binaries,
+        "a plateau is no burst",
+        &plateau,
+        |summary| {
+            at_least(summary, "completed", 3.0)?;
+            at_least(summary, "guarded_pods", 3.0)?;
+            for key in ["raises", "sleeps", "patches"] {
+                at_most(summary, key, 0.0)?;
+            }
+            Ok(())
+        },
+    );
     let kill = options(Name::Kill, "6.12", Some(3), 22);
     judge(
         checks,

@@ -52,7 +52,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         without_unlimited,
     } = *options;
     prepare()?;
-    let mut runner = Runner::new()?;
+    let runner = Runner::new()?;
     let build = |out: &str| -> Vec<String> {
         let jobs = format!("-j{jobs}");
         let out = format!("O=/tmp/{out}");

@@ -98,10 +98,10 @@ pub(super) fn thousandths(value: f64) -> u64 {
 }
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
-    let mut runner = Runner::new()?;
+    let runner = Runner::new()?;
     let mut random = fastrand::Rng::with_seed(options.seed ^ 0x0bde_4b1e);
     for case in cases(options) {
-        let record = run_case(&mut runner, &mut random, case)?;
+        let record = run_case(&runner, &mut random, case)?;
         eprintln!(
             "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} sleeps) {}",
             case.index,
@@ -127,7 +127,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     Ok(())
 }
 
-fn run_case(runner: &mut Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
+fn run_case(runner: &Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
     set_thp(case.thp)?;
     let load = runner.load(
         &burst_words(case.limit.per_mille(500), case.peak, case.threads)

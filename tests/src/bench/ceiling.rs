@@ -37,7 +37,7 @@ struct Record {
 }
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
-    let mut runner = Runner::new()?;
+    let runner = Runner::new()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
         let limit = mib(log_uniform(&mut random, 32.0, 128.0));

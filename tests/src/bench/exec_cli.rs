@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::PathBuf,
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::cgroup::{Cgroup, Limit};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -133,18 +134,10 @@ fn sigterm() -> Result<()> {
         .spawn()?;
     let mut stdout = child.stdout.take().context("no output")?;
     std::io::Read::read_exact(&mut stdout, &mut [0; 6])?;
-    signal(child.id(), "-TERM")?;
+    let process = Pid::from_raw(i32::try_from(child.id())?).context("no process")?;
+    kill_process(process, Signal::TERM)?;
     let status = child.wait()?;
     ensure!(status.code() == Some(42), "{status}");
-    Ok(())
-}
-
-fn signal(process: u32, signal: &str) -> Result<()> {
-    let status = Command::new("kill")
-        .arg(signal)
-        .arg(process.to_string())
-        .status()?;
-    ensure!(status.success(), "kill {signal}: {status}");
     Ok(())
 }
 
@@ -191,7 +184,15 @@ fn killed() -> Result<()> {
         .spawn()?;
     let mut stdout = child.stdout.take().context("no output")?;
     std::io::Read::read_exact(&mut stdout, &mut [0; 6])?;
-    let path = Path::new(ROOT).join(format!("bellows-exec-{}", child.id()));
+    let mut path = PathBuf::new();
+    wait("the command's cgroup", Duration::from_secs(10), || {
+        let name = format!("bellows-exec-{}", child.id());
+        path = cgroups_of_exec()
+            .into_iter()
+            .find(|path| path.ends_with(&name))
+            .unwrap_or_default();
+        Ok(path.is_dir())
+    })?;
     let until = |what: &str, is_met: &dyn Fn(&Cgroup) -> bool| -> Result<()> {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(10) {
@@ -232,14 +233,32 @@ fn killed() -> Result<()> {
 }
 
 fn nothing_left() -> Result<()> {
-    let names = fs::read_dir(ROOT)?
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let left: Vec<String> = names
-        .filter(|name| name.starts_with("bellows-exec"))
-        .collect();
-    ensure!(left.is_empty(), "{left:?}");
-    Ok(())
+    // systemd removes a scope when it hears that it is empty.
+    wait("an empty cgroupfs", Duration::from_secs(5), || {
+        Ok(cgroups_of_exec().is_empty())
+    })
+    .with_context(|| format!("{:?}", cgroups_of_exec()))
+}
+
+/// Every cgroup that `bellows exec` or systemd has made for it, wherever.
+fn cgroups_of_exec() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut directories = vec![PathBuf::from(ROOT)];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("bellows-exec")
+                {
+                    found.push(entry.path());
+                }
+                directories.push(entry.path());
+            }
+        }
+    }
+    found
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::burst_words,
+    pod_bursts::results,
     record::{Records, rounded},
     runner::set_thp,
 };
@@ -152,11 +153,8 @@ fn limit_after(
         if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
             return Ok(None);
         }
-        let over = cluster
-            .said(name)?
-            .into_iter()
-            .rfind(|value| value["growth_us"].is_u64());
-        end = end.or_else(|| over.and_then(|value| value["end_ns"].as_u64()).map(Nanos));
+        let over = results(cluster, name)?;
+        end = end.or_else(|| over.first().map(|said| Nanos(said.end_ns)));
         // A cgroup that is gone is a pod that died: nothing guarded it while the agent was dead.
         let Ok(limit) = cgroup.limit("memory.max").map(Limit::bytes) else {
             return Ok(None);

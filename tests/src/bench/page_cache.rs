@@ -38,7 +38,7 @@ const FILE: &str = "/disk/cached";
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     ensure!(Path::new("/disk").is_dir(), "the guest has no ext4 disk");
-    let mut runner = Runner::new()?;
+    let runner = Runner::new()?;
     set_thp(false)?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {

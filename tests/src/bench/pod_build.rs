@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::{
     pod_bursts::{Outcome, observe},
     record::Records,
+    runner::Probe,
 };
 use crate::{
     node::{ApiServer, Node, shell, start_agent},
@@ -49,6 +50,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     let mut agent = start_agent()?;
+    let probe = Probe::start()?;
     // Compiler and headers come from the disk into page cache that belongs to no pod.
     shell("make --silent -C /build-load -j2 O=/tmp/warm /tmp/warm/unit-1.o /tmp/warm/main.o")?;
     let build = |out: &str, wait: &str| -> Vec<String> {
@@ -74,9 +76,9 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         host: true,
     };
     eprintln!("build -j8 in a pod with a fixed limit of {memory}");
-    let fixed = observe(&cluster, &spec("fixed", None), false)?;
+    let fixed = observe(&cluster, &probe, &spec("fixed", None), None)?;
     eprintln!("build -j8 in a pod guarded by bellows run, {memory} to {max_memory}");
-    let bellows = observe(&cluster, &spec("guarded", Some(*max_memory)), false)?;
+    let bellows = observe(&cluster, &probe, &spec("guarded", Some(*max_memory)), None)?;
     thread::sleep(Duration::from_millis(500));
     let explained = Command::new("bellows")
         .args(["explain", "default/guarded"])

@@ -17,12 +17,13 @@ use serde_json::{Value, json};
 use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
     record::{Records, percentile, rounded},
-    runner::set_thp,
+    runner::{Probe, set_thp},
 };
 use crate::{
+    load::BurstResult,
     node::{ApiServer, Node, start_agent},
     pods::{Cluster, Spec},
-    sampler::{Sample, Sampler},
+    sampler::Sample,
 };
 
 #[derive(Args, Clone, Debug)]
@@ -46,6 +47,8 @@ struct Case {
     max: Bytes,
     growth_per_mille: u64,
     threads: u64,
+    /// From the end of the burst to the next, which finds its limit raised, being lowered or lowered.
+    again_after_ms: u64,
 }
 
 /// How one pod went.
@@ -55,19 +58,31 @@ pub(super) struct Outcome {
     reason: Option<String>,
     restarts: i32,
     pub(super) oom_kill: u64,
+    /// Changes of its spec.
+    pub(super) patches: i64,
+    /// Times that the memory controller held a thread for 10 ms or more.
+    pub(super) sleeps: u64,
     /// Milliseconds from when it was seen running to its end.
     pub(super) wall_ms: u64,
-    said: Value,
+    /// What each burst said of itself.
+    said: Vec<BurstResult>,
     pub(super) samples: Vec<Sample>,
-    /// Whether `memory.max` was the original again, and how long after the end of the burst.
+    /// Whether `memory.max` was the original again, and how long after the end of the last burst.
     restored_after_ms: Option<u64>,
     /// The ledger's records of this cgroup.
     ledger: Vec<LedgerRecord>,
 }
 
 impl Outcome {
-    fn killed(&self) -> bool {
+    pub(super) fn killed(&self) -> bool {
         self.oom_kill > 0 || self.phase == "Failed" || self.restarts > 0
+    }
+
+    /// Whether the agent adopted it.
+    pub(super) fn was_guarded(&self) -> bool {
+        self.ledger
+            .iter()
+            .any(|record| matches!(record, LedgerRecord::Adopt { .. }))
     }
 
     pub(super) fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
@@ -81,9 +96,25 @@ impl Outcome {
         })
     }
 
-    /// For each raise, microseconds from its patch to the new `memory.max` as seen from outside.
+    /// Raises of the first burst.
+    fn first_raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
+        let end = self.said.first().map_or(u64::MAX, |said| said.end_ns);
+        self.raises().filter(move |(at, _)| at.0 < end)
+    }
+
+    /// What it was granted during the first burst.
+    fn first_samples(&self) -> &[Sample] {
+        let end = self
+            .said
+            .first()
+            .map_or(u64::MAX, |said| said.end_ns / 1000);
+        let length = self.samples.partition_point(|sample| sample.at_us <= end);
+        &self.samples[..length]
+    }
+
+    /// For each raise of the first burst, microseconds from its patch to the new `memory.max` as seen from outside.
     fn api_times(&self) -> Vec<u64> {
-        self.raises()
+        self.first_raises()
             .filter_map(|(at, to)| {
                 let asked = at.0 / 1000;
                 let seen = self
@@ -104,6 +135,20 @@ struct Record {
     bellows: Outcome,
 }
 
+impl Record {
+    /// Whether the second burst began while a lower limit was on its way, or just in force.
+    fn second_while_lowering(&self) -> bool {
+        let Some(first) = self.bellows.said.first() else {
+            return false;
+        };
+        let second = Nanos(first.end_ns).0 + Nanos::millis(self.case.again_after_ms).0;
+        self.bellows.ledger.iter().any(|record| {
+            matches!(record, LedgerRecord::Intend { at, action: Action::Shrink { .. }, .. }
+                if at.0 <= second && second - at.0 < Nanos::millis(1000).0)
+        })
+    }
+}
+
 const RESTORE_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
@@ -112,6 +157,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     cluster.wait_node_ready()?;
     set_thp(false)?;
     let mut agent = start_agent()?;
+    let probe = Probe::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
         let limit = Bytes(mib(log_uniform(&mut random, 64.0, 256.0)).0 >> 20 << 20);
@@ -125,8 +171,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             max: peak.per_mille(1500).page_floor(),
             growth_per_mille,
             threads: random.u64(1..=4),
+            // The limit is lowered 5 s after the end of a burst, which takes the API half a second.
+            again_after_ms: random.u64(4500..=7000),
         };
-        let record = run_case(&cluster, case)?;
+        let record = run_case(&cluster, &probe, case)?;
         node.check()?;
         anyhow::ensure!(
             agent.try_wait()?.is_none(),
@@ -134,7 +182,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             crate::node::log_tail("bellows", 40)
         );
         eprintln!(
-            "case {index}: limit {limit}, peak {peak}, {} threads: fixed {}, bellows {}, {} patches of {:?} ms, restored after {:?} ms",
+            "case {index}: limit {limit}, peak {peak}, {} threads: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
             case.threads,
             if record.fixed.killed() {
                 "killed"
@@ -146,13 +194,15 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             } else {
                 "alive"
             },
-            record.bellows.raises().count(),
+            record.bellows.first_raises().count(),
             record
                 .bellows
                 .api_times()
                 .iter()
                 .map(|us| us / 1000)
                 .collect::<Vec<_>>(),
+            case.again_after_ms,
+            record.bellows.raises().count() - record.bellows.first_raises().count(),
             record.bellows.restored_after_ms,
         );
         records.write(&record)?;
@@ -162,10 +212,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     Ok(())
 }
 
-fn run_case(cluster: &Cluster, case: Case) -> Result<Record> {
-    let unlimited = run_pod(cluster, case, "unlimited", case.max, None)?;
-    let fixed = run_pod(cluster, case, "fixed", case.limit, None)?;
-    let bellows = run_pod(cluster, case, "bellows", case.limit, Some(case.max))?;
+fn run_case(cluster: &Cluster, probe: &Probe, case: Case) -> Result<Record> {
+    let unlimited = run_pod(cluster, probe, case, "unlimited", case.max, None)?;
+    let fixed = run_pod(cluster, probe, case, "fixed", case.limit, None)?;
+    let bellows = run_pod(cluster, probe, case, "bellows", case.limit, Some(case.max))?;
     Ok(Record {
         case,
         unlimited,
@@ -176,23 +226,28 @@ fn run_case(cluster: &Cluster, case: Case) -> Result<Record> {
 
 fn run_pod(
     cluster: &Cluster,
+    probe: &Probe,
     case: Case,
     variant: &str,
     limit: Bytes,
     max: Option<Bytes>,
 ) -> Result<Outcome> {
-    let after = if max.is_some() { "120000" } else { "0" };
     let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
-    let command = ["/bellows-guest", "load"]
+    // Time for the kubelet to report it running, and for the agent to adopt it.
+    let mut command: Vec<String> = ["/bellows-guest", "load"]
         .into_iter()
         .map(str::to_owned)
         .chain(words)
-        // Time for the kubelet to report it running, and for the agent to adopt it.
-        .chain(["--rest-ms", "4000", "--after-ms", after].map(str::to_owned))
+        .chain(["--rest-ms", "4000"].map(str::to_owned))
         .collect();
+    if max.is_some() {
+        let again = case.again_after_ms.to_string();
+        command.extend(["--again-after-ms", &again, "--after-ms", "120000"].map(str::to_owned));
+    }
     let name = format!("{variant}-{}", case.index);
     observe(
         cluster,
+        probe,
         &Spec {
             name,
             limit,
@@ -200,19 +255,25 @@ fn run_pod(
             command,
             host: false,
         },
-        max.is_some(),
+        max.is_some().then_some(2),
     )
 }
 
-/// Runs a pod to its end, or until its limit is the original again, and observes it from outside.
-pub(super) fn observe(cluster: &Cluster, spec: &Spec, until_restored: bool) -> Result<Outcome> {
+/// Runs a pod to its end, or until its limit is the original again after so many bursts, and
+/// observes it from outside.
+pub(super) fn observe(
+    cluster: &Cluster,
+    probe: &Probe,
+    spec: &Spec,
+    restored_after: Option<usize>,
+) -> Result<Outcome> {
     let name = &spec.name;
     cluster.create(spec)?;
     let cgroup = cluster.wait_running(name)?;
     let watched = cgroup.clone();
-    let sampler = Sampler::start(move || Some(watched.clone()), |_| {}, |_| 0);
+    let sampler = probe.sample(move || Some(watched.clone()));
     let start = now();
-    let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, until_restored)?;
+    let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, restored_after)?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
     let pod = cluster.get(name)?;
@@ -227,8 +288,11 @@ pub(super) fn observe(cluster: &Cluster, spec: &Spec, until_restored: bool) -> R
             .or_else(|| pod.status?.reason),
         restarts: status.as_ref().map_or(0, |status| status.restart_count),
         oom_kill: track.oom_kill,
+        // The API counts the generations of a spec from 1.
+        patches: pod.metadata.generation.unwrap_or(1) - 1,
+        sleeps: track.sleeps,
         wall_ms,
-        said: result(cluster, name)?.unwrap_or_default(),
+        said: results(cluster, name)?,
         samples: track.samples,
         restored_after_ms,
         ledger: if spec.max.is_some() {
@@ -241,46 +305,43 @@ pub(super) fn observe(cluster: &Cluster, spec: &Spec, until_restored: bool) -> R
     Ok(outcome)
 }
 
-/// What the burst said when it was over.
-fn result(cluster: &Cluster, name: &str) -> Result<Option<Value>> {
+/// What each burst said when it was over.
+pub(super) fn results(cluster: &Cluster, name: &str) -> Result<Vec<BurstResult>> {
     Ok(cluster
         .said(name)?
         .into_iter()
-        .rfind(|value| value["growth_us"].is_u64()))
+        .filter_map(|value| serde_json::from_value(value).ok())
+        .collect())
 }
 
-/// Waits until the pod has ended or, for a guarded one, until its limit is the original again.
+/// Waits until the pod has ended or, for a guarded one, until its limit is the original again after
+/// so many bursts.
 fn wait_end(
     cluster: &Cluster,
     name: &str,
     cgroup: &Cgroup,
     original: Bytes,
-    guarded: bool,
+    restored_after: Option<usize>,
 ) -> Result<Option<u64>> {
     let start = now();
-    let mut ended_at = None;
     while now().since(start) < Nanos::millis(600_000) {
         thread::sleep(Duration::from_millis(200));
         if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
             return Ok(None);
         }
-        if !guarded {
+        let Some(bursts) = restored_after else {
             continue;
+        };
+        let Some(last) = results(cluster, name)?.get(bursts - 1).copied() else {
+            continue;
+        };
+        let after = now().since(Nanos(last.end_ns));
+        let limit = cgroup.limit("memory.max").map(Limit::bytes);
+        if limit.is_ok_and(|limit| limit == original) {
+            return Ok(Some(after.as_millis()));
         }
-        if ended_at.is_none() {
-            ended_at = result(cluster, name)?
-                .and_then(|value| value["end_ns"].as_u64())
-                .map(Nanos);
-        }
-        if let Some(end) = ended_at {
-            let after = now().since(end);
-            let limit = cgroup.limit("memory.max").map(Limit::bytes);
-            if limit.is_ok_and(|limit| limit == original) {
-                return Ok(Some(after.as_millis()));
-            }
-            if after.0 > u64::try_from(RESTORE_LIMIT.as_nanos())? {
-                return Ok(None);
-            }
+        if after.0 > u64::try_from(RESTORE_LIMIT.as_nanos())? {
+            return Ok(None);
         }
     }
     Ok(None)
@@ -312,21 +373,27 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         ..
     } in &records
     {
-        overgrants.extend(overgrant(&bellows.samples, case.limit));
+        overgrants.extend(overgrant(bellows.first_samples(), case.limit));
         let api = bellows.api_times();
         times.extend(api.iter().map(|&us| us as f64 / 1e6));
-        let gap = |outcome: &Outcome| outcome.said["longest_gap_us"].as_u64();
+        let gap = |outcome: &Outcome| outcome.said.first().map(|said| said.longest_gap_us);
         if let (Some(with), Some(without), Some(&slowest)) =
             (gap(bellows), gap(unlimited), api.iter().max())
         {
             stalls.push(with.saturating_sub(without) as f64 / slowest.max(1) as f64);
         }
     }
+    let sleeps: Vec<f64> = records
+        .iter()
+        .map(|record| record.bellows.sleeps as f64)
+        .collect();
     let patches = |most: u64| {
         let within = records
             .iter()
             .filter(|record| record.case.growth_per_mille <= most);
-        within.map(|record| record.bellows.raises().count()).max()
+        within
+            .map(|record| record.bellows.first_raises().count())
+            .max()
     };
     let p = |values: &[f64], percent| rounded(percentile(values, percent));
     Ok(json!({
@@ -342,7 +409,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "api_seconds_p50": p(&times, 50.0),
         "api_seconds_max": p(&times, 100.0),
         "restored": count(&|record| record.bellows.restored_after_ms.is_some()),
-        "kills_shrinking": count(&|record| record.bellows.killed() && record.bellows.said["growth_us"].is_u64()),
+        "kills_shrinking": count(&|record| record.bellows.killed() && !record.bellows.said.is_empty()),
+        "second_bursts": count(&|record| record.bellows.said.len() > 1),
+        "second_while_lowering": count(&Record::second_while_lowering),
+        "sleeps_p50": p(&sleeps, 50.0),
         "overgrant_p50": p(&overgrants, 50.0),
         "overgrant_max": p(&overgrants, 100.0),
     }))

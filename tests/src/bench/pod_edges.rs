@@ -1,15 +1,18 @@
 //! `pod-edges`: what `bellows run` promises at its edges, one record a promise: pods that cannot be
 //! guarded are told why in an Event, and a change by somebody else becomes the new original.
 
-use std::{process::Command, time::Duration};
+use std::{
+    process::{Child, Command},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
-use bellows::cgroup::Limit;
+use bellows::cgroup::{Cgroup, Limit};
 use bellows_core::{Bytes, pod};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{exec_cli::Record, record::Records};
+use super::{bursts::burst_words, exec_cli::Record, record::Records};
 use crate::{
     node::{ApiServer, Node, start_agent, wait},
     pods::{Cluster, Spec},
@@ -21,14 +24,20 @@ pub(crate) struct Options {
     server: ApiServer,
 }
 
-type Case = (&'static str, fn(&Cluster) -> Result<()>);
+/// The cluster, and the agent under test.
+struct Bed {
+    cluster: Cluster,
+    agent: Child,
+}
 
-const CASES: [Case; 6] = [
+type Case = (&'static str, fn(&mut Bed) -> Result<()>);
+
+const CASES: [Case; 8] = [
     (
         "a size that does not parse is an Event that names it",
-        |cluster| {
+        |bed| {
             refused(
-                cluster,
+                &bed.cluster,
                 "size",
                 &json!({ pod::MODE: "Act", pod::MAX_MEMORY: "4GB" }),
                 false,
@@ -39,9 +48,9 @@ const CASES: [Case; 6] = [
     ),
     (
         "a mode that does not exist is an Event that names it",
-        |cluster| {
+        |bed| {
             refused(
-                cluster,
+                &bed.cluster,
                 "mode",
                 &json!({ pod::MODE: "act", pod::MAX_MEMORY: "4Gi" }),
                 false,
@@ -50,9 +59,9 @@ const CASES: [Case; 6] = [
             )
         },
     ),
-    ("a maximum below the limit is an Event", |cluster| {
+    ("a maximum below the limit is an Event", |bed| {
         refused(
-            cluster,
+            &bed.cluster,
             "maximum",
             &json!({ pod::MODE: "Act", pod::MAX_MEMORY: "8Mi" }),
             false,
@@ -60,9 +69,9 @@ const CASES: [Case; 6] = [
             "8 MiB",
         )
     }),
-    ("a Guaranteed pod is refused with an Event", |cluster| {
+    ("a Guaranteed pod is refused with an Event", |bed| {
         refused(
-            cluster,
+            &bed.cluster,
             "guaranteed",
             &json!({ pod::MODE: "Act", pod::MAX_MEMORY: "4Gi" }),
             true,
@@ -70,9 +79,16 @@ const CASES: [Case; 6] = [
             "QoS",
         )
     }),
+    ("somebody else's change becomes the new original", |bed| {
+        foreign_change(&bed.cluster)
+    }),
     (
-        "somebody else's change becomes the new original",
-        foreign_change,
+        "somebody else's change while no agent runs becomes the new original",
+        foreign_change_unseen,
+    ),
+    (
+        "what a dead agent has raised is restored by the next",
+        raised_by_a_predecessor,
     ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
@@ -81,9 +97,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let _node = Node::start(&options.server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
-    let mut agent = start_agent()?;
+    let mut bed = Bed {
+        cluster,
+        agent: start_agent()?,
+    };
     for (case, check) in CASES {
-        let failure = check(&cluster).err().map(|error| format!("{error:#}"));
+        let failure = check(&mut bed).err().map(|error| format!("{error:#}"));
         eprintln!("case {case}: {}", failure.as_deref().unwrap_or("ok"));
         records.write(&Record {
             case: case.to_owned(),
@@ -91,7 +110,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         })?;
     }
     // It ends with the guest anyway.
-    drop(agent.kill());
+    drop(bed.agent.kill());
     Ok(())
 }
 
@@ -139,39 +158,105 @@ fn refused(
     Ok(())
 }
 
-fn foreign_change(cluster: &Cluster) -> Result<()> {
-    let name = "foreign";
+fn guarded(cluster: &Cluster, name: &str) -> Result<Cgroup> {
     cluster.create(&Spec {
         max: Some(Bytes::mib(512)),
         ..spec(name)
     })?;
-    let cgroup = cluster.wait_running(name)?;
-    let original = |wanted: &'static str| {
-        wait(
-            &format!("original {wanted}"),
-            Duration::from_secs(30),
-            || {
-                let annotations = cluster.get(name)?.metadata.annotations.unwrap_or_default();
-                Ok(annotations
-                    .get(pod::ORIGINAL)
-                    .is_some_and(|value| value == wanted))
-            },
-        )
-    };
-    original("load=64Mi")?;
+    cluster.wait_running(name)
+}
+
+/// Waits until the pod says that this is its original.
+fn original(cluster: &Cluster, name: &str, wanted: &str) -> Result<()> {
+    let what = format!("original {wanted}");
+    wait(&what, Duration::from_secs(30), || {
+        let annotations = cluster.get(name)?.metadata.annotations.unwrap_or_default();
+        Ok(annotations
+            .get(pod::ORIGINAL)
+            .is_some_and(|value| value == wanted))
+    })
+}
+
+fn foreign_change(cluster: &Cluster) -> Result<()> {
+    let name = "foreign";
+    let cgroup = guarded(cluster, name)?;
+    original(cluster, name, "load=64Mi")?;
     cluster.resize(name, "96Mi")?;
-    original("load=96Mi")?;
+    original(cluster, name, "load=96Mi")?;
+    braked_below(&cgroup, 96)?;
+    cluster.delete(name)
+}
+
+fn braked_below(cgroup: &Cgroup, mib: u64) -> Result<()> {
+    let limit = Bytes::mib(mib);
     wait(
-        "the brake stands under the new limit",
+        &format!("the brake stands under {limit}"),
         Duration::from_secs(30),
         || {
             let high = cgroup.limit("memory.high")?.bytes();
-            Ok(cgroup.limit("memory.max")? == Limit::At(Bytes::mib(96))
-                && high > Bytes::mib(90)
-                && high < Bytes::mib(96))
+            Ok(cgroup.limit("memory.max")? == Limit::At(limit)
+                && high > limit.per_mille(940)
+                && high < limit)
         },
-    )?;
-    cluster.delete(name)
+    )
+}
+
+/// Without an agent for as long as `meanwhile` takes.
+fn without_agent(bed: &mut Bed, meanwhile: impl FnOnce(&Cluster) -> Result<()>) -> Result<()> {
+    bed.agent.kill()?;
+    bed.agent.wait()?;
+    let result = meanwhile(&bed.cluster);
+    bed.agent = start_agent()?;
+    result
+}
+
+fn foreign_change_unseen(bed: &mut Bed) -> Result<()> {
+    let name = "unseen";
+    let cgroup = guarded(&bed.cluster, name)?;
+    original(&bed.cluster, name, "load=64Mi")?;
+    without_agent(bed, |cluster| cluster.resize(name, "80Mi"))?;
+    original(&bed.cluster, name, "load=80Mi")?;
+    braked_below(&cgroup, 80)?;
+    bed.cluster.delete(name)
+}
+
+/// The limit of a pod that an agent has raised is nobody's wish: the next agent lowers it.
+fn raised_by_a_predecessor(bed: &mut Bed) -> Result<()> {
+    let name = "inherited";
+    let burst = burst_words(Bytes::mib(32), Bytes::mib(200), 1);
+    let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+        .into_iter()
+        .chain(burst)
+        .chain(
+            [
+                "--rest-ms",
+                "4000",
+                "--hold-ms",
+                "3000",
+                "--after-ms",
+                "60000",
+            ]
+            .map(str::to_owned),
+        )
+        .collect();
+    bed.cluster.create(&Spec {
+        max: Some(Bytes::mib(512)),
+        command,
+        ..spec(name)
+    })?;
+    let cgroup = bed.cluster.wait_running(name)?;
+    let limit_becomes = |what: &str, is_met: &dyn Fn(Bytes) -> bool| {
+        wait(what, Duration::from_secs(60), || {
+            Ok(is_met(cgroup.limit("memory.max")?.bytes()))
+        })
+    };
+    limit_becomes("the limit is raised", &|limit| limit >= Bytes::mib(200))?;
+    without_agent(bed, |_| Ok(()))?;
+    limit_becomes("the limit is the original again", &|limit| {
+        limit == Bytes::mib(64)
+    })?;
+    original(&bed.cluster, name, "load=64Mi")?;
+    bed.cluster.delete(name)
 }
 
 fn explain_unknown() -> Result<()> {

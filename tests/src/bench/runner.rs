@@ -7,7 +7,10 @@ use std::{
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -23,7 +26,7 @@ use serde_json::Value;
 use crate::sampler::{Sample, Sampler};
 
 const ROOT: &str = "/sys/fs/cgroup";
-pub(crate) const BELLOWS: &str = "/bin/bellows";
+pub(crate) const BELLOWS: &str = "bellows";
 
 /// How a load went.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -54,27 +57,61 @@ impl Outcome {
     }
 }
 
-/// Runs loads, with the bench's own probe of holds beside them.
-pub(crate) struct Runner {
-    probe: Arc<Mutex<Kernel>>,
-    executable: PathBuf,
-    runs: u64,
-}
+/// The bench's own probe: counts the holds of the cgroups that it is told of.
+#[derive(Clone)]
+pub(crate) struct Probe(Arc<Mutex<Kernel>>);
 
-impl Runner {
-    pub(crate) fn new() -> Result<Self> {
+impl Probe {
+    pub(crate) fn start() -> Result<Self> {
         let (probe, _rings) = Kernel::load(Purpose::MeasureHolds)?;
         anyhow::ensure!(
             probe.missing().is_empty(),
             "the bench's probe is incomplete: {:?}",
             probe.missing()
         );
+        Ok(Self(Arc::new(Mutex::new(probe))))
+    }
+
+    /// Samples a cgroup, its sleeps included, as soon as it can be found.
+    pub(crate) fn sample(&self, find: impl Fn() -> Option<Cgroup> + Send + 'static) -> Sampler {
+        let (tracked, asked) = (self.clone(), self.clone());
+        Sampler::start(
+            find,
+            move |cgroup| {
+                if let Ok(mut probe) = tracked.0.lock()
+                    && let Err(error) = probe.track_holds(cgroup.id())
+                {
+                    eprintln!("sleeps are not counted: {error}");
+                }
+            },
+            move |cgroup| {
+                let probe = asked.0.lock().ok();
+                let holds = probe.and_then(|probe| probe.holds(cgroup.id()));
+                holds.map_or(0, |holds| holds.long_holds)
+            },
+        )
+    }
+}
+
+/// Runs loads, with the probe beside them.
+pub(crate) struct Runner {
+    probe: Probe,
+    executable: PathBuf,
+    runs: AtomicU64,
+}
+
+impl Runner {
+    pub(crate) fn new() -> Result<Self> {
         Cgroup::open(Path::new(ROOT))?.write("cgroup.subtree_control", "+memory")?;
         Ok(Self {
-            probe: Arc::new(Mutex::new(probe)),
+            probe: Probe::start()?,
             executable: env::current_exe()?,
-            runs: 0,
+            runs: AtomicU64::new(0),
         })
+    }
+
+    pub(crate) const fn probe(&self) -> &Probe {
+        &self.probe
     }
 
     /// The command line of one of this binary's loads.
@@ -88,10 +125,9 @@ impl Runner {
     }
 
     /// Runs a command in a plain cgroup with a fixed limit.
-    pub(crate) fn fixed(&mut self, limit: Limit, words: &[String]) -> Result<Outcome> {
-        self.runs += 1;
-        let cgroup =
-            Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{}", self.runs))?;
+    pub(crate) fn fixed(&self, limit: Limit, words: &[String]) -> Result<Outcome> {
+        let run = self.runs.fetch_add(1, Ordering::Relaxed);
+        let cgroup = Cgroup::open(Path::new(ROOT))?.create_child(&format!("bench-{run}"))?;
         cgroup.set_limit("memory.max", limit)?;
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
@@ -108,15 +144,14 @@ impl Runner {
 
     /// Runs a command under `bellows exec`.
     pub(crate) fn bellows(
-        &mut self,
+        &self,
         memory: Bytes,
         max: Bytes,
         options: &[String],
         words: &[String],
     ) -> Result<Outcome> {
-        let report = Path::new("/tmp/report.json");
-        // The last run's report must not be taken for this one's.
-        drop(fs::remove_file(report));
+        let run = self.runs.fetch_add(1, Ordering::Relaxed);
+        let report = PathBuf::from(format!("/tmp/report-{run}.json"));
         let mut command = Command::new(BELLOWS);
         command
             .args([
@@ -126,12 +161,13 @@ impl Runner {
                 "--max-memory",
                 &max.0.to_string(),
             ])
-            .args(["--report", "/tmp/report.json"])
+            .arg("--report")
+            .arg(&report)
             .args(options)
             .arg("--")
             .args(words);
         let mut outcome = self.watch(command, PathBuf::new())?;
-        outcome.report = fs::read_to_string(report)
+        outcome.report = fs::read_to_string(&report)
             .ok()
             .and_then(|text| serde_json::from_str(&text).ok())
             .unwrap_or_default();
@@ -150,21 +186,7 @@ impl Runner {
         } else {
             cgroup
         };
-        let (tracked, asked) = (Arc::clone(&self.probe), Arc::clone(&self.probe));
-        let sampler = Sampler::start(
-            move || Cgroup::open(&path).ok(),
-            move |cgroup| {
-                if let Ok(mut probe) = tracked.lock()
-                    && let Err(error) = probe.track_holds(cgroup.id())
-                {
-                    eprintln!("sleeps are not counted: {error}");
-                }
-            },
-            move |cgroup| {
-                let holds = asked.lock().ok().and_then(|probe| probe.holds(cgroup.id()));
-                holds.map_or(0, |holds| holds.long_holds)
-            },
-        );
+        let sampler = self.probe.sample(move || Cgroup::open(&path).ok());
         let Output {
             status,
             stdout,
