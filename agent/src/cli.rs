@@ -23,6 +23,8 @@ pub enum Command {
     Exec(Exec),
     /// Guard the pods of this node that opt in.
     Run(Run),
+    /// Stay beside `bellows run` and lift brakes and holds when it dies (a second container).
+    Releaser,
     /// Tell what happened to a pod, with its numbers.
     Explain {
         /// The pod: NAMESPACE/POD.

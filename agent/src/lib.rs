@@ -19,3 +19,4 @@ pub mod ledger;
 pub mod recover;
 pub mod run;
 pub mod signal;
+mod signals;

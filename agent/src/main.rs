@@ -46,7 +46,16 @@ fn main() -> ExitCode {
                 eprintln!("bellows: no node: set --node-name, or NODE_NAME by the downward API");
                 return ExitCode::from(USAGE);
             };
-            report(run::run(&options).map_err(|error| error.to_string()))
+            if run::supervisor::is_agent() {
+                return report(run::run(&options).map_err(|error| error.to_string()));
+            }
+            match run::supervisor::supervise() {
+                Ok(code) => ExitCode::from(code),
+                Err(error) => report(Err(error.to_string())),
+            }
+        }
+        Command::Releaser => {
+            report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }
         Command::Explain { pod } => report(
             explain::explain(Path::new(explain::LEDGER), &pod)

@@ -1,9 +1,10 @@
-//! What a predecessor left behind: brakes and holds, lifted before anything else is done.
+//! What a dead agent left behind: brakes and holds, lifted before anything else is done.
 //!
 //! An agent that was killed cannot release what it held. Its ledger names every cgroup that it
-//! guarded; those that it did not forget are released at once, before the kernel programs are loaded
-//! or the API is asked, because their processes may stand still. Limits stay as they are: who adopts
-//! the container next knows its original and lowers it when its burst is over.
+//! guarded; those that it did not forget are released at once, by whoever learns of its death first:
+//! its parent, the releaser beside it, or its successor before that loads kernel programs or asks the
+//! API, because processes may stand still. Doing it twice does no harm. Limits stay as they are: who
+//! adopts the container next knows its original and lowers it when its burst is over.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +15,7 @@ use std::{
 use bellows_core::CgroupId;
 
 use crate::{
-    exec::releaser::release,
+    cgroup::{Cgroup, CgroupError, Limit},
     ledger::{self, Contents, Record},
 };
 
@@ -66,5 +67,21 @@ fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
         Ok(contents) => Ok(Some(contents)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Lifts the brake and the hold of a cgroup.
+///
+/// # Errors
+///
+/// [`CgroupError`] when a file cannot be written; a cgroup that is gone is no error.
+pub fn release(path: &Path) -> Result<(), CgroupError> {
+    let released = Cgroup::open(path).and_then(|cgroup| {
+        cgroup.set_limit("memory.high", Limit::Max)?;
+        cgroup.write("cgroup.freeze", "0")
+    });
+    match released {
+        Err(error) if !error.is_gone() => Err(error),
+        _ => Ok(()),
     }
 }

@@ -4,6 +4,7 @@
 //! prepares the machine and runs what the kernel command line asks for; the same binary is each
 //! load, and on the host it recomputes the summary of a bench from its raw records.
 
+mod agent;
 mod bench;
 mod init;
 mod load;

@@ -21,7 +21,6 @@ pub(crate) const NAME: &str = "node";
 pub(crate) const IMAGE: &str = "bellows.dev/guest:1";
 const KUBECONFIG: &str = "/etc/kubernetes/kubeconfig";
 const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
-const AGENT: &str = "/usr/local/bin/bellows";
 
 /// How to reach the API server.
 #[derive(Clone, Debug, clap::Args)]
@@ -100,11 +99,16 @@ pub(crate) fn log_tail(name: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
-    let log = File::options()
+/// The log of a service.
+pub(crate) fn log(name: &str) -> Result<File> {
+    Ok(File::options()
         .create(true)
         .append(true)
-        .open(format!("/var/log/{name}.log"))?;
+        .open(format!("/var/log/{name}.log"))?)
+}
+
+fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
+    let log = log(name)?;
     Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
@@ -112,23 +116,6 @@ fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
         .stderr(log)
         .spawn()
         .with_context(|| format!("run {program}"))
-}
-
-/// Starts the agent under test.
-pub(crate) fn start_agent() -> Result<Child> {
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open("/var/log/bellows.log")?;
-    Command::new(AGENT)
-        .args(["run", "--node-name", NAME])
-        .env("KUBECONFIG", KUBECONFIG)
-        .env("BELLOWS_LOG", "info")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("run bellows run")
 }
 
 /// Waits for a condition.

@@ -10,7 +10,6 @@
 
 mod place;
 pub mod releaser;
-mod signals;
 
 use std::{
     ffi::OsString,
@@ -33,6 +32,7 @@ use crate::{
     guard::{self, Controller, GuardError, Input, Refused, Report, Requester},
     ledger::{self, Ledger, Record},
     signal::programs::{Kernel, LoadError, Purpose},
+    signals,
 };
 use place::Place;
 use releaser::Releaser;

@@ -16,7 +16,10 @@ use std::{
 };
 
 use super::place::remove_tree;
-use crate::cgroup::{Cgroup, CgroupError, Limit};
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    recover::release,
+};
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "release-on-death-of-parent";
@@ -89,22 +92,6 @@ pub fn wait_and_release(path: &Path) -> Result<(), CgroupError> {
         thread::sleep(LOOK_AGAIN);
     }
     match Cgroup::open(path).and_then(|cgroup| remove_tree(&cgroup)) {
-        Err(error) if !error.is_gone() => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Lifts the brake and the hold of a cgroup.
-///
-/// # Errors
-///
-/// [`CgroupError`] when a file cannot be written; a cgroup that is gone is no error.
-pub fn release(path: &Path) -> Result<(), CgroupError> {
-    let released = Cgroup::open(path).and_then(|cgroup| {
-        cgroup.set_limit("memory.high", Limit::Max)?;
-        cgroup.write("cgroup.freeze", "0")
-    });
-    match released {
         Err(error) if !error.is_gone() => Err(error),
         _ => Ok(()),
     }

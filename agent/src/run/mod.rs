@@ -1,10 +1,13 @@
 //! `bellows run`: the agent of one node.
 //!
-//! Composition: what a predecessor left is released; the kernel programs, the reflex and the
+//! Composition: a parent that releases ([`supervisor`]) starts the agent. There, what a predecessor
+//! left is released; the kernel programs, the reflex and the
 //! controller start; then the pods of this node are watched and those that opt in are handed to the
 //! controller. The controller lives on a thread of its own and never waits for the API.
 
 mod events;
+mod lock;
+pub mod supervisor;
 mod watch;
 
 use std::{
@@ -22,6 +25,8 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
+pub use lock::release_after_agents;
+
 use crate::{
     actuate::{reflex::Reflex, resize::Resizer},
     explain::LEDGER,
@@ -30,6 +35,7 @@ use crate::{
     recover::recover,
     signal::programs::{Kernel, LoadError, Purpose},
 };
+use lock::AgentLock;
 
 /// What `bellows run` is asked to do.
 #[derive(Clone, Debug)]
@@ -46,6 +52,9 @@ pub enum RunError {
     /// Not root.
     #[error("bellows run needs root, for cgroups and BPF: run it as a privileged DaemonSet")]
     NotRoot,
+    /// Another agent guards this node.
+    #[error("another `bellows run` guards this node already: stop it first, or leave it alone")]
+    AnotherAgent,
     /// The kernel programs.
     #[error(transparent)]
     Kernel(#[from] LoadError),
@@ -69,7 +78,7 @@ pub enum RunError {
 /// of an emulated 1.37 node; native ones are faster).
 const ASSUMED_P95: Nanos = Nanos::millis(1500);
 
-/// Runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay.
+/// The agent itself: runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay.
 ///
 /// # Errors
 ///
@@ -79,6 +88,9 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     if !rustix::process::geteuid().is_root() {
         return Err(RunError::NotRoot);
     }
+    let _lock = AgentLock::take()
+        .map_err(|error| RunError::System("cannot lock /run/bellows", error))?
+        .ok_or(RunError::AnotherAgent)?;
     // First of all: somebody may stand still.
     let recovered =
         recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;

@@ -21,7 +21,8 @@ use super::{
     runner::set_thp,
 };
 use crate::{
-    node::{ApiServer, Node, start_agent, wait},
+    agent::Agent,
+    node::{ApiServer, Node, wait},
     pods::{Cluster, Spec},
 };
 
@@ -60,7 +61,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     set_thp(false)?;
-    let mut agent = start_agent()?;
+    let mut agent = Agent::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
         let limit = Bytes::mib(random.u64(64..=160));
@@ -86,8 +87,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         })?;
         let killed_after_ms = random.u64(0..=2000);
         thread::sleep(Duration::from_millis(killed_after_ms));
-        agent.kill()?;
-        agent.wait()?;
+        agent.kill_all()?;
         let held = cgroup
             .read("cgroup.freeze")
             .is_ok_and(|text| text.trim() == "1");
@@ -96,7 +96,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             .unreadable;
         thread::sleep(Duration::from_secs(1));
         let started = now();
-        agent = start_agent()?;
+        agent.start_again()?;
         let released_after_ms = released(&cgroup, started);
         let limit_after = limit_after(&cluster, &name, &cgroup, limit)?;
         let phase = cluster.phase(&name)?;
@@ -117,8 +117,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         cluster.delete(&name)?;
         node.check()?;
     }
-    // It ends with the guest anyway.
-    drop(agent.kill());
     Ok(())
 }
 

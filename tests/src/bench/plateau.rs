@@ -16,7 +16,8 @@ use super::{
     runner::{self, Probe, Runner, set_thp},
 };
 use crate::{
-    node::{ApiServer, Node, start_agent},
+    agent::Agent,
+    node::{ApiServer, Node},
     pods::{Cluster, Spec},
 };
 
@@ -46,7 +47,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     set_thp(false)?;
-    let mut agent = start_agent()?;
+    let _agent = Agent::start()?;
     let runner = Runner::new()?;
     let outcomes: Vec<Result<(runner::Outcome, pod_bursts::Outcome)>> = thread::scope(|scope| {
         let running = LIMITS.map(|limit| {
@@ -85,8 +86,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             pod,
         })?;
     }
-    // It ends with the guest anyway.
-    drop(agent.kill());
     Ok(())
 }
 

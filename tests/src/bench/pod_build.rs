@@ -14,7 +14,8 @@ use super::{
     runner::Probe,
 };
 use crate::{
-    node::{ApiServer, Node, shell, start_agent},
+    agent::Agent,
+    node::{ApiServer, Node, shell},
     pods::{Cluster, Spec},
 };
 
@@ -49,7 +50,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let _node = Node::start(server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
-    let mut agent = start_agent()?;
+    let _agent = Agent::start()?;
     let probe = Probe::start()?;
     // Compiler and headers come from the disk into page cache that belongs to no pod.
     shell("make --silent -C /build-load -j2 O=/tmp/warm /tmp/warm/unit-1.o /tmp/warm/main.o")?;
@@ -98,8 +99,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         bellows,
         explained,
     })?;
-    // It ends with the guest anyway.
-    drop(agent.kill());
     Ok(())
 }
 

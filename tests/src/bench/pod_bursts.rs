@@ -20,8 +20,9 @@ use super::{
     runner::{Probe, set_thp},
 };
 use crate::{
+    agent::Agent,
     load::BurstResult,
-    node::{ApiServer, Node, start_agent},
+    node::{ApiServer, Node},
     pods::{Cluster, Spec},
     sampler::Sample,
 };
@@ -156,7 +157,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     set_thp(false)?;
-    let mut agent = start_agent()?;
+    let mut agent = Agent::start()?;
     let probe = Probe::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
@@ -176,11 +177,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         };
         let record = run_case(&cluster, &probe, case)?;
         node.check()?;
-        anyhow::ensure!(
-            agent.try_wait()?.is_none(),
-            "bellows run has ended:\n{}",
-            crate::node::log_tail("bellows", 40)
-        );
+        agent.check()?;
         eprintln!(
             "case {index}: limit {limit}, peak {peak}, {} threads: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
             case.threads,
@@ -207,8 +204,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         );
         records.write(&record)?;
     }
-    // It ends with the guest anyway.
-    drop(agent.kill());
     Ok(())
 }
 

@@ -1,10 +1,7 @@
 //! `pod-edges`: what `bellows run` promises at its edges, one record a promise: pods that cannot be
 //! guarded are told why in an Event, and a change by somebody else becomes the new original.
 
-use std::{
-    process::{Child, Command},
-    time::Duration,
-};
+use std::{process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
 use bellows::cgroup::{Cgroup, Limit};
@@ -14,7 +11,8 @@ use serde_json::{Value, json};
 
 use super::{bursts::burst_words, exec_cli::Record, record::Records};
 use crate::{
-    node::{ApiServer, Node, start_agent, wait},
+    agent::Agent,
+    node::{ApiServer, Node, wait},
     pods::{Cluster, Spec},
 };
 
@@ -27,7 +25,7 @@ pub(crate) struct Options {
 /// The cluster, and the agent under test.
 struct Bed {
     cluster: Cluster,
-    agent: Child,
+    agent: Agent,
 }
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
@@ -99,7 +97,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     cluster.wait_node_ready()?;
     let mut bed = Bed {
         cluster,
-        agent: start_agent()?,
+        agent: Agent::start()?,
     };
     for (case, check) in CASES {
         let failure = check(&mut bed).err().map(|error| format!("{error:#}"));
@@ -109,8 +107,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             failure,
         })?;
     }
-    // It ends with the guest anyway.
-    drop(bed.agent.kill());
     Ok(())
 }
 
@@ -203,10 +199,9 @@ fn braked_below(cgroup: &Cgroup, mib: u64) -> Result<()> {
 
 /// Without an agent for as long as `meanwhile` takes.
 fn without_agent(bed: &mut Bed, meanwhile: impl FnOnce(&Cluster) -> Result<()>) -> Result<()> {
-    bed.agent.kill()?;
-    bed.agent.wait()?;
+    bed.agent.kill_all()?;
     let result = meanwhile(&bed.cluster);
-    bed.agent = start_agent()?;
+    bed.agent.start_again()?;
     result
 }
 

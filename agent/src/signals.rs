@@ -1,8 +1,8 @@
-//! Passing signals on to the command.
+//! Passing signals on to a child: the command of `exec`, the agent of `run`.
 //!
-//! A signal from the terminal (Ctrl-C) reaches the whole foreground process group, the command
+//! A signal from the terminal (Ctrl-C) reaches the whole foreground process group, the child
 //! included, by itself: passing it on would deliver it twice. A signal from another process was
-//! meant for the command and is passed on. Either way Bellows stays until the command has ended.
+//! meant for the child and is passed on. Either way the parent stays until the child has ended.
 
 use std::{
     io,
@@ -24,15 +24,15 @@ const FORWARDED: [i32; 9] = [
     SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGALRM, SIGCONT, SIGWINCH,
 ];
 
-/// Takes signals from its start on; those that come before the command runs are passed on once
+/// Takes signals from its start on; those that come before the child runs are passed on once
 /// it does.
-pub(super) struct Forwarder {
+pub(crate) struct Forwarder {
     target: Arc<AtomicU32>,
     thread: thread::Thread,
 }
 
 impl Forwarder {
-    pub(super) fn start() -> io::Result<Self> {
+    pub(crate) fn start() -> io::Result<Self> {
         let mut signals = SignalsInfo::<WithOrigin>::new(FORWARDED)?;
         let target = Arc::new(AtomicU32::new(0));
         let shared = Arc::clone(&target);
@@ -55,7 +55,7 @@ impl Forwarder {
         })
     }
 
-    pub(super) fn forward_to(&self, process: u32) {
+    pub(crate) fn forward_to(&self, process: u32) {
         self.target.store(process, Ordering::Release);
         self.thread.unpark();
     }
@@ -66,6 +66,6 @@ fn pass_on(process: u32, signal: i32) {
     if let (Some(process), Some(signal)) = (process, Signal::from_named_raw(signal))
         && let Err(errno) = kill_process(process, signal)
     {
-        tracing::debug!(%errno, "the command has ended before the signal reached it");
+        tracing::debug!(%errno, "the child has ended before the signal reached it");
     }
 }

@@ -1,0 +1,97 @@
+//! One agent a node, and somebody who notices its death.
+//!
+//! The agent holds a lock (`flock`) for as long as it lives. The kernel frees it however the agent
+//! ends: a signal, a panic, the death of its container's first process, `cgroup.kill`. So the same lock
+//! keeps two agents from acting at once, and tells the releaser, which waits for it in another
+//! container, of the death within microseconds, without polling and without a process id that another
+//! container could not see.
+//!
+//! It cannot tell of an agent that is stopped or frozen: the [`super::supervisor`] can of the former.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+use crate::{explain::LEDGER, ledger, recover::recover};
+
+const LOCK: &str = "/run/bellows/run.lock";
+/// How long an agent waits for its predecessor's end, or for a releaser at work.
+const PATIENCE: Duration = Duration::from_secs(5);
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+/// How often the releaser looks whether an agent has come.
+const NO_AGENT: Duration = Duration::from_millis(500);
+
+/// Held by the living agent.
+#[derive(Debug)]
+pub(super) struct AgentLock {
+    _file: File,
+}
+
+impl AgentLock {
+    /// Takes the lock; `None` if another agent keeps it.
+    pub(super) fn take() -> io::Result<Option<Self>> {
+        let file = open()?;
+        let start = Instant::now();
+        while !try_lock(&file)? {
+            if start.elapsed() >= PATIENCE {
+                return Ok(None);
+            }
+            thread::sleep(TRY_AGAIN);
+        }
+        Ok(Some(Self { _file: file }))
+    }
+}
+
+fn open() -> io::Result<File> {
+    fs::create_dir_all(ledger::DIRECTORY)?;
+    File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(LOCK)
+}
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The body of `bellows releaser`: releases whatever an agent leaves when it dies, for ever.
+///
+/// # Errors
+///
+/// When the lock or the ledger cannot be used.
+pub fn release_after_agents() -> io::Result<()> {
+    let mut is_released = false;
+    loop {
+        let file = open()?;
+        if try_lock(&file)? {
+            // Nobody lives. What is released once stays released until an agent has come.
+            if !is_released {
+                let recovered = recover(Path::new(LEDGER))?;
+                tracing::info!(?recovered, "no agent runs: released what the last one held");
+                is_released = true;
+            }
+            drop(file);
+            thread::sleep(NO_AGENT);
+        } else {
+            // Returns at the agent's death, at the latest moment at which it could still act.
+            flock(&file, FlockOperation::LockExclusive)?;
+            let recovered = recover(Path::new(LEDGER))?;
+            tracing::info!(?recovered, "the agent has died: released what it held");
+            is_released = true;
+        }
+    }
+}

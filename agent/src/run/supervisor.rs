@@ -1,0 +1,84 @@
+//! The parent of the agent: lifts what a dead or stopped agent has left, at once.
+//!
+//! `bellows run` is two processes. The child is the agent. The parent does nothing but wait for it,
+//! so it needs next to no memory, shares no heap or lock with it, and survives its panic, its kill and
+//! its own OOM. A parent is also the only one who is told, without polling, that a process was
+//! *stopped*: a stopped agent guards nobody and cannot let go of what it holds, so it is taken for dead.
+//!
+//! It must not guard, decide or talk to anybody. If the parent dies, the child is told to end
+//! (`PR_SET_PDEATHSIG`) and releases by itself; if both die at once (their container's end), the
+//! releaser beside them or the next agent does.
+
+use std::{
+    env, io,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Child, Command},
+};
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+
+use super::RunError;
+use crate::{explain::LEDGER, recover::recover, signals::Forwarder};
+
+/// Set in the child.
+const AGENT_VARIABLE: &str = "BELLOWS_RUN_AGENT";
+
+/// Whether this process is the child.
+#[must_use]
+pub fn is_agent() -> bool {
+    env::var_os(AGENT_VARIABLE).is_some()
+}
+
+/// Runs the agent as a child with the same arguments; returns the exit code to pass on.
+///
+/// # Errors
+///
+/// [`RunError::System`] when no child can be started or waited for.
+pub fn supervise() -> Result<u8, RunError> {
+    let failed = |what| move |error| RunError::System(what, error);
+    let forwarder = Forwarder::start().map_err(failed("cannot take signals"))?;
+    let executable = env::current_exe().map_err(failed("cannot find this program"))?;
+    let mut command = Command::new(executable);
+    command
+        .args(env::args_os().skip(1))
+        .env(AGENT_VARIABLE, "1");
+    // SAFETY: one prctl between fork and exec; it is async-signal-safe and does not allocate.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
+                .map_err(io::Error::from)
+        })
+    };
+    let mut agent = command.spawn().map_err(failed("cannot start the agent"))?;
+    forwarder.forward_to(agent.id());
+    let was_stopped = stopped(&agent).map_err(failed("cannot wait for the agent"))?;
+    let recovered = recover(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?;
+    if was_stopped {
+        tracing::error!("the agent was stopped, which is as good as dead: it is ended");
+        // It has ended if this fails.
+        drop(agent.kill());
+    }
+    let status = agent.wait().map_err(failed("cannot wait for the agent"))?;
+    if recovered.released > 0 {
+        tracing::warn!(?recovered, %status, "the agent has ended: released what it held");
+    }
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
+}
+
+/// Waits until the agent has ended (left for the caller to reap) or was stopped; says which.
+fn stopped(agent: &Child) -> io::Result<bool> {
+    let id = i32::try_from(agent.id()).ok().and_then(Pid::from_raw);
+    let id = WaitId::Pid(id.ok_or(io::ErrorKind::NotFound)?);
+    let options = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+    loop {
+        match waitid(id.clone(), options) {
+            Ok(status) => return Ok(status.as_ref().is_some_and(WaitIdStatus::stopped)),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
