@@ -144,7 +144,7 @@ pub(crate) fn kubeconfig() -> &'static Path {
 }
 
 /// Whether systemd is PID 1: it then owns the cgroups, and is the driver of kubelet and runtime.
-fn has_systemd() -> bool {
+pub(crate) fn has_systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 

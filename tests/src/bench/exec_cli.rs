@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{record::Records, runner::BELLOWS};
-use crate::node::wait;
+use crate::node::{has_systemd, wait};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
@@ -193,6 +193,14 @@ fn killed() -> Result<()> {
             .unwrap_or_default();
         Ok(path.is_dir())
     })?;
+    let in_scope = path
+        .parent()
+        .is_some_and(|parent| parent.extension().is_some());
+    ensure!(
+        in_scope == has_systemd(),
+        "{} is not where it belongs",
+        path.display()
+    );
     let until = |what: &str, is_met: &dyn Fn(&Cgroup) -> bool| -> Result<()> {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(10) {

@@ -103,14 +103,19 @@ impl Outcome {
         self.raises().filter(move |(at, _)| at.0 < end)
     }
 
-    /// What it was granted during the first burst.
-    fn first_samples(&self) -> &[Sample] {
+    /// What it was granted from its start to the end of the first burst and, with `after`, on until
+    /// that was taken back.
+    fn first_samples(&self, after: bool) -> &[Sample] {
         let end = self
             .said
             .first()
             .map_or(u64::MAX, |said| said.end_ns / 1000);
-        let length = self.samples.partition_point(|sample| sample.at_us <= end);
-        &self.samples[..length]
+        let burst = self.samples.partition_point(|sample| sample.at_us <= end);
+        let lowered = self.samples[burst..]
+            .windows(2)
+            .position(|pair| pair[1].limit != pair[0].limit)
+            .map_or(self.samples.len(), |index| burst + index + 1);
+        &self.samples[..if after { lowered } else { burst }]
     }
 
     /// For each raise of the first burst, microseconds from its patch to the new `memory.max` as seen from outside.
@@ -360,7 +365,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .collect::<Result<_, _>>()?;
     let count =
         |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
-    let (mut stalls, mut overgrants, mut times) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut stalls, mut times) = (Vec::new(), Vec::new());
+    let (mut overgrants, mut growing) = (Vec::new(), Vec::new());
     for Record {
         case,
         unlimited,
@@ -368,7 +374,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         ..
     } in &records
     {
-        overgrants.extend(overgrant(bellows.first_samples(), case.limit));
+        overgrants.extend(overgrant(bellows.first_samples(true), case.limit));
+        growing.extend(overgrant(bellows.first_samples(false), case.limit));
         let api = bellows.api_times();
         times.extend(api.iter().map(|&us| us as f64 / 1e6));
         let gap = |outcome: &Outcome| outcome.said.first().map(|said| said.longest_gap_us);
@@ -410,5 +417,6 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "sleeps_p50": p(&sleeps, 50.0),
         "overgrant_p50": p(&overgrants, 50.0),
         "overgrant_max": p(&overgrants, 100.0),
+        "overgrant_growing_p50": p(&growing, 50.0),
     }))
 }
