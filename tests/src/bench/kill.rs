@@ -1,4 +1,5 @@
-//! `kill`: SIGKILL of `bellows run` at a random instant of a burst, started again a second later.
+//! `kill`: SIGKILL of all of `bellows run` during a burst, started again a second later: in the even
+//! cases at a random instant, in the odd ones at a random instant of a hold.
 
 use std::{path::Path, thread, time::Duration};
 
@@ -85,12 +86,16 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         wait("the burst starts", Duration::from_secs(60), || {
             Ok(!cluster.said(&name)?.is_empty())
         })?;
-        let killed_after_ms = random.u64(0..=2000);
-        thread::sleep(Duration::from_millis(killed_after_ms));
+        let start = now();
+        if index % 2 == 0 {
+            thread::sleep(Duration::from_millis(random.u64(0..=2000)));
+        } else {
+            wait_held(&cgroup);
+            thread::sleep(Duration::from_millis(random.u64(0..=100)));
+        }
         agent.kill_all()?;
-        let held = cgroup
-            .read("cgroup.freeze")
-            .is_ok_and(|text| text.trim() == "1");
+        let killed_after_ms = now().since(start).as_millis();
+        let held = is_held(&cgroup);
         let unreadable = ledger::read(Path::new(LEDGER))
             .unwrap_or_default()
             .unreadable;
@@ -118,6 +123,20 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         node.check()?;
     }
     Ok(())
+}
+
+fn is_held(cgroup: &Cgroup) -> bool {
+    cgroup
+        .read("cgroup.freeze")
+        .is_ok_and(|text| text.trim() == "1")
+}
+
+/// Waits for a hold; a burst may do without one.
+fn wait_held(cgroup: &Cgroup) {
+    let start = now();
+    while !is_held(cgroup) && now().since(start) < Nanos::millis(3000) {
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// When brake and hold were first seen lifted; a container that is gone needs neither.
