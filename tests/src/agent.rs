@@ -6,12 +6,50 @@ use std::{
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bellows::{attribution::CGROUP_ROOT, cgroup::Cgroup};
+use bellows::{
+    attribution::CGROUP_ROOT,
+    cgroup::{Cgroup, Limit},
+};
+use bellows_core::Bytes;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
 
-use crate::node;
+use crate::node::{self, wait};
+
+/// A way in which the agent can die.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Death {
+    /// Everything at once, as the end of its container (`cgroup.kill`).
+    All,
+    /// SIGKILL of the agent proper.
+    Agent,
+    /// SIGKILL of its parent.
+    Parent,
+    /// SIGABRT, as a panic that aborts.
+    Abort,
+    /// SIGSTOP: it lives and does nothing.
+    Stop,
+    /// Its own container's memory limit.
+    OutOfMemory,
+    /// SIGTERM, as a rolling update.
+    Terminate,
+}
+
+impl Death {
+    pub(crate) const ALL: [Self; 7] = [
+        Self::All,
+        Self::Agent,
+        Self::Parent,
+        Self::Abort,
+        Self::Stop,
+        Self::OutOfMemory,
+        Self::Terminate,
+    ];
+}
 
 const AGENT: &str = "/usr/local/bin/bellows";
 const CGROUP: &str = "agent-under-test";
@@ -43,9 +81,50 @@ impl Agent {
         Ok(())
     }
 
+    /// Makes it die; returns at once.
+    pub(crate) fn die(&mut self, death: Death) -> Result<()> {
+        match death {
+            Death::All => Ok(self.cgroup.write("cgroup.kill", "1")?),
+            Death::Parent => Ok(self.parent.kill()?),
+            Death::Agent => self.signal(Signal::KILL),
+            Death::Abort => self.signal(Signal::ABORT),
+            Death::Stop => self.signal(Signal::STOP),
+            Death::Terminate => self.signal(Signal::TERM),
+            Death::OutOfMemory => {
+                let tiny = Limit::At(Bytes::mib(1));
+                // The write itself may fail when there is nobody left to kill.
+                drop(self.cgroup.set_limit("memory.max", tiny));
+                Ok(())
+            }
+        }
+    }
+
+    /// Signals the agent proper, the child.
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let processes = self.cgroup.read("cgroup.procs")?;
+        let parent = self.parent.id().to_string();
+        let child = processes
+            .lines()
+            .find(|line| *line != parent)
+            .context("bellows run has no child")?;
+        let child = Pid::from_raw(child.parse()?).context("no process")?;
+        Ok(kill_process(child, signal)?)
+    }
+
+    /// Waits until nothing is left of it; what does not end by itself within 5 s is ended.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        let is_over = wait("its end", Duration::from_secs(5), || {
+            Ok(self.parent.try_wait()?.is_some() && !self.cgroup.populated()?)
+        });
+        if is_over.is_err() {
+            self.kill_all()?;
+        }
+        Ok(self.cgroup.set_limit("memory.max", Limit::Max)?)
+    }
+
     /// Ends all of it at once, as the end of its container does.
     pub(crate) fn kill_all(&mut self) -> Result<()> {
-        self.cgroup.write("cgroup.kill", "1")?;
+        self.die(Death::All)?;
         self.parent.wait()?;
         Ok(())
     }
@@ -68,20 +147,43 @@ impl Drop for Agent {
     }
 }
 
+/// `bellows releaser`, as the second container of the agent's pod; ends when dropped.
+pub(crate) struct Releaser(Child);
+
+impl Releaser {
+    pub(crate) fn start() -> Result<Self> {
+        Ok(Self(logged(&["releaser"])?.spawn()?))
+    }
+}
+
+impl Drop for Releaser {
+    fn drop(&mut self) {
+        // One that has ended already needs neither.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
 fn spawn(cgroup: &Cgroup) -> Result<Child> {
     let procs = File::options()
         .write(true)
         .open(cgroup.path().join("cgroup.procs"))?;
+    let mut command = logged(&["run", "--node-name", node::NAME])?;
+    command.env("KUBECONFIG", node::kubeconfig());
+    // SAFETY: one write between fork and exec; no allocation, no lock.
+    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+    command.spawn().context("run bellows run")
+}
+
+/// The agent's binary, with what it prints going to its log.
+fn logged(arguments: &[&str]) -> Result<Command> {
     let log = node::log("bellows")?;
     let mut command = Command::new(AGENT);
     command
-        .args(["run", "--node-name", node::NAME])
-        .env("KUBECONFIG", node::kubeconfig())
+        .args(arguments)
         .env("BELLOWS_LOG", "info")
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: one write between fork and exec; no allocation, no lock.
-    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
-    command.spawn().context("run bellows run")
+    Ok(command)
 }

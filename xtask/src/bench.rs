@@ -32,6 +32,7 @@ pub(crate) enum Name {
     PodBuild,
     PodEdges,
     Kill,
+    Deaths,
     Smoke,
 }
 
@@ -40,24 +41,19 @@ impl Name {
     const fn needs_node(self) -> bool {
         matches!(
             self,
-            Self::PodBursts | Self::PodBuild | Self::PodEdges | Self::Kill | Self::Plateau
+            Self::PodBursts
+                | Self::PodBuild
+                | Self::PodEdges
+                | Self::Kill
+                | Self::Deaths
+                | Self::Plateau
         )
     }
 
-    const fn text(self) -> &'static str {
-        match self {
-            Self::Bursts => "bursts",
-            Self::Ceiling => "ceiling",
-            Self::Plateau => "plateau",
-            Self::PageCache => "page-cache",
-            Self::Build => "build",
-            Self::PodBursts => "pod-bursts",
-            Self::ExecCli => "exec-cli",
-            Self::PodBuild => "pod-build",
-            Self::PodEdges => "pod-edges",
-            Self::Kill => "kill",
-            Self::Smoke => "smoke",
-        }
+    /// As it is typed.
+    fn text(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 }
 
@@ -83,6 +79,9 @@ pub(crate) struct Options {
     /// Seconds at each limit (plateau).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
+    /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel, nested, or all (bursts).
+    #[arg(long)]
+    pub(crate) kind: Option<String>,
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
@@ -104,6 +103,7 @@ impl Options {
             seed: None,
             actuation_delay_ms: None,
             seconds: None,
+            kind: None,
             systemd: false,
             without_unlimited: false,
             directory: "bench",
@@ -112,12 +112,15 @@ impl Options {
 
     /// The name of the evidence files: a variant has its own.
     fn file_name(&self) -> String {
-        let mut name = self.name.text().to_owned();
+        let mut name = self.name.text();
         if self.kernel != DEFAULT_KERNEL {
             name += &format!("-{}", self.kernel);
         }
         if let Some(delay) = self.actuation_delay_ms {
             name += &format!("-delay-{delay}");
+        }
+        if let Some(kind) = &self.kind {
+            name += &format!("-{kind}");
         }
         if self.systemd {
             name += "-systemd";
@@ -126,16 +129,10 @@ impl Options {
     }
 
     fn guest_command(&self) -> Vec<String> {
-        let mut words = vec![
-            "/bin/bellows-guest",
-            "bench",
-            "--records",
-            "/dev/ttyS1",
-            self.name.text(),
-        ]
-        .into_iter()
-        .map(str::to_owned)
-        .collect::<Vec<_>>();
+        let mut words = ["/bin/bellows-guest", "bench", "--records", "/dev/ttyS1"]
+            .map(str::to_owned)
+            .to_vec();
+        words.push(self.name.text());
         for (flag, value) in [
             ("--n", self.n),
             ("--seed", self.seed),
@@ -145,6 +142,9 @@ impl Options {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);
             }
+        }
+        if let Some(kind) = &self.kind {
+            words.extend(["--kind".to_owned(), kind.clone()]);
         }
         if self.without_unlimited {
             words.push("--without-unlimited".to_owned());
@@ -293,7 +293,7 @@ pub(crate) fn build_sources() -> Result<Vec<(String, PathBuf)>> {
 fn summarize(name: Name, binaries: &Binaries, records: &PathBuf) -> Result<Value> {
     let text = output(
         Command::new(&binaries.guest)
-            .args(["summarize", name.text()])
+            .args(["summarize", &name.text()])
             .arg(records),
     )?;
     match serde_json::from_str(&text) {

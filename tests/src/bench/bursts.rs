@@ -6,7 +6,7 @@
 use anyhow::Result;
 use bellows::cgroup::Limit;
 use bellows_core::Bytes;
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -14,7 +14,10 @@ use super::{
     record::{Records, percentile, rounded},
     runner::{Outcome, Runner, set_thp},
 };
-use crate::{load::BurstResult, sampler::Sample};
+use crate::{
+    load::{BurstResult, Kind},
+    sampler::Sample,
+};
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
@@ -27,6 +30,21 @@ pub(crate) struct Options {
     /// Milliseconds by which each raise is held back.
     #[arg(long)]
     actuation_delay_ms: Option<u64>,
+    /// What grows: one kind, or `all` in turns.
+    #[arg(long, value_parser = parse_kinds, default_value = "anonymous")]
+    kind: Kinds,
+}
+
+/// The kinds of growth that take turns.
+#[derive(Clone, Debug)]
+struct Kinds(Vec<Kind>);
+
+fn parse_kinds(text: &str) -> Result<Kinds, String> {
+    if text == "all" {
+        Ok(Kinds(Kind::value_variants().to_vec()))
+    } else {
+        Kind::from_str(text, false).map(|kind| Kinds(vec![kind]))
+    }
 }
 
 /// One burst.
@@ -37,6 +55,7 @@ struct Case {
     limit: Bytes,
     peak: Bytes,
     max: Bytes,
+    kind: Kind,
     threads: u64,
     thp: bool,
     delay_ms: u64,
@@ -55,8 +74,11 @@ const LARGEST_PEAK: Bytes = Bytes::mib(2048);
 fn cases(options: &Options) -> Vec<Case> {
     let mut random = fastrand::Rng::with_seed(options.seed);
     let thp = random.bool();
+    let Kinds(kinds) = &options.kind;
+    let turns = kinds.len() as u64;
     (0..options.n)
-        .map(|index| {
+        .zip(kinds.iter().cycle())
+        .map(|(index, &kind)| {
             let limit = log_uniform(&mut random, 32.0, 256.0);
             let growth = log_uniform(&mut random, 2.0, 16.0);
             let limit = mib(limit);
@@ -67,8 +89,9 @@ fn cases(options: &Options) -> Vec<Case> {
                 limit,
                 peak,
                 max: peak.per_mille(1500),
+                kind,
                 threads: random.u64(1..=8),
-                thp: (index % 2 == 0) == thp,
+                thp: (index / turns).is_multiple_of(2) == thp,
                 delay_ms: options.actuation_delay_ms.unwrap_or(0),
             }
         })
@@ -103,8 +126,9 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     for case in cases(options) {
         let record = run_case(&runner, &mut random, case)?;
         eprintln!(
-            "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} sleeps) {}",
+            "case {}: {:?}, limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} sleeps) {}",
             case.index,
+            case.kind,
             case.limit,
             case.peak,
             case.threads,
@@ -129,11 +153,13 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 fn run_case(runner: &Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
     set_thp(case.thp)?;
-    let load = runner.load(
-        &burst_words(case.limit.per_mille(500), case.peak, case.threads)
-            .each_ref()
-            .map(String::as_str),
-    );
+    let mut words = burst_words(case.limit.per_mille(500), case.peak, case.threads).to_vec();
+    let kind = case
+        .kind
+        .to_possible_value()
+        .map(|kind| kind.get_name().to_owned());
+    words.extend(["--kind".to_owned(), kind.unwrap_or_default()]);
+    let load = runner.load(&words.iter().map(String::as_str).collect::<Vec<_>>());
     let delay = case.delay_ms.to_string();
     let options: Vec<String> = if case.delay_ms > 0 {
         vec!["--actuation-delay-ms".to_owned(), delay]
@@ -228,15 +254,15 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         if let Some(last) = bellows.samples.last() {
             finals.push(last.limit as f64 / case.peak.0 as f64);
         }
-        if let (Some(with), Some(without)) = (said(bellows), said(unlimited)) {
-            time_ratios.push(with.growth_us as f64 / without.growth_us.max(1) as f64);
-            if case.delay_ms > 0 {
-                let stall = with.longest_gap_us.saturating_sub(without.longest_gap_us) as f64;
-                let ratio = stall / (case.delay_ms as f64 * 1000.0);
-                stalls.push(ratio);
-                if !case.thp {
-                    small_page_stalls.push(ratio);
-                }
+        time_ratios.extend(time_ratio(record));
+        if case.delay_ms > 0
+            && let (Some(with), Some(without)) = (said(bellows), said(unlimited))
+        {
+            let stall = with.longest_gap_us.saturating_sub(without.longest_gap_us) as f64;
+            let ratio = stall / (case.delay_ms as f64 * 1000.0);
+            stalls.push(ratio);
+            if !case.thp {
+                small_page_stalls.push(ratio);
             }
         }
     }
@@ -254,14 +280,22 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "kills_unlimited": killed(|record| &record.unlimited),
         "time_ratio_p50": p(&time_ratios, 50.0),
         "time_ratio_p90": p(&time_ratios, 90.0),
+        "time_ratio_p99": p(&time_ratios, 99.0),
         "sleeps_p50": p(&sleeps, 50.0),
         "sleeps_p90": p(&sleeps, 90.0),
+        "sleeps_p99": p(&sleeps, 99.0),
         "sleeps_max": p(&sleeps, 100.0),
         "raises_max": p(&raises, 100.0),
         "overgrant_p50": p(&overgrants, 50.0),
         "overgrant_max": p(&overgrants, 100.0),
         "final_ratio_p50": p(&finals, 50.0),
     });
+    if records
+        .iter()
+        .any(|record| record.case.kind != Kind::Anonymous)
+    {
+        summary["by_kind"] = by_kind(&records);
+    }
     if !stalls.is_empty() {
         summary["stall_vs_delay_p50"] = json!(p(&stalls, 50.0));
         summary["stall_vs_delay_max"] = json!(p(&stalls, 100.0));
@@ -270,4 +304,46 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         summary["kills_with_huge_pages"] = json!(kills_by_page(true));
     }
     Ok(summary)
+}
+
+/// The same by what grows.
+fn by_kind(records: &[Record]) -> Value {
+    let mut kinds = serde_json::Map::new();
+    for kind in Kind::value_variants() {
+        let of_kind: Vec<&Record> = records
+            .iter()
+            .filter(|record| record.case.kind == *kind)
+            .collect();
+        let count = |pick: fn(&Record) -> &Outcome| {
+            of_kind
+                .iter()
+                .filter(|record| pick(record).killed())
+                .count()
+        };
+        let ratios: Vec<f64> = of_kind
+            .iter()
+            .filter_map(|record| time_ratio(record))
+            .collect();
+        let name = kind
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned());
+        kinds.insert(
+            name.unwrap_or_default(),
+            json!({
+                "bursts": of_kind.len(),
+                "kills_unlimited": count(|record| &record.unlimited),
+                "kills_without": count(|record| &record.fixed),
+                "kills_with": count(|record| &record.bellows),
+                "time_ratio_p50": rounded(percentile(&ratios, 50.0)),
+                "sleeps_max": of_kind.iter().map(|record| record.bellows.sleeps).max(),
+            }),
+        );
+    }
+    Value::Object(kinds)
+}
+
+/// How long it grew under Bellows against without a limit.
+fn time_ratio(record: &Record) -> Option<f64> {
+    let (with, without) = (said(&record.bellows)?, said(&record.unlimited)?);
+    Some(with.growth_us as f64 / without.growth_us.max(1) as f64)
 }

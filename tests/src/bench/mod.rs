@@ -4,8 +4,8 @@
 mod build;
 mod bursts;
 mod ceiling;
+mod deaths;
 mod exec_cli;
-mod kill;
 mod page_cache;
 mod plateau;
 mod pod_build;
@@ -46,7 +46,9 @@ pub(crate) enum Bench {
     /// What `bellows run` promises at its edges: Events, and changes by others.
     PodEdges(pod_edges::Options),
     /// SIGKILL of the agent in the middle of bursts.
-    Kill(kill::Options),
+    Kill(deaths::Options),
+    /// The agent's end in every way, with a releaser beside it.
+    Deaths(deaths::Options),
     /// What `bellows exec` promises at its edges: exit codes, signals, refusals, nothing left behind.
     ExecCli,
     /// Load and attach every kernel program.
@@ -68,7 +70,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
-        Bench::Kill(options) => kill::run(options, &mut records),
+        Bench::Kill(options) => deaths::run_kill(options, &mut records),
+        Bench::Deaths(options) => deaths::run_deaths(options, &mut records),
         Bench::ExecCli => exec_cli::run(&mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
@@ -83,7 +86,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
-        "kill" => kill::summarize(&read(path)?),
+        "kill" => deaths::summarize_kill(&read(path)?),
+        "deaths" => deaths::summarize_deaths(&read(path)?),
         "exec-cli" | "pod-edges" => exec_cli::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),

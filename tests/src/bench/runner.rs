@@ -11,7 +11,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -23,7 +23,10 @@ use bellows_core::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::sampler::{Sample, Sampler};
+use crate::{
+    node::wait,
+    sampler::{Sample, Sampler},
+};
 
 const ROOT: &str = "/sys/fs/cgroup";
 pub(crate) const BELLOWS: &str = "bellows";
@@ -138,7 +141,7 @@ impl Runner {
         unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
         let outcome = self.watch(command, cgroup.path().to_owned())?;
         cgroup.write("cgroup.kill", "1")?;
-        cgroup.remove()?;
+        remove(&cgroup)?;
         Ok(outcome)
     }
 
@@ -209,6 +212,18 @@ impl Runner {
             stderr: String::from_utf8_lossy(&stderr).trim().to_owned(),
         })
     }
+}
+
+/// Removes a cgroup, and the one below it that a load may have made.
+fn remove(cgroup: &Cgroup) -> Result<()> {
+    wait("an empty cgroup", Duration::from_secs(5), || {
+        Ok(!cgroup.populated()?)
+    })?;
+    let inner = cgroup.path().join("inner");
+    if inner.is_dir() {
+        Cgroup::open(&inner)?.remove()?;
+    }
+    Ok(cgroup.remove()?)
 }
 
 /// The last line of a load's output that is a JSON object.
