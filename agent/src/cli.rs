@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use bellows_core::{Bytes, Nanos, quantity};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{exec, run};
+use crate::{doctor, exec, run};
 
 /// Lets containers breathe: raises memory limits before the OOM killer acts, and lowers them again.
 #[derive(Debug, Parser)]
@@ -25,11 +25,20 @@ pub enum Command {
     Run(Run),
     /// Stay beside `bellows run` and lift brakes and holds when it dies (a second container).
     Releaser,
+    /// Tell what works on this machine, what does not, and what to do.
+    Doctor {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Tell what happened to a pod, with its numbers.
     Explain {
         /// The pod: NAMESPACE/POD.
         pod: String,
     },
+    /// Touch memory (used by `doctor`).
+    #[command(name = doctor::hooks::TOUCH, hide = true)]
+    Touch,
     /// Wait for the end of the parent, then release a cgroup (used by `exec`).
     #[command(name = exec::releaser::SUBCOMMAND, hide = true)]
     Release {

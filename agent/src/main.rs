@@ -4,7 +4,7 @@ use std::{io, path::Path, process::ExitCode};
 
 use bellows::{
     cli::{Cli, Command},
-    exec, explain, run,
+    doctor, exec, explain, run,
 };
 use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
@@ -57,6 +57,11 @@ fn main() -> ExitCode {
         Command::Releaser => {
             report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }
+        Command::Doctor { json } => diagnose(json),
+        Command::Touch => {
+            doctor::hooks::touch();
+            ExitCode::SUCCESS
+        }
         Command::Explain { pod } => report(
             explain::explain(Path::new(explain::LEDGER), &pod)
                 .map(|text| print!("{text}"))
@@ -65,6 +70,19 @@ fn main() -> ExitCode {
         Command::Release { cgroup } => {
             report(exec::releaser::wait_and_release(&cgroup).map_err(|error| error.to_string()))
         }
+    }
+}
+
+fn diagnose(json: bool) -> ExitCode {
+    let report = doctor::examine();
+    match serde_json::to_string_pretty(&report) {
+        Ok(text) if json => println!("{text}"),
+        _ => print!("{report}"),
+    }
+    if report.verdict == doctor::Verdict::Missing {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
     }
 }
 

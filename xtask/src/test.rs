@@ -127,20 +127,26 @@ fn options(name: Name, kernel: &str, n: Option<u64>, seed: u64) -> bench::Option
 fn kernel(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    for release in ["6.1", "6.12", "7.2"] {
+    for release in ["6.1", "6.12", "6.18", "7.2"] {
         let smoke = bench::Options {
             kernel: release.to_owned(),
             ..bench::Options::of(Name::Smoke)
         };
-        let result = bench::run(&smoke, &binaries);
-        let complete = result.and_then(|file| {
-            ensure!(
-                file["summary"]["complete"] == 1,
-                "not every program attaches: {file}"
-            );
-            Ok(())
-        });
-        checks.check(&format!("every program attaches on {release}"), complete);
+        judge(
+            checks,
+            &binaries,
+            &format!("every program attaches on {release}, and doctor finds nothing lacking"),
+            &smoke,
+            |summary| {
+                at_least(summary, "complete", 1.0)?;
+                at_least(summary, "findings", 10.0)?;
+                ensure!(
+                    summary["lacking"].as_array().is_some_and(Vec::is_empty),
+                    "something is lacking"
+                );
+                Ok(())
+            },
+        );
     }
     let exec = bench::Options::of(Name::ExecCli);
     edges(checks, &binaries, &exec, "exec");

@@ -8,7 +8,7 @@
 //!
 //! It must leave nothing in cgroupfs, whatever happens to it: see [`releaser`].
 
-mod place;
+pub(crate) mod place;
 pub mod releaser;
 
 use std::{
@@ -122,7 +122,7 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
     let forwarder = signals::Forwarder::start()
         .map_err(|error| ExecError::System("cannot take signals", error))?;
     let place = Place::find()?;
-    let cgroup = place.create()?;
+    let cgroup = place.create_named("bellows-exec")?;
     let outcome = run_in(options, policy, &cgroup, &forwarder);
     let cleared = clear(&cgroup).and_then(|()| place.leave());
     // What went wrong first is what to tell.

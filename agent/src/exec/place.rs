@@ -18,7 +18,7 @@ use thiserror::Error;
 use crate::cgroup::{Cgroup, CgroupError};
 
 /// Set in the process that runs inside the scope.
-pub(super) const SCOPE_VARIABLE: &str = "BELLOWS_EXEC_SCOPE";
+pub(crate) const SCOPE_VARIABLE: &str = "BELLOWS_EXEC_SCOPE";
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Why there is no place for a cgroup.
@@ -46,7 +46,7 @@ pub enum PlaceError {
 
 /// Under systemd, starts this process again inside a delegated scope; returns elsewhere, and
 /// inside the scope.
-pub(super) fn enter_scope() -> Result<(), PlaceError> {
+pub(crate) fn enter_scope() -> Result<(), PlaceError> {
     let systemd = Path::new("/run/systemd/system").is_dir();
     if !systemd || env::var_os(SCOPE_VARIABLE).is_some() {
         return Ok(());
@@ -65,14 +65,14 @@ pub(super) fn enter_scope() -> Result<(), PlaceError> {
 
 /// A cgroup below which the command's one is made.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     parent: Cgroup,
     /// Where this process has moved itself to make room, inside a scope.
     supervisor: Option<Cgroup>,
 }
 
 impl Place {
-    pub(super) fn find() -> Result<Self, PlaceError> {
+    pub(crate) fn find() -> Result<Self, PlaceError> {
         let own = own_cgroup()?;
         if env::var_os(SCOPE_VARIABLE).is_some() {
             return Self::in_scope(&own);
@@ -105,13 +105,14 @@ impl Place {
         })
     }
 
-    pub(super) fn create(&self) -> Result<Cgroup, PlaceError> {
-        let name = format!("bellows-exec-{}", std::process::id());
+    /// A cgroup `NAME-PID` in it.
+    pub(crate) fn create_named(&self, name: &str) -> Result<Cgroup, PlaceError> {
+        let name = format!("{name}-{}", std::process::id());
         Ok(self.parent.create_child(&name)?)
     }
 
     /// Goes back to where this process was, so that systemd finds its scope as it made it.
-    pub(super) fn leave(self) -> Result<(), CgroupError> {
+    pub(crate) fn leave(self) -> Result<(), CgroupError> {
         let Self { parent, supervisor } = self;
         if let Some(supervisor) = supervisor {
             parent.write("cgroup.subtree_control", "-memory")?;
@@ -147,7 +148,7 @@ fn own_cgroup() -> Result<PathBuf, PlaceError> {
 }
 
 /// Removes a cgroup and those that the command has made below it.
-pub(super) fn remove_tree(cgroup: &Cgroup) -> Result<(), CgroupError> {
+pub(crate) fn remove_tree(cgroup: &Cgroup) -> Result<(), CgroupError> {
     let entries = fs::read_dir(cgroup.path()).into_iter().flatten().flatten();
     for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
         remove_tree(&Cgroup::open(&entry.path())?)?;

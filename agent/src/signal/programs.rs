@@ -4,7 +4,11 @@
 //! kernel attaches it), never by kernel version. Without the growth hook there is no guard; without
 //! any other one feature is missing, and [`Kernel::missing`] names it.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
+};
 
 use aya::{
     Btf as AyaBtf, Ebpf, EbpfError, EbpfLoader,
@@ -80,18 +84,25 @@ enum Hook {
     Tracepoint,
 }
 
-/// A program, its hook, and the kernel functions to try in order.
+/// A program, its hook, the kernel functions to try in order, and what is lost without it.
 struct Spec {
     program: &'static str,
     hook: Hook,
     functions: &'static [&'static str],
+    lost: &'static str,
 }
 
-const fn spec(program: &'static str, hook: Hook, functions: &'static [&'static str]) -> Spec {
+const fn spec(
+    program: &'static str,
+    hook: Hook,
+    functions: &'static [&'static str],
+    lost: &'static str,
+) -> Spec {
     Spec {
         program,
         hook,
         functions,
+        lost,
     }
 }
 
@@ -100,32 +111,42 @@ const OVER_HIGH: &[&str] = &[
     "mem_cgroup_handle_over_high",
     "__mem_cgroup_handle_over_high",
 ];
+const RECLAIM: &[&str] = &["try_to_free_mem_cgroup_pages"];
+const OOM: &[&str] = &["mem_cgroup_out_of_memory"];
 const GROWTH_FUNCTION: &str = "page_counter_try_charge";
 
+const NO_GUARD: &str = "nothing can be guarded";
+const NO_OOM: &str = "an OOM kill is not told by itself";
+const NO_EXIT: &str = "the end of a process is seen at the next tick only";
+const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
+const NO_HOLDS: &str = "sleeps are not counted in full";
+
 const GUARD_PROGRAMS: &[Spec] = &[
-    spec("growth", Hook::Entry, &[GROWTH_FUNCTION]),
-    spec("oom", Hook::Exit, &["mem_cgroup_out_of_memory"]),
-    spec("exec", Hook::Tracepoint, &["sched_process_exec"]),
-    spec("exit", Hook::Tracepoint, &["sched_process_exit"]),
-    spec("cgroup_created", Hook::Tracepoint, &["cgroup_mkdir"]),
-    spec("cgroup_removed", Hook::Tracepoint, &["cgroup_rmdir"]),
+    spec("growth", Hook::Entry, &[GROWTH_FUNCTION], NO_GUARD),
+    spec("oom", Hook::Exit, OOM, NO_OOM),
+    spec("exec", Hook::Tracepoint, &["sched_process_exec"], NO_LIFE),
+    spec("exit", Hook::Tracepoint, &["sched_process_exit"], NO_EXIT),
+    spec(
+        "cgroup_created",
+        Hook::Tracepoint,
+        &["cgroup_mkdir"],
+        NO_LIFE,
+    ),
+    spec(
+        "cgroup_removed",
+        Hook::Tracepoint,
+        &["cgroup_rmdir"],
+        NO_LIFE,
+    ),
 ];
 
 const HOLD_PROGRAMS: &[Spec] = &[
-    spec("over_high_enter", Hook::Entry, OVER_HIGH),
-    spec("over_high_leave", Hook::Exit, OVER_HIGH),
-    spec(
-        "reclaim_enter",
-        Hook::Entry,
-        &["try_to_free_mem_cgroup_pages"],
-    ),
-    spec(
-        "reclaim_leave",
-        Hook::Exit,
-        &["try_to_free_mem_cgroup_pages"],
-    ),
-    spec("oom_enter", Hook::Entry, &["mem_cgroup_out_of_memory"]),
-    spec("oom_leave", Hook::Exit, &["mem_cgroup_out_of_memory"]),
+    spec("over_high_enter", Hook::Entry, OVER_HIGH, NO_HOLDS),
+    spec("over_high_leave", Hook::Exit, OVER_HIGH, NO_HOLDS),
+    spec("reclaim_enter", Hook::Entry, RECLAIM, NO_HOLDS),
+    spec("reclaim_leave", Hook::Exit, RECLAIM, NO_HOLDS),
+    spec("oom_enter", Hook::Entry, OOM, NO_HOLDS),
+    spec("oom_leave", Hook::Exit, OOM, NO_HOLDS),
 ];
 
 /// Which programs to attach.
@@ -146,14 +167,16 @@ pub struct Missing {
     pub program: &'static str,
     /// The functions that were tried.
     pub functions: &'static [&'static str],
+    /// What is lost without it.
+    pub lost: &'static str,
     /// The last failure.
     pub why: String,
 }
 
 /// The loaded programs and the maps that the controller uses.
 pub struct Kernel {
-    /// Keeps the programs attached.
-    _programs: Ebpf,
+    /// They stay attached for as long as this lives.
+    programs: Ebpf,
     growth: HashMap<MapData, u64, Growth>,
     holds: HashMap<MapData, u64, Holds>,
     losses: PerCpuArray<MapData, u64>,
@@ -220,15 +243,19 @@ impl Kernel {
         for spec in specs.iter().copied().flatten() {
             if let Err(source) = attach_any(&mut programs, spec, &btf) {
                 if spec.functions == [GROWTH_FUNCTION] {
-                    return Err(LoadError::Growth {
-                        function: GROWTH_FUNCTION,
-                        source,
+                    return Err(match denied(&source) {
+                        Some(io) => LoadError::Permission(io),
+                        None => LoadError::Growth {
+                            function: GROWTH_FUNCTION,
+                            source,
+                        },
                     });
                 }
                 tracing::warn!(program = spec.program, error = %source, "a kernel program is not available");
                 missing.push(Missing {
                     program: spec.program,
                     functions: spec.functions,
+                    lost: spec.lost,
                     why: source.to_string(),
                 });
             }
@@ -275,7 +302,7 @@ impl Kernel {
             }
         })?;
         let kernel = Self {
-            _programs: programs,
+            programs,
             growth,
             holds,
             losses,
@@ -361,6 +388,24 @@ impl Kernel {
         })
     }
 
+    /// Times that the kernel has skipped one of the programs, because a task was preempted inside it
+    /// on the same CPU (`recursion_misses` of the program, Linux 5.13).
+    #[must_use]
+    pub fn recursion_misses(&self) -> u64 {
+        let misses = |program: &Program| {
+            let descriptor = program.fd().ok()?.as_fd().as_raw_fd();
+            let text = fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).ok()?;
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("recursion_misses:"))?;
+            line.trim().parse::<u64>().ok()
+        };
+        self.programs
+            .programs()
+            .filter_map(|(_, program)| misses(program))
+            .sum()
+    }
+
     /// Takes the life events that have come since the last call, and passes kernel-side
     /// diagnostics on.
     pub fn drain_life(&mut self, mut take: impl FnMut(&LifeEvent)) {
@@ -430,18 +475,24 @@ fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadE
 }
 
 fn permission(error: EbpfError) -> LoadError {
-    let mut cause: &dyn std::error::Error = &error;
-    loop {
-        if let Some(io) = cause.downcast_ref::<io::Error>()
+    match denied(&error) {
+        Some(io) => LoadError::Permission(io),
+        None => LoadError::Object(error),
+    }
+}
+
+/// The refusal among an error's causes, if it is one.
+fn denied(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>()
             && io.kind() == io::ErrorKind::PermissionDenied
         {
-            return LoadError::Permission(io::Error::from(io.kind()));
+            return Some(io::Error::from(io.kind()));
         }
-        match cause.source() {
-            Some(source) => cause = source,
-            None => return LoadError::Object(error),
-        }
+        cause = error.source();
     }
+    None
 }
 
 /// Loads and attaches a program to the first of its functions that the kernel has.

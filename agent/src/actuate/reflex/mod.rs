@@ -229,7 +229,12 @@ struct SchedParam {
     priority: libc::c_int,
 }
 
-fn be_real_time() {
+/// Gives the calling thread real-time priority.
+///
+/// # Errors
+///
+/// When it is not permitted (`CAP_SYS_NICE`, or a cgroup without real-time runtime).
+pub fn try_real_time() -> io::Result<()> {
     let parameters = SchedParam { priority: PRIORITY };
     // SAFETY: the system call reads one live structure of the kernel's layout; thread 0 is the
     // calling one. The C library's wrapper is not used: musl's always fails.
@@ -241,15 +246,35 @@ fn be_real_time() {
             &raw const parameters,
         )
     };
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        tracing::warn!(%error, "no real-time priority: a busy machine makes reactions late");
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Keeps the process's pages in memory once they are there: the reflex must not wait for a page of
+/// its own when memory is short.
+fn try_lock_memory() -> io::Result<()> {
+    /// `MCL_ONFAULT` of the kernel (include/uapi/asm-generic/mman.h).
+    const MCL_ONFAULT: libc::c_int = 4;
+    // SAFETY: takes flags only.
+    let result = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | MCL_ONFAULT) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 
 impl Worker {
     fn run(mut self) {
-        be_real_time();
+        if let Err(error) = try_real_time() {
+            tracing::warn!(%error, "no real-time priority: a busy machine makes reactions late");
+        }
+        if let Err(error) = try_lock_memory() {
+            tracing::warn!(%error, "memory is not locked: reactions may wait for a page");
+        }
         loop {
             self.wait();
             if !self.take_commands() {

@@ -1,0 +1,235 @@
+//! What the machine is and allows: kernel, cgroups, swap, huge pages, pressure, priorities.
+
+use std::{fs, io, path::Path, thread};
+
+use rustix::process::{Resource, getrlimit};
+
+use super::Finding;
+use crate::{
+    actuate::reflex::try_real_time,
+    attribution::CGROUP_ROOT,
+    cgroup::{Cgroup, CgroupError},
+    exec::place::Place,
+};
+
+pub(super) fn findings() -> Vec<Finding> {
+    let mut findings = vec![kernel(), user(), cgroups()];
+    findings.extend(memory_controller());
+    findings.extend([
+        lru(),
+        huge_pages(),
+        swap(),
+        pressure(),
+        priority(),
+        locking(),
+    ]);
+    findings
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path)
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+fn kernel() -> Finding {
+    let name = rustix::system::uname();
+    let text = |part: &std::ffi::CStr| part.to_string_lossy().into_owned();
+    let found = format!("{} {}", text(name.release()), text(name.machine()));
+    Finding::works("kernel", found)
+}
+
+fn user() -> Finding {
+    let user = rustix::process::geteuid();
+    if user.is_root() {
+        Finding::works("privileges", "root")
+    } else {
+        Finding::missing(
+            "privileges",
+            format!("user id {}", user.as_raw()),
+            "cgroups cannot be written and BPF programs not loaded",
+            "run it as root; as a DaemonSet, privileged",
+        )
+    }
+}
+
+fn cgroups() -> Finding {
+    match Cgroup::open(Path::new(CGROUP_ROOT)) {
+        Ok(_) => Finding::works("cgroup v2", CGROUP_ROOT),
+        Err(error) => Finding::missing(
+            "cgroup v2",
+            error.to_string(),
+            "there is no memory.high, no cgroup.freeze and no id to watch",
+            "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there",
+        ),
+    }
+}
+
+/// The files of the memory controller, in a cgroup made for it.
+fn memory_controller() -> Vec<Finding> {
+    const LOST: &str = "no limit can be moved";
+    let made = Place::find().and_then(|place| Ok((place.create_named("bellows-doctor")?, place)));
+    let (cgroup, place) = match made {
+        Ok(made) => made,
+        Err(error) => {
+            let remedy = "boot without cgroup_disable=memory; in a container, give it a writable cgroup2 mount";
+            let found = error.to_string();
+            return vec![Finding::missing("memory controller", found, LOST, remedy)];
+        }
+    };
+    let findings = controller_files(&cgroup);
+    let removed: Result<(), CgroupError> = cgroup.remove().and_then(|()| place.leave());
+    if let Err(error) = removed {
+        tracing::warn!(%error, "a cgroup of the doctor is left behind");
+    }
+    findings
+}
+
+fn controller_files(cgroup: &Cgroup) -> Vec<Finding> {
+    let check = |file: &'static str, otherwise: Finding| {
+        if cgroup.has(file) {
+            Finding::works(file, "there")
+        } else {
+            otherwise
+        }
+    };
+    let newer = "use a newer kernel, if it matters";
+    vec![
+        check(
+            "memory.max",
+            Finding::missing(
+                "memory.max",
+                "not there",
+                "no limit can be moved",
+                "enable the memory controller",
+            ),
+        ),
+        check(
+            "memory.high",
+            Finding::missing(
+                "memory.high",
+                "not there",
+                "there is no brake",
+                "enable the memory controller",
+            ),
+        ),
+        check(
+            "cgroup.freeze",
+            Finding::limited(
+                "cgroup.freeze",
+                "not there (Linux 5.2)",
+                "a burst cannot be held while the API answers: only the brake is left",
+                newer,
+            ),
+        ),
+        check(
+            "cgroup.kill",
+            Finding::limited(
+                "cgroup.kill",
+                "not there (Linux 5.14)",
+                "`bellows exec` cannot end what its command leaves behind",
+                newer,
+            ),
+        ),
+        check(
+            "memory.reclaim",
+            Finding::limited(
+                "memory.reclaim",
+                "not there (Linux 5.19)",
+                "a limit full of page cache is lowered by way of memory.high, which throttles readers",
+                newer,
+            ),
+        ),
+        check(
+            "memory.peak",
+            Finding::limited(
+                "memory.peak",
+                "not there (Linux 5.19)",
+                "peaks are those that the hook has seen",
+                newer,
+            ),
+        ),
+    ]
+}
+
+fn lru() -> Finding {
+    match read("/sys/kernel/mm/lru_gen/enabled").as_deref() {
+        None => Finding::works(
+            "page cache lists",
+            "classic (no multi-gen LRU in this kernel)",
+        ),
+        Some("0x0000") => Finding::works("page cache lists", "classic (multi-gen LRU is off)"),
+        Some(mask) => Finding::works("page cache lists", format!("multi-gen LRU ({mask})")),
+    }
+}
+
+fn huge_pages() -> Finding {
+    let mode = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    let chosen = mode
+        .split(['[', ']'])
+        .nth(1)
+        .unwrap_or("not in this kernel")
+        .to_owned();
+    Finding::works("huge pages", chosen)
+}
+
+fn swap() -> Finding {
+    let swaps = read("/proc/swaps").unwrap_or_default();
+    let devices: Vec<&str> = swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    if devices.is_empty() {
+        return Finding::works("swap", "none");
+    }
+    Finding::limited(
+        "swap",
+        devices.join(", "),
+        "a container with a swap limit swaps at its brake instead of sleeping, so it is slower before it is raised",
+        "nothing, or memory.swap.max=0 for the containers that are guarded (the kubelet's NoSwap)",
+    )
+}
+
+fn pressure() -> Finding {
+    if Path::new("/proc/pressure/memory").exists() {
+        Finding::works("pressure (PSI)", "there")
+    } else {
+        Finding::limited(
+            "pressure (PSI)",
+            "not there",
+            "cache thrash is not seen",
+            "boot with psi=1",
+        )
+    }
+}
+
+fn priority() -> Finding {
+    // On a thread of its own, which takes the priority with it when it ends.
+    let tried = thread::spawn(try_real_time).join();
+    match tried.unwrap_or_else(|_panic| Err(io::ErrorKind::Other.into())) {
+        Ok(()) => Finding::works("real-time priority", "permitted"),
+        Err(error) => Finding::limited(
+            "real-time priority",
+            error.to_string(),
+            "a busy machine makes reactions late",
+            "give it CAP_SYS_NICE; with CONFIG_RT_GROUP_SCHED, cpu.rt_runtime_us",
+        ),
+    }
+}
+
+fn locking() -> Finding {
+    let limit = getrlimit(Resource::Memlock).current;
+    match limit {
+        None => Finding::works("locked memory", "unlimited"),
+        Some(_) if rustix::process::geteuid().is_root() => {
+            Finding::works("locked memory", "unlimited for root")
+        }
+        Some(bytes) => Finding::limited(
+            "locked memory",
+            format!("at most {bytes} B"),
+            "the reflex may wait for its own pages when memory is short",
+            "give it CAP_IPC_LOCK, or LimitMEMLOCK=infinity",
+        ),
+    }
+}
