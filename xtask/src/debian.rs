@@ -19,14 +19,18 @@ use crate::{
 };
 
 const SUITES: [&str; 4] = ["bookworm", "trixie", "trixie-backports", "forky"];
+/// Asked only for a kernel that none of the others has: mirrors drop old suites one day.
+const OLD_SUITES: [&str; 1] = ["bullseye"];
 const ARCHIVE_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Kernel modules that a guest loads, in order: its disk, its network, containerd's snapshots.
-const MODULES: [&str; 5] = [
+/// Kernel modules that a guest loads, in order: its disk, its network, containerd's snapshots, swap in
+/// memory.
+const MODULES: [&str; 6] = [
     "virtio_blk",
     "failover",
     "net_failover",
     "virtio_net",
     "overlay",
+    "zram",
 ];
 
 /// A kernel and the modules that a guest loads.
@@ -44,13 +48,17 @@ struct Apt {
 
 impl Apt {
     fn new() -> Result<Self> {
-        let directory = tools::cache()?.join("apt");
+        Self::with("apt", &SUITES)
+    }
+
+    fn with(name: &str, suites: &[&str]) -> Result<Self> {
+        let directory = tools::cache()?.join(name);
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(directory.join(part))?;
         }
         let apt = Self { directory };
         let mirror = mirror()?;
-        let sources: Vec<String> = SUITES
+        let sources: Vec<String> = suites
             .iter()
             .map(|suite| format!("deb [signed-by={ARCHIVE_KEYRING}] {mirror} {suite} main\n"))
             .collect();
@@ -179,22 +187,12 @@ fn mirror() -> Result<String> {
 pub(crate) fn kernel(release: &str) -> Result<Kernel> {
     let directory = tools::cache()?.join("kernels").join(release);
     let list = directory.join("modules.list");
-    if let Some(kernel) = cached_kernel(&directory, &list) {
+    let wanted = MODULES.join(" ");
+    let is_wanted = fs::read_to_string(directory.join("wanted")).ok().as_deref() == Some(&wanted);
+    if let Some(kernel) = cached_kernel(&directory, &list).filter(|_| is_wanted) {
         return Ok(kernel);
     }
-    let apt = Apt::new()?;
-    let packages = match apt.newest("linux-image", release)? {
-        // From 7.x on the image package is empty and depends on these two.
-        _ if apt.newest("linux-binary", release)?.is_some() => ["linux-binary", "linux-modules"]
-            .iter()
-            .filter_map(|prefix| apt.newest(prefix, release).transpose())
-            .collect::<Result<Vec<_>>>()?,
-        Some(image) => vec![image],
-        None => bail!(
-            "no Debian suite of {} has a cloud kernel {release}",
-            SUITES.join(", ")
-        ),
-    };
+    let (apt, packages) = kernel_packages(release)?;
     step(
         &format!("fetch kernel {release} ({})", packages.join(", ")),
         || {
@@ -218,11 +216,35 @@ pub(crate) fn kernel(release: &str) -> Result<Kernel> {
             }
             fs::write(&list, names)?;
             tools::seal(&list)?;
+            fs::write(directory.join("wanted"), &wanted)?;
             fs::remove_dir_all(&unpacked)?;
             Ok(())
         },
     )?;
     cached_kernel(&directory, &list).context("the kernel that was just fetched is not intact")
+}
+
+/// The packages of a kernel, and the apt that has them.
+fn kernel_packages(release: &str) -> Result<(Apt, Vec<String>)> {
+    for (name, suites) in [("apt", &SUITES[..]), ("apt-old", &OLD_SUITES)] {
+        let apt = Apt::with(name, suites)?;
+        // From 7.x on the image package is empty and depends on these two.
+        let split = ["linux-binary", "linux-modules"]
+            .iter()
+            .filter_map(|prefix| apt.newest(prefix, release).transpose())
+            .collect::<Result<Vec<_>>>()?;
+        if split.len() == 2 {
+            return Ok((apt, split));
+        }
+        if let Some(image) = apt.newest("linux-image", release)? {
+            return Ok((apt, vec![image]));
+        }
+    }
+    bail!(
+        "no Debian suite of {}, {} has a cloud kernel {release}",
+        SUITES.join(", "),
+        OLD_SUITES.join(", ")
+    )
 }
 
 fn cached_kernel(directory: &Path, list: &Path) -> Option<Kernel> {
