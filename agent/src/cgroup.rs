@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Bytes, CgroupId};
+use bellows_core::{Bytes, CgroupId, Nanos};
 use thiserror::Error;
 
 /// The magic number of cgroup v2 (`CGROUP2_SUPER_MAGIC`, include/uapi/linux/magic.h).
@@ -126,6 +126,8 @@ impl MemoryStat {
 pub struct Cgroup {
     path: PathBuf,
     id: CgroupId,
+    /// Cgroups below that have inherited its limit and follow it.
+    heirs: Vec<PathBuf>,
 }
 
 impl Cgroup {
@@ -150,7 +152,29 @@ impl Cgroup {
         Ok(Self {
             path: path.to_owned(),
             id,
+            heirs: Vec::new(),
         })
+    }
+
+    /// The same with the cgroups below that have inherited its limit. The kubelet gives the limit of a pod to
+    /// its containers without one, and moves it for them after the pod: until then a container stands at
+    /// the old limit, whatever its pod has.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when the limit cannot be read.
+    pub fn with_heirs(mut self) -> Result<Self, CgroupError> {
+        let limit = self.limit("memory.max")?;
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let below = entries
+            .map(|entry| entry.path())
+            .filter_map(|path| Self::open(&path).ok());
+        // A cgroup that cannot be read is gone, or hands out no memory.
+        self.heirs = below
+            .filter(|cgroup| limit != Limit::Max && cgroup.limit("memory.max").ok() == Some(limit))
+            .map(|cgroup| cgroup.path)
+            .collect();
+        Ok(self)
     }
 
     /// Creates the cgroup `name` below this one.
@@ -262,6 +286,20 @@ impl Cgroup {
         parse_limit(&content).ok_or_else(|| self.unparsable(file, &content, "limit"))
     }
 
+    /// The limit that holds for everything in it: the least of its own and its heirs'.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read or is neither `max` nor a number.
+    pub fn limit_in_force(&self) -> Result<Bytes, CgroupError> {
+        let own = self.limit("memory.max")?.bytes();
+        let of_heirs = self.heirs.iter().filter_map(|path| {
+            let content = fs::read_to_string(path.join("memory.max")).ok()?;
+            parse_limit(&content).map(Limit::bytes)
+        });
+        Ok(of_heirs.fold(own, Bytes::min))
+    }
+
     /// Sets a limit file such as `memory.max`.
     ///
     /// # Errors
@@ -277,14 +315,7 @@ impl Cgroup {
     ///
     /// [`CgroupError`] when it cannot be read.
     pub fn events(&self) -> Result<MemoryEvents, CgroupError> {
-        let content = self.read("memory.events")?;
-        let field = |name| field(&content, name).unwrap_or(0);
-        Ok(MemoryEvents {
-            high: field("high"),
-            max: field("max"),
-            oom: field("oom"),
-            oom_kill: field("oom_kill"),
-        })
+        Ok(parse_events(&self.read("memory.events")?))
     }
 
     /// Usage and page cache. Reading `memory.stat` flushes the kernel's statistics: once per
@@ -301,6 +332,36 @@ impl Cgroup {
             usage: self.usage()?,
             file,
         })
+    }
+
+    /// File pages that were read again after they had been reclaimed, since the cgroup was made.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when `memory.stat` cannot be read.
+    pub fn refaulted(&self) -> Result<Bytes, CgroupError> {
+        let stat = self.read("memory.stat")?;
+        let pages = field(&stat, "workingset_refault_file").unwrap_or(0);
+        Ok(Bytes::from_pages(pages))
+    }
+
+    /// Time that at least one of its tasks has waited for memory, from `memory.pressure`; `None` where the
+    /// kernel does not account for it (`psi=0`).
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it is there and cannot be read.
+    pub fn stalled(&self) -> Result<Option<Nanos>, CgroupError> {
+        match self.read("memory.pressure") {
+            Ok(content) => Ok(parse_stalled(&content)),
+            Err(CgroupError::Io { source, .. })
+                if source.kind() == io::ErrorKind::NotFound
+                    || source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether a process lives in it or below.
@@ -326,11 +387,34 @@ impl Cgroup {
     }
 }
 
+/// Reads `memory.events`; a counter that the kernel does not have is zero.
+#[must_use]
+pub fn parse_events(content: &str) -> MemoryEvents {
+    let field = |name| field(content, name).unwrap_or(0);
+    MemoryEvents {
+        high: field("high"),
+        max: field("max"),
+        oom: field("oom"),
+        oom_kill: field("oom_kill"),
+    }
+}
+
 fn parse_limit(content: &str) -> Option<Limit> {
     match content.trim() {
         "max" => Some(Limit::Max),
         number => number.parse().ok().map(|bytes| Limit::At(Bytes(bytes))),
     }
+}
+
+/// Reads the `some` line's total of a pressure file, which the kernel gives in microseconds.
+#[must_use]
+pub fn parse_stalled(content: &str) -> Option<Nanos> {
+    let some = content.lines().find(|line| line.starts_with("some "))?;
+    let total = some
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("total="))?;
+    let micros: u64 = total.parse().ok()?;
+    Some(Nanos(micros.saturating_mul(1000)))
 }
 
 /// The value of a `name value` line.
@@ -369,13 +453,26 @@ impl Control {
         }
     }
 
+    /// Opens the limits of those that have inherited the limit of `cgroup`, for reading only. One that
+    /// is gone is left out.
+    #[must_use]
+    pub fn open_heirs(cgroup: &Cgroup) -> Vec<Self> {
+        let limits = cgroup.heirs.iter().map(|path| path.join("memory.max"));
+        limits
+            .filter_map(|path| Self::open_path(path).ok())
+            .collect()
+    }
+
     /// Opens `file` of `cgroup` for reading only.
     ///
     /// # Errors
     ///
     /// [`CgroupError::Io`] when it cannot be opened.
     pub fn open_read(cgroup: &Cgroup, file: &str) -> Result<Self, CgroupError> {
-        let path = cgroup.path.join(file);
+        Self::open_path(cgroup.path.join(file))
+    }
+
+    fn open_path(path: PathBuf) -> Result<Self, CgroupError> {
         match File::open(&path) {
             Ok(file) => Ok(Self { file, path }),
             Err(source) => Err(CgroupError::Io {
@@ -458,6 +555,15 @@ mod tests {
         assert_eq!(parse_limit("4096\n"), Some(Limit::At(Bytes(4096))));
         for bad in ["", "-1", "4096 1", "maximum", "99999999999999999999"] {
             assert_eq!(parse_limit(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn reads_pressure() {
+        let text = "some avg10=0.12 avg60=0.00 avg300=0.00 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
+        assert_eq!(parse_stalled(text), Some(Nanos(1_234_000)));
+        for bad in ["", "full total=3", "some avg10=0.00", "some total=-1"] {
+            assert_eq!(parse_stalled(bad), None, "{bad}");
         }
     }
 

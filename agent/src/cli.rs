@@ -62,6 +62,9 @@ pub struct Exec {
     /// Hold every raise back by this many milliseconds, as an API might.
     #[arg(long, value_name = "MS", hide = true)]
     actuation_delay_ms: Option<u64>,
+    /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
+    #[arg(long)]
+    without_bpf: bool,
     /// Write what happened as JSON to this file.
     #[arg(long, value_name = "FILE", hide = true)]
     report: Option<PathBuf>,
@@ -79,6 +82,10 @@ pub struct Run {
     /// Seconds without growth after which a raised limit is lowered again.
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     shrink_after: u64,
+    /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
+    /// Chosen by itself, with a warning, where the kernel does not take the programs.
+    #[arg(long)]
+    without_bpf: bool,
 }
 
 impl Run {
@@ -88,11 +95,13 @@ impl Run {
         let Self {
             node_name,
             shrink_after,
+            without_bpf,
         } = self;
         let node = node_name.or_else(run::node_from_environment)?;
         Some(run::Options {
             node,
             shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
+            without_bpf,
         })
     }
 }
@@ -106,6 +115,7 @@ impl Exec {
             max_memory,
             shrink_after,
             actuation_delay_ms,
+            without_bpf,
             report,
             words,
         } = self;
@@ -114,6 +124,7 @@ impl Exec {
             max_memory,
             shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
             actuation_delay: actuation_delay_ms.map(Nanos::millis),
+            without_bpf,
             report,
             command: words,
         }

@@ -92,7 +92,7 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                 match action {
                     Action::Raise { .. } | Action::Shrink { .. } => requested = Some(*at),
                     Action::Hold => held = Some(*at),
-                    Action::Release => {}
+                    Action::Release | Action::Brake { .. } => {}
                 }
                 let since = held
                     .filter(|_| *action == Action::Release)
@@ -129,6 +129,8 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
     let why = match reason {
         Reason::WatermarkReached => "reached the watermark",
         Reason::RaiseUnderWay => "reached the limit before its raise",
+        Reason::CacheThrashes => "its page cache is read back again and again",
+        Reason::GrowsWhileHeld => "grows inside a system call, where the freezer does not hold it",
         Reason::RaiseArrived => "the raise has arrived",
         Reason::HoldExpired => "no raise came in time",
         Reason::BurstOver => "the burst is over",
@@ -139,6 +141,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Action::Raise { from, to } => format!("{why} with {demand} of {from}: raise to {to}"),
         Action::Shrink { from, to } => format!("{why}, {demand} in use: lower from {from} to {to}"),
         Action::Hold => format!("{why} with {demand}: held"),
+        Action::Brake { high } => format!("{why}, {demand} in use: braked at {high}"),
         Action::Release => {
             let time = held
                 .map(|held| format!(" after {} ms", held.as_millis()))

@@ -12,6 +12,7 @@ pub mod actuate;
 pub mod attribution;
 pub mod cgroup;
 pub mod cli;
+pub mod clock;
 pub mod doctor;
 pub mod exec;
 pub mod explain;

@@ -48,7 +48,7 @@ fn tracked() -> Option<u64> {
 }
 
 #[inline(always)]
-fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
+pub(crate) fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
     LifeEvent {
         kind,
         pid,

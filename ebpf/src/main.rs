@@ -18,6 +18,8 @@ mod life;
 mod maps;
 mod memcg;
 mod offsets;
+mod reclaim;
+mod writes;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

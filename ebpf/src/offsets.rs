@@ -33,6 +33,10 @@ globals! {
     OFF_CGROUP_KN,
     /// `kernfs_node.id`.
     OFF_KERNFS_ID,
+    /// `kernfs_node.parent` (`__parent` from 6.16 on), or [`ABSENT`].
+    OFF_KERNFS_PARENT,
+    /// `kernfs_open_file.kn`, or [`ABSENT`].
+    OFF_OPEN_FILE_NODE,
     /// `mem_cgroup_per_node.lruvec.lrugen.nr_pages`, or [`ABSENT`] without multi-gen LRU.
     OFF_LRUGEN_PAGES,
     /// `mem_cgroup_per_node.lru_zone_size`.

@@ -12,6 +12,10 @@ pub enum Reason {
     WatermarkReached,
     /// Demand reached the hold threshold while a raise is under way.
     RaiseUnderWay,
+    /// A working set of page cache does not fit the limit.
+    CacheThrashes,
+    /// Growth goes on inside a system call although the container is held.
+    GrowsWhileHeld,
     /// The raise that a hold waited for has arrived.
     RaiseArrived,
     /// The raise did not arrive within the time that a hold may last.
@@ -44,6 +48,11 @@ pub enum Action {
     },
     /// Freeze the container. Undone by [`Action::Release`].
     Hold,
-    /// Thaw the container.
+    /// Set the brake of a held container below its usage. Undone by [`Action::Release`].
+    Brake {
+        /// `memory.high`.
+        high: Bytes,
+    },
+    /// Thaw the container, and put its brake back where its limit wants it.
     Release,
 }

@@ -11,8 +11,10 @@
 //! 1.25 times the demand, never below the original, and only if that gives back at least a fifth:
 //! a limit that follows every breath would pay a request for each.
 //!
-//! **Hold.** It ends with the answer or, whatever happens, after [`HOLD_LIMIT`]: a container that
-//! is held for longer fails its probes, which is a kill by another hand.
+//! **Page cache** that is a working set and does not fit is served slowly, by trial ([`crate::thrash`]).
+//!
+//! **Hold.** It ends with the answer or, whatever happens, when the container's patience is over: one
+//! that is held for longer fails its probes, which is a kill by another hand. The reflex knows when.
 //!
 //! It must not plan a raise above the ceiling or a limit below demand.
 
@@ -23,12 +25,9 @@ use crate::{
     history::History,
     policy::{Actuation, Policy},
     reflex::{Reaction, reaction, thresholds},
+    thrash::Thrash,
     units::{Bytes, Nanos},
 };
-
-/// Longest time that a container is held. The shortest liveness probe that Kubernetes allows
-/// kills after `timeoutSeconds` 1 × `failureThreshold` 1; the defaults (10 s × 3) allow 20 s.
-pub const HOLD_LIMIT: Nanos = Nanos::millis(5000);
 
 /// A shrink goes to 1.25 times the demand.
 const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
@@ -50,6 +49,8 @@ pub struct Snapshot {
     pub policy: Policy,
     /// What was seen.
     pub history: History,
+    /// What is known of its page cache.
+    pub thrash: Thrash,
     /// `memory.max` as last read.
     pub limit: Bytes,
     /// The limit of a request that is not answered yet, and when it was sent.
@@ -75,7 +76,7 @@ pub struct Plan {
 #[must_use]
 pub fn decide(snapshot: &Snapshot) -> Plan {
     let mut actions = Vec::new();
-    actions.extend(raise(snapshot));
+    actions.extend(raise(snapshot).or_else(|| raise_for_cache(snapshot)));
     actions.extend(release(snapshot));
     actions.extend(shrink(snapshot));
     Plan {
@@ -141,24 +142,32 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     }
 }
 
+fn raise_for_cache(snapshot: &Snapshot) -> Option<(Action, Reason)> {
+    let Snapshot {
+        policy,
+        thrash,
+        limit,
+        requested,
+        now,
+        raise_not_before,
+        ..
+    } = snapshot;
+    let is_wanted = requested.is_none() && now >= raise_not_before && thrash.wants(*limit, *now);
+    let to = limit.scaled(2, 1).min(policy.ceiling);
+    (is_wanted && to > *limit)
+        .then_some((Action::Raise { from: *limit, to }, Reason::CacheThrashes))
+}
+
 fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let Snapshot {
         policy,
         history,
         held_since,
-        now,
         ..
     } = snapshot;
-    let since = (*held_since)?;
-    let cleared =
+    let is_cleared =
         thresholds(policy, effective(snapshot)).is_none_or(|at| history.demand < at.watermark);
-    if cleared {
-        Some((Action::Release, Reason::RaiseArrived))
-    } else if now.since(since) >= HOLD_LIMIT {
-        Some((Action::Release, Reason::HoldExpired))
-    } else {
-        None
-    }
+    (held_since.is_some() && is_cleared).then_some((Action::Release, Reason::RaiseArrived))
 }
 
 /// The limit that counts: a lower one on its way may be in force at any moment.
@@ -176,10 +185,11 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         requested,
         now,
         refused_shrink,
+        thrash,
         ..
     } = snapshot;
     let quiet = now.since(history.last_growth) >= policy.shrink_after;
-    if requested.is_some() || *limit <= policy.original || !quiet {
+    if requested.is_some() || *limit <= policy.original || !quiet || thrash.keeps(*now) {
         return None;
     }
     let refused = refused_shrink
@@ -200,6 +210,7 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{patience::Patience, policy::Signals};
 
     fn snapshot(actuation: Actuation) -> Snapshot {
         Snapshot {
@@ -208,6 +219,8 @@ mod tests {
                 original: Bytes::mib(64),
                 ceiling: Bytes::mib(4096),
                 actuation,
+                signals: Signals::Programs,
+                patience: Patience::UNPROBED,
                 cpus: 2,
                 shrink_after: Nanos::millis(2000),
             },
@@ -215,6 +228,7 @@ mod tests {
                 last_growth: Nanos::millis(9_999),
                 ..History::default()
             },
+            thrash: Thrash::default(),
             limit: Bytes::mib(64),
             requested: None,
             held_since: None,
@@ -276,17 +290,12 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_ends_with_the_answer_or_with_its_time() {
+    fn a_hold_ends_with_the_answer() {
         let mut snapshot = snapshot(REQUESTED);
         snapshot.history.demand = Bytes::mib(63);
         snapshot.held_since = Some(Nanos::millis(9_000));
         snapshot.requested = Some((Bytes::mib(200), Nanos::millis(9_000)));
         assert_eq!(decide(&snapshot).actions, []);
-        snapshot.now = Nanos::millis(14_000);
-        assert_eq!(
-            decide(&snapshot).actions,
-            [(Action::Release, Reason::HoldExpired)]
-        );
         snapshot.limit = Bytes::mib(200);
         assert_eq!(
             decide(&snapshot).actions,

@@ -10,19 +10,24 @@
 #![warn(missing_docs, clippy::float_arithmetic)]
 
 pub mod action;
+pub mod brake;
 pub mod decide;
 pub mod history;
+pub mod patience;
 pub mod pod;
 pub mod policy;
 pub mod quantity;
 pub mod reflex;
+pub mod thrash;
 pub mod thresholds;
 pub mod units;
 
 pub use action::{Action, Reason};
 pub use decide::{Plan, Snapshot, decide};
 pub use history::History;
-pub use policy::{Actuation, Policy};
+pub use patience::Patience;
+pub use policy::{Actuation, Policy, Signals};
 pub use reflex::{Reaction, Rung};
+pub use thrash::Thrash;
 pub use thresholds::Thresholds;
 pub use units::{Bytes, CgroupId, Nanos};

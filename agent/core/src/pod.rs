@@ -1,8 +1,9 @@
 //! What a pod asks of Bellows, and whether it can have it.
 //!
 //! Two annotations opt a pod in: `bellows.dev/mode: Act` and `bellows.dev/max-memory`; a third,
-//! `bellows.dev/container`, names the container where there are several. Whatever does not parse is
-//! refused with the value and the way out: a guess would act on somebody's pod.
+//! `bellows.dev/container`, names the container where there are several. A pod whose limit stands at the
+//! pod's own level (`spec.resources`, Kubernetes 1.34 and later) is guarded as a whole. Whatever does not
+//! parse is refused with the value and the way out: a guess would act on somebody's pod.
 //!
 //! This knows nothing of the API's types: the shell converts them, once.
 
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::{
+    patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::Bytes,
 };
@@ -23,6 +25,8 @@ pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
 pub const CONTAINER: &str = "bellows.dev/container";
 /// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were.
 pub const ORIGINAL: &str = "bellows.dev/original-memory";
+/// Stands for the pod's own level where a container's name would stand; no container can have it.
+pub const WHOLE_POD: &str = "*";
 /// The field manager of Bellows' own changes: by it the API itself tells them from others'.
 pub const MANAGER: &str = "bellows";
 
@@ -35,6 +39,15 @@ pub enum QosClass {
     Burstable,
     /// None.
     BestEffort,
+}
+
+/// Where in a spec a limit stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// `spec.resources`.
+    Pod,
+    /// `spec.containers` at this index.
+    Container(usize),
 }
 
 /// A container as its pod's spec and status have it.
@@ -50,6 +63,8 @@ pub struct Container {
     pub limit_manager: Option<String>,
     /// Whether `resizePolicy` restarts it when memory changes.
     pub restarts_on_resize: bool,
+    /// Its liveness and startup probes.
+    pub probes: Vec<Probe>,
 }
 
 /// A pod.
@@ -67,6 +82,10 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
     /// Its containers in the order of the spec.
     pub containers: Vec<Container>,
+    /// `spec.resources.limits.memory` as written.
+    pub memory_limit: Option<String>,
+    /// The field manager that has set it to what it is.
+    pub limit_manager: Option<String>,
     /// Whether the kubelet made it from a file: the API cannot resize it.
     pub is_static: bool,
     /// Whether it is being deleted or has ended.
@@ -76,12 +95,12 @@ pub struct Pod {
 /// What is guarded in a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
-    /// Index of the container in the spec.
-    pub index: usize,
-    /// Its name.
+    /// Where its limit stands.
+    pub level: Level,
+    /// The container's name, or [`WHOLE_POD`].
     pub container: String,
-    /// The runtime's id.
-    pub id: String,
+    /// The runtime's id of the container; `None` for the whole pod.
+    pub id: Option<String>,
     /// The limit in the spec, as written.
     pub limit_text: String,
     /// The same as a size.
@@ -92,6 +111,8 @@ pub struct Wish {
     pub original_text: String,
     /// The limit that is never exceeded.
     pub ceiling: Bytes,
+    /// How long its probes let it be held.
+    pub patience: Patience,
     /// Whether the original stands on the pod already.
     pub recorded: bool,
     /// Whether somebody else has changed the limit since the original was recorded: the limit is the
@@ -198,56 +219,124 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         name: MAX_MEMORY,
         source,
     })?;
-    let (index, container) = chosen(pod)?;
-    let text = container
-        .memory_limit
-        .clone()
-        .ok_or_else(|| Refusal::NoLimit(container.name.clone()))?;
-    let limit = quantity::parse(&text).map_err(|source| Refusal::Limit {
-        container: container.name.clone(),
-        source,
-    })?;
+    let Subject {
+        level,
+        name,
+        text,
+        manager,
+        id,
+        most,
+        probes,
+    } = subject(pod)?;
+    let size = |text: &str| {
+        quantity::parse(text).map_err(|source| Refusal::Limit {
+            container: name.to_owned(),
+            source,
+        })
+    };
+    let limit = size(text)?;
+    let ceiling = match most {
+        Some(most) => ceiling.min(size(most)?),
+        None => ceiling,
+    };
     if pod.is_static {
         return Err(Refusal::Static);
     }
     if pod.qos == QosClass::Guaranteed {
         return Err(Refusal::Guaranteed);
     }
-    if container.restarts_on_resize {
+    let is_meant = |container: &&Container| level == Level::Pod || container.name == name;
+    if let Some(container) = pod
+        .containers
+        .iter()
+        .filter(is_meant)
+        .find(|container| container.restarts_on_resize)
+    {
         return Err(Refusal::RestartsOnResize(container.name.clone()));
     }
-    let theirs = container
-        .limit_manager
-        .as_deref()
-        .is_some_and(|manager| manager != MANAGER);
-    let recorded = recorded_original(pod, &container.name)?;
+    let theirs = manager.is_some_and(|manager| manager != MANAGER);
+    let recorded = recorded_original(pod, name)?;
     let foreign = theirs
         && recorded
             .as_ref()
             .is_some_and(|(original, _)| *original != limit);
     let recorded = recorded.filter(|_| !foreign);
-    let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.clone()));
+    let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.to_owned()));
     if ceiling < original {
         return Err(Refusal::MaximumBelowLimit {
             limit: original,
             ceiling,
         });
     }
-    let Some(id) = container.id.clone() else {
+    let is_running = pod
+        .containers
+        .iter()
+        .any(|container| container.id.is_some());
+    if (level != Level::Pod && id.is_none()) || !is_running {
         return Ok(None);
-    };
+    }
     Ok(Some(Wish {
-        index,
-        container: container.name.clone(),
-        id,
-        limit_text: text,
+        level,
+        container: name.to_owned(),
+        id: id.map(str::to_owned),
+        limit_text: text.to_owned(),
         limit,
         original,
         original_text,
         ceiling,
+        patience: Patience::with(&probes),
         recorded: recorded.is_some(),
         foreign,
     }))
+}
+
+/// Whose limit is meant.
+struct Subject<'a> {
+    level: Level,
+    name: &'a str,
+    text: &'a str,
+    manager: Option<&'a str>,
+    id: Option<&'a str>,
+    /// What the API allows at most, where the pod has a limit of its own.
+    most: Option<&'a str>,
+    probes: Vec<Probe>,
+}
+
+fn subject(pod: &Pod) -> Result<Subject<'_>, Refusal> {
+    let whole = pod.memory_limit.as_deref().map(|text| Subject {
+        level: Level::Pod,
+        name: WHOLE_POD,
+        text,
+        manager: pod.limit_manager.as_deref(),
+        id: None,
+        most: None,
+        probes: pod
+            .containers
+            .iter()
+            .flat_map(|container| container.probes.iter().copied())
+            .collect(),
+    });
+    let (index, container) = match (chosen(pod), whole) {
+        // Nobody in particular is meant.
+        (Err(Refusal::WhichContainer(_)), Some(whole)) => return Ok(whole),
+        (Ok((_, container)), Some(whole)) if container.memory_limit.is_none() => {
+            return Ok(whole);
+        }
+        (chosen, _) => chosen?,
+    };
+    let text = container
+        .memory_limit
+        .as_deref()
+        .ok_or_else(|| Refusal::NoLimit(container.name.clone()))?;
+    Ok(Subject {
+        level: Level::Container(index),
+        name: &container.name,
+        text,
+        manager: container.limit_manager.as_deref(),
+        id: container.id.as_deref(),
+        most: pod.memory_limit.as_deref(),
+        probes: container.probes.clone(),
+    })
 }
 
 fn chosen(pod: &Pod) -> Result<(usize, &Container), Refusal> {
@@ -306,7 +395,10 @@ mod tests {
                 memory_limit: Some("64Mi".to_owned()),
                 limit_manager: Some("kubectl".to_owned()),
                 restarts_on_resize: false,
+                probes: Vec::new(),
             }],
+            memory_limit: None,
+            limit_manager: None,
             is_static: false,
             ending: false,
         }
@@ -353,6 +445,34 @@ mod tests {
         assert_eq!(
             (wish.original, wish.recorded, wish.foreign),
             (Bytes::mib(96), false, true)
+        );
+    }
+
+    #[test]
+    fn a_limit_of_the_pod_is_guarded_as_a_whole() {
+        let mut whole = pod(&[ACT, MAX, (ORIGINAL, "*=128Mi")]);
+        whole.memory_limit = Some("256Mi".to_owned());
+        whole.limit_manager = Some(MANAGER.to_owned());
+        whole.containers[0].memory_limit = None;
+        whole.containers.push(Container {
+            name: "sidecar".to_owned(),
+            ..whole.containers[0].clone()
+        });
+        let wish = wish(&whole).unwrap().unwrap();
+        assert_eq!(
+            (wish.level, wish.id, wish.limit, wish.original),
+            (Level::Pod, None, Bytes::mib(256), Bytes::mib(128))
+        );
+    }
+
+    #[test]
+    fn a_container_never_gets_more_than_its_pod() {
+        let mut both = pod(&[ACT, MAX]);
+        both.memory_limit = Some("512Mi".to_owned());
+        let wish = wish(&both).unwrap().unwrap();
+        assert_eq!(
+            (wish.level, wish.ceiling),
+            (Level::Container(0), Bytes::mib(512))
         );
     }
 

@@ -3,7 +3,20 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::units::{Bytes, Nanos};
+use crate::{
+    patience::Patience,
+    units::{Bytes, Nanos},
+};
+
+/// Where growth is seen. It decides how much room a reaction needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Signals {
+    /// Kernel programs tell of each charge above the watermark, in microseconds.
+    Programs,
+    /// `memory.events` tells of a crossed brake, at most once in 10 ms (`CGROUP_FILE_NOTIFY_MIN_INTV`,
+    /// kernel/cgroup/cgroup.c).
+    Files,
+}
 
 /// How a raise reaches the kernel. It decides the size of a step: on a slow path every raise costs
 /// the container a stall, on a direct one it costs microseconds.
@@ -27,6 +40,10 @@ pub struct Policy {
     pub ceiling: Bytes,
     /// How a raise reaches the kernel.
     pub actuation: Actuation,
+    /// Where growth is seen.
+    pub signals: Signals,
+    /// How long it may be held.
+    pub patience: Patience,
     /// Online CPUs: each may hold a stock of 64 charged but unused pages.
     pub cpus: u64,
     /// Time without new growth after which a burst is over.
@@ -86,6 +103,8 @@ mod tests {
             original: Bytes(100_000_000),
             ceiling: Bytes(4_000_000_001),
             actuation: Actuation::Direct,
+            signals: Signals::Programs,
+            patience: Patience::UNPROBED,
             cpus: 1,
             shrink_after: Nanos(0),
         };

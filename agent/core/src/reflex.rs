@@ -30,6 +30,15 @@ pub struct Rung {
     pub thresholds: Option<Thresholds>,
 }
 
+/// What holds a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hold {
+    /// The freezer, and the brake for what grows on inside a system call.
+    Freezer,
+    /// The brake alone: a probe would fail too often in a frozen container.
+    Brake,
+}
+
 /// What the reflex does in one cgroup.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reaction {
@@ -42,6 +51,8 @@ pub enum Reaction {
     Hold {
         /// Demand from which on to hold.
         at: Bytes,
+        /// By what.
+        by: Hold,
     },
     /// Nothing: the ceiling is reached.
     Nothing,
@@ -50,7 +61,7 @@ pub enum Reaction {
 /// The thresholds of a limit under a policy; none at or above the ceiling.
 #[must_use]
 pub fn thresholds(policy: &Policy, limit: Bytes) -> Option<Thresholds> {
-    (limit < policy.ceiling).then(|| Thresholds::of(limit, policy.cpus))
+    (limit < policy.ceiling).then(|| Thresholds::of(limit, policy.cpus, policy.signals))
 }
 
 /// What the reflex does while the limit is `limit`.
@@ -63,7 +74,14 @@ pub fn reaction(policy: &Policy, limit: Bytes) -> Reaction {
         Actuation::Direct => Reaction::Raise {
             rungs: ladder(policy, at_limit),
         },
-        Actuation::Requested { .. } => Reaction::Hold { at: at_limit.hold },
+        Actuation::Requested { .. } => Reaction::Hold {
+            at: at_limit.hold,
+            by: if policy.patience.may_freeze() {
+                Hold::Freezer
+            } else {
+                Hold::Brake
+            },
+        },
     }
 }
 
@@ -97,13 +115,15 @@ pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Nanos;
+    use crate::{patience::Patience, policy::Signals, units::Nanos};
 
     fn policy(original: u64, ceiling: u64) -> Policy {
         Policy {
             original: Bytes::mib(original),
             ceiling: Bytes::mib(ceiling),
             actuation: Actuation::Direct,
+            signals: Signals::Programs,
+            patience: Patience::UNPROBED,
             cpus: 2,
             shrink_after: Nanos::millis(2000),
         }

@@ -123,6 +123,12 @@ impl Nanos {
         Self(self.0.saturating_sub(earlier.0))
     }
 
+    /// `self` times `per_mille / 1000`, rounded down.
+    #[must_use]
+    pub const fn per_mille(self, per_mille: u64) -> Self {
+        Self(self.0.saturating_mul(per_mille) / 1000)
+    }
+
     /// Whole milliseconds in it.
     #[must_use]
     pub const fn as_millis(self) -> u64 {

@@ -11,7 +11,11 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId, pod::MANAGER, quantity};
+use bellows_core::{
+    Bytes, CgroupId,
+    pod::{Level, MANAGER},
+    quantity,
+};
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
@@ -39,8 +43,8 @@ pub struct Target {
     pub name: String,
     /// The container.
     pub container: String,
-    /// Its index in the spec.
-    pub index: usize,
+    /// Where its limit stands in the spec.
+    pub level: Level,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
     /// The limit at rest, as it was written: what to write back.
@@ -144,7 +148,7 @@ impl Resizer {
             .await
             .map_err(|error| refusal(&error).0)?;
         let is_ours = limit_manager(&pod, &target.container).as_deref() == Some(MANAGER);
-        let Some(limit) = memory_limit(pod, target.index).filter(|_| is_ours) else {
+        let Some(limit) = memory_limit(pod, target.level).filter(|_| is_ours) else {
             return Ok(false);
         };
         self.target(cgroup, |target| {
@@ -166,7 +170,7 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
-        let patch = limit_patch(target.index, &target.limit, &value);
+        let patch = limit_patch(target.level, &target.limit, &value);
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let patched = pods
             .patch_resize(&target.name, &parameters(), &patch)
@@ -179,7 +183,7 @@ impl Resizer {
                 );
                 (Refused { why, uncertain }, code)
             })?;
-        if let Some(limit) = memory_limit(patched, target.index) {
+        if let Some(limit) = memory_limit(patched, target.level) {
             self.target(cgroup, |target| target.limit = limit)
                 .map_err(|refused| (refused, None))?;
         }
@@ -196,18 +200,17 @@ pub fn parameters() -> PatchParams {
     }
 }
 
-/// Replaces a container's memory limit if it is still `from`.
+/// Replaces a memory limit if it is still `from`.
 #[must_use]
-pub fn limit_patch(index: usize, from: &str, to: &str) -> Patch<()> {
-    let tokens = [
-        "spec",
-        "containers",
-        &index.to_string(),
-        "resources",
-        "limits",
-        "memory",
-    ];
-    let path = PointerBuf::from_tokens(tokens);
+pub fn limit_patch(level: Level, from: &str, to: &str) -> Patch<()> {
+    let limit = ["resources", "limits", "memory"];
+    let path = match level {
+        Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
+        Level::Container(index) => {
+            let index = index.to_string();
+            PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
+        }
+    };
     Patch::Json(json_patch::Patch(vec![
         PatchOperation::Test(TestOperation {
             path: path.clone(),
@@ -237,13 +240,13 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
     )
 }
 
-fn memory_limit(pod: Pod, index: usize) -> Option<String> {
-    let container = pod.spec?.containers.into_iter().nth(index)?;
-    container
-        .resources?
-        .limits?
-        .remove("memory")
-        .map(|limit| limit.0)
+fn memory_limit(pod: Pod, level: Level) -> Option<String> {
+    let spec = pod.spec?;
+    let resources = match level {
+        Level::Pod => spec.resources,
+        Level::Container(index) => spec.containers.into_iter().nth(index)?.resources,
+    };
+    resources?.limits?.remove("memory").map(|limit| limit.0)
 }
 
 impl Requester for Resizer {

@@ -6,7 +6,7 @@
 //! 5.19 `memory.high` does both. This may block for as long as reclaim takes and must not run on the
 //! reflex thread; it changes no limit.
 
-use bellows_core::{Bytes, Thresholds};
+use bellows_core::{Bytes, Policy, Thresholds};
 
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
@@ -16,8 +16,8 @@ use crate::cgroup::{Cgroup, CgroupError, Limit};
 /// # Errors
 ///
 /// [`CgroupError`] when a file cannot be read or written.
-pub fn make_room(cgroup: &Cgroup, to: Bytes, cpus: u64) -> Result<bool, CgroupError> {
-    let target = Thresholds::of(to, cpus);
+pub fn make_room(cgroup: &Cgroup, to: Bytes, policy: &Policy) -> Result<bool, CgroupError> {
+    let target = Thresholds::of(to, policy.cpus, policy.signals);
     let stat = cgroup.stat()?;
     if stat.demand() > target.watermark {
         return Ok(false);

@@ -41,6 +41,12 @@ pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
     })
 }
 
+/// The cgroup directory of a pod.
+#[must_use]
+pub fn find_pod(root: &Path, pod_uid: &str) -> Option<PathBuf> {
+    pod_directory(root, pod_uid, DEPTH)
+}
+
 fn pod_directory(directory: &Path, uid: &str, depth: u32) -> Option<PathBuf> {
     let depth = depth.checked_sub(1)?;
     // systemd writes a uid's dashes as underscores.

@@ -1,6 +1,10 @@
 //! The API's pods as core's: converted here, once, so that generated types go no further.
 
-use bellows_core::pod::{Container, MANAGER, Pod, QosClass};
+use bellows_core::{
+    Nanos,
+    patience::{Probe, ProbeKind},
+    pod::{Container, MANAGER, Pod, QosClass, WHOLE_POD},
+};
 use k8s_openapi::api::core::v1;
 use kube::ResourceExt as _;
 use serde_json::json;
@@ -41,6 +45,11 @@ pub fn convert(pod: &v1::Pod) -> Pod {
             restarts_on_resize: restarts
                 .filter(|policy| policy.resource_name == "memory")
                 .any(|policy| policy.restart_policy == "RestartContainer"),
+            probes: [&container.liveness_probe, &container.startup_probe]
+                .into_iter()
+                .flatten()
+                .map(probe)
+                .collect(),
         }
     });
     let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
@@ -55,17 +64,44 @@ pub fn convert(pod: &v1::Pod) -> Pod {
         },
         annotations: pod.annotations().clone(),
         containers: containers.collect(),
+        memory_limit: spec
+            .resources
+            .as_ref()
+            .and_then(|resources| resources.limits.as_ref()?.get("memory"))
+            .map(|quantity| quantity.0.clone()),
+        limit_manager: limit_manager(pod, WHOLE_POD),
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }
 }
 
-/// The field manager that owns a container's memory limit: the API moves it to whoever changes the
+/// A probe with the API's own defaults for what it leaves open.
+fn probe(probe: &v1::Probe) -> Probe {
+    let seconds = |value: Option<i32>, default: u64| {
+        let seconds = value.and_then(|value| u64::try_from(value).ok());
+        Nanos::millis(seconds.filter(|&value| value > 0).unwrap_or(default) * 1000)
+    };
+    let failures = probe
+        .failure_threshold
+        .and_then(|value| u64::try_from(value).ok());
+    Probe {
+        kind: if probe.exec.is_some() {
+            ProbeKind::Exec
+        } else {
+            ProbeKind::Network
+        },
+        period: seconds(probe.period_seconds, 10),
+        timeout: seconds(probe.timeout_seconds, 1),
+        failures: failures.filter(|&value| value > 0).unwrap_or(3),
+    }
+}
+
+/// The field manager that owns the memory limit of a container, or of [`WHOLE_POD`]: the API moves it to whoever changes the
 /// value. Ours comes first where several have set the same one.
 #[must_use]
 pub fn limit_manager(pod: &v1::Pod, container: &str) -> Option<String> {
     let key = format!("k:{}", json!({ "name": container }));
-    let path = [
+    let of_container = [
         "f:spec",
         "f:containers",
         &key,
@@ -73,6 +109,11 @@ pub fn limit_manager(pod: &v1::Pod, container: &str) -> Option<String> {
         "f:limits",
         "f:memory",
     ];
+    let path = if container == WHOLE_POD {
+        &["f:spec", "f:resources", "f:limits", "f:memory"][..]
+    } else {
+        &of_container
+    };
     let mut managers: Vec<&str> = pod
         .managed_fields()
         .iter()

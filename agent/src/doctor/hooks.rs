@@ -67,7 +67,7 @@ fn refused(error: &LoadError) -> Finding {
 }
 
 /// Touches memory in a cgroup of its own and counts what the growth hook saw of it.
-fn self_test(kernel: &mut Kernel, guards: &mut Guards) -> Finding {
+pub(crate) fn self_test(kernel: &mut Kernel, guards: &mut Guards) -> Finding {
     const CHECK: &str = "growth hook";
     let lost = "growth is not seen as it happens";
     let calls = match calls(kernel, guards) {

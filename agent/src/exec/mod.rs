@@ -23,7 +23,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bellows_core::{Actuation, Bytes, CgroupId, Nanos, Policy, policy::PolicyError};
+use bellows_core::{
+    Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, policy::PolicyError,
+};
 use thiserror::Error;
 
 use crate::{
@@ -31,7 +33,11 @@ use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
     guard::{self, Controller, GuardError, Input, Refused, Report, Requester},
     ledger::{self, Ledger, Record},
-    signal::programs::{Kernel, LoadError, Purpose},
+    signal::{
+        files::Files,
+        programs::{Kernel, LoadError, Purpose},
+        source::Source,
+    },
     signals,
 };
 use place::Place;
@@ -48,6 +54,8 @@ pub struct Options {
     pub shrink_after: Nanos,
     /// Holds every raise back by this time, as an API might.
     pub actuation_delay: Option<Nanos>,
+    /// Works from cgroup files instead of kernel programs.
+    pub without_bpf: bool,
     /// Writes the report as JSON to this file.
     pub report: Option<PathBuf>,
     /// The command and its arguments.
@@ -70,7 +78,7 @@ pub enum ExecError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// The kernel programs.
-    #[error(transparent)]
+    #[error("{0}. --without-bpf works from cgroup files instead, slower")]
     Kernel(#[from] LoadError),
     /// The guard.
     #[error(transparent)]
@@ -144,10 +152,26 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         actuation: options
             .actuation_delay
             .map_or(Actuation::Direct, |p95| Actuation::Requested { p95 }),
+        signals: if options.without_bpf {
+            Signals::Files
+        } else {
+            Signals::Programs
+        },
+        patience: Patience::UNPROBED,
         cpus: u64::try_from(cpus).unwrap_or(1),
         shrink_after: options.shrink_after,
     }
     .validate()
+}
+
+fn signals(options: &Options) -> Result<(Option<Kernel>, Source), ExecError> {
+    if options.without_bpf {
+        let files = Files::new().map_err(|error| ExecError::System("cannot watch files", error))?;
+        Ok((None, Source::Files(files)))
+    } else {
+        let (kernel, reflexes) = Kernel::load(Purpose::GuardAndMeasure)?;
+        Ok((Some(kernel), Source::Programs(Box::new(reflexes))))
+    }
 }
 
 /// What the cgroup said at the end.
@@ -165,7 +189,7 @@ fn run_in(
 ) -> Result<(ExitStatus, Report, End), ExecError> {
     cgroup.set_limit("memory.max", Limit::At(options.memory))?;
     // Loading takes a moment: it happens before the command can grow.
-    let (kernel, reflexes) = Kernel::load(Purpose::GuardAndMeasure)?;
+    let (kernel, source) = signals(options)?;
     let path = Path::new(ledger::DIRECTORY).join(format!("exec-{}.ledger", std::process::id()));
     let ledger = Ledger::open(&path)
         .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
@@ -175,7 +199,7 @@ fn run_in(
     let another = ledger
         .another()
         .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
-    let reflex = Reflex::start(reflexes, another, guard::sink(inputs.clone()))
+    let reflex = Reflex::start(source, another, guard::sink(inputs.clone()))
         .map_err(|error| ExecError::System("cannot start the reflex thread", error))?;
     let requester = Delayed {
         delay: options.actuation_delay.unwrap_or_default(),
@@ -300,7 +324,11 @@ fn summary(options: &Options, report: &Report, end: &End) -> String {
             plural(report.raises)
         );
     }
-    text += &format!(", {} sleep{}", report.sleeps, plural(report.sleeps));
+    text += &if options.without_bpf {
+        ", sleeps not counted without BPF".to_owned()
+    } else {
+        format!(", {} sleep{}", report.sleeps, plural(report.sleeps))
+    };
     if report.holds > 0 {
         text += &format!(
             ", held {} time{} for {} ms",

@@ -1,6 +1,6 @@
 //! What the controller knows of one guarded cgroup, and what is told of it at the end.
 
-use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot};
+use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash};
 
 use crate::{cgroup::Cgroup, ledger::Record};
 
@@ -17,6 +17,8 @@ pub struct Report {
     pub shrinks: u64,
     /// Times that it was held.
     pub holds: u64,
+    /// Times that its brake was set below its usage, because it grew while it was held.
+    pub brakes: u64,
     /// Total time that it was held.
     pub held: Nanos,
     /// Highest demand seen.
@@ -54,6 +56,8 @@ pub(super) struct Guarded {
     pub(super) name: String,
     pub(super) policy: Policy,
     pub(super) history: History,
+    pub(super) thrash: Thrash,
+    pub(super) thrash_looked: Nanos,
     pub(super) limit: Bytes,
     pub(super) requested: Option<(Bytes, Nanos)>,
     pub(super) held_since: Option<Nanos>,
@@ -79,6 +83,8 @@ impl Guarded {
                 last_growth: at,
                 ..History::default()
             },
+            thrash: Thrash::default(),
+            thrash_looked: Nanos(0),
             limit,
             requested: None,
             held_since: None,
@@ -128,6 +134,7 @@ impl Guarded {
             now,
             policy: self.policy,
             history: self.history,
+            thrash: self.thrash,
             limit: self.limit,
             requested: self.requested,
             held_since: self.held_since,
@@ -153,6 +160,7 @@ impl Guarded {
         } else {
             self.report.shrinks += 1;
             self.history.shrunk();
+            self.thrash.lowered(at);
         }
         if let Some((to, asked)) = self.requested
             && (to == limit || (self.limit < to && to <= limit))

@@ -10,18 +10,21 @@ mod guarded;
 mod requests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
     time::{Duration, Instant},
 };
 
-use bellows_core::{Bytes, CgroupId, Nanos, Policy, decide};
-use bellows_ebpf_common::{Growth, Holds, KIND_EXIT, KIND_OOM, KIND_WATERMARK, MemoryEvent};
+use bellows_core::{Bytes, CgroupId, Nanos, Policy, decide, thrash::Look};
+use bellows_ebpf_common::{
+    Growth, Holds, KIND_EXIT, KIND_OOM, KIND_RECLAIM, KIND_WATERMARK, KIND_WRITTEN, MemoryEvent,
+};
 use thiserror::Error;
 
 use crate::{
-    actuate::reflex::{Arm, Command, Controls, Reflex, Verdict, now},
+    actuate::reflex::{Arm, Command, Controls, Reflex, Verdict},
     cgroup::{Cgroup, CgroupError},
+    clock::now,
     ledger::{Ledger, Record},
     signal::programs::{Kernel, LoadError},
 };
@@ -32,6 +35,8 @@ pub use guarded::Report;
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
 /// How often the controller looks at life events when nothing is raised.
 const QUIET_TICK: Duration = Duration::from_secs(1);
+/// Shortest time between two looks at a guard's page cache.
+const THRASH_INTERVAL: Nanos = Nanos::millis(900);
 /// A request that is not in force after this long got lost or was deferred. The kubelet reports a
 /// limit below usage after 12.9 s (measured on 1.37).
 const REQUEST_LOST: Nanos = Nanos::millis(15_000);
@@ -102,7 +107,8 @@ pub enum GuardError {
 
 /// The controller of one agent.
 pub struct Controller<R> {
-    kernel: Kernel,
+    /// What the programs count; `None` where growth is seen through files.
+    kernel: Option<Kernel>,
     reflex: Reflex,
     ledger: Ledger,
     inputs: Receiver<Input>,
@@ -113,7 +119,7 @@ pub struct Controller<R> {
 impl<R: Requester> Controller<R> {
     /// A controller that guards nothing yet.
     pub const fn new(
-        kernel: Kernel,
+        kernel: Option<Kernel>,
         reflex: Reflex,
         ledger: Ledger,
         inputs: Receiver<Input>,
@@ -141,13 +147,15 @@ impl<R: Requester> Controller<R> {
         name: String,
     ) -> Result<(), GuardError> {
         let (id, at) = (cgroup.id(), now());
-        let limit = cgroup.limit("memory.max")?.bytes();
+        let limit = cgroup.limit_in_force()?;
         let controls = Controls::open(&cgroup)?;
         let mut guarded = Guarded::new(cgroup, name, policy, at, limit);
         let record = guarded.adoption(at);
         self.ledger.append(&record)?;
         self.requester.record(&guarded.cgroup, &record);
-        self.kernel.track(id)?;
+        if let Some(kernel) = &mut self.kernel {
+            kernel.track(id)?;
+        }
         if let Ok(stat) = guarded.cgroup.stat() {
             guarded.history.observe(at, stat.demand());
         }
@@ -171,13 +179,14 @@ impl<R: Requester> Controller<R> {
     pub fn forget(&mut self, id: CgroupId) -> Option<Report> {
         let guarded = self.guards.remove(&id)?;
         self.reflex.send(Command::Disarm(id));
+        let counted = self.kernel.as_mut().map(|kernel| kernel.forget(id));
+        let (growth, holds) = counted.unwrap_or_default();
         let Growth {
             peak_demand_pages,
             charges,
             ..
-        } = self.kernel.growth(id).unwrap_or_default();
-        let Holds { long_holds, .. } = self.kernel.holds(id).unwrap_or_default();
-        self.kernel.forget(id);
+        } = growth;
+        let Holds { long_holds, .. } = holds;
         let mut report = guarded.report;
         report.peak_demand = guarded
             .history
@@ -185,7 +194,8 @@ impl<R: Requester> Controller<R> {
             .max(Bytes::from_pages(peak_demand_pages));
         report.sleeps = long_holds;
         report.charges = charges;
-        report.lost = self.reflex.lost() + self.kernel.losses().iter().sum::<u64>();
+        let losses = self.kernel.as_ref().map(Kernel::losses).unwrap_or_default();
+        report.lost = self.reflex.lost() + losses.iter().sum::<u64>();
         Some(report)
     }
 
@@ -262,6 +272,7 @@ impl<R: Requester> Controller<R> {
                 guarded.held_since = Some(at);
                 guarded.report.holds += 1;
             }),
+            Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
             Verdict::Released { cgroup } => self.update(cgroup, |guarded| {
                 if let Some(since) = guarded.held_since.take() {
                     guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
@@ -302,8 +313,8 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        let (limit, error) = match guarded.cgroup.limit("memory.max") {
-            Ok(limit) => (limit.bytes(), error),
+        let (limit, error) = match guarded.cgroup.limit_in_force() {
+            Ok(limit) => (limit, error),
             Err(read) => (guarded.limit, Some(read.to_string())),
         };
         let record = Record::Verify {
@@ -359,19 +370,56 @@ impl<R: Requester> Controller<R> {
             tracing::warn!(%error, "a full ledger cannot be put aside: free memory on /run");
         }
         let mut exited = Vec::new();
-        self.kernel.drain_life(|event| {
-            if event.kind == KIND_EXIT {
-                exited.push(CgroupId(event.cgroup_id));
-            }
-        });
+        let (mut reclaimed, mut written) = (BTreeSet::new(), BTreeSet::new());
+        match &mut self.kernel {
+            Some(kernel) => kernel.drain_life(|event| match event.kind {
+                KIND_EXIT => exited.push(CgroupId(event.cgroup_id)),
+                KIND_RECLAIM => drop(reclaimed.insert(CgroupId(event.cgroup_id))),
+                KIND_WRITTEN => drop(written.insert(CgroupId(event.cgroup_id))),
+                _ => {}
+            }),
+            // Without the programs nobody tells who is reclaimed from.
+            None => reclaimed.extend(self.guards.keys()),
+        }
+        for &id in &written {
+            self.reflex.send(Command::PutBack(id));
+        }
+        for id in reclaimed {
+            self.look_for_thrash(id);
+        }
         let active: Vec<CgroupId> = self
             .guards
             .iter()
-            .filter(|(id, guarded)| guarded.active() || exited.contains(id))
+            .filter(|(id, guarded)| guarded.active() || exited.contains(id) || written.contains(id))
             .map(|(&id, _)| id)
             .collect();
         for id in active {
             self.look_at(id);
+        }
+    }
+
+    /// Looks whether what is reclaimed from a guard is read back at once.
+    fn look_for_thrash(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let at = now();
+        // Looked at a moment ago: the faster tick has nothing to add.
+        if at.since(guarded.thrash_looked) < THRASH_INTERVAL {
+            return;
+        }
+        guarded.thrash_looked = at;
+        match (guarded.cgroup.refaulted(), guarded.cgroup.stalled()) {
+            (Ok(refaulted), Ok(stalled)) => {
+                let look = Look {
+                    at,
+                    refaulted,
+                    stalled,
+                };
+                guarded.thrash.look(guarded.limit, look);
+                self.decide(id);
+            }
+            (Err(error), _) | (_, Err(error)) => guarded.report.failed(error.to_string()),
         }
     }
 
@@ -381,15 +429,15 @@ impl<R: Requester> Controller<R> {
             return;
         };
         let at = now();
-        match (guarded.cgroup.stat(), guarded.cgroup.limit("memory.max")) {
+        match (guarded.cgroup.stat(), guarded.cgroup.limit_in_force()) {
             (Ok(stat), Ok(limit)) => {
                 guarded.history.observe(at, stat.demand());
                 let lost = guarded
                     .requested
                     .filter(|&(_, asked)| at.since(asked) >= REQUEST_LOST);
-                if limit.bytes() != guarded.limit {
+                if limit != guarded.limit {
                     // In force by a request, or changed by somebody else, who wins.
-                    guarded.limit_is(at, limit.bytes());
+                    guarded.limit_is(at, limit);
                     guarded.learn_latency();
                     self.verify(id, None);
                     self.arm(&self.guards[&id], None);

@@ -4,10 +4,8 @@ use bellows_core::{Action, Actuation, Bytes, CgroupId, Nanos, Reason};
 
 use super::{Controller, GuardError, Guarded, Refused, Requester};
 use crate::{
-    actuate::{
-        reflex::{Command, now},
-        shrink,
-    },
+    actuate::{reflex::Command, shrink},
+    clock::now,
     ledger::Record,
 };
 
@@ -35,13 +33,21 @@ impl<R: Requester> Controller<R> {
         self.requester.record(&guarded.cgroup, &record);
         match action {
             Action::Raise { from, to } => {
-                guarded.requested = Some((to, at));
-                self.requester.raise(&guarded.cgroup, from, to);
+                if reason == Reason::CacheThrashes {
+                    guarded.thrash.raised(at);
+                }
+                match guarded.policy.actuation {
+                    Actuation::Direct => self.reflex.send(Command::Raise(id, to)),
+                    Actuation::Requested { .. } => {
+                        guarded.requested = Some((to, at));
+                        self.requester.raise(&guarded.cgroup, from, to);
+                    }
+                }
             }
             Action::Release => self.reflex.send(Command::Release(id, reason)),
             Action::Shrink { from, to } => self.shrink(id, from, to)?,
-            // The reflex holds by its table.
-            Action::Hold => {}
+            // The reflex holds and brakes by its table.
+            Action::Hold | Action::Brake { .. } => {}
         }
         Ok(())
     }
@@ -56,7 +62,7 @@ impl<R: Requester> Controller<R> {
             history,
             ..
         } = guarded;
-        if !shrink::make_room(cgroup, to, policy.cpus)? {
+        if !shrink::make_room(cgroup, to, policy)? {
             guarded.refused_shrink = Some((history.demand, now()));
             self.arm(&self.guards[&id], None);
             return Ok(());

@@ -29,11 +29,16 @@ pub use lock::release_after_agents;
 
 use crate::{
     actuate::{reflex::Reflex, resize::Resizer},
+    doctor::{self, hooks},
     explain::LEDGER,
     guard::{self, Controller, Input},
     ledger::Ledger,
     recover::recover,
-    signal::programs::{Kernel, LoadError, Purpose},
+    signal::{
+        files::Files,
+        programs::{Kernel, Purpose},
+        source::Source,
+    },
 };
 use lock::AgentLock;
 
@@ -44,6 +49,8 @@ pub struct Options {
     pub node: String,
     /// Quiet time after which a raised limit is lowered again.
     pub shrink_after: Nanos,
+    /// Works from cgroup files, without even trying to load kernel programs.
+    pub without_bpf: bool,
 }
 
 /// Why the agent cannot run.
@@ -55,9 +62,6 @@ pub enum RunError {
     /// Another agent guards this node.
     #[error("another `bellows run` guards this node already: stop it first, or leave it alone")]
     AnotherAgent,
-    /// The kernel programs.
-    #[error(transparent)]
-    Kernel(#[from] LoadError),
     /// The API is not configured.
     #[error(
         "no Kubernetes API to talk to ({0}): run in a pod with a service account, or set KUBECONFIG"
@@ -95,13 +99,14 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let recovered =
         recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;
     tracing::info!(?recovered, "released what a predecessor held");
-    let (kernel, reflexes) = Kernel::load(Purpose::Guard)?;
+    let (kernel, source) = signals(options)?;
+    let signals = source.signals();
     let ledger = open_ledger(&ledger_path)?;
     let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
     let another = ledger
         .another()
         .map_err(|error| RunError::System("cannot open the ledger", error))?;
-    let reflex = Reflex::start(reflexes, another, guard::sink(inputs.clone()))
+    let reflex = Reflex::start(source, another, guard::sink(inputs.clone()))
         .map_err(|error| RunError::System("cannot start the reflex thread", error))?;
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -132,6 +137,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         cpus: thread::available_parallelism()
             .map_or(1, |cpus| u64::try_from(cpus.get()).unwrap_or(1)),
         actuation: Actuation::Requested { p95: ASSUMED_P95 },
+        signals,
         shrink_after: options.shrink_after,
     };
     let result = runtime.block_on(until_stopped(context));
@@ -139,6 +145,31 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         return result.and(Err(RunError::Ended("the controller")));
     }
     result
+}
+
+/// The kernel programs, or cgroup files on a node that does not take them: a node agent that is late is
+/// better than none.
+fn signals(options: &Options) -> Result<(Option<Kernel>, Source), RunError> {
+    if !options.without_bpf {
+        match Kernel::load(Purpose::Guard) {
+            Ok((mut kernel, mut reflexes)) => {
+                let tried = hooks::self_test(&mut kernel, &mut reflexes.guards);
+                if tried.verdict != doctor::Verdict::Missing {
+                    if tried.verdict == doctor::Verdict::Limited {
+                        tracing::warn!(found = tried.found, lost = tried.lost, "growth hook");
+                    }
+                    return Ok((Some(kernel), Source::Programs(Box::new(reflexes))));
+                }
+                tracing::warn!(found = tried.found, "the growth hook sees nothing here");
+            }
+            Err(error) => tracing::warn!(
+                %error,
+                "working from cgroup files: containers are braked at 90 % of their limit; `bellows doctor` tells what is missing"
+            ),
+        }
+    }
+    let files = Files::new().map_err(|error| RunError::System("cannot watch files", error))?;
+    Ok((None, Source::Files(files)))
 }
 
 fn open_ledger(path: &Path) -> Result<Ledger, RunError> {

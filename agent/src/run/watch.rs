@@ -9,8 +9,8 @@ use std::{
 };
 
 use bellows_core::{
-    Actuation, CgroupId, Nanos, Policy,
-    pod::{self, ORIGINAL, Wish},
+    Actuation, CgroupId, Nanos, Policy, Signals,
+    pod::{self, Level, ORIGINAL, Wish},
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::Pod;
@@ -37,6 +37,7 @@ pub(super) struct Context {
     pub(super) targets: Targets,
     pub(super) cpus: u64,
     pub(super) actuation: Actuation,
+    pub(super) signals: Signals,
     pub(super) shrink_after: Nanos,
 }
 
@@ -49,7 +50,7 @@ const RETRY: Duration = Duration::from_secs(2);
 #[derive(Default)]
 struct Known {
     cgroup: Option<CgroupId>,
-    container_id: String,
+    container_id: Option<String>,
     policy: Option<Policy>,
     refusal: Option<String>,
 }
@@ -136,6 +137,7 @@ impl Watch {
         let Context {
             cpus,
             actuation,
+            signals,
             shrink_after,
             ..
         } = &self.context;
@@ -143,6 +145,8 @@ impl Watch {
             original: wish.original,
             ceiling: wish.ceiling,
             actuation: *actuation,
+            signals: *signals,
+            patience: wish.patience,
             cpus: *cpus,
             shrink_after: *shrink_after,
         };
@@ -159,10 +163,7 @@ impl Watch {
         }
         self.forget_cgroup(&seen.uid);
         let policy = self.policy(wish)?;
-        let Some(path) = attribution::find(Path::new(CGROUP_ROOT), &seen.uid, &wish.id) else {
-            return Err(format!("its container {} has no cgroup yet", wish.id));
-        };
-        let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+        let cgroup = cgroup(seen, wish)?;
         if !wish.recorded {
             self.record_original(seen, &wish.container, &wish.original_text)
                 .await?;
@@ -171,7 +172,7 @@ impl Watch {
             namespace: seen.namespace.clone(),
             name: seen.name.clone(),
             container: wish.container.clone(),
-            index: wish.index,
+            level: wish.level,
             limit: wish.limit_text.clone(),
             original: (policy.original, wish.original_text.clone()),
             order: Arc::default(),
@@ -276,7 +277,7 @@ impl Watch {
         let target =
             cgroup.and_then(|cgroup| self.targets(|targets| targets.get(&cgroup).cloned()));
         let Some(Target {
-            index,
+            level,
             limit,
             original: (_, original),
             ..
@@ -288,7 +289,7 @@ impl Watch {
             return;
         }
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (parameters(), limit_patch(index, &limit, &original));
+        let (parameters, patch) = (parameters(), limit_patch(level, &limit, &original));
         let patched = api.patch_resize(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => {}
@@ -327,5 +328,20 @@ impl Watch {
         for uid in gone {
             self.forget(&uid);
         }
+    }
+}
+
+/// The cgroup whose limit is meant.
+fn cgroup(seen: &pod::Pod, wish: &Wish) -> Result<Cgroup, String> {
+    let root = Path::new(CGROUP_ROOT);
+    let path = match &wish.id {
+        Some(id) => attribution::find(root, &seen.uid, id),
+        None => attribution::find_pod(root, &seen.uid),
+    };
+    let path = path.ok_or_else(|| format!("`{}` has no cgroup yet", wish.container))?;
+    let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+    match wish.level {
+        Level::Pod => cgroup.with_heirs().map_err(|error| error.to_string()),
+        Level::Container(_) => Ok(cgroup),
     }
 }

@@ -1,7 +1,10 @@
-//! From the kernel to typed facts: loading the programs, reading their rings and counters.
+//! From the kernel to typed facts: loading the programs, reading their rings and counters, or reading
+//! cgroup files where there are no programs.
 //!
 //! Nothing here knows pods, policies or limits that could be changed.
 
 pub mod btf;
+pub mod files;
 pub mod offsets;
 pub mod programs;
+pub mod source;

@@ -42,6 +42,16 @@ impl Offsets {
             ("OFF_COUNTER_PARENT", offset("page_counter", "parent")?),
             ("OFF_CGROUP_KN", offset("cgroup", "kn")?),
             ("OFF_KERNFS_ID", offset("kernfs_node", "id")?),
+            (
+                "OFF_KERNFS_PARENT",
+                offset("kernfs_node", "parent")
+                    .or_else(|_| offset("kernfs_node", "__parent"))
+                    .unwrap_or(ABSENT),
+            ),
+            (
+                "OFF_OPEN_FILE_NODE",
+                offset("kernfs_open_file", "kn").unwrap_or(ABSENT),
+            ),
             ("OFF_LRUGEN_PAGES", lrugen),
             ("OFF_LRU_ZONE_SIZE", zone_size.offset),
             ("OFF_BPRM_FILENAME", offset("linux_binprm", "filename")?),

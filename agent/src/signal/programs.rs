@@ -119,11 +119,22 @@ const NO_GUARD: &str = "nothing can be guarded";
 const NO_OOM: &str = "an OOM kill is not told by itself";
 const NO_EXIT: &str = "the end of a process is seen at the next tick only";
 const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
+const NO_WRITES: &str =
+    "a limit or brake that somebody else moves is not put right before the next raise";
+const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
 const NO_HOLDS: &str = "sleeps are not counted in full";
 
 const GUARD_PROGRAMS: &[Spec] = &[
     spec("growth", Hook::Entry, &[GROWTH_FUNCTION], NO_GUARD),
     spec("oom", Hook::Exit, OOM, NO_OOM),
+    spec("reclaim", Hook::Entry, RECLAIM, NO_RECLAIM),
+    spec("max_written", Hook::Entry, &["memory_max_write"], NO_WRITES),
+    spec(
+        "high_written",
+        Hook::Entry,
+        &["memory_high_write"],
+        NO_WRITES,
+    ),
     spec("exec", Hook::Tracepoint, &["sched_process_exec"], NO_LIFE),
     spec("exit", Hook::Tracepoint, &["sched_process_exit"], NO_EXIT),
     spec(
@@ -356,13 +367,15 @@ impl Kernel {
             })
     }
 
-    /// Forgets a cgroup.
-    pub fn forget(&mut self, cgroup: CgroupId) {
+    /// Forgets a cgroup; returns what was counted of it.
+    pub fn forget(&mut self, cgroup: CgroupId) -> (Growth, Holds) {
+        let counted = (self.growth(cgroup), self.holds(cgroup));
         for result in [self.growth.remove(&cgroup.0), self.holds.remove(&cgroup.0)] {
             if let Err(error) = result {
                 tracing::debug!(cgroup.id = cgroup.0, %error, "the cgroup was not tracked");
             }
         }
+        (counted.0.unwrap_or_default(), counted.1.unwrap_or_default())
     }
 
     /// What was counted of a cgroup's growth; `None` if it is not tracked.

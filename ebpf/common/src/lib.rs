@@ -24,6 +24,13 @@ pub const KIND_CGROUP_CREATED: u32 = 5;
 /// A cgroup was removed (`cgroup_rmdir`); sent for every cgroup.
 pub const KIND_CGROUP_REMOVED: u32 = 6;
 
+/// Memory is being reclaimed from a tracked cgroup on its own account
+/// (`try_to_free_mem_cgroup_pages`): it is at its limit or its brake.
+pub const KIND_RECLAIM: u32 = 7;
+
+/// Somebody writes a tracked cgroup's `memory.max` or `memory.high`.
+pub const KIND_WRITTEN: u32 = 8;
+
 /// The value of [`Guard::watermark_pages`] that never triggers.
 pub const WATERMARK_OFF: u64 = u64::MAX;
 
@@ -58,7 +65,8 @@ pub struct MemoryEvent {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct LifeEvent {
-    /// [`KIND_EXEC`], [`KIND_EXIT`], [`KIND_CGROUP_CREATED`] or [`KIND_CGROUP_REMOVED`].
+    /// [`KIND_EXEC`], [`KIND_EXIT`], [`KIND_CGROUP_CREATED`], [`KIND_CGROUP_REMOVED`],
+    /// [`KIND_RECLAIM`] or [`KIND_WRITTEN`].
     pub kind: u32,
     /// Thread group id; 0 for cgroup events.
     pub pid: u32,
@@ -103,6 +111,8 @@ pub struct Growth {
     pub window_pages: u64,
     /// Length of the last complete window, in nanoseconds.
     pub window_ns: u64,
+    /// When the last [`KIND_RECLAIM`] was sent.
+    pub last_reclaim_ns: u64,
 }
 
 /// Time that tasks of one cgroup were held by the kernel's memory controller.
@@ -138,7 +148,7 @@ pub mod loss {
 const _: () = {
     assert!(size_of::<MemoryEvent>() == 64);
     assert!(size_of::<LifeEvent>() == 24 + NAME_BYTES);
-    assert!(size_of::<Growth>() == 72);
+    assert!(size_of::<Growth>() == 80);
     assert!(size_of::<Holds>() == 32);
 };
 

@@ -10,12 +10,13 @@
 //! racing a raise. It must never wait for the controller: a full verdict channel loses a verdict,
 //! which is counted, not time.
 
+mod brakes;
 mod row;
 
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -25,14 +26,16 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason};
+use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason, Signals};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::{
+    clock::now,
     ledger::{Ledger, Record},
-    signal::programs::{Reflexes, memory_event},
+    signal::source::{Source, Taken},
 };
+use brakes::Brakes;
 pub use row::Controls;
 use row::Row;
 
@@ -48,10 +51,14 @@ const PRIORITY: i32 = 10;
 pub enum Command {
     /// Watch a cgroup from now on, or with other numbers than before.
     Arm(Box<Arm>),
+    /// Raise a limit that nobody else manages, if it is lower.
+    Raise(CgroupId, Bytes),
     /// Lower a limit that nobody else manages, if usage is below the watermark of the new one.
     Lower(CgroupId, Bytes),
     /// Lift a hold.
     Release(CgroupId, Reason),
+    /// Put the brake back where the limit wants it.
+    PutBack(CgroupId),
     /// Remove brake and hold and stop watching.
     Disarm(CgroupId),
     /// Write into this ledger from now on.
@@ -97,6 +104,11 @@ pub enum Verdict {
         /// Since when.
         at: Nanos,
     },
+    /// A held cgroup goes on growing; its brake was set below its usage.
+    Braked {
+        /// The cgroup.
+        cgroup: CgroupId,
+    },
     /// A limit was lowered.
     Lowered {
         /// In this cgroup.
@@ -136,10 +148,31 @@ pub type Sink = Box<dyn Fn(Verdict) -> bool + Send>;
 /// A handle on the running thread.
 #[derive(Debug)]
 pub struct Reflex {
-    commands: mpsc::Sender<Command>,
-    wake: Arc<OwnedFd>,
+    commands: Commands,
     lost: Arc<AtomicU64>,
+    signals: Signals,
     thread: Option<JoinHandle<()>>,
+}
+
+/// The way in: a channel, and a descriptor that wakes its reader.
+#[derive(Clone, Debug)]
+struct Commands {
+    channel: mpsc::Sender<Command>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Commands {
+    /// Sends a command. A reflex that has ended ignores it.
+    fn send(&self, command: Command) {
+        if self.channel.send(command).is_err() {
+            tracing::error!("the reflex thread has ended; nothing is guarded any more");
+            return;
+        }
+        // A full eventfd counter is a pending wake-up already.
+        if let Err(errno) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
+            tracing::debug!(%errno, "the reflex is being woken already");
+        }
+    }
 }
 
 impl Reflex {
@@ -148,16 +181,20 @@ impl Reflex {
     /// # Errors
     ///
     /// When a thread or an eventfd cannot be had.
-    pub fn start(kernel: Reflexes, ledger: Ledger, verdicts: Sink) -> io::Result<Self> {
-        let (sender, commands) = mpsc::channel();
+    pub fn start(source: Source, ledger: Ledger, verdicts: Sink) -> io::Result<Self> {
+        let (channel, receiver) = mpsc::channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let commands = Commands { channel, wake };
         let lost = Arc::new(AtomicU64::new(0));
+        let signals = source.signals();
+        let too_late = commands.clone();
         let worker = Worker {
-            kernel,
+            source,
             ledger,
-            commands,
+            commands: receiver,
             verdicts,
-            wake: Arc::clone(&wake),
+            brakes: Brakes::start(move |cgroup| too_late.send(Command::PutBack(cgroup)))?,
+            wake: Arc::clone(&commands.wake),
             lost: Arc::clone(&lost),
             table: BTreeMap::new(),
         };
@@ -165,23 +202,22 @@ impl Reflex {
             .name("reflex".to_owned())
             .spawn(move || worker.run())?;
         Ok(Self {
-            commands: sender,
-            wake,
+            commands,
             lost,
+            signals,
             thread: Some(thread),
         })
     }
 
     /// Sends a command. A reflex that has ended ignores it.
     pub fn send(&self, command: Command) {
-        if self.commands.send(command).is_err() {
-            tracing::error!("the reflex thread has ended; nothing is guarded any more");
-            return;
-        }
-        // A full eventfd counter is a pending wake-up already.
-        if let Err(errno) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
-            tracing::debug!(%errno, "the reflex is being woken already");
-        }
+        self.commands.send(command);
+    }
+
+    /// Where its events come from.
+    #[must_use]
+    pub const fn signals(&self) -> Signals {
+        self.signals
     }
 
     /// Verdicts that found the channel full.
@@ -202,25 +238,21 @@ impl Reflex {
 }
 
 struct Worker {
-    kernel: Reflexes,
+    source: Source,
     ledger: Ledger,
     commands: mpsc::Receiver<Command>,
     verdicts: Sink,
+    brakes: Brakes,
     wake: Arc<OwnedFd>,
     lost: Arc<AtomicU64>,
     table: BTreeMap<CgroupId, Row>,
 }
 
-/// `CLOCK_MONOTONIC`, the clock of the kernel's events.
-#[must_use]
-pub fn now() -> Nanos {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
-    Nanos(
-        seconds
-            .saturating_mul(1_000_000_000)
-            .saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0)),
-    )
+/// What a row acts with.
+struct Means<'a> {
+    source: &'a mut Source,
+    ledger: &'a mut Ledger,
+    brakes: &'a Brakes,
 }
 
 /// The kernel's `struct sched_param` (include/uapi/linux/sched/types.h).
@@ -296,9 +328,9 @@ impl Worker {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
             tv_nsec: timeout.subsec_nanos().into(),
         };
-        let ring = self.kernel.ring.as_fd();
+        let source = self.source.as_fd();
         let mut sources = [
-            PollFd::new(&ring, PollFlags::IN),
+            PollFd::new(&source, PollFlags::IN),
             PollFd::new(&self.wake, PollFlags::IN),
         ];
         // Interrupted or not: the loop looks at everything anyway.
@@ -317,8 +349,10 @@ impl Worker {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Arm(arm)) => self.arm(*arm),
+                Ok(Command::Raise(cgroup, to)) => self.raise(cgroup, to),
                 Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
+                Ok(Command::PutBack(cgroup)) => self.put_back(cgroup),
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
                 Ok(Command::Ledger(ledger)) => self.ledger = ledger,
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -328,10 +362,10 @@ impl Worker {
     }
 
     fn take_events(&mut self) {
-        while let Some(event) = self.kernel.ring.next().map(|item| memory_event(&item)) {
-            match event {
-                Some(event) => self.react(&event),
-                None => {
+        while let Some(taken) = self.source.take() {
+            match taken {
+                Taken::Event(event) => self.react(&event),
+                Taken::Unknown => {
                     self.lost.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -354,8 +388,12 @@ impl Worker {
         if event.kind == KIND_WATERMARK
             && let Some(row) = self.table.get_mut(&cgroup)
         {
-            let verdict = row.react(event, demand, &mut self.ledger, &mut self.kernel.guards);
-            if let Some(verdict) = verdict {
+            let mut means = Means {
+                source: &mut self.source,
+                ledger: &mut self.ledger,
+                brakes: &self.brakes,
+            };
+            if let Some(verdict) = row.react(event, demand, &mut means) {
                 self.tell_of(cgroup, verdict);
             }
         } else if event.kind != KIND_OOM && event.kind != KIND_WATERMARK {
@@ -366,27 +404,50 @@ impl Worker {
 
     fn arm(&mut self, arm: Arm) {
         let cgroup = arm.cgroup;
-        let armed = match Row::armed(arm, self.table.remove(&cgroup)) {
+        let adopted = match &arm.controls {
+            Some(controls) => self.source.adopt(controls.cgroup()),
+            None => Ok(()),
+        };
+        let before = self.table.remove(&cgroup);
+        let armed = match Row::armed(arm, before) {
             Ok(row) => {
-                let result = row.watch(&mut self.kernel.guards);
+                let result = row.watch(&mut self.source);
                 self.table.insert(cgroup, row);
                 result
             }
             Err(error) => {
                 // Whatever it was, it is not watched any more.
-                self.kernel.guards.remove(cgroup);
+                self.source.forget(cgroup);
                 Err(error)
             }
         };
-        if let Err(error) = armed {
+        let adopted = adopted.map_err(|error| error.to_string());
+        for error in [adopted, armed].into_iter().filter_map(Result::err) {
             self.tell(Verdict::Failed { cgroup, error });
         }
     }
 
+    fn put_back(&mut self, cgroup: CgroupId) {
+        if let Some(row) = self.table.get(&cgroup)
+            && let Err(error) = row.put_back()
+        {
+            self.tell(Verdict::Failed { cgroup, error });
+        }
+    }
+
+    fn raise(&mut self, cgroup: CgroupId, to: Bytes) {
+        let Self { source, table, .. } = self;
+        if let Some(row) = table.get_mut(&cgroup)
+            && let Some(verdict) = row.raise(source, to)
+        {
+            self.tell_of(cgroup, verdict);
+        }
+    }
+
     fn lower(&mut self, cgroup: CgroupId, to: Bytes) {
-        let Self { kernel, table, .. } = self;
+        let Self { source, table, .. } = self;
         if let Some(row) = table.get_mut(&cgroup) {
-            let verdict = row.lower(&mut kernel.guards, to);
+            let verdict = row.lower(source, to);
             self.tell_of(cgroup, verdict);
         }
     }
@@ -400,7 +461,7 @@ impl Worker {
     }
 
     fn disarm(&mut self, cgroup: CgroupId) {
-        self.kernel.guards.remove(cgroup);
+        self.source.forget(cgroup);
         let Some(mut row) = self.table.remove(&cgroup) else {
             return;
         };
@@ -423,7 +484,7 @@ impl Worker {
         let at = now();
         let mut verdicts = Vec::new();
         for row in self.table.values_mut().filter(|row| row.is_held()) {
-            row.look_after(at, &mut self.ledger, &mut self.kernel.guards, &mut verdicts);
+            row.look_after(at, &mut self.ledger, &mut self.source, &mut verdicts);
         }
         for verdict in verdicts {
             self.tell(verdict);

@@ -1,0 +1,114 @@
+//! How deep the brake must stand where the freezer does not hold.
+//!
+//! A frozen task stops when it returns to user mode. What grows inside one system call (`MAP_POPULATE`,
+//! a large `write` to tmpfs, a fork of a large process) goes on until the call is done, and so does a
+//! container that must not be frozen. There only `memory.high` is left, which makes the kernel sleep in
+//! the charge itself (Linux 5.18, `try_charge_memcg`): 64 s × r² for each batch of 64 pages, r being the
+//! relative overage, at most 2 s, nothing below 10 ms (`calculate_high_delay`, mm/memcontrol.c, 6.1 to
+//! 7.3). The rule is solved for r, so that what is left of the limit lasts for the time that the answer
+//! needs. Whoever sleeps is not woken by the answer, so the brake is not deeper than that, and it is
+//! set again with each charge that comes through.
+//!
+//! It must not be used where the freezer works: it stalls whoever it holds beyond the answer.
+
+use crate::units::{Bytes, Nanos};
+
+/// What the kernel charges at once (`MEMCG_CHARGE_BATCH` pages).
+const BATCH: Bytes = Bytes(64 * 4096);
+/// The kernel's sleep for one batch at an overage of 1.
+const UNIT: Nanos = Nanos::millis(64_000);
+/// The kernel's longest sleep.
+const LONGEST_SLEEP: Nanos = Nanos::millis(2000);
+/// An overage of 1.
+const ONE: u64 = 1 << 20;
+
+/// Growth that goes on although it should stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Growing {
+    /// What is used.
+    pub usage: Bytes,
+    /// The limit that it must not reach.
+    pub limit: Bytes,
+    /// What is charged at once: a batch, or a huge page.
+    pub charge: Bytes,
+    /// Threads that may be growing at once.
+    pub growers: u64,
+}
+
+/// Where `memory.high` must stand so that the room left lasts for `time`.
+#[must_use]
+pub fn high(growing: Growing, time: Nanos) -> Bytes {
+    let Growing {
+        usage,
+        limit,
+        charge,
+        growers,
+    } = growing;
+    let charge = charge.max(BATCH);
+    let charges_left = (limit.minus(usage).0 / charge.0).max(1);
+    let sleep = u128::from(time.0) * u128::from(growers.max(1)) / u128::from(charges_left);
+    let sleep = sleep.min(u128::from(LONGEST_SLEEP.0));
+    let batches = u128::from(charge.0 / BATCH.0);
+    // r², scaled by the square of ONE.
+    let square = sleep * u128::from(ONE) * u128::from(ONE) / (u128::from(UNIT.0) * batches);
+    let overage = u64::try_from(square.isqrt()).unwrap_or(ONE);
+    usage.scaled(ONE, ONE.saturating_add(overage)).page_floor()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel's sleep for one charge (`calculate_high_delay` and its caller).
+    fn kernel_sleep(usage: Bytes, high: Bytes, charge: Bytes) -> Nanos {
+        let overage = u128::from(usage.0 - high.0) * u128::from(ONE) / u128::from(high.0);
+        let per_batch =
+            u128::from(UNIT.0) * overage * overage / (u128::from(ONE) * u128::from(ONE));
+        let sleep = per_batch * u128::from(charge.0) / u128::from(BATCH.0);
+        Nanos(u64::try_from(sleep.min(u128::from(LONGEST_SLEEP.0))).unwrap())
+    }
+
+    #[test]
+    fn the_room_lasts_for_the_time() {
+        for (limit, room) in [(64, 1), (256, 4), (1024, 15)] {
+            for growers in [1, 4] {
+                for charge in [BATCH, Bytes::mib(2)] {
+                    let (limit, room) = (Bytes::mib(limit), Bytes::mib(room));
+                    let time = Nanos::millis(600);
+                    let mut usage = limit.minus(room);
+                    let mut lasted = 0;
+                    while usage.plus(charge) <= limit {
+                        let growing = Growing {
+                            usage,
+                            limit,
+                            charge,
+                            growers,
+                        };
+                        let left = Nanos(time.0.saturating_sub(lasted));
+                        let high = high(growing, left);
+                        usage = usage.plus(charge);
+                        lasted += kernel_sleep(usage, high, charge).0 / growers;
+                    }
+                    let possible = room.0 / charge.0 * LONGEST_SLEEP.0 / growers.max(1);
+                    assert!(
+                        lasted >= time.0.min(possible) * 9 / 10,
+                        "{limit} {growers} {charge}: {lasted}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn never_above_usage_and_never_absurd() {
+        for usage in [0, 1, 4096, u64::MAX] {
+            let growing = Growing {
+                usage: Bytes(usage),
+                limit: Bytes(usage),
+                charge: Bytes(0),
+                growers: 0,
+            };
+            assert!(high(growing, Nanos(u64::MAX)).0 <= usage);
+        }
+    }
+}
