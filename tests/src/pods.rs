@@ -44,6 +44,10 @@ pub(crate) struct Spec {
     pub(crate) command: Vec<String>,
     /// Mounts the node's root at /host.
     pub(crate) host: bool,
+    /// Its liveness probe, as the API has it.
+    pub(crate) liveness: Option<Value>,
+    /// Its limit stands at the pod's own level, and its container has none.
+    pub(crate) whole_pod: bool,
 }
 
 impl Cluster {
@@ -105,8 +109,17 @@ impl Cluster {
             "image": node::IMAGE,
             "imagePullPolicy": "Never",
             "command": spec.command,
-            "resources": { "limits": limits, "requests": requests },
         });
+        let resources = json!({ "limits": limits, "requests": requests });
+        let mut whole = json!({});
+        if spec.whole_pod {
+            whole = resources;
+        } else {
+            container["resources"] = resources;
+        }
+        if let Some(liveness) = &spec.liveness {
+            container["livenessProbe"] = liveness.clone();
+        }
         let mut volumes = json!([]);
         if spec.host {
             container["volumeMounts"] = json!([{ "name": "host", "mountPath": "/host" }]);
@@ -121,6 +134,7 @@ impl Cluster {
                 "terminationGracePeriodSeconds": 0,
                 "automountServiceAccountToken": false,
                 "enableServiceLinks": false,
+                "resources": whole,
                 "containers": [container],
                 "volumes": volumes,
             },

@@ -10,8 +10,8 @@ use std::{
 };
 
 use bellows::{
-    actuate::reflex::now,
     cgroup::{Cgroup, MemoryEvents},
+    clock::now,
 };
 use serde::{Deserialize, Serialize};
 

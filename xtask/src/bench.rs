@@ -26,6 +26,7 @@ pub(crate) enum Name {
     Ceiling,
     Plateau,
     PageCache,
+    Thrash,
     Build,
     ExecCli,
     PodBursts,
@@ -82,6 +83,18 @@ pub(crate) struct Options {
     /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel, nested, or all (bursts).
     #[arg(long)]
     pub(crate) kind: Option<String>,
+    /// Huge pages: alternate, always or never (bursts, pod-bursts).
+    #[arg(long)]
+    pub(crate) thp: Option<String>,
+    /// Most threads of a burst (pod-bursts).
+    #[arg(long)]
+    pub(crate) threads: Option<u64>,
+    /// Swap: disk or zram (bursts).
+    #[arg(long)]
+    pub(crate) swap: Option<String>,
+    /// Guard from cgroup files, without kernel programs (bursts).
+    #[arg(long)]
+    pub(crate) without_bpf: bool,
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
@@ -104,6 +117,10 @@ impl Options {
             actuation_delay_ms: None,
             seconds: None,
             kind: None,
+            thp: None,
+            threads: None,
+            swap: None,
+            without_bpf: false,
             systemd: false,
             without_unlimited: false,
             directory: "bench",
@@ -119,8 +136,16 @@ impl Options {
         if let Some(delay) = self.actuation_delay_ms {
             name += &format!("-delay-{delay}");
         }
-        if let Some(kind) = &self.kind {
-            name += &format!("-{kind}");
+        for (what, value) in [("", &self.kind), ("thp-", &self.thp), ("swap-", &self.swap)] {
+            if let Some(value) = value {
+                name += &format!("-{what}{value}");
+            }
+        }
+        if let Some(threads) = self.threads {
+            name += &format!("-threads-{threads}");
+        }
+        if self.without_bpf {
+            name += "-without-bpf";
         }
         if self.systemd {
             name += "-systemd";
@@ -138,13 +163,23 @@ impl Options {
             ("--seed", self.seed),
             ("--actuation-delay-ms", self.actuation_delay_ms),
             ("--seconds", self.seconds),
+            ("--threads", self.threads),
         ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);
             }
         }
-        if let Some(kind) = &self.kind {
-            words.extend(["--kind".to_owned(), kind.clone()]);
+        for (flag, value) in [
+            ("--kind", &self.kind),
+            ("--thp", &self.thp),
+            ("--swap", &self.swap),
+        ] {
+            if let Some(value) = value {
+                words.extend([flag.to_owned(), value.clone()]);
+            }
+        }
+        if self.without_bpf {
+            words.push("--without-bpf".to_owned());
         }
         if self.without_unlimited {
             words.push("--without-unlimited".to_owned());
@@ -260,7 +295,8 @@ const NODE_PACKAGES: [&str; 11] = [
 /// The disk that a bench needs.
 fn disk(options: &Options) -> Result<Option<PathBuf>> {
     match options.name {
-        Name::PageCache => guest::empty_disk().map(Some),
+        Name::PageCache | Name::Thrash => guest::empty_disk().map(Some),
+        Name::Bursts if options.swap.is_some() => guest::empty_disk().map(Some),
         name if name.needs_node() => {
             let kubelet = kubernetes::binaries()?.kubelet;
             debian::root_image(

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use super::{
     record::{Records, percentile, rounded},
-    runner::{Outcome, Runner, set_thp},
+    runner::{HugePages, Outcome, Runner, set_thp},
+    swap::Swap,
 };
 use crate::{
     load::{BurstResult, Kind},
@@ -33,6 +34,15 @@ pub(crate) struct Options {
     /// What grows: one kind, or `all` in turns.
     #[arg(long, value_parser = parse_kinds, default_value = "anonymous")]
     kind: Kinds,
+    /// Which cases run with transparent huge pages.
+    #[arg(long, value_enum, default_value_t)]
+    thp: HugePages,
+    /// Guard from cgroup files, without kernel programs.
+    #[arg(long)]
+    without_bpf: bool,
+    /// With swap, the size of the guest's memory.
+    #[arg(long)]
+    swap: Option<Swap>,
 }
 
 /// The kinds of growth that take turns.
@@ -59,6 +69,8 @@ struct Case {
     threads: u64,
     thp: bool,
     delay_ms: u64,
+    without_bpf: bool,
+    swap: Option<Swap>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -91,8 +103,10 @@ fn cases(options: &Options) -> Vec<Case> {
                 max: peak.per_mille(1500),
                 kind,
                 threads: random.u64(1..=8),
-                thp: (index / turns).is_multiple_of(2) == thp,
+                thp: options.thp.in_turn(index / turns, thp),
                 delay_ms: options.actuation_delay_ms.unwrap_or(0),
+                without_bpf: options.without_bpf,
+                swap: options.swap,
             }
         })
         .collect()
@@ -122,6 +136,9 @@ pub(super) fn thousandths(value: f64) -> u64 {
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let runner = Runner::new()?;
+    if let Some(swap) = options.swap {
+        swap.on()?;
+    }
     let mut random = fastrand::Rng::with_seed(options.seed ^ 0x0bde_4b1e);
     for case in cases(options) {
         let record = run_case(&runner, &mut random, case)?;
@@ -154,18 +171,17 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 fn run_case(runner: &Runner, random: &mut fastrand::Rng, case: Case) -> Result<Record> {
     set_thp(case.thp)?;
     let mut words = burst_words(case.limit.per_mille(500), case.peak, case.threads).to_vec();
-    let kind = case
-        .kind
-        .to_possible_value()
-        .map(|kind| kind.get_name().to_owned());
-    words.extend(["--kind".to_owned(), kind.unwrap_or_default()]);
+    words.extend(["--kind".to_owned(), case.kind.text()]);
     let load = runner.load(&words.iter().map(String::as_str).collect::<Vec<_>>());
     let delay = case.delay_ms.to_string();
-    let options: Vec<String> = if case.delay_ms > 0 {
+    let mut options: Vec<String> = if case.delay_ms > 0 {
         vec!["--actuation-delay-ms".to_owned(), delay]
     } else {
         Vec::new()
     };
+    if case.without_bpf {
+        options.push("--without-bpf".to_owned());
+    }
     let mut order = [0, 1, 2];
     random.shuffle(&mut order);
     let (mut unlimited, mut fixed, mut bellows) =
@@ -324,11 +340,8 @@ fn by_kind(records: &[Record]) -> Value {
             .iter()
             .filter_map(|record| time_ratio(record))
             .collect();
-        let name = kind
-            .to_possible_value()
-            .map(|value| value.get_name().to_owned());
         kinds.insert(
-            name.unwrap_or_default(),
+            kind.text(),
             json!({
                 "bursts": of_kind.len(),
                 "kills_unlimited": count(|record| &record.unlimited),

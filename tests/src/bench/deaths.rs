@@ -8,8 +8,8 @@ use std::{path::Path, thread, time::Duration};
 
 use anyhow::{Result, ensure};
 use bellows::{
-    actuate::reflex::now,
     cgroup::{Cgroup, Limit},
+    clock::now,
     explain::LEDGER,
     ledger,
 };
@@ -220,6 +220,8 @@ fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
         max: Some(case.peak.per_mille(1500).page_floor()),
         command,
         host: false,
+        liveness: None,
+        whole_pod: false,
     })?;
     cluster.wait_running(name)
 }

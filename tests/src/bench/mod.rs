@@ -14,6 +14,8 @@ mod pod_edges;
 mod record;
 mod runner;
 mod smoke;
+mod swap;
+mod thrash;
 
 use std::{
     fs::{self, File},
@@ -37,6 +39,8 @@ pub(crate) enum Bench {
     Plateau(plateau::Options),
     /// Files of four times the limit, alone and beside anonymous memory.
     PageCache(page_cache::Options),
+    /// Page cache that is a working set and does not fit.
+    Thrash(thrash::Options),
     /// A real C++ build without a limit, at a fixed one, and under `bellows exec`.
     Build(build::Options),
     /// Bursts in pods on a real kubelet, raised through the API.
@@ -66,6 +70,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Ceiling(options) => ceiling::run(options, &mut records),
         Bench::Plateau(options) => plateau::run(options, &mut records),
         Bench::PageCache(options) => page_cache::run(options, &mut records),
+        Bench::Thrash(options) => thrash::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
@@ -83,6 +88,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "ceiling" => ceiling::summarize(&read(path)?),
         "plateau" => plateau::summarize(&read(path)?),
         "page-cache" => page_cache::summarize(&read(path)?),
+        "thrash" => thrash::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),

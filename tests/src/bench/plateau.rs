@@ -123,6 +123,8 @@ fn in_pod(
         max: Some(limit.scaled(4, 1)),
         command,
         host: false,
+        liveness: None,
+        whole_pod: false,
     };
     observe(cluster, probe, &spec, None)
 }

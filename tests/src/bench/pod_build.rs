@@ -75,6 +75,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         // Time for the agent to adopt it.
         command: build(name, "4"),
         host: true,
+        liveness: None,
+        whole_pod: false,
     };
     eprintln!("build -j8 in a pod with a fixed limit of {memory}");
     let fixed = observe(&cluster, &probe, &spec("fixed", None), None)?;

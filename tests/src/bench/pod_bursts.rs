@@ -4,8 +4,8 @@ use std::{path::Path, thread, time::Duration};
 
 use anyhow::Result;
 use bellows::{
-    actuate::reflex::now,
     cgroup::{Cgroup, Limit},
+    clock::now,
     explain::LEDGER,
     ledger::{self, Record as LedgerRecord},
 };
@@ -17,11 +17,11 @@ use serde_json::{Value, json};
 use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
     record::{Records, percentile, rounded},
-    runner::{Probe, set_thp},
+    runner::{HugePages, Probe, set_thp},
 };
 use crate::{
     agent::Agent,
-    load::BurstResult,
+    load::{BurstResult, Kind},
     node::{ApiServer, Node},
     pods::{Cluster, Spec},
     sampler::Sample,
@@ -35,6 +35,15 @@ pub(crate) struct Options {
     /// Seed of the cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Which cases run with transparent huge pages.
+    #[arg(long, value_enum, default_value_t = HugePages::Never)]
+    thp: HugePages,
+    /// Most threads of a burst.
+    #[arg(long, default_value_t = 4)]
+    threads: u64,
+    /// What grows.
+    #[arg(long, value_enum, default_value_t = Kind::Anonymous)]
+    kind: Kind,
     #[command(flatten)]
     server: ApiServer,
 }
@@ -47,7 +56,9 @@ struct Case {
     peak: Bytes,
     max: Bytes,
     growth_per_mille: u64,
+    kind: Kind,
     threads: u64,
+    thp: bool,
     /// From the end of the burst to the next, which finds its limit raised, being lowered or lowered.
     again_after_ms: u64,
 }
@@ -161,7 +172,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut node = Node::start(&options.server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
-    set_thp(false)?;
     let mut agent = Agent::start()?;
     let probe = Probe::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
@@ -176,16 +186,20 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             peak,
             max: peak.per_mille(1500).page_floor(),
             growth_per_mille,
-            threads: random.u64(1..=4),
+            kind: options.kind,
+            threads: random.u64(1..=options.threads),
+            thp: options.thp.in_turn(index, true),
             // The limit is lowered 5 s after the end of a burst, which takes the API half a second.
             again_after_ms: random.u64(4500..=7000),
         };
+        set_thp(case.thp)?;
         let record = run_case(&cluster, &probe, case)?;
         node.check()?;
         agent.check()?;
         eprintln!(
-            "case {index}: limit {limit}, peak {peak}, {} threads: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
+            "case {index}: limit {limit}, peak {peak}, {} threads, thp {}: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
             case.threads,
+            case.thp,
             if record.fixed.killed() {
                 "killed"
             } else {
@@ -238,7 +252,7 @@ fn run_pod(
         .into_iter()
         .map(str::to_owned)
         .chain(words)
-        .chain(["--rest-ms", "4000"].map(str::to_owned))
+        .chain(["--rest-ms", "4000", "--kind", &case.kind.text()].map(str::to_owned))
         .collect();
     if max.is_some() {
         let again = case.again_after_ms.to_string();
@@ -254,6 +268,8 @@ fn run_pod(
             max,
             command,
             host: false,
+            liveness: None,
+            whole_pod: false,
         },
         max.is_some().then_some(2),
     )

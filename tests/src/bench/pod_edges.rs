@@ -3,13 +3,21 @@
 
 use std::{process::Command, time::Duration};
 
-use anyhow::{Result, ensure};
-use bellows::cgroup::{Cgroup, Limit};
-use bellows_core::{Bytes, pod};
+use anyhow::{Context as _, Result, ensure};
+use bellows::{
+    cgroup::{Cgroup, Limit},
+    ledger::Record as LedgerRecord,
+};
+use bellows_core::{Action, Bytes, pod};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{bursts::burst_words, exec_cli::Record, record::Records};
+use super::{
+    bursts::burst_words,
+    exec_cli::Record,
+    pod_bursts::{ledger_of, results},
+    record::Records,
+};
 use crate::{
     agent::Agent,
     node::{ApiServer, Node, wait},
@@ -30,7 +38,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 11] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -88,6 +96,18 @@ const CASES: [Case; 8] = [
         "what a dead agent has raised is restored by the next",
         raised_by_a_predecessor,
     ),
+    (
+        "a container whose probe forbids the freezer is braked",
+        |bed| braked_for_its_probe(&bed.cluster),
+    ),
+    (
+        "a brake that somebody else has lifted is set again",
+        |bed| brake_is_set_again(&bed.cluster),
+    ),
+    (
+        "a limit at the pod's own level is raised and restored",
+        |bed| whole_pod(&bed.cluster),
+    ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
 
@@ -119,6 +139,8 @@ fn spec(name: &str) -> Spec {
             .map(str::to_owned)
             .to_vec(),
         host: false,
+        liveness: None,
+        whole_pod: false,
     }
 }
 
@@ -252,6 +274,103 @@ fn raised_by_a_predecessor(bed: &mut Bed) -> Result<()> {
     })?;
     original(&bed.cluster, name, "load=64Mi")?;
     bed.cluster.delete(name)
+}
+
+/// An exec probe that may not fail once leaves only the brake, which must do.
+fn braked_for_its_probe(cluster: &Cluster) -> Result<()> {
+    let name = "probed";
+    let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+        .into_iter()
+        .chain(burst_words(Bytes::mib(32), Bytes::mib(200), 2))
+        .chain(["--rest-ms", "6000", "--after-ms", "60000"].map(str::to_owned))
+        .collect();
+    let probe = json!({
+        "exec": { "command": ["/bellows-guest", "load", "touch", "4096"] },
+        "initialDelaySeconds": 2,
+        "periodSeconds": 2,
+        "timeoutSeconds": 5,
+        "failureThreshold": 1,
+    });
+    cluster.create(&Spec {
+        max: Some(Bytes::mib(512)),
+        command,
+        liveness: Some(probe),
+        ..spec(name)
+    })?;
+    let cgroup = cluster.wait_running(name)?;
+    wait("the burst is over", Duration::from_secs(60), || {
+        Ok(!results(cluster, name)?.is_empty())
+    })?;
+    let restarts = cluster
+        .status(name)?
+        .map_or(-1, |status| status.restart_count);
+    let records = ledger_of(cgroup.id());
+    let did = |wanted: fn(&Action) -> bool| {
+        records
+            .iter()
+            .any(|record| matches!(record, LedgerRecord::Intend { action, .. } if wanted(action)))
+    };
+    let phase = cluster.phase(name)?;
+    cluster.delete(name)?;
+    ensure!(
+        phase == "Running" && restarts == 0,
+        "it is {phase} after {restarts} restarts: {records:?}"
+    );
+    ensure!(
+        did(|action| matches!(action, Action::Raise { .. }))
+            && !did(|action| matches!(action, Action::Hold)),
+        "{records:?}"
+    );
+    Ok(())
+}
+
+/// The containers of such a pod have no limit of their own; the kubelet gives them the pod's.
+fn whole_pod(cluster: &Cluster) -> Result<()> {
+    let name = "whole";
+    let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+        .into_iter()
+        .chain(burst_words(Bytes::mib(32), Bytes::mib(200), 2))
+        .chain(["--rest-ms", "5000", "--after-ms", "60000"].map(str::to_owned))
+        .collect();
+    cluster.create(&Spec {
+        max: Some(Bytes::mib(512)),
+        command,
+        whole_pod: true,
+        ..spec(name)
+    })?;
+    let container = cluster.wait_running(name)?;
+    let path = container
+        .path()
+        .parent()
+        .context("a container is in a pod")?;
+    let pod = Cgroup::open(path)?;
+    let outcome = wait("the burst is over", Duration::from_secs(60), || {
+        Ok(!results(cluster, name)?.is_empty())
+    })
+    .and_then(|()| {
+        wait("the limit is restored", Duration::from_secs(60), || {
+            let limit = Limit::At(Bytes::mib(64));
+            Ok(pod.limit("memory.max")? == limit)
+        })
+    });
+    let records = ledger_of(pod.id());
+    let phase = cluster.phase(name)?;
+    cluster.delete(name)?;
+    outcome.with_context(|| format!("it is {phase}: {records:?}"))?;
+    ensure!(
+        phase == "Running" && !records.is_empty(),
+        "it is {phase}: {records:?}"
+    );
+    Ok(())
+}
+
+fn brake_is_set_again(cluster: &Cluster) -> Result<()> {
+    let name = "lifted";
+    let cgroup = guarded(cluster, name)?;
+    braked_below(&cgroup, 64)?;
+    cgroup.set_limit("memory.high", Limit::Max)?;
+    braked_below(&cgroup, 64)?;
+    cluster.delete(name)
 }
 
 fn explain_unknown() -> Result<()> {

@@ -235,6 +235,35 @@ fn said(stdout: &[u8]) -> Value {
         .unwrap_or_default()
 }
 
+/// Which cases run with transparent huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum HugePages {
+    /// Every other.
+    #[default]
+    Alternate,
+    /// All.
+    Always,
+    /// None.
+    Never,
+}
+
+impl HugePages {
+    /// Whether the case of this turn does, where `first` tells of the first.
+    pub(crate) const fn in_turn(self, turn: u64, first: bool) -> bool {
+        match self {
+            Self::Alternate => turn.is_multiple_of(2) == first,
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
+
+/// Switches the multi-gen LRU.
+pub(crate) fn set_lru_gen(on: bool) -> Result<()> {
+    let value = if on { "y" } else { "n" };
+    fs::write("/sys/kernel/mm/lru_gen/enabled", value).context("multi-gen LRU")
+}
+
 /// Switches transparent huge pages.
 pub(crate) fn set_thp(always: bool) -> Result<()> {
     let mode = if always { "always" } else { "never" };

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use bellows::actuate::reflex::now;
+use bellows::clock::now;
 use bellows_core::{Bytes, quantity};
 use clap::Args;
 use serde::{Deserialize, Serialize};

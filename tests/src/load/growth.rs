@@ -53,6 +53,14 @@ pub(crate) enum Kind {
     Nested,
 }
 
+impl Kind {
+    /// As it is typed.
+    pub(crate) fn text(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
 /// Memory that grows in one way; given back when dropped.
 pub(super) enum Growth {
     Touched { mapping: Mapping, used: usize },

@@ -2,6 +2,7 @@
 
 mod burst;
 mod growth;
+mod hot;
 
 use std::{
     fs::{self, File},
@@ -14,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use bellows::{actuate::reflex::now, cgroup::Cgroup};
+use bellows::{cgroup::Cgroup, clock::now};
 use bellows_core::{Bytes, quantity};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -22,6 +23,7 @@ use serde::Serialize;
 pub(crate) use burst::BurstResult;
 pub(crate) use growth::Kind;
 use growth::Mapping;
+pub(crate) use hot::HotResult;
 
 #[derive(Subcommand)]
 pub(crate) enum Load {
@@ -45,6 +47,8 @@ pub(crate) enum Load {
     },
     /// Wait for ever: the sandbox of a pod.
     Pause,
+    /// Read a file again and again.
+    Hot(hot::Hot),
     /// Read and write a file, and use anonymous memory beside it.
     Cache(Cache),
 }
@@ -97,6 +101,7 @@ pub(crate) fn run(load: &Load) -> Result<()> {
         Load::Pause => loop {
             thread::sleep(Duration::from_secs(3600));
         },
+        Load::Hot(hot) => hot::run(hot),
         Load::Cache(cache) => run_cache(cache),
     }
 }
@@ -128,14 +133,19 @@ fn run_plateau(plateau: &Plateau) -> Result<()> {
     say(&serde_json::json!({ "rounds": rounds }))
 }
 
-/// What the cgroup of this process uses, without the stock that its CPUs hold in advance.
-fn own_usage() -> Result<Bytes> {
+/// The cgroup of this process.
+fn own_cgroup() -> Result<Cgroup> {
     let own = fs::read_to_string("/proc/self/cgroup")?;
     let path = own
         .lines()
         .find_map(|line| line.strip_prefix("0::/"))
         .context("not in cgroup v2")?;
-    let stat = Cgroup::open(&Path::new("/sys/fs/cgroup").join(path))?.read("memory.stat")?;
+    Ok(Cgroup::open(&Path::new("/sys/fs/cgroup").join(path))?)
+}
+
+/// What the cgroup of this process uses, without the stock that its CPUs hold in advance.
+fn own_usage() -> Result<Bytes> {
+    let stat = own_cgroup()?.read("memory.stat")?;
     let field = |name: &str| {
         let line = stat
             .lines()
