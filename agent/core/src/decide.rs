@@ -55,6 +55,8 @@ pub struct Snapshot {
     pub limit: Bytes,
     /// The limit of a request that is not answered yet, and when it was sent.
     pub requested: Option<(Bytes, Nanos)>,
+    /// A lower limit that was asked for and may still come into force, though a raise was asked for since.
+    pub lowering: Option<Bytes>,
     /// Since when the container is held.
     pub held_since: Option<Nanos>,
     /// A shrink was refused at this demand and time: tried again with less demand, or later.
@@ -106,6 +108,7 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         history,
         limit,
         requested,
+        held_since,
         now,
         raise_not_before,
         ..
@@ -131,7 +134,14 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         Some(_) => None,
         None => {
             let at_limit = thresholds(policy, *limit)?;
-            (history.demand >= at_limit.watermark && target > *limit).then_some((
+            // Who is held waits for a raise, though a look may see a little less than the event told.
+            let needed_from = if held_since.is_some() {
+                let margin = limit.minus(at_limit.watermark);
+                at_limit.watermark.minus(margin)
+            } else {
+                at_limit.watermark
+            };
+            (history.demand >= needed_from && target > *limit).then_some((
                 Action::Raise {
                     from: *limit,
                     to: target,
@@ -165,16 +175,20 @@ fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         held_since,
         ..
     } = snapshot;
-    let is_cleared =
-        thresholds(policy, effective(snapshot)).is_none_or(|at| history.demand < at.watermark);
+    let limit = effective(snapshot);
+    // Well below: a hold begins at the watermark with a charge that the next look may not see yet.
+    let is_cleared = thresholds(policy, limit).is_none_or(|at| {
+        let margin = limit.minus(at.watermark);
+        history.demand.plus(margin) < at.watermark
+    });
     (held_since.is_some() && is_cleared).then_some((Action::Release, Reason::RaiseArrived))
 }
 
 /// The limit that counts: a lower one on its way may be in force at any moment.
 fn effective(snapshot: &Snapshot) -> Bytes {
     snapshot
-        .requested
-        .map_or(snapshot.limit, |(to, _)| to.min(snapshot.limit))
+        .lowering
+        .map_or(snapshot.limit, |lower| lower.min(snapshot.limit))
 }
 
 fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
@@ -183,13 +197,15 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         history,
         limit,
         requested,
+        held_since,
         now,
         refused_shrink,
         thrash,
         ..
     } = snapshot;
-    let quiet = now.since(history.last_growth) >= policy.shrink_after;
-    if requested.is_some() || *limit <= policy.original || !quiet || thrash.keeps(*now) {
+    let is_quiet = now.since(history.last_growth) >= policy.shrink_after;
+    let is_busy = requested.is_some() || held_since.is_some() || thrash.keeps(*now);
+    if *limit <= policy.original || !is_quiet || is_busy {
         return None;
     }
     let refused = refused_shrink
@@ -231,6 +247,7 @@ mod tests {
             thrash: Thrash::default(),
             limit: Bytes::mib(64),
             requested: None,
+            lowering: None,
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
@@ -260,6 +277,18 @@ mod tests {
         let mut snapshot = snapshot(REQUESTED);
         snapshot.history.demand = Bytes::mib(61);
         assert_eq!(decide(&snapshot).actions, []);
+    }
+
+    #[test]
+    fn who_is_held_gets_its_raise() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(62);
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.held_since = Some(snapshot.now);
+        assert!(matches!(
+            decide(&snapshot).actions[..],
+            [(Action::Raise { .. }, Reason::WatermarkReached)]
+        ));
     }
 
     #[test]
@@ -296,6 +325,12 @@ mod tests {
         snapshot.held_since = Some(Nanos::millis(9_000));
         snapshot.requested = Some((Bytes::mib(200), Nanos::millis(9_000)));
         assert_eq!(decide(&snapshot).actions, []);
+        snapshot.history.demand = Bytes::mib(61);
+        assert_eq!(
+            decide(&snapshot).actions,
+            [],
+            "a little below the watermark"
+        );
         snapshot.limit = Bytes::mib(200);
         assert_eq!(
             decide(&snapshot).actions,
@@ -331,6 +366,7 @@ mod tests {
         let mut snapshot = snapshot(REQUESTED);
         snapshot.limit = Bytes::mib(640);
         snapshot.requested = Some((Bytes::mib(64), snapshot.now));
+        snapshot.lowering = Some(Bytes::mib(64));
         snapshot.history.demand = Bytes::mib(40);
         assert_eq!(decide(&snapshot).actions, []);
         snapshot.history.demand = Bytes::mib(63);
@@ -346,6 +382,8 @@ mod tests {
             .iter()
             .any(|(action, _)| *action == Action::Release);
         assert!(!released, "the lower limit may be in force: the hold stays");
+        snapshot.requested = Some((Bytes::mib(641), snapshot.now));
+        assert_eq!(decide(&snapshot).actions, [], "it may still come first");
     }
 
     #[test]

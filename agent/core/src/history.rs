@@ -46,6 +46,11 @@ impl History {
         }
     }
 
+    /// A hold has ended: that it did not grow until now says nothing.
+    pub fn resumed(&mut self, now: Nanos) {
+        self.last_growth = self.last_growth.max(now);
+    }
+
     /// Starts a new burst after the limit was lowered.
     pub const fn shrunk(&mut self) {
         self.burst_peak = self.demand;
@@ -68,6 +73,14 @@ mod tests {
             );
         }
         assert_eq!(history.last_growth, Nanos(1));
+    }
+
+    #[test]
+    fn a_hold_is_no_quiet_time() {
+        let mut history = History::default();
+        history.observe(Nanos(1), Bytes::mib(100));
+        history.resumed(Nanos(9));
+        assert_eq!(history.last_growth, Nanos(9));
     }
 
     #[test]

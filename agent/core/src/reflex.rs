@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     policy::{Actuation, Policy},
     thresholds::Thresholds,
-    units::Bytes,
+    units::{Bytes, Nanos},
 };
 
 /// A direct raise goes to 2.2 times the demand: with steps of about two, a burst of sixteen times
@@ -106,6 +106,15 @@ fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
     }
 }
 
+/// Whether growth must be held now rather than at the hold threshold: at this rate it would be at the limit
+/// before the answer. What creeps is left running for as long as it may; what rushes in is held while there
+/// is the most room left for what goes on inside system calls.
+#[must_use]
+pub fn is_rushing(limit: Bytes, demand: Bytes, rate_per_second: Bytes, answer: Nanos) -> bool {
+    let grown_meanwhile = rate_per_second.scaled(answer.0, 1_000_000_000);
+    grown_meanwhile.per_mille(1500) >= limit.minus(demand)
+}
+
 /// The rung for a demand: the lowest whose next watermark is above it.
 #[must_use]
 pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
@@ -115,7 +124,7 @@ pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{patience::Patience, policy::Signals, units::Nanos};
+    use crate::{patience::Patience, policy::Signals};
 
     fn policy(original: u64, ceiling: u64) -> Policy {
         Policy {
@@ -168,6 +177,15 @@ mod tests {
         assert_eq!(rung_for(&rungs, Bytes::mib(50)), None);
         let jumped = rung_for(&rungs, Bytes::mib(300)).expect("above the first watermark");
         assert!(jumped.limit > Bytes::mib(300));
+    }
+
+    #[test]
+    fn a_leak_is_not_rushing_and_a_burst_is() {
+        let (limit, demand) = (Bytes::mib(256), Bytes::mib(249));
+        let answer = Nanos::millis(600);
+        assert!(!is_rushing(limit, demand, Bytes::mib(1), answer));
+        assert!(is_rushing(limit, demand, Bytes::mib(200), answer));
+        assert!(!is_rushing(limit, demand, Bytes::ZERO, answer));
     }
 
     #[test]

@@ -12,7 +12,8 @@
 //! all, and at the limit, 3 % over it, one batch sleeps 60 ms: a safety net for the case that the
 //! reaction is late, which costs nothing when it is not.
 //!
-//! The hold (`cgroup.freeze`) stands half way to the limit. It stops growth without consuming what
+//! The hold (`cgroup.freeze`) stands half way to the limit for what creeps, and at the watermark for what
+//! would be at the limit before the answer ([`crate::reflex::is_rushing`]). It stops growth without consuming what
 //! is left, is lifted at once by the answer (a sleeper of `memory.high` is not), and holds no lock.
 //!
 //! Without kernel programs nobody tells of the watermark before the brake is crossed, and then up to
@@ -52,7 +53,8 @@ impl Thresholds {
                 .clamp(limit.per_mille(15), limit.per_mille(30)),
             Signals::Files => limit.per_mille(100),
         };
-        let watermark = limit.minus(margin);
+        // The kernel counts pages: a watermark within one would be reached there and not here.
+        let watermark = limit.minus(margin).page_floor();
         Self {
             watermark,
             high: watermark,
@@ -78,6 +80,14 @@ mod tests {
                 assert!(flat.plus(limit.per_mille(3)) <= watermark, "{limit} {cpus}");
                 assert!(watermark <= high && high <= hold && hold < limit);
             }
+        }
+    }
+
+    #[test]
+    fn the_watermark_is_the_kernels() {
+        for limit in [33_333_333, 149_286_912, 653_262_848].map(Bytes) {
+            let Thresholds { watermark, .. } = Thresholds::of(limit, 2, Signals::Programs);
+            assert_eq!(watermark, Bytes::from_pages(watermark.pages()));
         }
     }
 

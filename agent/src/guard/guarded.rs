@@ -60,6 +60,8 @@ pub(super) struct Guarded {
     pub(super) thrash_looked: Nanos,
     pub(super) limit: Bytes,
     pub(super) requested: Option<(Bytes, Nanos)>,
+    /// A lower limit that was asked for and may come into force at any moment.
+    pub(super) lowering: Option<Bytes>,
     pub(super) held_since: Option<Nanos>,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
@@ -87,6 +89,7 @@ impl Guarded {
             thrash_looked: Nanos(0),
             limit,
             requested: None,
+            lowering: None,
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
@@ -137,17 +140,11 @@ impl Guarded {
             thrash: self.thrash,
             limit: self.limit,
             requested: self.requested,
+            lowering: self.lowering,
             held_since: self.held_since,
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
         }
-    }
-
-    /// The lower limit that is on its way, if one is.
-    pub(super) fn lowering(&self) -> Option<Bytes> {
-        self.requested
-            .map(|(to, _)| to)
-            .filter(|&to| to < self.limit)
     }
 
     pub(super) fn limit_is(&mut self, at: Nanos, limit: Bytes) {
@@ -166,6 +163,7 @@ impl Guarded {
             && (to == limit || (self.limit < to && to <= limit))
         {
             self.requested = None;
+            self.lowering = None;
             let latencies = &mut self.report.latencies;
             latencies.truncate(KEPT);
             latencies.insert(0, at.since(asked));

@@ -169,7 +169,7 @@ impl<R: Requester> Controller<R> {
         let arm = Arm {
             cgroup: cgroup.id(),
             policy: *policy,
-            lowering: guarded.lowering(),
+            lowering: guarded.lowering,
             controls,
         };
         self.reflex.send(Command::Arm(Box::new(arm)));
@@ -274,6 +274,7 @@ impl<R: Requester> Controller<R> {
             }),
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
             Verdict::Released { cgroup } => self.update(cgroup, |guarded| {
+                guarded.history.resumed(at);
                 if let Some(since) = guarded.held_since.take() {
                     guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
                 }

@@ -71,6 +71,7 @@ impl<R: Requester> Controller<R> {
             Actuation::Direct => self.reflex.send(Command::Lower(id, to)),
             Actuation::Requested { .. } => {
                 guarded.requested = Some((to, now()));
+                guarded.lowering = Some(to);
                 // Before the request: the lower limit is guarded when it comes into force.
                 self.arm(&self.guards[&id], None);
                 let cgroup = &self.guards[&id].cgroup;
@@ -115,6 +116,7 @@ impl<R: Requester> Controller<R> {
         let Some((to, _)) = guarded.requested.take() else {
             return;
         };
+        guarded.lowering = None;
         if to < guarded.limit {
             guarded.refused_shrink = Some((guarded.history.demand, at));
         } else {

@@ -28,6 +28,8 @@ const PAGE: usize = 4096;
 const CHILD: usize = 16 * MIB;
 /// A pipe of this size holds as much kernel memory when it is full.
 const PIPE: usize = MIB;
+/// Files for the pipes of all threads together: the limit is the process's.
+const PIPE_FILES: u64 = 1 << 16;
 /// Bytes that one write call copies: the kernel does not return to user mode in between.
 const WRITE: usize = 64 * MIB;
 
@@ -99,10 +101,9 @@ impl Growth {
                 used: 0,
             },
             Kind::Kernel => {
-                let files = u64::try_from(2 * largest / PIPE)? + 256;
                 let limit = Rlimit {
-                    current: Some(files),
-                    maximum: Some(files),
+                    current: Some(PIPE_FILES),
+                    maximum: Some(PIPE_FILES),
                 };
                 setrlimit(Resource::Nofile, limit).context("files for the pipes")?;
                 Self::Piped { pipes: Vec::new() }
@@ -125,7 +126,9 @@ impl Growth {
                 }
             }
             Self::Written { file, used } => {
-                let chunk = vec![1_u8; WRITE.min(to.saturating_sub(*used))];
+                // Never touched, so that what is written costs no memory of its own.
+                let source = Mapping::new(WRITE)?;
+                let chunk = source.untouched();
                 while *used < to {
                     *used += file.write(&chunk[..chunk.len().min(to - *used)])?;
                     steps.done();
@@ -281,6 +284,13 @@ impl Mapping {
             start: start.cast(),
             length,
         })
+    }
+
+    /// Its bytes: zeros of the one zero page where nothing was touched.
+    fn untouched(&self) -> &[u8] {
+        // SAFETY: the mapping is readable over its length for as long as it lives, and nobody writes to it
+        // while it is borrowed: touching is done by its owner only.
+        unsafe { std::slice::from_raw_parts(self.start, self.length) }
     }
 
     fn want_huge_pages(&self) -> Result<()> {

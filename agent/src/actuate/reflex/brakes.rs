@@ -18,6 +18,7 @@ use std::{
 
 use bellows_core::{Bytes, CgroupId};
 
+use super::try_real_time;
 use crate::cgroup::{Control, Limit};
 
 /// Jobs that may wait; more are not needed: the next charge asks again.
@@ -57,6 +58,10 @@ impl Brakes {
         thread::Builder::new()
             .name("brakes".to_owned())
             .spawn(move || {
+                // It has work only while somebody grows into the last percent of a limit.
+                if let Err(error) = try_real_time() {
+                    tracing::debug!(%error, "no real-time priority for the brakes");
+                }
                 for job in receiver {
                     if !job.set() {
                         put_back(job.cgroup);

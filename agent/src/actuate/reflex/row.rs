@@ -12,7 +12,7 @@ use std::sync::Arc;
 use bellows_core::{
     Action, Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Reaction, Reason, Thresholds,
     brake::{self, Growing},
-    reflex::{Hold, Rung, reaction, rung_for, thresholds},
+    reflex::{Hold, Rung, is_rushing, reaction, rung_for, thresholds},
 };
 use bellows_ebpf_common::MemoryEvent;
 
@@ -27,7 +27,7 @@ use crate::{
 /// How long a container whose hold expired is left alone.
 const LET_GO_FOR: Nanos = Nanos::millis(10_000);
 /// How long a page fault that was under way may still charge after a freeze.
-const SETTLING: Nanos = Nanos::millis(5);
+const SETTLING: Nanos = Nanos::millis(2);
 /// Shortest time between two brakes of one container.
 const BRAKE_INTERVAL: Nanos = Nanos::millis(10);
 /// A brake lasts at least this long, however soon the answer should be there.
@@ -199,12 +199,22 @@ impl Row {
                 Some(self.climb(event, demand, rung, means))
             }
             &Reaction::Hold { at, by } => match self.held {
-                None if demand >= at && !self.is_let_go() => self.hold(event, demand, by, means),
+                None if !self.is_let_go() && (demand >= at || self.is_rushing(event, demand)) => {
+                    self.hold(event, demand, by, means)
+                }
                 Some(held) => self.brake(event, demand, held, means),
                 None => None,
             },
             Reaction::Nothing => None,
         }
+    }
+
+    fn is_rushing(&self, event: &MemoryEvent, demand: Bytes) -> bool {
+        let Actuation::Requested { p95 } = self.policy.actuation else {
+            return false;
+        };
+        let rate = Bytes::from_pages(event.window_pages).scaled(1_000_000_000, event.window_ns);
+        is_rushing(self.limit, demand, rate, p95)
     }
 
     /// Moves watermark and brake to where the limit wants them, or removes them.
