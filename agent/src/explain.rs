@@ -111,6 +111,7 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                     Some(error) => format!("failed{after}, the limit is {limit}: {error}"),
                 }
             }
+            Record::ForeignBrake { .. } => "memory.high is somebody else's: left alone".to_owned(),
             Record::Forget { .. } => "not guarded any more".to_owned(),
         };
         let millis = record.at().since(start).as_millis();

@@ -43,6 +43,13 @@ pub enum Record {
         /// Its limit now.
         limit: Bytes,
     },
+    /// `memory.high` was somebody else's when the cgroup was adopted, and is left alone.
+    ForeignBrake {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+    },
     /// Something is about to be done.
     Intend {
         /// When.
@@ -90,6 +97,7 @@ impl Record {
     pub const fn cgroup(&self) -> CgroupId {
         match self {
             Self::Adopt { cgroup, .. }
+            | Self::ForeignBrake { cgroup, .. }
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
             | Self::Forget { cgroup, .. } => *cgroup,
@@ -101,6 +109,7 @@ impl Record {
     pub const fn at(&self) -> Nanos {
         match self {
             Self::Adopt { at, .. }
+            | Self::ForeignBrake { at, .. }
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
             | Self::Forget { at, .. } => *at,

@@ -40,17 +40,37 @@ pub fn recover(path: &Path) -> io::Result<Recovered> {
         // The predecessor died between putting its ledger aside and beginning the next.
         None => (read_if_there(&aside)?.unwrap_or_default(), false),
     };
-    let mut guarded: BTreeMap<CgroupId, PathBuf> = BTreeMap::new();
+    let mut guarded: BTreeMap<CgroupId, Left> = BTreeMap::new();
     for record in &contents.records {
         match record {
-            Record::Adopt { cgroup, path, .. } => drop(guarded.insert(*cgroup, path.clone())),
+            Record::Adopt { cgroup, path, .. } => {
+                let left = Left {
+                    path: path.clone(),
+                    foreign_brake: false,
+                };
+                drop(guarded.insert(*cgroup, left));
+            }
+            Record::ForeignBrake { cgroup, .. } => {
+                if let Some(left) = guarded.get_mut(cgroup) {
+                    left.foreign_brake = true;
+                }
+            }
             Record::Forget { cgroup, .. } => drop(guarded.remove(cgroup)),
             Record::Intend { .. } | Record::Verify { .. } => {}
         }
     }
-    for cgroup in guarded.values() {
-        if let Err(error) = release(cgroup) {
-            tracing::error!(path = %cgroup.display(), %error, "a predecessor's brake cannot be lifted");
+    for Left {
+        path,
+        foreign_brake,
+    } in guarded.values()
+    {
+        let released = if *foreign_brake {
+            thaw(path)
+        } else {
+            release(path)
+        };
+        if let Err(error) = released {
+            tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
         }
     }
     if is_current {
@@ -60,6 +80,12 @@ pub fn recover(path: &Path) -> io::Result<Recovered> {
         released: guarded.len(),
         unreadable: contents.unreadable,
     })
+}
+
+/// A cgroup that a dead agent guarded.
+struct Left {
+    path: PathBuf,
+    foreign_brake: bool,
 }
 
 fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
@@ -76,11 +102,16 @@ fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
 ///
 /// [`CgroupError`] when a file cannot be written; a cgroup that is gone is no error.
 pub fn release(path: &Path) -> Result<(), CgroupError> {
-    let released = Cgroup::open(path).and_then(|cgroup| {
-        cgroup.set_limit("memory.high", Limit::Max)?;
-        cgroup.write("cgroup.freeze", "0")
-    });
-    match released {
+    unless_gone(Cgroup::open(path).and_then(|cgroup| cgroup.set_limit("memory.high", Limit::Max)))
+        .and(thaw(path))
+}
+
+fn thaw(path: &Path) -> Result<(), CgroupError> {
+    unless_gone(Cgroup::open(path).and_then(|cgroup| cgroup.write("cgroup.freeze", "0")))
+}
+
+fn unless_gone(result: Result<(), CgroupError>) -> Result<(), CgroupError> {
+    match result {
         Err(error) if !error.is_gone() => Err(error),
         _ => Ok(()),
     }

@@ -169,6 +169,15 @@ impl Cluster {
         Ok(())
     }
 
+    /// Adds annotations, as anybody might.
+    pub(crate) fn annotate(&self, name: &str, annotations: &Value) -> Result<()> {
+        let patch = Patch::Merge(json!({ "metadata": { "annotations": annotations } }));
+        let parameters = PatchParams::default();
+        self.runtime
+            .block_on(self.pods.patch_metadata(name, &parameters, &patch))?;
+        Ok(())
+    }
+
     pub(crate) fn get(&self, name: &str) -> Result<Pod> {
         Ok(self.runtime.block_on(self.pods.get(name))?)
     }

@@ -216,6 +216,15 @@ fn edges(checks: &mut Checks, binaries: &Binaries, options: &bench::Options, com
     }
 }
 
+/// Killed at the fixed limit, alive with Bellows, in every case.
+fn survived(summary: &Value) -> Result<()> {
+    ensure!(
+        summary["kills_without"] == summary["bursts"],
+        "a burst survives its fixed limit"
+    );
+    at_most(summary, "kills_with", 0.0)
+}
+
 fn benches(checks: &mut Checks, binaries: &Binaries) {
     let of = |bench, n, seed| options(bench, "6.12", Some(n), seed);
     judge(
@@ -235,18 +244,54 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "final_ratio_p50", 1.5)
         },
     );
-    let delayed = bench::Options {
-        actuation_delay_ms: Some(600),
-        ..of(Name::Bursts, 6, 12)
+    for (delay, n, kind) in [(600, 8, "all"), (2000, 2, "anonymous")] {
+        let delayed = bench::Options {
+            actuation_delay_ms: Some(delay),
+            kind: Some(kind.to_owned()),
+            ..of(Name::Bursts, n, 12)
+        };
+        judge(
+            checks,
+            binaries,
+            &format!("bursts of kind {kind} survive raises that are {delay} ms late"),
+            &delayed,
+            |summary| {
+                at_most(summary, "kills_with", 0.0)?;
+                at_most(summary, "stall_vs_delay_p50", 1.5)
+            },
+        );
+    }
+    let every_kind = bench::Options {
+        kind: Some("all".to_owned()),
+        ..of(Name::Bursts, 8, 16)
     };
     judge(
         checks,
         binaries,
-        "bursts survive raises that are 600 ms late",
-        &delayed,
+        "growth of every kind survives",
+        &every_kind,
+        survived,
+    );
+    let without_bpf = bench::Options {
+        without_bpf: true,
+        ..of(Name::Bursts, 4, 17)
+    };
+    judge(
+        checks,
+        binaries,
+        "bursts survive without kernel programs",
+        &without_bpf,
+        survived,
+    );
+    judge(
+        checks,
+        binaries,
+        "page cache that thrashes is served, and what does not help is taken back",
+        &of(Name::Thrash, 1, 18),
         |summary| {
-            at_most(summary, "kills_with", 0.0)?;
-            at_most(summary, "stall_vs_delay_p50_small_pages", 1.5)
+            at_most(summary, "killed", 0.0)?;
+            ensure!(summary["raised"] == true && summary["hopeless_taken_back"] == true);
+            at_most(summary, "time_ratio", 1.5)
         },
     );
     judge(
@@ -341,6 +386,18 @@ fn pod(checks: &mut Checks) -> Result<()> {
                 at_most(summary, key, 0.0)?;
             }
             Ok(())
+        },
+    );
+    let deaths = options(Name::Deaths, "6.12", Some(14), 23);
+    judge(
+        checks,
+        &binaries,
+        "whatever ends the agent, what it holds is let go within a second",
+        &deaths,
+        |summary| {
+            at_most(summary, "brake_release_max_s", 1.0)?;
+            at_most(summary, "left_raised", 0.0)?;
+            at_most(summary, "wrong_state", 0.0)
         },
     );
     let kill = options(Name::Kill, "6.12", Some(3), 22);

@@ -11,12 +11,18 @@ use bellows_core::{Bytes, Policy, Thresholds};
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
 /// Brings usage under the watermark of `to`; returns whether that succeeded. The caller arms the
-/// reflex afterwards, which puts the brake back where it belongs.
+/// reflex afterwards, which puts the brake back where it belongs; a brake that is somebody else's is not
+/// moved.
 ///
 /// # Errors
 ///
 /// [`CgroupError`] when a file cannot be read or written.
-pub fn make_room(cgroup: &Cgroup, to: Bytes, policy: &Policy) -> Result<bool, CgroupError> {
+pub fn make_room(
+    cgroup: &Cgroup,
+    to: Bytes,
+    policy: &Policy,
+    foreign_brake: bool,
+) -> Result<bool, CgroupError> {
     let target = Thresholds::of(to, policy.cpus, policy.signals);
     let stat = cgroup.stat()?;
     if stat.demand() > target.watermark {
@@ -30,7 +36,9 @@ pub fn make_room(cgroup: &Cgroup, to: Bytes, policy: &Policy) -> Result<bool, Cg
         {
             tracing::debug!(%error, "reclaimed less than asked for");
         }
-        cgroup.set_limit("memory.high", Limit::At(target.high))?;
+        if !foreign_brake {
+            cgroup.set_limit("memory.high", Limit::At(target.high))?;
+        }
     }
     Ok(cgroup.usage()? <= target.watermark)
 }

@@ -57,6 +57,8 @@ pub(super) struct Guarded {
     pub(super) policy: Policy,
     pub(super) history: History,
     pub(super) thrash: Thrash,
+    /// Whether `memory.high` is not ours to move.
+    pub(super) foreign_brake: bool,
     pub(super) thrash_looked: Nanos,
     pub(super) limit: Bytes,
     pub(super) requested: Option<(Bytes, Nanos)>,
@@ -86,6 +88,7 @@ impl Guarded {
                 ..History::default()
             },
             thrash: Thrash::default(),
+            foreign_brake: false,
             thrash_looked: Nanos(0),
             limit,
             requested: None,

@@ -272,6 +272,9 @@ impl<R: Requester> Controller<R> {
                 guarded.held_since = Some(at);
                 guarded.report.holds += 1;
             }),
+            Verdict::ForeignBrake { cgroup } => {
+                self.update(cgroup, |guarded| guarded.foreign_brake = true);
+            }
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
             Verdict::Released { cgroup } => self.update(cgroup, |guarded| {
                 guarded.history.resumed(at);

@@ -60,9 +60,10 @@ impl<R: Requester> Controller<R> {
             cgroup,
             policy,
             history,
+            foreign_brake,
             ..
         } = guarded;
-        if !shrink::make_room(cgroup, to, policy)? {
+        if !shrink::make_room(cgroup, to, policy, *foreign_brake)? {
             guarded.refused_shrink = Some((history.demand, now()));
             self.arm(&self.guards[&id], None);
             return Ok(());

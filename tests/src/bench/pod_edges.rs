@@ -1,7 +1,7 @@
 //! `pod-edges`: what `bellows run` promises at its edges, one record a promise: pods that cannot be
 //! guarded are told why in an Event, and a change by somebody else becomes the new original.
 
-use std::{process::Command, time::Duration};
+use std::{process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
@@ -38,7 +38,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 11] = [
+const CASES: [Case; 12] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -107,6 +107,10 @@ const CASES: [Case; 11] = [
     (
         "a limit at the pod's own level is raised and restored",
         |bed| whole_pod(&bed.cluster),
+    ),
+    (
+        "a brake that is somebody else's is left alone",
+        foreign_brake,
     ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
@@ -361,6 +365,24 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
         phase == "Running" && !records.is_empty(),
         "it is {phase}: {records:?}"
     );
+    Ok(())
+}
+
+/// As the kubelet's MemoryQoS sets one: it must outlive adoption, the agent's death and its successor.
+fn foreign_brake(bed: &mut Bed) -> Result<()> {
+    let name = "qos";
+    bed.cluster.create(&spec(name))?;
+    let cgroup = bed.cluster.wait_running(name)?;
+    let theirs = Limit::At(Bytes::mib(48));
+    cgroup.set_limit("memory.high", theirs)?;
+    let opt_in = json!({ pod::MODE: "Act", pod::MAX_MEMORY: "512Mi" });
+    bed.cluster.annotate(name, &opt_in)?;
+    original(&bed.cluster, name, "load=64Mi")?;
+    without_agent(bed, |_| Ok(()))?;
+    thread::sleep(Duration::from_secs(3));
+    let high = cgroup.limit("memory.high")?;
+    bed.cluster.delete(name)?;
+    ensure!(high == theirs, "memory.high has become {high:?}");
     Ok(())
 }
 

@@ -104,6 +104,11 @@ pub enum Verdict {
         /// Since when.
         at: Nanos,
     },
+    /// The brake of a cgroup that was armed for the first time is somebody else's.
+    ForeignBrake {
+        /// The cgroup.
+        cgroup: CgroupId,
+    },
     /// A held cgroup goes on growing; its brake was set below its usage.
     Braked {
         /// The cgroup.
@@ -409,11 +414,17 @@ impl Worker {
             None => Ok(()),
         };
         let before = self.table.remove(&cgroup);
+        let is_new = before.is_none();
         let armed = match Row::armed(arm, before) {
             Ok(row) => {
+                let noted = if is_new && row.has_foreign_brake() {
+                    self.note_foreign_brake(cgroup)
+                } else {
+                    Ok(())
+                };
                 let result = row.watch(&mut self.source);
                 self.table.insert(cgroup, row);
-                result
+                noted.and(result)
             }
             Err(error) => {
                 // Whatever it was, it is not watched any more.
@@ -425,6 +436,15 @@ impl Worker {
         for error in [adopted, armed].into_iter().filter_map(Result::err) {
             self.tell(Verdict::Failed { cgroup, error });
         }
+    }
+
+    /// Whoever releases after our death must leave it alone, too.
+    fn note_foreign_brake(&mut self, cgroup: CgroupId) -> Result<(), String> {
+        self.tell(Verdict::ForeignBrake { cgroup });
+        let record = Record::ForeignBrake { at: now(), cgroup };
+        self.ledger
+            .append(&record)
+            .map_err(|error| error.to_string())
     }
 
     fn put_back(&mut self, cgroup: CgroupId) {

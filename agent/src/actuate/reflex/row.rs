@@ -121,6 +121,9 @@ pub(super) struct Row {
     spent: Spent,
     /// Moves on when a brake below usage is no longer wanted.
     epoch: Epoch,
+    /// Whether `memory.high` was somebody else's (the kubelet's MemoryQoS) when it was first armed: it is
+    /// left alone then, and only the freezer holds.
+    foreign_brake: bool,
     /// Since when it is let go after a hold expired: not braked or held again before the limit has
     /// risen or [`LET_GO_FOR`] has passed.
     let_go: Option<Nanos>,
@@ -142,10 +145,14 @@ impl Row {
                 held,
                 spent,
                 epoch,
+                foreign_brake,
                 let_go,
                 controls,
                 ..
-            }) => (Some((limit, held, spent, epoch, let_go)), controls),
+            }) => (
+                Some((limit, held, spent, epoch, foreign_brake, let_go)),
+                controls,
+            ),
             None => (None, controls.ok_or("armed without its files")?),
         };
         // What the controller knows may be older than the last raise.
@@ -157,12 +164,16 @@ impl Row {
             lifted.err().unwrap_or(error).to_string()
         })?;
         let limit = lowering.map_or(actual, |lower| lower.min(actual));
-        let (held, spent, epoch, let_go) = known.map_or_else(
-            || (None, Spent::default(), Epoch::default(), None),
-            |(before, held, spent, epoch, let_go)| {
-                (held, spent, epoch, let_go.filter(|_| limit <= before))
-            },
-        );
+        let (held, spent, epoch, foreign_brake, let_go) = match known {
+            Some((before, held, spent, epoch, foreign_brake, let_go)) => {
+                let let_go = let_go.filter(|_| limit <= before);
+                (held, spent, epoch, foreign_brake, let_go)
+            }
+            None => {
+                let foreign = controls.high.get().map_err(text)? != Limit::Max;
+                (None, Spent::default(), Epoch::default(), foreign, None)
+            }
+        };
         Ok(Self {
             cgroup,
             policy,
@@ -173,8 +184,22 @@ impl Row {
             held,
             spent,
             epoch,
+            foreign_brake,
             let_go,
         })
+    }
+
+    /// Whether its brake is not ours to move.
+    pub(super) const fn has_foreign_brake(&self) -> bool {
+        self.foreign_brake
+    }
+
+    fn set_brake(&self, high: Limit) -> Result<(), CgroupError> {
+        if self.foreign_brake {
+            Ok(())
+        } else {
+            self.controls.high.set(high)
+        }
     }
 
     pub(super) const fn is_held(&self) -> bool {
@@ -233,7 +258,7 @@ impl Row {
     fn rest_brake(&self) -> Result<(), String> {
         self.epoch.next();
         let high = self.brake_at_rest()?;
-        self.controls.high.set(high).map_err(text)
+        self.set_brake(high).map_err(text)
     }
 
     fn brake_at_rest(&self) -> Result<Limit, String> {
@@ -247,7 +272,10 @@ impl Row {
     /// held stays.
     pub(super) fn put_back(&self) -> Result<(), String> {
         let is_braked = self.held.is_some_and(|held| held.braked_at.is_some());
-        if is_braked || self.controls.high.get().map_err(text)? == self.brake_at_rest()? {
+        if self.foreign_brake
+            || is_braked
+            || self.controls.high.get().map_err(text)? == self.brake_at_rest()?
+        {
             return Ok(());
         }
         self.rest_brake()
@@ -397,7 +425,7 @@ impl Row {
         let is_recent = held
             .braked_at
             .is_some_and(|braked_at| at.since(braked_at) < BRAKE_INTERVAL);
-        if is_settling || is_recent {
+        if is_settling || is_recent || self.foreign_brake {
             return None;
         }
         let Actuation::Requested { p95 } = self.policy.actuation else {
@@ -468,7 +496,7 @@ impl Row {
         let held = self.held.take();
         let unbraked = if reason == Reason::HoldExpired {
             self.let_go = Some(at);
-            self.controls.high.set(Limit::Max).map_err(text)
+            self.set_brake(Limit::Max).map_err(text)
         } else if held.is_some_and(|held| held.braked_at.is_some()) {
             self.rest_brake()
         } else {
@@ -489,7 +517,7 @@ impl Row {
     /// Removes the brake; a cgroup that is gone has none.
     pub(super) fn unbrake(&self) -> Result<(), String> {
         self.epoch.next();
-        match self.controls.high.set(Limit::Max) {
+        match self.set_brake(Limit::Max) {
             Err(error) if !error.is_gone() => Err(error.to_string()),
             _ => Ok(()),
         }
