@@ -388,7 +388,7 @@ fn pod(checks: &mut Checks) -> Result<()> {
             Ok(())
         },
     );
-    let deaths = options(Name::Deaths, "6.12", Some(14), 23);
+    let deaths = options(Name::Deaths, "6.12", Some(6), 23);
     judge(
         checks,
         &binaries,

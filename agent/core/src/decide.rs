@@ -122,11 +122,18 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let target = request_target(policy, history, p95);
     match *requested {
         // A lower limit may be in force at any moment: it is what counts. The new request must differ
-        // from the limit of today, or its arrival could not be told from the other's delay.
+        // from the limit of today, or its arrival could not be told from the other's delay; at the ceiling
+        // it can only be a little less.
         Some((lower, _)) if lower < *limit => {
             let at_lower = thresholds(policy, lower)?;
-            let to = target.max(limit.plus(Bytes::mib(1))).min(policy.ceiling);
-            (history.demand >= at_lower.watermark).then_some((
+            let step = Bytes::mib(1);
+            let more = target.max(limit.plus(step)).min(policy.ceiling);
+            let to = if more > *limit {
+                more
+            } else {
+                limit.minus(step)
+            };
+            (history.demand >= at_lower.watermark && to > lower).then_some((
                 Action::Raise { from: lower, to },
                 Reason::GrewWhileShrinking,
             ))
@@ -384,6 +391,23 @@ mod tests {
         assert!(!released, "the lower limit may be in force: the hold stays");
         snapshot.requested = Some((Bytes::mib(641), snapshot.now));
         assert_eq!(decide(&snapshot).actions, [], "it may still come first");
+    }
+
+    #[test]
+    fn growth_while_shrinking_from_the_ceiling_can_be_told_apart_too() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.limit = snapshot.policy.ceiling;
+        snapshot.requested = Some((Bytes::mib(64), snapshot.now));
+        snapshot.lowering = Some(Bytes::mib(64));
+        snapshot.history.demand = Bytes::mib(63);
+        let raise = Action::Raise {
+            from: Bytes::mib(64),
+            to: Bytes::mib(4095),
+        };
+        assert_eq!(
+            decide(&snapshot).actions,
+            [(raise, Reason::GrewWhileShrinking)]
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! passes through.
 //!
 //! A file of 1.5 times the limit, read again and again, is slow for as long as the limit stands. One of
-//! twelve times the limit is as slow at any limit that Bellows may try: what was tried must be taken back.
+//! six times the limit is as slow at any limit that Bellows may try: what was tried must be taken back.
 //! Each case reads the hot file with room for it, at the fixed limit and under Bellows, and the hopeless
 //! one under Bellows.
 
@@ -30,7 +30,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Times that the hot file is read.
-    #[arg(long, default_value_t = 80)]
+    #[arg(long, default_value_t = 100)]
     passes: u64,
 }
 
@@ -44,7 +44,7 @@ struct Record {
     roomy: Outcome,
     fixed: Outcome,
     bellows: Outcome,
-    /// A file of twelve times the limit, under Bellows.
+    /// A file of six times the limit, under Bellows.
     hopeless: Outcome,
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     for index in 0..options.n {
         let lru_gen = index % 2 == 0;
         set_lru_gen(lru_gen)?;
-        let limit = Bytes::mib(random.u64(64..=128));
+        let limit = Bytes::mib(random.u64(32..=64));
         let file = limit.per_mille(1500);
         let load = |size: Bytes, passes: u64| {
             runner.load(&[
@@ -81,7 +81,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             roomy: runner.fixed(Limit::At(roomy), &hot)?,
             fixed: runner.fixed(Limit::At(limit), &load(file, options.passes / 10))?,
             bellows: runner.bellows(limit, max, &[], &hot)?,
-            hopeless: runner.bellows(limit, max, &[], &load(limit.scaled(12, 1), 6))?,
+            hopeless: runner.bellows(limit, max, &[], &load(limit.scaled(6, 1), 8))?,
         };
         eprintln!(
             "case {index}: limit {limit}, file {file}, multi-gen LRU {lru_gen}: a pass takes {:.1} ms with room, {:.1} ms without, {:.1} ms with Bellows: {}; hopeless: {}",

@@ -11,6 +11,8 @@
 //! which is counted, not time.
 
 mod brakes;
+mod controls;
+mod hold;
 mod row;
 
 use std::{
@@ -36,7 +38,7 @@ use crate::{
     signal::source::{Source, Taken},
 };
 use brakes::Brakes;
-pub use row::Controls;
+pub use controls::Controls;
 use row::Row;
 
 /// How often the limit of a held cgroup is looked at: the answer lifts the hold at once.

@@ -1,0 +1,64 @@
+//! The open files of one guarded cgroup.
+
+use std::sync::Arc;
+
+use bellows_core::Bytes;
+
+use crate::cgroup::{Cgroup, CgroupError, Control, Limit};
+
+/// More threads than this are not taken to grow at once.
+const MOST_GROWERS: u64 = 16;
+
+/// The files that the reflex writes.
+#[derive(Debug)]
+pub struct Controls {
+    cgroup: Cgroup,
+    pub(super) max: Control,
+    heirs: Vec<Control>,
+    pub(super) high: Arc<Control>,
+    pub(super) freeze: Control,
+    pub(super) current: Control,
+    /// `pids.current` counts threads; not there where the controller is not enabled.
+    threads: Option<Control>,
+}
+
+impl Controls {
+    /// Opens them.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when one does not exist or cannot be written.
+    pub fn open(cgroup: &Cgroup) -> Result<Self, CgroupError> {
+        Ok(Self {
+            cgroup: cgroup.clone(),
+            max: Control::open(cgroup, "memory.max")?,
+            heirs: Control::open_heirs(cgroup),
+            high: Arc::new(Control::open(cgroup, "memory.high")?),
+            freeze: Control::open(cgroup, "cgroup.freeze")?,
+            current: Control::open_read(cgroup, "memory.current")?,
+            threads: Control::open_read(cgroup, "pids.current").ok(),
+        })
+    }
+
+    pub(super) const fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// The limit in force: the least of its own and of those that follow it. An heir that is gone has
+    /// none.
+    pub(super) fn limit(&self) -> Result<Bytes, CgroupError> {
+        let own = self.max.get()?.bytes();
+        let of_heirs = self.heirs.iter().filter_map(|heir| heir.get().ok());
+        Ok(of_heirs.map(Limit::bytes).fold(own, Bytes::min))
+    }
+
+    /// Threads that may be growing.
+    pub(super) fn growers(&self, cpus: u64) -> u64 {
+        let threads = self
+            .threads
+            .as_ref()
+            .and_then(|threads| threads.get().ok())
+            .map(|count| count.bytes().0);
+        threads.unwrap_or(2 * cpus).clamp(1, MOST_GROWERS)
+    }
+}
