@@ -20,6 +20,7 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde_json::json;
+use tokio::time::MissedTickBehavior;
 
 use super::events::Events;
 use crate::{
@@ -68,10 +69,12 @@ pub(super) async fn pods(context: Context) {
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);
+    // Not polled while there is nothing to try again: a quiet node is not woken for it.
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let event = tokio::select! {
             event = stream.try_next() => event,
-            _ = retry.tick() => {
+            _ = retry.tick(), if !watch.pending.is_empty() => {
                 watch.retry().await;
                 continue;
             }
