@@ -399,7 +399,9 @@ pub fn parse_events(content: &str) -> MemoryEvents {
     }
 }
 
-fn parse_limit(content: &str) -> Option<Limit> {
+/// What a limit file contains; `None` if it is neither `max` nor a number.
+#[must_use]
+pub fn parse_limit(content: &str) -> Option<Limit> {
     match content.trim() {
         "max" => Some(Limit::Max),
         number => number.parse().ok().map(|bytes| Limit::At(Bytes(bytes))),
@@ -417,8 +419,9 @@ pub fn parse_stalled(content: &str) -> Option<Nanos> {
     Some(Nanos(micros.saturating_mul(1000)))
 }
 
-/// The value of a `name value` line.
-fn field(content: &str, name: &str) -> Option<u64> {
+/// The value of the `name value` line of a file such as `memory.stat`.
+#[must_use]
+pub fn field(content: &str, name: &str) -> Option<u64> {
     content.lines().find_map(|line| {
         line.strip_prefix(name)?
             .strip_prefix(' ')?
@@ -426,6 +429,12 @@ fn field(content: &str, name: &str) -> Option<u64> {
             .parse()
             .ok()
     })
+}
+
+/// The cgroup of a process below the root, from its `/proc/PID/cgroup`; `None` outside of cgroup v2.
+#[must_use]
+pub fn own(content: &str) -> Option<&str> {
+    content.lines().find_map(|line| line.strip_prefix("0::/"))
 }
 
 /// An open file of a cgroup, for writes that must not resolve a path or allocate.

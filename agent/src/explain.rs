@@ -42,8 +42,17 @@ pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
         Err(_) if !records.is_empty() => {}
         Err(error) => return Err(ExplainError::NoLedger(path.to_owned(), error)),
     }
+    tell(&records, pod)
+}
+
+/// Tells what records say of a pod.
+///
+/// # Errors
+///
+/// [`ExplainError::Unknown`] when they do not know it.
+pub fn tell(records: &[Record], pod: &str) -> Result<String, ExplainError> {
     let mut names: BTreeMap<CgroupId, String> = BTreeMap::new();
-    for record in &records {
+    for record in records {
         if let Record::Adopt { cgroup, name, .. } = record {
             names.insert(*cgroup, name.clone());
         }
@@ -64,7 +73,7 @@ pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
     }
     Ok(meant
         .iter()
-        .map(|cgroup| story(&records, *cgroup, &names[cgroup]))
+        .map(|cgroup| story(records, *cgroup, &names[cgroup]))
         .collect())
 }
 

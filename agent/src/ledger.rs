@@ -184,14 +184,7 @@ impl Ledger {
     ///
     /// When the file system is full; the caller then does not act.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
-        // A line begins with a line break too: what a full file system has cut off before it must
-        // not swallow it. Empty lines are skipped.
-        self.line.clear();
-        self.line.extend_from_slice(b"\n00000000 ");
-        serde_json::to_writer(&mut self.line, record)?;
-        let crc = crc32fast::hash(&self.line[10..]);
-        write!(&mut self.line[1..9], "{crc:08x}")?;
-        self.line.push(b'\n');
+        encode(record, &mut self.line)?;
         self.file.write_all(&self.line)
     }
 
@@ -212,6 +205,23 @@ impl Ledger {
     pub fn remove(self) -> io::Result<()> {
         fs::remove_file(&self.path)
     }
+}
+
+/// Makes `line` the line of a record.
+///
+/// # Errors
+///
+/// When the record is no JSON (a path that is not UTF-8); `line` is of no use then.
+pub fn encode(record: &Record, line: &mut Vec<u8>) -> io::Result<()> {
+    // A line begins with a line break too: what a full file system has cut off before it must
+    // not swallow it. Empty lines are skipped.
+    line.clear();
+    line.extend_from_slice(b"\n00000000 ");
+    serde_json::to_writer(&mut *line, record)?;
+    let crc = crc32fast::hash(&line[10..]);
+    write!(&mut line[1..9], "{crc:08x}")?;
+    line.push(b'\n');
+    Ok(())
 }
 
 /// Where the ledger of the process before is kept.
@@ -239,7 +249,9 @@ pub fn read(path: &Path) -> io::Result<Contents> {
     Ok(parse(&bytes))
 }
 
-fn parse(bytes: &[u8]) -> Contents {
+/// Reads the bytes of a ledger file. What is damaged is counted and skipped.
+#[must_use]
+pub fn parse(bytes: &[u8]) -> Contents {
     let mut contents = Contents::default();
     for line in bytes
         .split(|&byte| byte == b'\n')

@@ -29,16 +29,30 @@ pub fn container_id(status: &str) -> &str {
 pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
     let pod = pod_directory(root, pod_uid, DEPTH)?;
     let entries = directories(&pod);
-    // cgroupfs: the id; systemd: cri-containerd-ID.scope, crio-ID.scope, docker-ID.scope.
-    entries.into_iter().find(|path| {
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let bare = name.strip_suffix(".scope").unwrap_or(&name);
-        bare == container_id
-            || (bare.ends_with(&format!("-{container_id}")) && !bare.contains("conmon"))
-    })
+    entries
+        .into_iter()
+        .find(|path| is_container(&name(path), container_id))
+}
+
+/// Whether a directory of this name in a pod's is the container's. cgroupfs: the id; systemd:
+/// `cri-containerd-ID.scope`, `crio-ID.scope`, `docker-ID.scope`.
+#[must_use]
+pub fn is_container(name: &str, id: &str) -> bool {
+    let bare = name.strip_suffix(".scope").unwrap_or(name);
+    bare == id || (bare.ends_with(&format!("-{id}")) && !bare.contains("conmon"))
+}
+
+/// Whether a directory of this name is the pod's.
+#[must_use]
+pub fn is_pod(name: &str, uid: &str) -> bool {
+    // systemd writes a uid's dashes as underscores.
+    name == format!("pod{uid}") || name.ends_with(&format!("pod{}.slice", uid.replace('-', "_")))
+}
+
+fn name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// The cgroup directory of a pod.
@@ -49,19 +63,8 @@ pub fn find_pod(root: &Path, pod_uid: &str) -> Option<PathBuf> {
 
 fn pod_directory(directory: &Path, uid: &str, depth: u32) -> Option<PathBuf> {
     let depth = depth.checked_sub(1)?;
-    // systemd writes a uid's dashes as underscores.
-    let (plain, escaped) = (
-        format!("pod{uid}"),
-        format!("pod{}.slice", uid.replace('-', "_")),
-    );
     let entries = directories(directory);
-    let found = entries.iter().find(|path| {
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        name == plain || name.ends_with(&escaped)
-    });
+    let found = entries.iter().find(|path| is_pod(&name(path), uid));
     found.cloned().or_else(|| {
         entries
             .iter()

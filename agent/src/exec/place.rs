@@ -15,7 +15,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::cgroup::{self, Cgroup, CgroupError};
 
 /// Set in the process that runs inside the scope.
 pub(crate) const SCOPE_VARIABLE: &str = "BELLOWS_EXEC_SCOPE";
@@ -138,8 +138,8 @@ fn hand_out_memory(cgroup: &Cgroup) -> Result<(), CgroupError> {
 fn own_cgroup() -> Result<PathBuf, PlaceError> {
     let content = fs::read_to_string("/proc/self/cgroup")
         .map_err(|error| PlaceError::NoV2(error.to_string()))?;
-    let path = content.lines().find_map(|line| line.strip_prefix("0::/"));
-    let path = path.ok_or_else(|| PlaceError::NoV2(content.trim().replace('\n', ", ")))?;
+    let path = cgroup::own(&content)
+        .ok_or_else(|| PlaceError::NoV2(content.trim().replace('\n', ", ")))?;
     let directory = Path::new(CGROUP_ROOT).join(path);
     match Cgroup::open(&directory) {
         Ok(_) => Ok(directory),

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bellows_core::{Bytes, CgroupId, Nanos, Policy, decide, thrash::Look};
+use bellows_core::{Bytes, CgroupId, History, Nanos, Policy, decide, thrash::Look};
 use bellows_ebpf_common::{
     Growth, Holds, KIND_EXIT, KIND_OOM, KIND_RECLAIM, KIND_WATERMARK, KIND_WRITTEN, MemoryEvent,
 };
@@ -341,12 +341,7 @@ impl<R: Requester> Controller<R> {
         match event.kind {
             KIND_OOM => guarded.report.ooms += 1,
             KIND_WATERMARK => {
-                let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
-                guarded.history.observe(Nanos(event.at_ns), demand);
-                guarded.history.observe_rate(
-                    Bytes::from_pages(event.window_pages),
-                    Nanos(event.window_ns),
-                );
+                observe(&mut guarded.history, event);
                 self.decide(id);
             }
             _ => {}
@@ -476,6 +471,16 @@ impl<R: Requester> Controller<R> {
             }
         }
     }
+}
+
+/// Takes a watermark event into a history.
+pub fn observe(history: &mut History, event: &MemoryEvent) {
+    let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
+    history.observe(Nanos(event.at_ns), demand);
+    history.observe_rate(
+        Bytes::from_pages(event.window_pages),
+        Nanos(event.window_ns),
+    );
 }
 
 /// Makes the sink through which the reflex reaches a controller.

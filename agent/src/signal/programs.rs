@@ -7,7 +7,6 @@
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _},
-    path::Path,
 };
 
 use aya::{
@@ -426,9 +425,9 @@ impl Kernel {
             logger.flush();
         }
         while let Some(item) = self.life.next() {
-            match LifeEvent::ref_from_bytes(&item) {
-                Ok(event) => take(event),
-                Err(_) => tracing::warn!(
+            match life_event(&item) {
+                Some(event) => take(event),
+                None => tracing::warn!(
                     bytes = item.len(),
                     "a life event of unknown size was skipped"
                 ),
@@ -475,6 +474,12 @@ impl std::fmt::Debug for Guards {
 #[must_use]
 pub fn memory_event(bytes: &[u8]) -> Option<MemoryEvent> {
     MemoryEvent::read_from_bytes(bytes).ok()
+}
+
+/// Decodes a life event; `None` for a record of another size.
+#[must_use]
+pub fn life_event(bytes: &[u8]) -> Option<&LifeEvent> {
+    LifeEvent::ref_from_bytes(bytes).ok()
 }
 
 fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadError> {
@@ -548,9 +553,14 @@ fn attach(
     }
 }
 
-/// NUMA nodes that the kernel may have: one more than the last of a list such as `0-3`.
+/// NUMA nodes that the kernel may have.
 fn nodes() -> u64 {
-    let list = fs::read_to_string(Path::new(POSSIBLE_NODES)).unwrap_or_default();
+    possible_nodes(&fs::read_to_string(POSSIBLE_NODES).unwrap_or_default())
+}
+
+/// One more than the last node of a list such as `0-3`; one if it is no list.
+#[must_use]
+pub fn possible_nodes(list: &str) -> u64 {
     let last = list
         .trim()
         .rsplit([',', '-'])
