@@ -53,6 +53,9 @@ mod kind {
 
 /// Nesting of anonymous members and modifiers that is followed before giving up on a cycle.
 const DEPTH: u32 = 16;
+/// Members that one search looks at before giving up, hundreds of times what the largest structure of
+/// a kernel has: anonymous structures that contain each other double with every level of nesting.
+const MEMBERS: u32 = 1 << 16;
 
 /// A parsed type table over borrowed bytes.
 #[derive(Debug)]
@@ -199,10 +202,11 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// A member by name, looking into anonymous structures and unions.
-    fn member(&self, structure: Header, name: &str, depth: u32) -> Option<Field> {
+    /// A member by name, looking into anonymous structures and unions. `left` members may be looked at.
+    fn member(&self, structure: Header, name: &str, depth: u32, left: &mut u32) -> Option<Field> {
         let depth = depth.checked_sub(1)?;
         for index in 0..structure.members as usize {
+            *left = left.checked_sub(1)?;
             let at = structure.body + index * 12;
             let (member_name, type_id) = (u32_at(self.types, at)?, u32_at(self.types, at + 4)?);
             let position = u32_at(self.types, at + 8)?;
@@ -219,7 +223,7 @@ impl<'a> Btf<'a> {
                 let inner = self
                     .resolve(type_id)
                     .filter(|inner| matches!(inner.kind, kind::STRUCT | kind::UNION));
-                let found = inner.and_then(|inner| self.member(inner, name, depth));
+                let found = inner.and_then(|inner| self.member(inner, name, depth, left));
                 if let Some(field) = found {
                     return Some(Field {
                         offset: offset + field.offset,
@@ -247,7 +251,9 @@ impl<'a> Btf<'a> {
         let mut offset = 0;
         let mut names = path.split('.').peekable();
         while let Some(name) = names.next() {
-            let field = self.member(header, name, DEPTH).ok_or_else(missing)?;
+            let field = self
+                .member(header, name, DEPTH, &mut { MEMBERS })
+                .ok_or_else(missing)?;
             offset += field.offset;
             if names.peek().is_none() {
                 return Ok(Field { offset, ..field });
@@ -376,6 +382,25 @@ mod tests {
             error.to_string(),
             "the kernel's struct outer has no field x.y"
         );
+    }
+
+    #[test]
+    fn a_structure_that_contains_itself_is_given_up_on() {
+        // `struct a` of 16 anonymous members, each of them `struct a`: 16^16 ways to look.
+        let members = 16;
+        let mut types = vec![1, kind::STRUCT << 24 | members, 8];
+        for _ in 0..members {
+            types.extend([0, 1, 0]);
+        }
+        let size = u32::try_from(types.len() * 4).unwrap();
+        let header = [0x0001_eb9f, 24, 0, size, size, 3];
+        let words = header
+            .iter()
+            .chain(&types)
+            .flat_map(|word| word.to_le_bytes());
+        let bytes: Vec<u8> = words.chain(*b"\0a\0").collect();
+        let btf = Btf::parse(&bytes).unwrap();
+        assert!(matches!(btf.field("a", "b"), Err(BtfError::NoField { .. })));
     }
 
     #[test]
