@@ -31,7 +31,10 @@ impl Offsets {
             .field("mem_cgroup_per_node", "lruvec.lrugen.nr_pages")
             .ok();
         let lrugen = generations
-            .filter(|&field| btf.elements(field) == Some(GENERATION_ROWS * zones))
+            .filter(|&field| {
+                let elements = btf.elements(field);
+                elements.is_some() && elements == zones.checked_mul(GENERATION_ROWS)
+            })
             .map_or(ABSENT, |field| field.offset);
         let values = vec![
             ("OFF_MEMCG_MEMORY", offset("mem_cgroup", "memory")?),
@@ -65,5 +68,43 @@ impl Offsets {
     #[must_use]
     pub fn globals(&self) -> &[(&'static str, u64)] {
         &self.values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The structures that are needed, of a kernel with five zones; one of the seeds of the fuzzer.
+    const STRUCTURES: &[u8] = include_bytes!("../../../tests/fuzz/corpus/btf/structures");
+
+    fn value(offsets: &Offsets, name: &str) -> u64 {
+        let found = offsets.globals().iter().find(|(known, _)| *known == name);
+        found.expect(name).1
+    }
+
+    #[test]
+    fn resolves_what_the_programs_need() {
+        let offsets = Offsets::resolve(&Btf::parse(STRUCTURES).unwrap(), 2).unwrap();
+        assert_eq!(
+            ["OFF_COUNTER_MAX", "OFF_KERNFS_ID", "ZONES", "NODES"]
+                .map(|name| value(&offsets, name)),
+            [8, 16, 5, 2]
+        );
+        assert_eq!(value(&offsets, "OFF_LRUGEN_PAGES"), 0);
+    }
+
+    #[test]
+    fn arrays_beyond_all_measure_are_no_generations() {
+        /// An array, as its header has it: what follows are two types and the number of elements.
+        const ARRAY: [u8; 4] = [0, 0, 0, 3];
+        let mut bytes = STRUCTURES.to_vec();
+        for at in (0..bytes.len() - 20).step_by(4) {
+            if bytes[at..at + 4] == ARRAY {
+                bytes[at + 16..at + 20].fill(0xff);
+            }
+        }
+        let offsets = Offsets::resolve(&Btf::parse(&bytes).unwrap(), 1).unwrap();
+        assert_eq!(value(&offsets, "OFF_LRUGEN_PAGES"), ABSENT);
     }
 }
