@@ -341,7 +341,7 @@ impl<R: Requester> Controller<R> {
         match event.kind {
             KIND_OOM => guarded.report.ooms += 1,
             KIND_WATERMARK => {
-                observe(&mut guarded.history, event);
+                observe(&mut guarded.history, event, now());
                 self.decide(id);
             }
             _ => {}
@@ -474,9 +474,12 @@ impl<R: Requester> Controller<R> {
 }
 
 /// Takes a watermark event into a history.
-pub fn observe(history: &mut History, event: &MemoryEvent) {
+///
+/// A record may have been sent by a program of another build: a time after `now` would keep the burst
+/// from ever being over, and the limit from coming down.
+pub fn observe(history: &mut History, event: &MemoryEvent, now: Nanos) {
     let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
-    history.observe(Nanos(event.at_ns), demand);
+    history.observe(Nanos(event.at_ns).min(now), demand);
     history.observe_rate(
         Bytes::from_pages(event.window_pages),
         Nanos(event.window_ns),
@@ -487,4 +490,21 @@ pub fn observe(history: &mut History, event: &MemoryEvent) {
 #[must_use]
 pub fn sink(inputs: SyncSender<Input>) -> crate::actuate::reflex::Sink {
     Box::new(move |verdict| inputs.try_send(Input::Verdict(verdict)).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn growth_is_never_later_than_now() {
+        let mut history = History::default();
+        let event = MemoryEvent {
+            at_ns: u64::MAX,
+            usage_pages: 100,
+            ..MemoryEvent::default()
+        };
+        observe(&mut history, &event, Nanos(7));
+        assert_eq!(history.last_growth, Nanos(7));
+    }
 }
