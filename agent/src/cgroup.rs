@@ -431,10 +431,14 @@ pub fn field(content: &str, name: &str) -> Option<u64> {
     })
 }
 
-/// The cgroup of a process below the root, from its `/proc/PID/cgroup`; `None` outside of cgroup v2.
+/// The cgroup of a process below the root, from its `/proc/PID/cgroup`; `None` outside of cgroup v2,
+/// and outside of the cgroup namespace, where the kernel writes `/..`: joined to the root, that path
+/// would be somewhere else.
 #[must_use]
 pub fn own(content: &str) -> Option<&str> {
-    content.lines().find_map(|line| line.strip_prefix("0::/"))
+    let path = content.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let is_below = !path.starts_with('/') && path.split('/').all(|part| part != "..");
+    is_below.then_some(path)
 }
 
 /// An open file of a cgroup, for writes that must not resolve a path or allocate.
@@ -583,6 +587,15 @@ mod tests {
         assert_eq!(field(stat, "file"), Some(12));
         assert_eq!(field(stat, "oom"), Some(1));
         assert_eq!(field(stat, "fil"), None);
+    }
+
+    #[test]
+    fn the_own_cgroup_is_below_the_root() {
+        assert_eq!(own("1:cpu:/a\n0::/b/c..d\n"), Some("b/c..d"));
+        assert_eq!(own("0::/\n"), Some(""));
+        for outside in ["", "1:cpu:/a\n", "0::/../a\n", "0::/..\n", "0:://a\n"] {
+            assert_eq!(own(outside), None, "{outside}");
+        }
     }
 
     #[test]
