@@ -39,14 +39,18 @@ pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
 #[must_use]
 pub fn is_container(name: &str, id: &str) -> bool {
     let bare = name.strip_suffix(".scope").unwrap_or(name);
-    bare == id || (bare.ends_with(&format!("-{id}")) && !bare.contains("conmon"))
+    // A runtime that has not said an id yet means no directory, whatever its name.
+    !id.is_empty()
+        && (bare == id || (bare.ends_with(&format!("-{id}")) && !bare.contains("conmon")))
 }
 
 /// Whether a directory of this name is the pod's.
 #[must_use]
 pub fn is_pod(name: &str, uid: &str) -> bool {
     // systemd writes a uid's dashes as underscores.
-    name == format!("pod{uid}") || name.ends_with(&format!("pod{}.slice", uid.replace('-', "_")))
+    !uid.is_empty()
+        && (name == format!("pod{uid}")
+            || name.ends_with(&format!("pod{}.slice", uid.replace('-', "_"))))
 }
 
 fn name(path: &Path) -> String {
@@ -111,6 +115,20 @@ mod tests {
             assert_eq!(find(&root, UID, "fff"), None);
             assert_eq!(find(&root, "0f8c-11ab", ID), None);
             fs::remove_dir_all(&root).unwrap();
+        }
+    }
+
+    #[test]
+    fn no_id_means_no_directory() {
+        for name in [
+            "",
+            ".scope",
+            "crio-.scope",
+            "a-",
+            "pod",
+            "kubepods-pod.slice",
+        ] {
+            assert!(!is_container(name, "") && !is_pod(name, ""), "{name}");
         }
     }
 
