@@ -6,6 +6,22 @@ use kube::{
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
 
+/// Bytes of a note that the API takes (`NoteLengthLimit`, pkg/apis/core/validation/events.go).
+const LONGEST_NOTE: usize = 1024;
+/// Bytes that are kept of a longer one's end, where it says what to do.
+const NOTE_END: usize = 320;
+
+/// A note that the API takes: an annotation that is quoted in it may have 256 KiB.
+fn fitting(note: String) -> String {
+    if note.len() <= LONGEST_NOTE {
+        return note;
+    }
+    const GAP: &str = " … ";
+    let start = note.floor_char_boundary(LONGEST_NOTE - NOTE_END - GAP.len());
+    let end = note.ceil_char_boundary(note.len() - NOTE_END);
+    [&note[..start], GAP, &note[end..]].concat()
+}
+
 /// Publishes events of this agent.
 #[derive(Clone)]
 pub(super) struct Events {
@@ -37,13 +53,30 @@ impl Events {
         let event = Event {
             type_,
             reason: reason.to_owned(),
-            note: Some(note),
+            note: Some(fitting(note)),
             action: action.to_owned(),
             secondary: None,
         };
         let reference: ObjectReference = pod.object_ref(&());
         if let Err(error) = self.recorder.publish(&event, &reference).await {
             tracing::warn!(%error, reason, "an event could not be published");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_note_keeps_its_ends() {
+        assert_eq!(fitting("short".to_owned()), "short");
+        for letter in ["a", "ä", "…", "🫁"] {
+            for length in 1000..1100 {
+                let note = fitting(format!("begin{}end", letter.repeat(length)));
+                assert!(note.len() <= LONGEST_NOTE, "{letter} {length}");
+                assert!(note.starts_with("begin") && note.ends_with("end"));
+            }
         }
     }
 }
