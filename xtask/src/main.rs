@@ -8,6 +8,7 @@ mod bench;
 mod build;
 mod debian;
 mod demo;
+mod fuzz;
 mod guest;
 mod kubernetes;
 mod shell;
@@ -47,6 +48,8 @@ enum Command {
     },
     /// Run one bench in a guest and write target/bench/NAME.json and NAME.jsonl.
     Bench(bench::Options),
+    /// Look for bytes that break a parser, and write target/bench/fuzz.json and fuzz.jsonl.
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Demo { pod } => demo::run(pod),
         Command::Test { tiers } => test::run(&tiers),
         Command::Bench(options) => bench::command(&options),
+        Command::Fuzz(options) => fuzz::command(&options),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

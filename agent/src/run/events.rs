@@ -13,10 +13,10 @@ const NOTE_END: usize = 320;
 
 /// A note that the API takes: an annotation that is quoted in it may have 256 KiB.
 fn fitting(note: String) -> String {
+    const GAP: &str = " … ";
     if note.len() <= LONGEST_NOTE {
         return note;
     }
-    const GAP: &str = " … ";
     let start = note.floor_char_boundary(LONGEST_NOTE - NOTE_END - GAP.len());
     let end = note.ceil_char_boundary(note.len() - NOTE_END);
     [&note[..start], GAP, &note[end..]].concat()
