@@ -3,7 +3,8 @@
 //! Page cache is no demand, since reclaim gives it back for free; it becomes demand when it is read
 //! back at once. Nobody is killed for it, so there is time to be sure, and there must be: one file that
 //! is read twice refaults every page once, whatever the limit. Thrash is when a quarter of the limit is
-//! read back every second, tasks wait for it, and every page of the limit has come back eight times.
+//! read back every second, tasks wait for it for a twentieth of the time (a fast disk makes them wait for
+//! no more), and every page of the limit has come back eight times.
 //!
 //! Whether a larger limit helps cannot be known beforehand (under a cyclic reader both kernels' LRUs miss
 //! every page until the whole file fits), so the raise is a trial: twice the limit, once more if that does
@@ -151,11 +152,11 @@ impl Thrash {
     }
 }
 
-/// Whether a quarter of the limit a second came back while tasks waited for a tenth of the time.
+/// Whether a quarter of the limit a second came back while tasks waited for a twentieth of the time.
 fn is_busy(limit: Bytes, elapsed: Nanos, refaulted: Bytes, before: Look, look: Look) -> bool {
     let per_second = refaulted.scaled(1_000_000_000, elapsed.0);
     let waited = match (before.stalled, look.stalled) {
-        (Some(before), Some(stalled)) => stalled.since(before).0.saturating_mul(10) >= elapsed.0,
+        (Some(before), Some(stalled)) => stalled.since(before).0.saturating_mul(20) >= elapsed.0,
         _ => true,
     };
     waited && per_second >= limit.per_mille(250)
