@@ -128,11 +128,8 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
             let at_lower = thresholds(policy, lower)?;
             let step = Bytes::mib(1);
             let more = target.max(limit.plus(step)).min(policy.ceiling);
-            let to = if more > *limit {
-                more
-            } else {
-                limit.minus(step)
-            };
+            let less = limit.minus(step).min(policy.ceiling);
+            let to = if more > *limit { more } else { less };
             (history.demand >= at_lower.watermark && to > lower).then_some((
                 Action::Raise { from: lower, to },
                 Reason::GrewWhileShrinking,
