@@ -4,21 +4,28 @@
 //! so it needs next to no memory, shares no heap or lock with it, and survives its panic, its kill and
 //! its own OOM. A parent is also the only one who is told, without polling, that a process was
 //! *stopped*: a stopped agent guards nobody and cannot let go of what it holds, so it is taken for dead.
+//! That it has *ended* it learns from a pipe: a parent is told of it only after the kernel has taken every
+//! program off its function, which takes a second together.
 //!
 //! It must not guard, decide or talk to anybody. If the parent dies, the child is told to end
 //! (`PR_SET_PDEATHSIG`) and releases by itself; if both die at once (their container's end), the
 //! releaser beside them or the next agent does.
 
 use std::{
-    env, io,
-    os::unix::process::CommandExt as _,
+    env,
+    fs::File,
+    io::{self, Read as _},
+    os::{fd::IntoRawFd as _, unix::process::CommandExt as _},
     path::Path,
-    process::{Child, Command},
+    process::Command,
+    sync::mpsc,
+    thread,
 };
 
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
-use super::RunError;
+use super::{RunError, lock::HIGH};
 use crate::{explain::LEDGER, recover::recover, signals::Forwarder};
 
 /// Set in the child.
@@ -39,20 +46,28 @@ pub fn supervise() -> Result<u8, RunError> {
     let failed = |what| move |error| RunError::System(what, error);
     let forwarder = Forwarder::start().map_err(failed("cannot take signals"))?;
     let executable = env::current_exe().map_err(failed("cannot find this program"))?;
+    let (alive, held_by_agent) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|errno| RunError::System("cannot make a pipe", errno.into()))?;
     let mut command = Command::new(executable);
     command
         .args(env::args_os().skip(1))
         .env(AGENT_VARIABLE, "1");
-    // SAFETY: one prctl between fork and exec; it is async-signal-safe and does not allocate.
+    // SAFETY: three system calls between fork and exec, which are async-signal-safe and do not allocate.
     unsafe {
-        command.pre_exec(|| {
-            rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
-                .map_err(io::Error::from)
+        command.pre_exec(move || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+            let inherited = fcntl_dupfd_cloexec(&held_by_agent, HIGH)?;
+            fcntl_setfd(&inherited, FdFlags::empty())?;
+            // The agent's for as long as it lives.
+            let _agents = inherited.into_raw_fd();
+            Ok(())
         })
     };
     let mut agent = command.spawn().map_err(failed("cannot start the agent"))?;
+    // With it goes our own end of the pipe that the agent has.
+    drop(command);
     forwarder.forward_to(agent.id());
-    let was_stopped = stopped(&agent).map_err(failed("cannot wait for the agent"))?;
+    let was_stopped = wait_for_end(agent.id(), File::from(alive));
     let recovered = recover(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?;
     if was_stopped {
         tracing::error!("the agent was stopped, which is as good as dead: it is ended");
@@ -70,8 +85,24 @@ pub fn supervise() -> Result<u8, RunError> {
 }
 
 /// Waits until the agent has ended (left for the caller to reap) or was stopped; says which.
-fn stopped(agent: &Child) -> io::Result<bool> {
-    let id = i32::try_from(agent.id()).ok().and_then(Pid::from_raw);
+fn wait_for_end(agent: u32, mut alive: File) -> bool {
+    let (stop, end) = mpsc::channel();
+    let ended = stop.clone();
+    thread::spawn(move || {
+        // Whatever ends the pipe, an error included, is the end of the agent.
+        drop(alive.read(&mut [0]));
+        ended.send(false)
+    });
+    thread::spawn(move || match stopped(agent) {
+        Ok(was_stopped) => stop.send(was_stopped),
+        // It has ended, which the pipe tells.
+        Err(_) => Ok(()),
+    });
+    end.recv().unwrap_or(false)
+}
+
+fn stopped(agent: u32) -> io::Result<bool> {
+    let id = i32::try_from(agent).ok().and_then(Pid::from_raw);
     let id = WaitId::Pid(id.ok_or(io::ErrorKind::NotFound)?);
     let options = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
     loop {
