@@ -19,6 +19,7 @@ use bellows_ebpf_common::{
 };
 
 use crate::{
+    cost,
     emit::{self, now},
     maps::{GROWTH, GUARDS},
     memcg::{self, Address},
@@ -33,8 +34,16 @@ const WINDOW_NS: u64 = 5_000_000;
 
 #[fentry(function = "page_counter_try_charge")]
 pub(crate) fn growth(ctx: FEntryContext) -> i32 {
-    let mut counter: Address = ctx.arg(0);
-    let pages: u64 = ctx.arg(1);
+    let began = cost::begin();
+    let tracked = charge(ctx.arg(0), ctx.arg(1));
+    cost::end(began, tracked);
+    0
+}
+
+/// Looks at each tracked cgroup that a charge is for; returns whether there is one.
+#[inline(always)]
+fn charge(mut counter: Address, pages: u64) -> bool {
+    let mut tracked = false;
     for _ in 0..LEVELS {
         // A counter that is not a memory cgroup's gives an error or an unknown id.
         if let Ok(id) = memcg::id(memcg::of_counter(counter))
@@ -42,6 +51,7 @@ pub(crate) fn growth(ctx: FEntryContext) -> i32 {
         {
             // SAFETY: a map value stays readable while the program runs.
             let guard = unsafe { *guard };
+            tracked = true;
             if charged(id, counter, pages, guard).is_err() {
                 emit::lost(loss::READ_FAILED);
             }
@@ -51,7 +61,7 @@ pub(crate) fn growth(ctx: FEntryContext) -> i32 {
             _ => break,
         }
     }
-    0
+    tracked
 }
 
 #[inline(always)]

@@ -11,6 +11,7 @@
     reason = "aya hands a program its context by value"
 )]
 
+mod cost;
 mod emit;
 mod growth;
 mod hold;

@@ -34,6 +34,11 @@ pub(crate) static LIFE_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0)
 #[map]
 pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(loss::SLOTS, 0);
 
+/// Cost → calls of the growth program, per CPU: those in no tracked cgroup, then the others. The
+/// loader makes it large for the bench that reads it.
+#[map]
+pub(crate) static COSTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// The running hold of one thread.
 #[repr(C)]
 #[derive(Clone, Copy)]

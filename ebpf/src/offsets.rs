@@ -16,6 +16,10 @@ macro_rules! globals {
     };
 }
 
+/// Whether the bench `hook-cost` counts what a call costs (see [`crate::cost`]); 0 anywhere else.
+#[unsafe(no_mangle)]
+pub(crate) static COUNT_COST: Global<u64> = Global::new(0);
+
 globals! {
     /// `mem_cgroup.memory`: the page counter behind `memory.current`.
     OFF_MEMCG_MEMORY,

@@ -99,6 +99,15 @@ impl Agent {
         }
     }
 
+    /// Its processes.
+    pub(crate) fn processes(&self) -> Result<Vec<u32>> {
+        let processes = self.cgroup.read("cgroup.procs")?;
+        Ok(processes
+            .lines()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?)
+    }
+
     /// Signals the agent proper, the child.
     fn signal(&self, signal: Signal) -> Result<()> {
         let processes = self.cgroup.read("cgroup.procs")?;

@@ -148,17 +148,9 @@ pub(crate) fn has_systemd() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-fn write_configuration(server: &ApiServer) -> Result<()> {
-    let systemd = has_systemd();
-    for directory in [
-        "/etc/kubernetes",
-        "/etc/containerd",
-        "/etc/cni/net.d",
-        "/var/log",
-        "/var/lib/kubelet",
-    ] {
-        fs::create_dir_all(directory)?;
-    }
+/// Writes the configuration of clients.
+pub(crate) fn write_kubeconfig(server: &ApiServer) -> Result<()> {
+    fs::create_dir_all("/etc/kubernetes")?;
     let kubeconfig = json!({
         "apiVersion": "v1",
         "kind": "Config",
@@ -167,7 +159,20 @@ fn write_configuration(server: &ApiServer) -> Result<()> {
         "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
         "current-context": "x",
     });
-    fs::write(KUBECONFIG, kubeconfig.to_string())?;
+    Ok(fs::write(KUBECONFIG, kubeconfig.to_string())?)
+}
+
+fn write_configuration(server: &ApiServer) -> Result<()> {
+    write_kubeconfig(server)?;
+    let systemd = has_systemd();
+    for directory in [
+        "/etc/containerd",
+        "/etc/cni/net.d",
+        "/var/log",
+        "/var/lib/kubelet",
+    ] {
+        fs::create_dir_all(directory)?;
+    }
     let kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",

@@ -34,6 +34,10 @@ pub(crate) enum Name {
     PodEdges,
     Kill,
     Deaths,
+    Reaction,
+    HookCost,
+    Idle,
+    Bystander,
     Smoke,
 }
 
@@ -47,6 +51,7 @@ impl Name {
                 | Self::PodEdges
                 | Self::Kill
                 | Self::Deaths
+                | Self::Idle
                 | Self::Plateau
         )
     }
@@ -60,12 +65,14 @@ impl Name {
 
 /// The kernel that benches run on unless told otherwise.
 const DEFAULT_KERNEL: &str = "6.12";
+/// What `--kernel all` means.
+pub(crate) const KERNELS: [&str; 4] = ["6.1", "6.12", "6.18", "7.2"];
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
     /// Which bench.
     pub(crate) name: Name,
-    /// The guest's kernel, such as 6.12.
+    /// The guest's kernel, such as 6.12; `all` for 6.1, 6.12, 6.18 and 7.2, one after the other.
     #[arg(long, default_value = DEFAULT_KERNEL)]
     pub(crate) kernel: String,
     /// Cases.
@@ -77,7 +84,7 @@ pub(crate) struct Options {
     /// Milliseconds by which each raise is held back.
     #[arg(long)]
     pub(crate) actuation_delay_ms: Option<u64>,
-    /// Seconds at each limit (plateau).
+    /// Seconds at each limit (plateau) or size (idle).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
     /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel, nested, or all (bursts).
@@ -202,9 +209,27 @@ impl Options {
 pub(crate) fn command(options: &Options) -> Result<bool> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    let summary = run(options, &binaries)?;
+    let summary = if options.kernel == "all" {
+        run_on_all(options, &binaries)?
+    } else {
+        run(options, &binaries)?
+    };
     println!("{}", serde_json::to_string_pretty(&summary)?);
     Ok(true)
+}
+
+/// Runs a bench on each kernel; returns the summaries by kernel. Each has evidence files of its own.
+fn run_on_all(options: &Options, binaries: &Binaries) -> Result<Value> {
+    let mut summaries = serde_json::Map::new();
+    for kernel in KERNELS {
+        let options = Options {
+            kernel: kernel.to_owned(),
+            ..options.clone()
+        };
+        let file = run(&options, binaries)?;
+        summaries.insert(kernel.to_owned(), file["summary"].clone());
+    }
+    Ok(json!({ "bench": options.file_name(), "by_kernel": summaries }))
 }
 
 /// Runs a bench and returns its summary.
@@ -235,6 +260,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         disk: disk(options)?,
         node: control.is_some(),
         systemd: options.systemd,
+        counts_instructions: options.name == Name::HookCost,
         files: build_sources()?,
         command,
         limit: options.limit(),

@@ -42,6 +42,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) node: bool,
     /// Whether the disk becomes the root, with systemd as PID 1.
     pub(crate) systemd: bool,
+    /// Whether its clock counts instructions: one CPU, emulated.
+    pub(crate) counts_instructions: bool,
     /// Files to add: path in the guest, content on the host.
     pub(crate) files: Vec<(String, PathBuf)>,
     /// Program and arguments, without commas or blanks.
@@ -160,17 +162,15 @@ impl Drop for Machine {
 fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> Result<Child> {
     let file = |path: &Path| format!("file:{}", path.display());
     let mut command = Command::new("qemu-system-x86_64");
+    if guest.counts_instructions {
+        // One instruction is one nanosecond; idle time is skipped.
+        command.args(["-accel", "tcg,thread=single", "-smp", "1"]);
+        command.args(["-icount", "shift=0,sleep=off"]);
+    } else {
+        command.args(["-accel", accelerator(), "-smp", "2"]);
+    }
     command
-        .args([
-            "-accel",
-            accelerator(),
-            "-cpu",
-            "max",
-            "-smp",
-            "2",
-            "-m",
-            &guest.memory_mib.to_string(),
-        ])
+        .args(["-cpu", "max", "-m", &guest.memory_mib.to_string()])
         .args(["-no-reboot", "-nodefaults", "-display", "none"])
         .args(["-serial", &file(console), "-serial", &file(records)])
         .arg("-kernel")

@@ -127,7 +127,7 @@ fn options(name: Name, kernel: &str, n: Option<u64>, seed: u64) -> bench::Option
 fn kernel(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    for release in ["6.1", "6.12", "6.18", "7.2"] {
+    for release in bench::KERNELS {
         let smoke = bench::Options {
             kernel: release.to_owned(),
             ..bench::Options::of(Name::Smoke)

@@ -16,7 +16,9 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use bellows_core::{Bytes, CgroupId};
-use bellows_ebpf_common::{Growth, Guard, Holds, LifeEvent, MemoryEvent, WATERMARK_OFF, loss};
+use bellows_ebpf_common::{
+    COST_SLOTS, Growth, Guard, Holds, LifeEvent, MemoryEvent, WATERMARK_OFF, loss,
+};
 use thiserror::Error;
 use zerocopy::FromBytes as _;
 
@@ -168,6 +170,8 @@ pub enum Purpose {
     GuardAndMeasure,
     /// Only the measuring of holds, for a bench that observes without guarding.
     MeasureHolds,
+    /// What a guard needs, counting what each call of the growth program costs, for the bench of that.
+    GuardAndCountCost,
 }
 
 /// A program that could not be attached, and why.
@@ -190,6 +194,7 @@ pub struct Kernel {
     growth: HashMap<MapData, u64, Growth>,
     holds: HashMap<MapData, u64, Holds>,
     losses: PerCpuArray<MapData, u64>,
+    costs: PerCpuArray<MapData, u64>,
     life: RingBuf<MapData>,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
     missing: Vec<Missing>,
@@ -238,6 +243,10 @@ impl Kernel {
         for (name, value) in offsets.globals() {
             loader.override_global(name, value, true);
         }
+        if purpose == Purpose::GuardAndCountCost {
+            loader.override_global("COUNT_COST", &1_u64, true);
+            loader.map_max_entries("COSTS", 2 * COST_SLOTS);
+        }
         let mut programs = loader.load(OBJECT).map_err(permission)?;
         let logger = EbpfLogger::init(&mut programs)
             .inspect_err(
@@ -246,7 +255,7 @@ impl Kernel {
             .ok();
         let mut missing = Vec::new();
         let specs = match purpose {
-            Purpose::Guard => &[GUARD_PROGRAMS][..],
+            Purpose::Guard | Purpose::GuardAndCountCost => &[GUARD_PROGRAMS][..],
             Purpose::GuardAndMeasure => &[GUARD_PROGRAMS, HOLD_PROGRAMS],
             Purpose::MeasureHolds => &[HOLD_PROGRAMS],
         };
@@ -311,11 +320,18 @@ impl Kernel {
                 source,
             }
         })?;
+        let costs = PerCpuArray::try_from(take(&mut programs, "COSTS")?).map_err(|source| {
+            LoadError::Map {
+                name: "COSTS",
+                source,
+            }
+        })?;
         let kernel = Self {
             programs,
             growth,
             holds,
             losses,
+            costs,
             life,
             logger,
             missing,
@@ -397,6 +413,20 @@ impl Kernel {
             self.losses
                 .get(&slot, 0)
                 .map_or(0, |values| values.iter().sum())
+        })
+    }
+
+    /// How often a call of the growth program cost how much: in no tracked cgroup, and in tracked ones.
+    /// Empty unless loaded with [`Purpose::GuardAndCountCost`].
+    #[must_use]
+    pub fn costs(&self) -> [Vec<(u32, u64)>; 2] {
+        [0, COST_SLOTS].map(|first| {
+            (0..COST_SLOTS)
+                .filter_map(|cost| {
+                    let calls: u64 = self.costs.get(&(first + cost), 0).ok()?.iter().sum();
+                    (calls > 0).then_some((cost, calls))
+                })
+                .collect()
         })
     }
 

@@ -133,6 +133,9 @@ pub struct Holds {
 /// (`mem_cgroup_handle_over_high`, mm/memcontrol.c: `penalty_jiffies <= HZ / 100`).
 pub const LONG_HOLD_NS: u64 = 10_000_000;
 
+/// Slots of the map `COSTS` for each kind of cgroup.
+pub const COST_SLOTS: u32 = 4096;
+
 /// Losses and errors of the programs, one slot each in the per-CPU array `LOSSES`.
 pub mod loss {
     /// A memory event found its ring full.

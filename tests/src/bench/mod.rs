@@ -3,14 +3,19 @@
 
 mod build;
 mod bursts;
+mod bystander;
 mod ceiling;
 mod deaths;
 mod exec_cli;
+mod hook_cost;
+mod idle;
+mod inside;
 mod page_cache;
 mod plateau;
 mod pod_build;
 mod pod_bursts;
 mod pod_edges;
+mod reaction;
 mod record;
 mod runner;
 mod smoke;
@@ -55,6 +60,14 @@ pub(crate) enum Bench {
     Deaths(deaths::Options),
     /// What `bellows exec` promises at its edges: exit codes, signals, refusals, nothing left behind.
     ExecCli,
+    /// From a crossing of the watermark to the limit written, against the least that takes.
+    Reaction(reaction::Options),
+    /// Instructions that the growth hook costs an allocator.
+    HookCost(hook_cost::Options),
+    /// The agent while nothing happens, with up to 1,000 guarded pods.
+    Idle(idle::Options),
+    /// A latency-sensitive process beside bursts.
+    Bystander(bystander::Options),
     /// Load and attach every kernel program.
     Smoke,
 }
@@ -77,6 +90,10 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
         Bench::Deaths(options) => deaths::run_deaths(options, &mut records),
+        Bench::Reaction(options) => reaction::run(options, &mut records),
+        Bench::HookCost(options) => hook_cost::run(options, &mut records),
+        Bench::Idle(options) => idle::run(options, &mut records),
+        Bench::Bystander(options) => bystander::run(options, &mut records),
         Bench::ExecCli => exec_cli::run(&mut records),
         Bench::Smoke => smoke::run(&mut records),
     }
@@ -95,6 +112,10 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
         "exec-cli" | "pod-edges" => exec_cli::summarize(&read(path)?),
+        "reaction" => reaction::summarize(&read(path)?),
+        "hook-cost" => hook_cost::summarize(&read(path)?),
+        "idle" => idle::summarize(&read(path)?),
+        "bystander" => bystander::summarize(&read(path)?),
         "smoke" => smoke::summarize(&read(path)?),
         _ => bail!("there is no bench {name}"),
     }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MIB, say};
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 /// Memory of one child of a fork storm.
 const CHILD: usize = 16 * MIB;
 /// A pipe of this size holds as much kernel memory when it is full.

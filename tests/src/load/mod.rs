@@ -3,6 +3,7 @@
 mod burst;
 mod growth;
 mod hot;
+mod tick;
 
 use std::{
     fs::{self, File},
@@ -24,6 +25,7 @@ pub(crate) use burst::BurstResult;
 pub(crate) use growth::Kind;
 use growth::Mapping;
 pub(crate) use hot::HotResult;
+pub(crate) use tick::Ticks;
 
 #[derive(Subcommand)]
 pub(crate) enum Load {
@@ -45,6 +47,8 @@ pub(crate) enum Load {
         #[arg(trailing_var_arg = true, required = true)]
         words: Vec<String>,
     },
+    /// Wake at fixed times, do a little work, and say how late it was.
+    Tick(tick::Tick),
     /// Wait for ever: the sandbox of a pod.
     Pause,
     /// Read a file again and again.
@@ -98,6 +102,7 @@ pub(crate) fn run(load: &Load) -> Result<()> {
             let (program, arguments) = words.split_first().context("no command")?;
             Err(Command::new(program).args(arguments).exec().into())
         }
+        Load::Tick(tick) => tick::run(tick),
         Load::Pause => loop {
             thread::sleep(Duration::from_secs(3600));
         },
