@@ -37,8 +37,12 @@ pub enum Command {
         pod: String,
     },
     /// Touch memory (used by `doctor`).
-    #[command(name = doctor::hooks::TOUCH, hide = true)]
-    Touch,
+    #[command(name = doctor::touch::TOUCH, hide = true)]
+    Touch {
+        /// How.
+        #[arg(value_enum)]
+        way: doctor::touch::Way,
+    },
     /// Wait for the end of the parent, then release a cgroup (used by `exec`).
     #[command(name = exec::releaser::SUBCOMMAND, hide = true)]
     Release {

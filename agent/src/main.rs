@@ -1,13 +1,17 @@
 //! Parse, set up diagnostics, run.
 
-use std::{io, path::Path, process::ExitCode};
+use std::{env, io, path::Path, process::ExitCode};
 
 use bellows::{
     cli::{Cli, Command},
     doctor, exec, explain, run,
 };
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 /// `env` and `timeout` report their own failures with this code.
 const OWN_FAILURE: u8 = 125;
@@ -15,11 +19,9 @@ const OWN_FAILURE: u8 = 125;
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
-    let filter =
-        EnvFilter::try_from_env("BELLOWS_LOG").unwrap_or_else(|_unset| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::fmt::layer().with_writer(io::stderr))
+        .with(log_filter())
         .init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -58,9 +60,8 @@ fn main() -> ExitCode {
             report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }
         Command::Doctor { json } => diagnose(json),
-        Command::Touch => {
-            doctor::hooks::touch();
-            ExitCode::SUCCESS
+        Command::Touch { way } => {
+            report(doctor::touch::touch(way).map_err(|error| error.to_string()))
         }
         Command::Explain { pod } => report(
             explain::explain(Path::new(explain::LEDGER), &pod)
@@ -71,6 +72,18 @@ fn main() -> ExitCode {
             report(exec::releaser::wait_and_release(&cgroup).map_err(|error| error.to_string()))
         }
     }
+}
+
+/// What `BELLOWS_LOG` asks for: a level, or `target=level` several times, with commas between them.
+fn log_filter() -> Targets {
+    let warnings = Targets::new().with_default(LevelFilter::WARN);
+    let Ok(text) = env::var("BELLOWS_LOG") else {
+        return warnings;
+    };
+    text.trim_end_matches(',').parse().unwrap_or_else(|error| {
+        eprintln!("bellows: BELLOWS_LOG is `{text}`: {error}; use warn, info or debug, or bellows::guard=debug");
+        warnings
+    })
 }
 
 fn diagnose(json: bool) -> ExitCode {

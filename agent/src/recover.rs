@@ -28,17 +28,31 @@ pub struct Recovered {
     pub unreadable: usize,
 }
 
-/// Releases everything that the ledger at `path` holds, and puts the ledger aside.
+/// Releases everything that the ledger at `path` holds, and puts the ledger aside: only for who holds the
+/// agent's lock, since the next agent begins a ledger under the same name.
 ///
 /// # Errors
 ///
 /// When the ledger exists but cannot be read or put aside.
 pub fn recover(path: &Path) -> io::Result<Recovered> {
-    let aside = ledger::previous(path);
-    let (contents, is_current) = match read_if_there(path)? {
-        Some(contents) => (contents, true),
+    let recovered = release_all(path)?;
+    match fs::rename(path, ledger::previous(path)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(recovered),
+    }
+}
+
+/// Releases everything that the ledger at `path` holds, and leaves the ledger to whoever else does the
+/// same at the same time.
+///
+/// # Errors
+///
+/// When the ledger exists but cannot be read.
+pub fn release_all(path: &Path) -> io::Result<Recovered> {
+    let contents = match read_if_there(path)? {
+        Some(contents) => contents,
         // The predecessor died between putting its ledger aside and beginning the next.
-        None => (read_if_there(&aside)?.unwrap_or_default(), false),
+        None => read_if_there(&ledger::previous(path))?.unwrap_or_default(),
     };
     let mut guarded: BTreeMap<CgroupId, Left> = BTreeMap::new();
     for record in &contents.records {
@@ -72,9 +86,6 @@ pub fn recover(path: &Path) -> io::Result<Recovered> {
         if let Err(error) = released {
             tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
         }
-    }
-    if is_current {
-        fs::rename(path, aside)?;
     }
     Ok(Recovered {
         released: guarded.len(),
@@ -114,5 +125,30 @@ fn unless_gone(result: Result<(), CgroupError>) -> Result<(), CgroupError> {
     match result {
         Err(error) if !error.is_gone() => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, process};
+
+    use super::*;
+    use crate::ledger::Ledger;
+
+    /// Parent and releaser learn of a death at the same time.
+    #[test]
+    fn two_may_release_at_once() {
+        let directory = env::temp_dir().join(format!("bellows-recover-{}", process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("ledger");
+        drop(Ledger::open(&path).unwrap());
+        let unlocked = release_all(&path).unwrap();
+        assert!(path.exists(), "it is the releaser's to put aside");
+        assert_eq!(recover(&path).unwrap(), unlocked);
+        assert!(!path.exists());
+        // Nor is it a failure that nothing is left to do.
+        release_all(&path).unwrap();
+        recover(&path).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

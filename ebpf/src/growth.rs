@@ -4,6 +4,10 @@
 //! while the former runs only when the per-CPU stock of 64 pages is empty: 4 calls per MiB against
 //! 256 (measured on 6.12 and 7.3). It runs *before* the charge, so the charge's own pages are added.
 //!
+//! Whose a charge is takes a walk up the hierarchy with four reads and a map look-up a level, more
+//! than all the rest. So the answer is kept per CPU and page counter (see [`known`]), and most calls find
+//! it with a comparison.
+//!
 //! The comparison is level-triggered: while demand stays above the watermark, an event is sent at
 //! most every [`EVENT_INTERVAL_NS`], so one that was lost (full ring, a program skipped because
 //! another task was preempted inside it) is only late. Page cache does not count: it is summed only
@@ -15,18 +19,18 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use bellows_ebpf_common::{
-    Growth, Guard, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss,
+    ENTRY_UNKNOWN, Growth, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss,
 };
 
 use crate::{
     cost,
     emit::{self, now},
+    known::{self, Tracked},
     maps::{GROWTH, GUARDS},
     memcg::{self, Address},
+    task,
 };
 
-/// How deep below a tracked cgroup a charge may happen and still be seen.
-const LEVELS: usize = 10;
 /// Shortest time between two events of one cgroup.
 const EVENT_INTERVAL_NS: u64 = 500_000;
 /// Length of a growth window.
@@ -35,37 +39,35 @@ const WINDOW_NS: u64 = 5_000_000;
 #[fentry(function = "page_counter_try_charge")]
 pub(crate) fn growth(ctx: FEntryContext) -> i32 {
     let began = cost::begin();
-    let tracked = charge(ctx.arg(0), ctx.arg(1));
-    cost::end(began, tracked);
+    let tracked = charge(&ctx);
+    cost::end(&began, tracked);
     0
 }
 
-/// Looks at each tracked cgroup that a charge is for; returns whether there is one.
+/// Looks at each tracked cgroup that a charge is for; returns the nearest.
 #[inline(always)]
-fn charge(mut counter: Address, pages: u64) -> bool {
-    let mut tracked = false;
-    for _ in 0..LEVELS {
-        // A counter that is not a memory cgroup's gives an error or an unknown id.
-        if let Ok(id) = memcg::id(memcg::of_counter(counter))
-            && let Some(guard) = GUARDS.get_ptr(id)
-        {
-            // SAFETY: a map value stays readable while the program runs.
-            let guard = unsafe { *guard };
-            tracked = true;
-            if charged(id, counter, pages, guard).is_err() {
-                emit::lost(loss::READ_FAILED);
-            }
+fn charge(ctx: &FEntryContext) -> Option<&'static Tracked> {
+    let pages: u64 = ctx.arg(1);
+    let counter: Address = ctx.arg(0);
+    let known = known::of(counter)?;
+    for tracked in &known.tracked {
+        if tracked.id == 0 {
+            break;
         }
-        match memcg::parent(counter) {
-            Ok(parent) if parent != 0 => counter = parent,
-            _ => break,
+        if charged(tracked, counter, pages).is_err() {
+            emit::lost(loss::READ_FAILED);
         }
     }
-    tracked
+    known.tracked.first().filter(|nearest| nearest.id != 0)
 }
 
 #[inline(always)]
-fn charged(id: u64, counter: Address, pages: u64, guard: Guard) -> Result<(), i32> {
+fn charged(tracked: &Tracked, charged: Address, pages: u64) -> Result<(), i32> {
+    let Tracked {
+        id,
+        counter,
+        watermark_pages,
+    } = *tracked;
     let Some(growth) = GROWTH.get_ptr_mut(id) else {
         return Ok(());
     };
@@ -76,17 +78,15 @@ fn charged(id: u64, counter: Address, pages: u64, guard: Guard) -> Result<(), i3
     let at_ns = now();
     observe(growth, usage, at_ns);
 
-    if guard.watermark_pages == WATERMARK_OFF || usage < guard.watermark_pages {
+    if watermark_pages == WATERMARK_OFF || usage < watermark_pages {
         return Ok(());
     }
-    let file_pages = memcg::file_pages(memcg::of_counter(counter))?;
+    let file_pages = memcg::file_pages_between(counter, charged)?;
     let demand = usage.saturating_sub(file_pages);
     if demand > growth.peak_demand_pages {
         growth.peak_demand_pages = demand;
     }
-    if demand < guard.watermark_pages
-        || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS
-    {
+    if demand < watermark_pages || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS {
         return Ok(());
     }
     growth.last_event_ns = at_ns;
@@ -100,6 +100,8 @@ fn charged(id: u64, counter: Address, pages: u64, guard: Guard) -> Result<(), i3
         limit_pages: memcg::limit(counter)?,
         window_pages: growth.window_pages,
         window_ns: growth.window_ns,
+        entry: task::entry(),
+        thread: task::thread(),
     });
     Ok(())
 }
@@ -154,6 +156,8 @@ pub(crate) fn oom(ctx: FExitContext) -> i32 {
         limit_pages,
         window_pages: 0,
         window_ns: 0,
+        entry: ENTRY_UNKNOWN,
+        thread: 0,
     });
     0
 }

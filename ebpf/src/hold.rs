@@ -4,9 +4,14 @@
 //! later its body is `__mem_cgroup_handle_over_high`), reclaim inside a charge
 //! (`try_to_free_mem_cgroup_pages`), and the OOM path. They nest, so a depth per thread is kept and
 //! only the outermost call is counted. This measures; it must never be needed for a decision.
+//!
+//! The first is entered on many returns to user mode and mostly has nothing to do: on a busy machine a thread
+//! is preempted inside it now and then for longer than a hold (twice in an hour of six busy loads far below their
+//! brakes, on two emulated CPUs). So without reclaim it counts as long only if the thread went to sleep by
+//! itself, which the kernel counts as a voluntary switch.
 
 use aya_ebpf::{
-    helpers::bpf_get_current_cgroup_id,
+    helpers::{bpf_get_current_cgroup_id, bpf_get_current_task},
     macros::{fentry, fexit},
     programs::{FEntryContext, FExitContext},
 };
@@ -15,13 +20,15 @@ use bellows_ebpf_common::LONG_HOLD_NS;
 use crate::{
     emit::{now, process_and_thread},
     maps::{HOLD_START, HOLDS, HoldStart},
+    memcg,
+    offsets::{ABSENT, OFF_TASK_VOLUNTARY},
 };
 
 macro_rules! hold {
-    ($function:literal, $enter:ident, $leave:ident) => {
+    ($function:literal, $enter:ident, $leave:ident, reclaims: $reclaims:literal) => {
         #[fentry(function = $function)]
         pub(crate) fn $enter(_ctx: FEntryContext) -> i32 {
-            enter();
+            enter($reclaims);
             0
         }
 
@@ -36,10 +43,21 @@ macro_rules! hold {
 hold!(
     "mem_cgroup_handle_over_high",
     over_high_enter,
-    over_high_leave
+    over_high_leave,
+    reclaims: false
 );
-hold!("try_to_free_mem_cgroup_pages", reclaim_enter, reclaim_leave);
-hold!("mem_cgroup_out_of_memory", oom_enter, oom_leave);
+hold!(
+    "try_to_free_mem_cgroup_pages",
+    reclaim_enter,
+    reclaim_leave,
+    reclaims: true
+);
+hold!(
+    "mem_cgroup_out_of_memory",
+    oom_enter,
+    oom_leave,
+    reclaims: true
+);
 
 #[inline(always)]
 fn current() -> (u64, u32) {
@@ -48,20 +66,36 @@ fn current() -> (u64, u32) {
     (cgroup, process_and_thread().1)
 }
 
+/// How often the current thread has gone to sleep by itself; `None` if this kernel does not tell.
 #[inline(always)]
-fn enter() {
+fn sleeps() -> Option<u64> {
+    let offset = OFF_TASK_VOLUNTARY.load();
+    if offset == ABSENT {
+        return None;
+    }
+    // SAFETY: takes no argument and cannot fail.
+    let task = unsafe { bpf_get_current_task() };
+    memcg::read(task.wrapping_add(offset)).ok()
+}
+
+#[inline(always)]
+fn enter(reclaims: bool) {
     let (cgroup, thread) = current();
     if HOLDS.get_ptr(cgroup).is_none() {
         return;
     }
     if let Some(start) = HOLD_START.get_ptr_mut(thread) {
         // SAFETY: the entry is this thread's own, valid while the program runs.
-        unsafe { (*start).depth += 1 };
+        let start = unsafe { &mut *start };
+        start.depth += 1;
+        start.reclaims |= u64::from(reclaims);
         return;
     }
     let start = HoldStart {
         at_ns: now(),
         depth: 1,
+        reclaims: u64::from(reclaims),
+        sleeps: sleeps().unwrap_or(0),
     };
     // A full LRU map forgets another thread's start: that hold goes uncounted.
     let _forgotten = HOLD_START.insert(thread, start, 0);
@@ -80,6 +114,7 @@ fn leave() {
         return;
     }
     let held = now().wrapping_sub(start.at_ns);
+    let was_held = start.reclaims != 0 || sleeps().is_none_or(|sleeps| sleeps != start.sleeps);
     let _gone = HOLD_START.remove(thread);
     let Some(holds) = HOLDS.get_ptr_mut(cgroup) else {
         return;
@@ -88,7 +123,7 @@ fn leave() {
     let holds = unsafe { &mut *holds };
     holds.holds += 1;
     holds.total_ns += held;
-    if held >= LONG_HOLD_NS {
+    if held >= LONG_HOLD_NS && was_held {
         holds.long_holds += 1;
     }
     if held > holds.longest_ns {

@@ -18,6 +18,7 @@ use bellows_ebpf_common::{
 
 use crate::{
     emit::{self, now, process_and_thread},
+    known,
     maps::GUARDS,
     memcg::{self, Address},
     offsets::OFF_BPRM_FILENAME,
@@ -104,6 +105,7 @@ pub(crate) fn cgroup_removed(ctx: BtfTracePointContext) -> i32 {
 
 #[inline(always)]
 fn cgroup(cgroup: Address, kind: u32) -> i32 {
+    known::cgroups_changed();
     match memcg::cgroup_id(cgroup) {
         Ok(id) => emit::life(&event(kind, 0, id)),
         Err(_) => emit::lost(loss::READ_FAILED),

@@ -15,11 +15,13 @@ mod cost;
 mod emit;
 mod growth;
 mod hold;
+mod known;
 mod life;
 mod maps;
 mod memcg;
 mod offsets;
 mod reclaim;
+mod task;
 mod writes;
 
 #[unsafe(link_section = "license")]

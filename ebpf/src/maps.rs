@@ -2,9 +2,11 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{HashMap, LruHashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use bellows_ebpf_common::{Growth, Guard, Holds, loss};
+use bellows_ebpf_common::{Growth, Guard, Holds, changes, loss};
+
+use crate::known::{self, Known};
 
 /// Cgroup id → what to watch. Written by the agent. Full: the agent's insert fails and says so.
 #[map]
@@ -13,6 +15,16 @@ pub(crate) static GUARDS: HashMap<u64, Guard> = HashMap::with_max_entries(4096, 
 /// Cgroup id → what was seen. The agent inserts the zeroed entry, the programs update it.
 #[map]
 pub(crate) static GROWTH: HashMap<u64, Growth> = HashMap::with_max_entries(4096, 0);
+
+/// Changes of what the next map's answers rest on: by the agent in [`GUARDS`], and of cgroups as the
+/// programs see them come and go.
+#[map]
+pub(crate) static CHANGES: Array<u64> = Array::with_max_entries(changes::SLOTS, 0);
+
+/// Page counter → which tracked cgroups it is for, per CPU (see [`crate::known`]). Two counters that fall into one slot
+/// displace each other.
+#[map]
+pub(crate) static KNOWN: PerCpuArray<Known> = PerCpuArray::with_max_entries(known::SLOTS, 0);
 
 /// Cgroup id → holds. The agent (or a bench) inserts the zeroed entry, the programs update it.
 #[map]
@@ -34,8 +46,8 @@ pub(crate) static LIFE_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0)
 #[map]
 pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(loss::SLOTS, 0);
 
-/// Cost → calls of the growth program, per CPU: those in no tracked cgroup, then the others. The
-/// loader makes it large for the bench that reads it.
+/// Cost → calls of the growth program, per CPU: those in no tracked cgroup, then the others, then the others
+/// again without their helpers. The loader makes it large for the bench that reads it.
 #[map]
 pub(crate) static COSTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
@@ -47,4 +59,8 @@ pub(crate) struct HoldStart {
     pub(crate) at_ns: u64,
     /// Calls entered and not yet left.
     pub(crate) depth: u64,
+    /// Whether one of them reclaims.
+    pub(crate) reclaims: u64,
+    /// How often the thread had gone to sleep by itself before.
+    pub(crate) sleeps: u64,
 }

@@ -23,6 +23,9 @@ const INACTIVE_FILE: u64 = 2;
 /// Lists of a zone in `lru_zone_size` (`NR_LRU_LISTS`).
 const LISTS: u64 = 5;
 
+/// Memory cgroups below the tracked one whose page cache is told from demand.
+const LEVELS_BELOW: usize = 5;
+
 /// Address of a kernel object.
 pub(crate) type Address = u64;
 
@@ -90,6 +93,22 @@ pub(crate) fn file_pages(memcg: Address) -> Result<u64, i32> {
         if node != 0 {
             sum += classic_file_pages(node)? + generation_file_pages(node)?;
         }
+    }
+    Ok(sum)
+}
+
+/// The same of a memory cgroup and those on the way down to the one of `charged`, whose lists the kernel keeps
+/// apart. What others beside that way have cached counts as demand (safe: it raises too early).
+#[inline(always)]
+pub(crate) fn file_pages_between(counter: Address, charged: Address) -> Result<u64, i32> {
+    let mut sum = file_pages(of_counter(counter))?;
+    let mut at = charged;
+    for _ in 0..LEVELS_BELOW {
+        if at == counter || at == 0 {
+            break;
+        }
+        sum += file_pages(of_counter(at))?;
+        at = parent(at)?;
     }
     Ok(sum)
 }

@@ -47,6 +47,10 @@ globals! {
     OFF_LRU_ZONE_SIZE,
     /// `linux_binprm.filename`.
     OFF_BPRM_FILENAME,
+    /// `task_struct.nvcsw`, or [`ABSENT`].
+    OFF_TASK_VOLUNTARY,
+    /// `pt_regs.orig_ax` (x86) or `pt_regs.syscallno` (arm64), or [`ABSENT`].
+    OFF_REGS_SYSCALL,
     /// Zones of a node (`MAX_NR_ZONES`): not an offset, but as much a matter of the build.
     ZONES,
     /// NUMA nodes to sum over.

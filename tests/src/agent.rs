@@ -1,9 +1,6 @@
 //! The agent under test, `bellows run`, in a cgroup of its own as its container would have one.
 
 use std::{
-    fs::File,
-    io::Write as _,
-    os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -163,6 +160,16 @@ impl Releaser {
     pub(crate) fn start() -> Result<Self> {
         Ok(Self(logged(&["releaser"])?.spawn()?))
     }
+
+    /// Fails if it has ended: whoever dies next would have nobody.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        ensure!(
+            self.0.try_wait()?.is_none(),
+            "bellows releaser has ended:\n{}",
+            node::log_tail("bellows", 40)
+        );
+        Ok(())
+    }
 }
 
 impl Drop for Releaser {
@@ -174,13 +181,9 @@ impl Drop for Releaser {
 }
 
 fn spawn(cgroup: &Cgroup) -> Result<Child> {
-    let procs = File::options()
-        .write(true)
-        .open(cgroup.path().join("cgroup.procs"))?;
     let mut command = logged(&["run", "--node-name", node::NAME])?;
     command.env("KUBECONFIG", node::kubeconfig());
-    // SAFETY: one write between fork and exec; no allocation, no lock.
-    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+    cgroup.admit(&mut command)?;
     command.spawn().context("run bellows run")
 }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// The node's name in the API.
 pub(crate) const NAME: &str = "node";
@@ -51,7 +51,12 @@ impl Drop for Node {
 
 impl Node {
     pub(crate) fn start(server: &ApiServer) -> Result<Self> {
-        write_configuration(server)?;
+        Self::start_configured(server, &json!({}))
+    }
+
+    /// The same, with other settings of the kubelet.
+    pub(crate) fn start_configured(server: &ApiServer, kubelet: &Value) -> Result<Self> {
+        write_configuration(server, kubelet)?;
         let containerd = service(
             "containerd",
             &["--config", "/etc/containerd/bellows.toml"],
@@ -118,23 +123,25 @@ fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
         .with_context(|| format!("run {program}"))
 }
 
+/// A look and the pause after it count as no more than this: a machine that is itself a virtual one may stand
+/// still for half a minute, and whoever is waited for has then had no time.
+const LONGEST_LOOK: Duration = Duration::from_secs(2);
+
 /// Waits for a condition.
 pub(crate) fn wait(
     what: &str,
     limit: Duration,
     mut is_met: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let start = Instant::now();
+    let mut waited = Duration::ZERO;
     loop {
+        let start = Instant::now();
         if is_met()? {
             return Ok(());
         }
-        ensure!(
-            start.elapsed() < limit,
-            "{what}: not within {} s",
-            limit.as_secs()
-        );
+        ensure!(waited < limit, "{what}: not within {} s", limit.as_secs());
         thread::sleep(Duration::from_millis(100));
+        waited += start.elapsed().min(LONGEST_LOOK);
     }
 }
 
@@ -162,7 +169,7 @@ pub(crate) fn write_kubeconfig(server: &ApiServer) -> Result<()> {
     Ok(fs::write(KUBECONFIG, kubeconfig.to_string())?)
 }
 
-fn write_configuration(server: &ApiServer) -> Result<()> {
+fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
     write_kubeconfig(server)?;
     let systemd = has_systemd();
     for directory in [
@@ -173,7 +180,7 @@ fn write_configuration(server: &ApiServer) -> Result<()> {
     ] {
         fs::create_dir_all(directory)?;
     }
-    let kubelet = json!({
+    let mut kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "authentication": { "anonymous": { "enabled": true }, "webhook": { "enabled": false } },
@@ -184,6 +191,9 @@ fn write_configuration(server: &ApiServer) -> Result<()> {
         "makeIPTablesUtilChains": false,
         "resolvConf": "",
     });
+    for (key, value) in more.as_object().into_iter().flatten() {
+        kubelet[key] = value.clone();
+    }
     fs::write("/etc/kubernetes/kubelet.yaml", kubelet.to_string())?;
     let containerd = format!(
         "version = 3\n\

@@ -140,10 +140,13 @@ impl Cluster {
             },
         });
         let pod: Pod = serde_json::from_value(manifest)?;
-        self.runtime
-            .block_on(self.pods.create(&PostParams::default(), &pod))
-            .with_context(|| spec.name.clone())?;
-        Ok(())
+        let parameters = PostParams::default();
+        let created = self.pods.create(&parameters, &pod);
+        match self.runtime.block_on(created) {
+            // The client asks again when an answer was late (504); no two pods have one name here.
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            created => created.map(drop).with_context(|| spec.name.clone()),
+        }
     }
 
     /// Says of a pod that its container runs under this id, in place of a kubelet; returns the pod's uid.

@@ -87,7 +87,8 @@ pub(crate) struct Options {
     /// Seconds at each limit (plateau) or size (idle).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
-    /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel, nested, or all (bursts).
+    /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel and nested (both bursts only), or all
+    /// (bursts, pod-bursts).
     #[arg(long)]
     pub(crate) kind: Option<String>,
     /// Huge pages: alternate, always or never (bursts, pod-bursts).
@@ -102,10 +103,19 @@ pub(crate) struct Options {
     /// Guard from cgroup files, without kernel programs (bursts).
     #[arg(long)]
     pub(crate) without_bpf: bool,
+    /// Switch the multi-gen LRU off, or on again, while a case is under way (page-cache).
+    #[arg(long)]
+    pub(crate) flip_lru: bool,
+    /// In a cgroup below the guarded one (page-cache).
+    #[arg(long)]
+    pub(crate) nested: bool,
+    /// With the kubelet's MemoryQoS, which throttles below the limit (pod-bursts).
+    #[arg(long)]
+    pub(crate) memory_qos: bool,
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
-    /// Leave out the run without a limit (build).
+    /// Leave out the run without a limit (build, bursts).
     #[arg(long)]
     pub(crate) without_unlimited: bool,
     /// The directory below target/ for the evidence.
@@ -128,6 +138,9 @@ impl Options {
             threads: None,
             swap: None,
             without_bpf: false,
+            flip_lru: false,
+            nested: false,
+            memory_qos: false,
             systemd: false,
             without_unlimited: false,
             directory: "bench",
@@ -151,11 +164,16 @@ impl Options {
         if let Some(threads) = self.threads {
             name += &format!("-threads-{threads}");
         }
-        if self.without_bpf {
-            name += "-without-bpf";
-        }
-        if self.systemd {
-            name += "-systemd";
+        for (given, suffix) in [
+            (self.without_bpf, "-without-bpf"),
+            (self.flip_lru, "-flip-lru"),
+            (self.nested, "-nested"),
+            (self.memory_qos, "-memory-qos"),
+            (self.systemd, "-systemd"),
+        ] {
+            if given {
+                name += suffix;
+            }
         }
         name
     }
@@ -185,11 +203,16 @@ impl Options {
                 words.extend([flag.to_owned(), value.clone()]);
             }
         }
-        if self.without_bpf {
-            words.push("--without-bpf".to_owned());
-        }
-        if self.without_unlimited {
-            words.push("--without-unlimited".to_owned());
+        for (given, flag) in [
+            (self.without_bpf, "--without-bpf"),
+            (self.flip_lru, "--flip-lru"),
+            (self.nested, "--nested"),
+            (self.memory_qos, "--memory-qos"),
+            (self.without_unlimited, "--without-unlimited"),
+        ] {
+            if given {
+                words.push(flag.to_owned());
+            }
         }
         words
     }

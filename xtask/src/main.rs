@@ -6,6 +6,7 @@
 
 mod bench;
 mod build;
+mod checks;
 mod debian;
 mod demo;
 mod fuzz;
@@ -45,6 +46,9 @@ enum Command {
     Test {
         /// unit, kernel or pod.
         tiers: Vec<test::Tier>,
+        /// Run only the benches whose check has this in its name, such as 5.10.
+        #[arg(long)]
+        only: Option<String>,
     },
     /// Run one bench in a guest and write target/bench/NAME.json and NAME.jsonl.
     Bench(bench::Options),
@@ -56,7 +60,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
         Command::Demo { pod } => demo::run(pod),
-        Command::Test { tiers } => test::run(&tiers),
+        Command::Test { tiers, only } => test::run(&tiers, only),
         Command::Bench(options) => bench::command(&options),
         Command::Fuzz(options) => fuzz::command(&options),
     };

@@ -55,6 +55,14 @@ pub fn high(growing: Growing, time: Nanos) -> Bytes {
     usage.scaled(ONE, ONE.saturating_add(overage)).page_floor()
 }
 
+/// Whether the room may be used up before anybody sleeps: each thread is charged for up to two batches first
+/// (`memcg_nr_pages_over_high > MEMCG_CHARGE_BATCH`, `try_charge_memcg`, mm/memcontrol.c, 5.18 to 7.3).
+#[must_use]
+pub fn is_scarce(growing: Growing) -> bool {
+    let before_sleep = BATCH.scaled(2, 1).scaled(growing.growers, 1);
+    growing.limit.minus(growing.usage) <= before_sleep
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +105,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn room_is_scarce_where_all_threads_may_use_it_up_awake() {
+        let growing = Growing {
+            usage: Bytes::mib(62),
+            limit: Bytes::mib(64),
+            charge: BATCH,
+            growers: 3,
+        };
+        assert!(!is_scarce(growing));
+        assert!(is_scarce(Growing {
+            growers: 4,
+            ..growing
+        }));
     }
 
     #[test]

@@ -92,14 +92,11 @@ fn request_target(policy: &Policy, history: &History, p95: Nanos) -> Bytes {
     let Policy { ceiling, .. } = *policy;
     let demand = history.demand;
     let meanwhile = history.rate_per_second.scaled(p95.0, 1_000_000_000);
-    let target = demand.plus(meanwhile.per_mille(1500));
-    target
-        .clamp(
-            demand.per_mille(REQUEST_STEP_MIN_PER_MILLE),
-            demand.per_mille(REQUEST_STEP_MAX_PER_MILLE),
-        )
-        .round_up_mib()
-        .min(ceiling)
+    let target = demand.plus(meanwhile.per_mille(1500)).clamp(
+        demand.per_mille(REQUEST_STEP_MIN_PER_MILLE),
+        demand.per_mille(REQUEST_STEP_MAX_PER_MILLE),
+    );
+    policy.limit_for(target).round_up_mib().min(ceiling)
 }
 
 fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
@@ -140,7 +137,7 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
             let at_limit = thresholds(policy, *limit)?;
             // Who is held waits for a raise, though a look may see a little less than the event told.
             let needed_from = if held_since.is_some() {
-                let margin = limit.minus(at_limit.watermark);
+                let margin = policy.usable(*limit).minus(at_limit.watermark);
                 at_limit.watermark.minus(margin)
             } else {
                 at_limit.watermark
@@ -182,7 +179,7 @@ fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let limit = effective(snapshot);
     // Well below: a hold begins at the watermark with a charge that the next look may not see yet.
     let is_cleared = thresholds(policy, limit).is_none_or(|at| {
-        let margin = limit.minus(at.watermark);
+        let margin = policy.usable(limit).minus(at.watermark);
         history.demand.plus(margin) < at.watermark
     });
     (held_since.is_some() && is_cleared).then_some((Action::Release, Reason::RaiseArrived))
@@ -217,9 +214,8 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if refused {
         return None;
     }
-    let to = history
-        .demand
-        .per_mille(SHRINK_MARGIN_PER_MILLE)
+    let to = policy
+        .limit_for(history.demand.per_mille(SHRINK_MARGIN_PER_MILLE))
         .round_up_mib()
         .max(policy.original);
     // The original is always worth it: what is near to it would otherwise stay raised for ever.
@@ -230,7 +226,10 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{patience::Patience, policy::Signals};
+    use crate::{
+        patience::Patience,
+        policy::{Signals, WHOLE},
+    };
 
     fn snapshot(actuation: Actuation) -> Snapshot {
         Snapshot {
@@ -243,6 +242,7 @@ mod tests {
                 patience: Patience::UNPROBED,
                 cpus: 2,
                 shrink_after: Nanos::millis(2000),
+                usable_per_mille: WHOLE,
             },
             history: History {
                 last_growth: Nanos::millis(9_999),
@@ -274,6 +274,19 @@ mod tests {
         assert!(to >= Bytes::mib(190) && to <= Bytes::mib(290), "{to}");
         snapshot.requested = Some((to, snapshot.now));
         assert_eq!(decide(&snapshot).actions, []);
+    }
+
+    #[test]
+    fn where_somebody_else_throttles_raises_come_sooner_and_go_further() {
+        let mut snapshot = snapshot(REQUESTED);
+        snapshot.history.demand = Bytes::mib(57);
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.policy.usable_per_mille = 900;
+        let [(Action::Raise { to, .. }, Reason::WatermarkReached)] = decide(&snapshot).actions[..]
+        else {
+            panic!("no raise")
+        };
+        assert!(snapshot.policy.usable(to) >= Bytes::mib(57 * 3), "{to}");
     }
 
     #[test]

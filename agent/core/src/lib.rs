@@ -26,7 +26,7 @@ pub use action::{Action, Reason};
 pub use decide::{Plan, Snapshot, decide};
 pub use history::History;
 pub use patience::Patience;
-pub use policy::{Actuation, Policy, Signals};
+pub use policy::{Actuation, Policy, Signals, WHOLE};
 pub use reflex::{Reaction, Rung};
 pub use thrash::Thrash;
 pub use thresholds::Thresholds;

@@ -101,6 +101,8 @@ pub struct Wish {
     pub container: String,
     /// The runtime's id of the container; `None` for the whole pod.
     pub id: Option<String>,
+    /// The runtime's ids of the running containers that the limit is for.
+    pub running: Vec<String>,
     /// The limit in the spec, as written.
     pub limit_text: String,
     /// The same as a size.
@@ -268,17 +270,20 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
             ceiling,
         });
     }
-    let is_running = pod
+    let running: Vec<String> = pod
         .containers
         .iter()
-        .any(|container| container.id.is_some());
-    if (level != Level::Pod && id.is_none()) || !is_running {
+        .filter(is_meant)
+        .filter_map(|container| container.id.clone())
+        .collect();
+    if running.is_empty() {
         return Ok(None);
     }
     Ok(Some(Wish {
         level,
         container: name.to_owned(),
         id: id.map(str::to_owned),
+        running,
         limit_text: text.to_owned(),
         limit,
         original,
@@ -288,6 +293,40 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         recorded: recorded.is_some(),
         foreign,
     }))
+}
+
+/// A limit that was left raised, of a pod that is not guarded any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Raised {
+    /// Where it stands.
+    pub level: Level,
+    /// The limit, as written.
+    pub limit: String,
+    /// The limit at rest, as it was written.
+    pub original: String,
+}
+
+/// What is left raised of a pod: its limit is ours, and above the original that stands on it. It can be so
+/// although nobody that lives has raised it.
+#[must_use]
+pub fn left_raised(pod: &Pod) -> Option<Raised> {
+    let (name, original) = pod.annotations.get(ORIGINAL)?.split_once('=')?;
+    let (level, limit, manager) = if name == WHOLE_POD {
+        (Level::Pod, &pod.memory_limit, &pod.limit_manager)
+    } else {
+        let mut containers = pod.containers.iter().enumerate();
+        let (index, container) = containers.find(|(_, container)| container.name == name)?;
+        let (limit, manager) = (&container.memory_limit, &container.limit_manager);
+        (Level::Container(index), limit, manager)
+    };
+    let limit = limit.as_ref()?;
+    let is_ours = manager.as_deref() == Some(MANAGER);
+    let is_raised = quantity::parse(limit).ok()? > quantity::parse(original).ok()?;
+    (is_ours && is_raised && !pod.ending).then(|| Raised {
+        level,
+        limit: limit.clone(),
+        original: original.to_owned(),
+    })
 }
 
 /// Whose limit is meant.
@@ -412,6 +451,25 @@ mod tests {
         for annotations in [&[][..], &[(MODE, "Off"), MAX], &[(MODE, "Observe"), MAX]] {
             assert_eq!(wish(&pod(annotations)), Ok(None));
         }
+    }
+
+    #[test]
+    fn what_is_left_raised_is_known_from_the_pod_alone() {
+        let mut pod = pod(&[(MODE, "Off"), (ORIGINAL, "app=64Mi")]);
+        assert_eq!(left_raised(&pod), None);
+        pod.containers[0].memory_limit = Some("600Mi".to_owned());
+        // Somebody else's wish.
+        assert_eq!(left_raised(&pod), None);
+        pod.containers[0].limit_manager = Some(MANAGER.to_owned());
+        let raised = Raised {
+            level: Level::Container(0),
+            limit: "600Mi".to_owned(),
+            original: "64Mi".to_owned(),
+        };
+        assert_eq!(left_raised(&pod), Some(raised));
+        pod.annotations
+            .insert(ORIGINAL.to_owned(), "other=64Mi".to_owned());
+        assert_eq!(left_raised(&pod), None);
     }
 
     #[test]

@@ -48,7 +48,13 @@ pub struct Policy {
     pub cpus: u64,
     /// Time without new growth after which a burst is over.
     pub shrink_after: Nanos,
+    /// The share of the limit at which somebody else throttles (the kubelet's MemoryQoS keeps
+    /// `memory.high` there and moves it with the limit), in thousandths; [`WHOLE`] where nobody does.
+    pub usable_per_mille: u64,
 }
+
+/// All of a limit can be used.
+pub const WHOLE: u64 = 1000;
 
 /// Why limits make no policy.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -72,6 +78,18 @@ pub enum PolicyError {
 }
 
 impl Policy {
+    /// What of a limit can be used without being throttled by somebody else.
+    #[must_use]
+    pub fn usable(&self, limit: Bytes) -> Bytes {
+        limit.per_mille(self.usable_per_mille)
+    }
+
+    /// The limit of which `usable` can be used.
+    #[must_use]
+    pub fn limit_for(&self, usable: Bytes) -> Bytes {
+        usable.scaled(WHOLE, self.usable_per_mille)
+    }
+
     /// Checks that the limits are possible, and rounds them down to pages as the kernel will.
     ///
     /// # Errors
@@ -107,6 +125,7 @@ mod tests {
             patience: Patience::UNPROBED,
             cpus: 1,
             shrink_after: Nanos(0),
+            usable_per_mille: WHOLE,
         };
         let Policy {
             original, ceiling, ..

@@ -61,7 +61,7 @@ pub enum Reaction {
 /// The thresholds of a limit under a policy; none at or above the ceiling.
 #[must_use]
 pub fn thresholds(policy: &Policy, limit: Bytes) -> Option<Thresholds> {
-    (limit < policy.ceiling).then(|| Thresholds::of(limit, policy.cpus, policy.signals))
+    (limit < policy.ceiling).then(|| Thresholds::under(policy, limit))
 }
 
 /// What the reflex does while the limit is `limit`.
@@ -89,8 +89,8 @@ fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
     let mut rungs = Vec::new();
     loop {
         let trigger = current.watermark;
-        let limit = trigger
-            .per_mille(DIRECT_STEP_PER_MILLE)
+        let limit = policy
+            .limit_for(trigger.per_mille(DIRECT_STEP_PER_MILLE))
             .round_up_mib()
             .min(policy.ceiling);
         let next = thresholds(policy, limit);
@@ -124,7 +124,10 @@ pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{patience::Patience, policy::Signals};
+    use crate::{
+        patience::Patience,
+        policy::{Signals, WHOLE},
+    };
 
     fn policy(original: u64, ceiling: u64) -> Policy {
         Policy {
@@ -135,6 +138,7 @@ mod tests {
             patience: Patience::UNPROBED,
             cpus: 2,
             shrink_after: Nanos::millis(2000),
+            usable_per_mille: WHOLE,
         }
     }
 
@@ -186,6 +190,21 @@ mod tests {
         assert!(!is_rushing(limit, demand, Bytes::mib(1), answer));
         assert!(is_rushing(limit, demand, Bytes::mib(200), answer));
         assert!(!is_rushing(limit, demand, Bytes::ZERO, answer));
+    }
+
+    #[test]
+    fn where_somebody_else_throttles_it_is_held_before() {
+        let policy = Policy {
+            actuation: Actuation::Requested {
+                p95: Nanos::millis(700),
+            },
+            usable_per_mille: 900,
+            ..policy(100, 1000)
+        };
+        let Reaction::Hold { at, .. } = reaction(&policy, policy.original) else {
+            panic!("no hold")
+        };
+        assert!(at < Bytes::mib(90) && at > Bytes::mib(86), "{at}");
     }
 
     #[test]

@@ -24,7 +24,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{policy::Signals, units::Bytes};
+use crate::{
+    policy::{Policy, Signals},
+    units::Bytes,
+};
 
 /// Pages that one CPU may hold charged in advance.
 const STOCK_PER_CPU: Bytes = Bytes(64 * 4096);
@@ -42,6 +45,12 @@ pub struct Thresholds {
 }
 
 impl Thresholds {
+    /// The thresholds of `limit` under a policy: of that part of it that can be used.
+    #[must_use]
+    pub fn under(policy: &Policy, limit: Bytes) -> Self {
+        Self::of(policy.usable(limit), policy.cpus, policy.signals)
+    }
+
     /// The thresholds of `limit` on a machine with `cpus` CPUs.
     #[must_use]
     pub fn of(limit: Bytes, cpus: u64, signals: Signals) -> Self {

@@ -17,7 +17,6 @@ use bellows_core::{
     quantity,
 };
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
-use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -25,14 +24,17 @@ use kube::{
 use tokio::runtime::Handle;
 
 use crate::{
-    attribution::pods::limit_manager,
+    attribution::{
+        api::Pod,
+        pods::{limit_at, limit_manager},
+    },
     cgroup::Cgroup,
     guard::{Input, Refused, Requester},
     ledger::Record,
 };
 
 /// Longest time that the API may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where a guarded cgroup's limit is written in the API.
 #[derive(Clone, Debug)]
@@ -148,7 +150,7 @@ impl Resizer {
             .await
             .map_err(|error| refusal(&error).0)?;
         let is_ours = limit_manager(&pod, &target.container).as_deref() == Some(MANAGER);
-        let Some(limit) = memory_limit(pod, target.level).filter(|_| is_ours) else {
+        let Some(limit) = limit_at(&pod, target.level).filter(|_| is_ours) else {
             return Ok(false);
         };
         self.target(cgroup, |target| {
@@ -183,7 +185,7 @@ impl Resizer {
                 );
                 (Refused { why, uncertain }, code)
             })?;
-        if let Some(limit) = memory_limit(patched, target.level) {
+        if let Some(limit) = limit_at(&patched, target.level) {
             self.target(cgroup, |target| target.limit = limit)
                 .map_err(|refused| (refused, None))?;
         }
@@ -238,15 +240,6 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
         },
         code,
     )
-}
-
-fn memory_limit(pod: Pod, level: Level) -> Option<String> {
-    let spec = pod.spec?;
-    let resources = match level {
-        Level::Pod => spec.resources,
-        Level::Container(index) => spec.containers.into_iter().nth(index)?.resources,
-    };
-    resources?.limits?.remove("memory").map(|limit| limit.0)
 }
 
 impl Requester for Resizer {

@@ -23,7 +23,7 @@ pub fn make_room(
     policy: &Policy,
     foreign_brake: bool,
 ) -> Result<bool, CgroupError> {
-    let target = Thresholds::of(to, policy.cpus, policy.signals);
+    let target = Thresholds::under(policy, to);
     let stat = cgroup.stat()?;
     if stat.demand() > target.watermark {
         return Ok(false);

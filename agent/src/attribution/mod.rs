@@ -5,6 +5,7 @@
 //! around these two. A container that is not found is not guarded; it is looked for again at the
 //! pod's next change.
 
+pub mod api;
 pub mod pods;
 
 use std::{

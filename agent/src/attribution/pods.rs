@@ -1,46 +1,42 @@
-//! The API's pods as core's: converted here, once, so that generated types go no further.
+//! The API's pods as core's: converted here, once, so that the API's types go no further.
 
 use bellows_core::{
     Nanos,
     patience::{Probe, ProbeKind},
-    pod::{Container, MANAGER, Pod, QosClass, WHOLE_POD},
+    pod::{Container, Level, MANAGER, Pod, QosClass, WHOLE_POD},
 };
-use k8s_openapi::api::core::v1;
 use kube::ResourceExt as _;
 use serde_json::json;
 
-use super::container_id;
+use super::{api, container_id};
 
 /// Marks a pod that mirrors a file on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// A pod as core sees it.
 #[must_use]
-pub fn convert(pod: &v1::Pod) -> Pod {
-    let spec = pod.spec.clone().unwrap_or_default();
-    let status = pod.status.clone().unwrap_or_default();
-    let statuses = status.container_statuses.unwrap_or_default();
-    let containers = spec.containers.iter().map(|container| {
-        let running = statuses.iter().find(|status| {
+pub fn convert(pod: &api::Pod) -> Pod {
+    let status = pod.status.as_ref();
+    let statuses = status.and_then(|status| status.container_statuses.as_deref());
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let containers = containers.map(|container| {
+        let running = statuses.unwrap_or_default().iter().find(|status| {
             status.name == container.name
                 && status
                     .state
                     .as_ref()
                     .is_some_and(|state| state.running.is_some())
         });
-        let limits = container
-            .resources
-            .as_ref()
-            .and_then(|resources| resources.limits.as_ref());
         let restarts = container.resize_policy.iter().flatten();
         Container {
             name: container.name.clone(),
             id: running
                 .and_then(|status| status.container_id.as_deref())
                 .map(|id| container_id(id).to_owned()),
-            memory_limit: limits
-                .and_then(|limits| limits.get("memory"))
-                .map(|quantity| quantity.0.clone()),
+            memory_limit: container
+                .resources
+                .as_ref()
+                .and_then(api::Resources::memory_limit),
             limit_manager: limit_manager(pod, &container.name),
             restarts_on_resize: restarts
                 .filter(|policy| policy.resource_name == "memory")
@@ -52,31 +48,39 @@ pub fn convert(pod: &v1::Pod) -> Pod {
                 .collect(),
         }
     });
-    let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    let phase = status.and_then(|status| status.phase.as_deref());
+    let ended = matches!(phase, Some("Succeeded" | "Failed"));
     Pod {
         namespace: pod.namespace().unwrap_or_default(),
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
-        qos: match status.qos_class.as_deref() {
+        qos: match status.and_then(|status| status.qos_class.as_deref()) {
             Some("Guaranteed") => QosClass::Guaranteed,
             Some("BestEffort") => QosClass::BestEffort,
             _ => QosClass::Burstable,
         },
         annotations: pod.annotations().clone(),
         containers: containers.collect(),
-        memory_limit: spec
-            .resources
-            .as_ref()
-            .and_then(|resources| resources.limits.as_ref()?.get("memory"))
-            .map(|quantity| quantity.0.clone()),
+        memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }
 }
 
+/// The memory limit in the spec, as it was written.
+#[must_use]
+pub fn limit_at(pod: &api::Pod, level: Level) -> Option<String> {
+    let spec = pod.spec.as_ref()?;
+    let resources = match level {
+        Level::Pod => spec.resources.as_ref(),
+        Level::Container(index) => spec.containers.get(index)?.resources.as_ref(),
+    };
+    resources?.memory_limit()
+}
+
 /// A probe with the API's own defaults for what it leaves open.
-fn probe(probe: &v1::Probe) -> Probe {
+fn probe(probe: &api::Probe) -> Probe {
     let seconds = |value: Option<i32>, default: u64| {
         let seconds = value.and_then(|value| u64::try_from(value).ok());
         Nanos::millis(seconds.filter(|&value| value > 0).unwrap_or(default) * 1000)
@@ -99,7 +103,7 @@ fn probe(probe: &v1::Probe) -> Probe {
 /// The field manager that owns the memory limit of a container, or of [`WHOLE_POD`]: the API moves it to whoever changes the
 /// value. Ours comes first where several have set the same one.
 #[must_use]
-pub fn limit_manager(pod: &v1::Pod, container: &str) -> Option<String> {
+pub fn limit_manager(pod: &api::Pod, container: &str) -> Option<String> {
     let key = format!("k:{}", json!({ "name": container }));
     let of_container = [
         "f:spec",
@@ -133,7 +137,7 @@ pub fn limit_manager(pod: &v1::Pod, container: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn pod(managers: &[&str]) -> v1::Pod {
+    fn pod(managers: &[&str]) -> api::Pod {
         let fields = json!({ "f:spec": { "f:containers": { "k:{\"name\":\"app\"}": {
             "f:resources": { "f:limits": { ".": {}, "f:memory": {} } },
         } } } });
@@ -152,5 +156,52 @@ mod tests {
         assert_eq!(owner(&["kubectl"]).as_deref(), Some("kubectl"));
         assert_eq!(owner(&["argocd", MANAGER]).as_deref(), Some(MANAGER));
         assert_eq!(limit_manager(&pod(&["kubectl"]), "other"), None);
+    }
+
+    /// As the API prints one, with a part of what is not read.
+    #[test]
+    fn a_pod_of_the_api_is_understood() {
+        let pod: api::Pod = serde_json::from_value(json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": "web", "namespace": "dev", "uid": "0f8c", "annotations": null },
+            "spec": {
+                "volumes": [{ "name": "token", "projected": { "sources": [{}] } }],
+                "resources": { "limits": { "memory": "2Gi", "cpu": 2 } },
+                "containers": [{
+                    "name": "app",
+                    "image": "app:1",
+                    "env": null,
+                    "resources": { "limits": { "memory": 67108864 }, "requests": { "memory": "32Mi" } },
+                    "resizePolicy": [{ "resourceName": "memory", "restartPolicy": "RestartContainer" }],
+                    "livenessProbe": { "exec": { "command": ["true"] }, "periodSeconds": 5 },
+                    "startupProbe": { "httpGet": { "port": 80 }, "failureThreshold": 30 },
+                }, { "name": "side", "resources": {} }],
+            },
+            "status": {
+                "phase": "Running",
+                "qosClass": "Burstable",
+                "containerStatuses": [
+                    { "name": "app", "containerID": "containerd://abc", "state": { "running": { "startedAt": null } } },
+                    { "name": "side", "containerID": "containerd://def", "state": { "waiting": {} } },
+                ],
+            },
+        }))
+        .unwrap();
+        let seen = convert(&pod);
+        assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
+        assert_eq!((seen.qos, seen.ending), (QosClass::Burstable, false));
+        let [app, side] = &seen.containers[..] else {
+            panic!("{seen:?}")
+        };
+        assert_eq!(app.memory_limit.as_deref(), Some("67108864"));
+        assert_eq!(app.id.as_deref(), Some("abc"));
+        assert!(app.restarts_on_resize);
+        let kinds: Vec<_> = app.probes.iter().map(|probe| probe.kind).collect();
+        assert_eq!(kinds, [ProbeKind::Exec, ProbeKind::Network]);
+        assert_eq!(
+            (side.id.as_deref(), side.memory_limit.as_deref()),
+            (None, None)
+        );
     }
 }

@@ -1,26 +1,23 @@
 //! The kernel side, tried out: types, programs, and whether growth is seen where it happens.
 
-use std::{
-    env,
-    fs::File,
-    io::{self, Write as _},
-    os::unix::process::CommandExt as _,
-    process::Command,
-};
+use std::io;
 
 use bellows_core::Bytes;
+use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, Growth};
 
-use super::Finding;
+use super::{
+    Finding,
+    touch::{self, TOUCHED, Way},
+};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     exec::place::{Place, PlaceError},
-    signal::programs::{Guards, Kernel, LoadError, Purpose},
+    signal::{
+        guards::Guards,
+        programs::{Kernel, LoadError, Purpose, Reflexes, memory_event},
+    },
 };
 
-/// The hidden subcommand that touches memory for the self-test.
-pub const TOUCH: &str = "touch-for-self-test";
-/// How much it touches.
-pub const TOUCHED: Bytes = Bytes::mib(32);
 /// The hook runs once for a batch of 64 pages: 4 times per MiB with small pages, less with huge ones.
 /// A kernel that calls it for every page (256 times) has moved its stock elsewhere.
 const MOST_CALLS_PER_MIB: u64 = 8;
@@ -43,6 +40,7 @@ pub(super) fn findings() -> Vec<Finding> {
         ));
     }
     findings.push(self_test(&mut kernel, &mut reflexes.guards));
+    findings.push(system_calls(&mut kernel, &mut reflexes));
     let skipped = kernel.recursion_misses();
     findings.push(if skipped == 0 {
         Finding::works("skipped program runs", "none")
@@ -70,8 +68,8 @@ fn refused(error: &LoadError) -> Finding {
 pub(crate) fn self_test(kernel: &mut Kernel, guards: &mut Guards) -> Finding {
     const CHECK: &str = "growth hook";
     let lost = "growth is not seen as it happens";
-    let calls = match calls(kernel, guards) {
-        Ok(calls) => calls,
+    let calls = match tried(kernel, guards, None, Way::PageByPage) {
+        Ok(growth) => growth.charges,
         Err(error) => {
             let remedy = "make the self-test possible; guarding may work all the same";
             return Finding::limited(CHECK, format!("not tried: {error}"), lost, remedy);
@@ -98,51 +96,72 @@ pub(crate) fn self_test(kernel: &mut Kernel, guards: &mut Guards) -> Finding {
     }
 }
 
-fn calls(kernel: &mut Kernel, guards: &mut Guards) -> Result<u64, PlaceError> {
+/// Whether a charge inside a system call is told from a page fault's: by far most of either must be.
+fn system_calls(kernel: &mut Kernel, reflexes: &mut Reflexes) -> Finding {
+    const CHECK: &str = "system calls told from page faults";
+    let lost = "a page fault under way can be taken for a system call that goes on: a frozen pod is braked too, and its raise takes up to 2 s longer";
+    let mut right = |way, entry| {
+        // All that is told of above 1 MiB.
+        tried(kernel, &mut reflexes.guards, Some(Bytes::mib(1)), way)?;
+        let (mut right, mut all) = (0, 0);
+        while let Some(item) = reflexes.ring.next() {
+            if let Some(event) = memory_event(&item) {
+                all += 1;
+                right += usize::from(event.entry == entry);
+            }
+        }
+        Ok::<_, PlaceError>((right, all))
+    };
+    let faults = right(Way::PageByPage, ENTRY_FAULT);
+    match faults.and_then(|faults| Ok([faults, right(Way::InOneCall, ENTRY_CALL)?])) {
+        Ok(told @ [(faults, _), (calls, _)]) => {
+            let found = format!("{faults} charges by page faults, {calls} in a system call");
+            if told
+                .iter()
+                .all(|&(right, all)| right > 0 && right * 4 >= all * 3)
+            {
+                Finding::works(CHECK, found)
+            } else {
+                let found = format!("{found}, of {} and {}", told[0].1, told[1].1);
+                Finding::limited(CHECK, found, lost, "use Linux 5.15 or newer, if it matters")
+            }
+        }
+        Err(error) => {
+            let remedy = "make the self-test possible; guarding may work all the same";
+            Finding::limited(CHECK, format!("not tried: {error}"), lost, remedy)
+        }
+    }
+}
+
+/// Touches memory in a cgroup of its own that is watched from `watermark` on; returns what was seen of it.
+fn tried(
+    kernel: &mut Kernel,
+    guards: &mut Guards,
+    watermark: Option<Bytes>,
+    way: Way,
+) -> Result<Growth, PlaceError> {
     let place = Place::find()?;
     let cgroup = place.create_named("bellows-self-test")?;
     let counted = kernel
         .track(cgroup.id())
-        .and_then(|()| guards.set(cgroup.id(), None))
-        .map_err(|error| failed(&cgroup, io::Error::other(error)))
-        .and_then(|()| touch_in(&cgroup));
+        .and_then(|()| guards.set(cgroup.id(), watermark))
+        .map_err(|error| touch::failed(&cgroup, io::Error::other(error)))
+        .and_then(|()| touch_in(&cgroup, way));
     let growth = kernel.growth(cgroup.id()).unwrap_or_default();
     guards.remove(cgroup.id());
     kernel.forget(cgroup.id());
     cgroup.remove()?;
     place.leave()?;
     counted?;
-    Ok(growth.charges)
+    Ok(growth)
 }
 
-fn failed(cgroup: &Cgroup, source: io::Error) -> CgroupError {
-    CgroupError::Io {
-        action: "run the self-test in",
-        path: cgroup.path().to_owned(),
-        source,
-    }
-}
-
-fn touch_in(cgroup: &Cgroup) -> Result<(), CgroupError> {
-    let failed = |source| failed(cgroup, source);
-    let procs = File::options()
-        .write(true)
-        .open(cgroup.path().join("cgroup.procs"))
-        .map_err(failed)?;
-    let mut command = Command::new(env::current_exe().map_err(failed)?);
-    command.arg(TOUCH);
-    // SAFETY: one write between fork and exec; no allocation, no lock.
-    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
-    let status = command.status().map_err(failed)?;
+fn touch_in(cgroup: &Cgroup, way: Way) -> Result<(), CgroupError> {
+    let failed = |source| touch::failed(cgroup, source);
+    let status = touch::spawn(cgroup, way)?.wait().map_err(failed)?;
     if status.success() {
         Ok(())
     } else {
         Err(failed(io::Error::other(format!("it ended with {status}"))))
     }
-}
-
-/// The body of the hidden subcommand.
-pub fn touch() {
-    let size = usize::try_from(TOUCHED.0).unwrap_or(0);
-    std::hint::black_box(vec![1_u8; size]);
 }

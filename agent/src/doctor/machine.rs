@@ -6,7 +6,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
 use crate::{
-    actuate::reflex::try_real_time,
+    actuate::reflex::{PRIORITY, try_real_time},
     attribution::CGROUP_ROOT,
     cgroup::{Cgroup, CgroupError},
     exec::place::Place,
@@ -123,15 +123,6 @@ fn controller_files(cgroup: &Cgroup) -> Vec<Finding> {
             ),
         ),
         check(
-            "cgroup.kill",
-            Finding::limited(
-                "cgroup.kill",
-                "not there (Linux 5.14)",
-                "`bellows exec` cannot end what its command leaves behind",
-                newer,
-            ),
-        ),
-        check(
             "memory.reclaim",
             Finding::limited(
                 "memory.reclaim",
@@ -173,13 +164,19 @@ fn huge_pages() -> Finding {
     Finding::works("huge pages", chosen)
 }
 
-fn swap() -> Finding {
+/// Where this machine swaps to.
+pub(crate) fn swap_devices() -> Vec<String> {
     let swaps = read("/proc/swaps").unwrap_or_default();
-    let devices: Vec<&str> = swaps
+    swaps
         .lines()
         .skip(1)
         .filter_map(|line| line.split_whitespace().next())
-        .collect();
+        .map(str::to_owned)
+        .collect()
+}
+
+fn swap() -> Finding {
+    let devices = swap_devices();
     if devices.is_empty() {
         return Finding::works("swap", "none");
     }
@@ -206,7 +203,7 @@ fn pressure() -> Finding {
 
 fn priority() -> Finding {
     // On a thread of its own, which takes the priority with it when it ends.
-    let tried = thread::spawn(try_real_time).join();
+    let tried = thread::spawn(|| try_real_time(PRIORITY)).join();
     match tried.unwrap_or_else(|_panic| Err(io::ErrorKind::Other.into())) {
         Ok(()) => Finding::works("real-time priority", "permitted"),
         Err(error) => Finding::limited(

@@ -6,8 +6,11 @@
 //!
 //! It must change nothing that outlives it: the one cgroup that it makes is removed again.
 
+mod brake;
 pub mod hooks;
 mod machine;
+pub(crate) use machine::swap_devices;
+pub mod touch;
 
 use std::fmt;
 
@@ -111,6 +114,7 @@ pub struct Report {
 #[must_use]
 pub fn examine() -> Report {
     let mut findings = machine::findings();
+    findings.push(brake::finding());
     findings.extend(hooks::findings());
     let worst = findings.iter().map(|finding| finding.verdict).max();
     Report {

@@ -13,9 +13,8 @@ pub mod releaser;
 
 use std::{
     ffi::OsString,
-    fs::File,
-    io::{self, Write as _},
-    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    io,
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
     sync::mpsc::{self, SyncSender},
@@ -24,13 +23,14 @@ use std::{
 };
 
 use bellows_core::{
-    Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, policy::PolicyError,
+    Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, WHOLE, policy::PolicyError,
 };
 use thiserror::Error;
 
 use crate::{
     actuate::reflex::Reflex,
     cgroup::{Cgroup, CgroupError, Limit},
+    doctor::swap_devices,
     guard::{self, Controller, GuardError, Input, Refused, Report, Requester},
     ledger::{self, Ledger, Record},
     signal::{
@@ -160,6 +160,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         patience: Patience::UNPROBED,
         cpus: u64::try_from(cpus).unwrap_or(1),
         shrink_after: options.shrink_after,
+        usable_per_mille: WHOLE,
     }
     .validate()
 }
@@ -179,6 +180,8 @@ fn signals(options: &Options) -> Result<(Option<Kernel>, Source), ExecError> {
 struct End {
     peak: Option<Bytes>,
     events: crate::cgroup::MemoryEvents,
+    /// Whether it could swap: then a limit does not kill at once.
+    may_swap: bool,
 }
 
 fn run_in(
@@ -205,7 +208,13 @@ fn run_in(
         delay: options.actuation_delay.unwrap_or_default(),
         inputs: inputs.clone(),
     };
-    let mut controller = Controller::new(kernel, reflex, ledger, receiver, requester);
+    let mut controller = Controller::new(
+        kernel,
+        reflex,
+        ledger,
+        (inputs.clone(), receiver),
+        requester,
+    );
     let name = options
         .command
         .first()
@@ -231,6 +240,7 @@ fn run_in(
         end?.unwrap_or(End {
             peak: None,
             events: Default::default(),
+            may_swap: false,
         }),
     );
     Ok((status, report, end))
@@ -240,6 +250,9 @@ fn end(cgroup: &Cgroup) -> Result<End, CgroupError> {
     Ok(End {
         peak: cgroup.peak()?,
         events: cgroup.events()?,
+        may_swap: !swap_devices().is_empty()
+            && cgroup.has("memory.swap.max")
+            && cgroup.limit("memory.swap.max")?.bytes() > Bytes::ZERO,
     })
 }
 
@@ -261,20 +274,9 @@ fn spawn(words: &[OsString], cgroup: &Cgroup) -> Result<Child, ExecError> {
             command: String::new(),
         });
     };
-    let procs = cgroup.path().join("cgroup.procs");
-    let procs = File::options()
-        .write(true)
-        .open(&procs)
-        .map_err(|source| CgroupError::Io {
-            action: "open",
-            path: procs.clone(),
-            source,
-        })?;
     let mut command = Command::new(program);
     command.args(arguments).env_remove(place::SCOPE_VARIABLE);
-    // SAFETY: between fork and exec the closure only makes one write system call, which is
-    // async-signal-safe; it touches no lock and does not allocate.
-    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+    cgroup.admit(&mut command)?;
     command.spawn().map_err(|source| {
         let command = program.to_string_lossy().into_owned();
         match source.kind() {
@@ -291,7 +293,7 @@ fn clear(cgroup: &Cgroup) -> Result<(), CgroupError> {
     cgroup.write("cgroup.freeze", "0")?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while cgroup.populated()? && Instant::now() < deadline {
-        cgroup.write("cgroup.kill", "1")?;
+        cgroup.kill()?;
         thread::sleep(Duration::from_millis(5));
     }
     place::remove_tree(cgroup)
@@ -343,6 +345,8 @@ fn summary(options: &Options, report: &Report, end: &End) -> String {
             end.events.oom_kill,
             if end.events.oom_kill == 1 { "" } else { "es" }
         );
+    } else if report.peak_demand >= *memory && end.may_swap {
+        text += &format!("; a fixed limit of {memory} would have made it swap, or killed it");
     } else if report.peak_demand >= *memory {
         text += &format!("; a fixed limit of {memory} would have killed it");
     } else {

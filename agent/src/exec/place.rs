@@ -149,9 +149,8 @@ fn own_cgroup() -> Result<PathBuf, PlaceError> {
 
 /// Removes a cgroup and those that the command has made below it.
 pub(crate) fn remove_tree(cgroup: &Cgroup) -> Result<(), CgroupError> {
-    let entries = fs::read_dir(cgroup.path()).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        remove_tree(&Cgroup::open(&entry.path())?)?;
-    }
+    cgroup
+        .children()
+        .try_for_each(|child| remove_tree(&child?))?;
     cgroup.remove()
 }

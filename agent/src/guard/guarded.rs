@@ -2,10 +2,25 @@
 
 use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash};
 
-use crate::{cgroup::Cgroup, ledger::Record};
+use super::foreign_brake::ForeignBrake;
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    ledger::Record,
+};
 
-/// How many requests the 95th percentile of their time is taken over.
+/// How many raises the 95th percentile of their time is taken over.
 const LATENCIES: usize = 20;
+/// A raise that is not in force after this long got lost or was deferred.
+const RAISE_LOST: Nanos = Nanos::millis(15_000);
+/// A lowering that is not in force after this long is asked for again: the kubelet compares with usage that
+/// it read up to 15 s before, reports a refusal after 12.9 s (measured on 1.37), and looks again only when the
+/// pod changes.
+const LOWERING_LOST: Nanos = Nanos::millis(7_000);
+/// So many lowerings in a row are waited for as long: by then the kubelet has read its figures again.
+const LOWERINGS: u32 = 3;
+/// From then on each is waited for twice as long as the one before, so many times.
+const LOWERING_DOUBLES: u32 = 5;
+
 /// What happened to a guarded cgroup, for the summary and the benches.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Report {
@@ -35,7 +50,7 @@ pub struct Report {
     pub sleeps: u64,
     /// Charges seen by the growth hook.
     pub charges: u64,
-    /// Times from a request to the limit in force, the latest first.
+    /// Times from the request of a raise to the limit in force, the latest first.
     pub latencies: Vec<Nanos>,
 }
 
@@ -57,13 +72,17 @@ pub(super) struct Guarded {
     pub(super) policy: Policy,
     pub(super) history: History,
     pub(super) thrash: Thrash,
-    /// Whether `memory.high` is not ours to move.
-    pub(super) foreign_brake: bool,
+    /// `memory.high`, where it is not ours to move.
+    pub(super) foreign_brake: Option<ForeignBrake>,
     pub(super) thrash_looked: Nanos,
     pub(super) limit: Bytes,
     pub(super) requested: Option<(Bytes, Nanos)>,
     /// A lower limit that was asked for and may come into force at any moment.
     pub(super) lowering: Option<Bytes>,
+    /// Lowerings that got lost since the limit moved last.
+    pub(super) lost_lowerings: u32,
+    /// Whether page cache is being given back for a lower limit.
+    pub(super) is_making_room: bool,
     pub(super) held_since: Option<Nanos>,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
@@ -88,11 +107,13 @@ impl Guarded {
                 ..History::default()
             },
             thrash: Thrash::default(),
-            foreign_brake: false,
+            foreign_brake: None,
             thrash_looked: Nanos(0),
             limit,
             requested: None,
             lowering: None,
+            lost_lowerings: 0,
+            is_making_room: false,
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
@@ -115,6 +136,16 @@ impl Guarded {
         }
     }
 
+    /// The records that a new ledger begins with: whoever releases after our death must leave a brake alone
+    /// that is somebody else's.
+    pub(super) fn standing(&self, at: Nanos) -> impl Iterator<Item = Record> + use<> {
+        let cgroup = self.cgroup.id();
+        let foreign = self
+            .foreign_brake
+            .map(|_| Record::ForeignBrake { at, cgroup });
+        std::iter::once(self.adoption(at)).chain(foreign)
+    }
+
     /// Takes the measured times of the latest requests into the policy.
     pub(super) fn learn_latency(&mut self) {
         let latest = &self.report.latencies;
@@ -127,6 +158,48 @@ impl Guarded {
         ) {
             *p95 = measured;
         }
+    }
+
+    /// The request that was not carried out in time.
+    pub(super) fn lost(&self, at: Nanos) -> Option<Bytes> {
+        let (to, asked) = self.requested?;
+        let patience = if to < self.limit {
+            let doubles = self
+                .lost_lowerings
+                .saturating_add(1)
+                .saturating_sub(LOWERINGS);
+            Nanos(LOWERING_LOST.0 << doubles.min(LOWERING_DOUBLES))
+        } else {
+            RAISE_LOST
+        };
+        (at.since(asked) >= patience).then_some(to)
+    }
+
+    /// Takes new rules from whoever watches the pod; what was learnt stays.
+    pub(super) fn follow(&mut self, policy: Policy) {
+        self.policy = Policy {
+            actuation: self.policy.actuation,
+            usable_per_mille: self.policy.usable_per_mille,
+            ..policy
+        };
+    }
+
+    /// Looks at a brake that is somebody else's; returns whether that changes the rules.
+    pub(super) fn look_at_brake(&mut self, at: Nanos) -> Result<bool, CgroupError> {
+        let Some(brake) = &mut self.foreign_brake else {
+            return Ok(false);
+        };
+        // Its own limit: those of its heirs are written later.
+        let limit = self.cgroup.limit("memory.max")?;
+        let high = self.cgroup.limit("memory.high")?.bytes();
+        if self.cgroup.limit("memory.max")? != limit {
+            // Both are being written.
+            return Ok(false);
+        }
+        let usable_per_mille = brake.look(at, limit.bytes(), high);
+        let is_new = usable_per_mille != self.policy.usable_per_mille;
+        self.policy.usable_per_mille = usable_per_mille;
+        Ok(is_new)
     }
 
     pub(super) const fn active(&self) -> bool {
@@ -154,7 +227,9 @@ impl Guarded {
         if limit == self.limit {
             return;
         }
-        if limit > self.limit {
+        self.lost_lowerings = 0;
+        let is_raise = limit > self.limit;
+        if is_raise {
             self.report.raises += 1;
             self.refused_shrink = None;
         } else {
@@ -167,13 +242,75 @@ impl Guarded {
         {
             self.requested = None;
             self.lowering = None;
-            let latencies = &mut self.report.latencies;
-            latencies.truncate(KEPT);
-            latencies.insert(0, at.since(asked));
+            // A lowering waits for the kubelet's look at usage: what a raise takes is not learnt from it.
+            if is_raise {
+                let latencies = &mut self.report.latencies;
+                latencies.truncate(KEPT);
+                latencies.insert(0, at.since(asked));
+            }
         }
         self.limit = limit;
         if self.report.limits.len() < KEPT {
             self.report.limits.push((at, limit));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bellows_core::{CgroupId, Patience, Signals, WHOLE};
+
+    use super::*;
+
+    const LIMIT: Bytes = Bytes::mib(256);
+
+    fn guarded(to: Bytes, lost_lowerings: u32) -> Guarded {
+        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
+        let policy = Policy {
+            original: Bytes::mib(64),
+            ceiling: Bytes::mib(1024),
+            actuation: Actuation::Requested {
+                p95: Nanos::millis(700),
+            },
+            signals: Signals::Programs,
+            patience: Patience::UNPROBED,
+            cpus: 2,
+            shrink_after: Nanos::millis(5000),
+            usable_per_mille: WHOLE,
+        };
+        let mut guarded = Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), LIMIT);
+        guarded.requested = Some((to, Nanos(0)));
+        guarded.lost_lowerings = lost_lowerings;
+        guarded
+    }
+
+    fn patience_seconds(to: Bytes, lost_lowerings: u32) -> Option<u64> {
+        let guarded = guarded(to, lost_lowerings);
+        (0..1000).find(|&seconds| guarded.lost(Nanos::millis(seconds * 1000)).is_some())
+    }
+
+    #[test]
+    fn a_lowering_is_asked_for_again_soon_and_then_ever_more_seldom() {
+        let patience = |lost| patience_seconds(Bytes::mib(64), lost).unwrap();
+        assert_eq!([0, 1, 2, 3, 4].map(patience), [7, 7, 7, 14, 28]);
+        assert_eq!(patience(u32::MAX), 224);
+    }
+
+    #[test]
+    fn a_raise_is_waited_for_longer_than_a_lowering() {
+        assert_eq!(patience_seconds(Bytes::mib(512), 3), Some(15));
+    }
+
+    #[test]
+    fn only_raises_tell_how_long_a_raise_takes() {
+        let mut lowered = guarded(Bytes::mib(64), 1);
+        lowered.limit_is(Nanos::millis(6000), Bytes::mib(64));
+        assert_eq!(lowered.report.latencies, []);
+        assert_eq!((lowered.requested, lowered.lost_lowerings), (None, 0));
+        let mut raised = guarded(Bytes::mib(512), 0);
+        raised.limit_is(Nanos::millis(400), Bytes::mib(512));
+        assert_eq!(raised.report.latencies, [Nanos::millis(400)]);
     }
 }

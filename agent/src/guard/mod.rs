@@ -6,6 +6,7 @@
 //! channel and the reclaim of a shrink; requests to others are sent through [`Requester`] and
 //! answered with an [`Input`].
 
+mod foreign_brake;
 mod guarded;
 mod requests;
 
@@ -28,8 +29,10 @@ use crate::{
     ledger::{Ledger, Record},
     signal::programs::{Kernel, LoadError},
 };
+use foreign_brake::ForeignBrake;
 use guarded::Guarded;
 pub use guarded::Report;
+use requests::Loss;
 
 /// How often a guard is looked at while its limit is above its original or it is held.
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
@@ -37,9 +40,6 @@ const ACTIVE_TICK: Duration = Duration::from_millis(100);
 const QUIET_TICK: Duration = Duration::from_secs(1);
 /// Shortest time between two looks at a guard's page cache.
 const THRASH_INTERVAL: Nanos = Nanos::millis(900);
-/// A request that is not in force after this long got lost or was deferred. The kubelet reports a
-/// limit below usage after 12.9 s (measured on 1.37).
-const REQUEST_LOST: Nanos = Nanos::millis(15_000);
 /// Room for inputs that the controller has not taken yet.
 pub const INPUTS: usize = 4096;
 
@@ -56,6 +56,15 @@ pub enum Input {
         to: Bytes,
         /// Whether it is in force, and why not.
         result: Result<(), Refused>,
+    },
+    /// Page cache was given back for a shrink to `to`, or could not be.
+    RoomMade {
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// The limit that room was made for.
+        to: Bytes,
+        /// Whether there is room now, and what went wrong.
+        result: Result<bool, String>,
     },
     /// Guard a cgroup from now on; the name is for people.
     Adopt(Cgroup, Policy, String),
@@ -100,6 +109,9 @@ pub enum GuardError {
     /// A map.
     #[error(transparent)]
     Kernel(#[from] LoadError),
+    /// A thread.
+    #[error("no thread can be had to make room for a lower limit: {0}")]
+    Thread(#[source] std::io::Error),
     /// The ledger.
     #[error("the ledger cannot be written, so nothing is guarded: {0}; free memory on /run")]
     Ledger(#[from] std::io::Error),
@@ -112,17 +124,19 @@ pub struct Controller<R> {
     reflex: Reflex,
     ledger: Ledger,
     inputs: Receiver<Input>,
+    /// The way back in, for what is done on other threads.
+    answers: SyncSender<Input>,
     requester: R,
     guards: BTreeMap<CgroupId, Guarded>,
 }
 
 impl<R: Requester> Controller<R> {
     /// A controller that guards nothing yet.
-    pub const fn new(
+    pub fn new(
         kernel: Option<Kernel>,
         reflex: Reflex,
         ledger: Ledger,
-        inputs: Receiver<Input>,
+        (answers, inputs): (SyncSender<Input>, Receiver<Input>),
         requester: R,
     ) -> Self {
         Self {
@@ -130,6 +144,7 @@ impl<R: Requester> Controller<R> {
             reflex,
             ledger,
             inputs,
+            answers,
             requester,
             guards: BTreeMap::new(),
         }
@@ -199,7 +214,7 @@ impl<R: Requester> Controller<R> {
         Some(report)
     }
 
-    /// Runs until [`Input::Stop`] or until every sender is gone; then lifts every brake and hold.
+    /// Runs until [`Input::Stop`]; then lifts every brake and hold.
     /// Returns what happened to what was guarded at the end.
     pub fn run(mut self) -> BTreeMap<CgroupId, Report> {
         let mut last_tick = Instant::now();
@@ -237,9 +252,10 @@ impl<R: Requester> Controller<R> {
         match input {
             Input::Verdict(verdict) => self.take_verdict(verdict),
             Input::Answered { cgroup, to, result } => self.take_answer(cgroup, to, result),
+            Input::RoomMade { cgroup, to, result } => self.lower(cgroup, to, result),
             Input::Policy(id, policy) => {
                 if let Some(guarded) = self.guards.get_mut(&id) {
-                    guarded.policy = policy;
+                    guarded.follow(policy);
                     self.arm(&self.guards[&id], None);
                 }
             }
@@ -268,18 +284,26 @@ impl<R: Requester> Controller<R> {
                     guarded.report.slowest_reaction.max(at.since(event_at));
                 guarded.limit_is(at, limit);
             }),
-            Verdict::Held { cgroup, at } => self.update(cgroup, |guarded| {
+            Verdict::Held { cgroup, at, braked } => self.update(cgroup, |guarded| {
                 guarded.held_since = Some(at);
                 guarded.report.holds += 1;
+                guarded.report.brakes += u64::from(braked);
             }),
             Verdict::ForeignBrake { cgroup } => {
-                self.update(cgroup, |guarded| guarded.foreign_brake = true);
+                self.update(cgroup, |guarded| {
+                    guarded.foreign_brake = Some(ForeignBrake::default());
+                });
+                self.look_at(cgroup);
             }
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
-            Verdict::Released { cgroup } => self.update(cgroup, |guarded| {
-                guarded.history.resumed(at);
+            Verdict::Released { cgroup, error } => self.update(cgroup, |guarded| {
                 if let Some(since) = guarded.held_since.take() {
+                    guarded.history.resumed(at);
                     guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
+                }
+                if let Some(error) = error {
+                    tracing::warn!(cgroup.id = cgroup.0, %error, "a release was not without fault");
+                    guarded.report.failed(error);
                 }
             }),
             Verdict::Lowered { cgroup, limit } => {
@@ -357,7 +381,7 @@ impl<R: Requester> Controller<R> {
         let guarded: Vec<Record> = self
             .guards
             .values()
-            .map(|guarded| guarded.adoption(at))
+            .flat_map(|guarded| guarded.standing(at))
             .collect();
         self.ledger.rotate(&guarded)?;
         self.reflex.send(Command::Ledger(self.ledger.another()?));
@@ -431,19 +455,26 @@ impl<R: Requester> Controller<R> {
         match (guarded.cgroup.stat(), guarded.cgroup.limit_in_force()) {
             (Ok(stat), Ok(limit)) => {
                 guarded.history.observe(at, stat.demand());
-                let lost = guarded
-                    .requested
-                    .filter(|&(_, asked)| at.since(asked) >= REQUEST_LOST);
+                let is_new_brake = match guarded.look_at_brake(at) {
+                    Ok(is_new) => is_new,
+                    Err(error) => {
+                        guarded.report.failed(error.to_string());
+                        false
+                    }
+                };
                 if limit != guarded.limit {
                     // In force by a request, or changed by somebody else, who wins.
                     guarded.limit_is(at, limit);
                     guarded.learn_latency();
                     self.verify(id, None);
                     self.arm(&self.guards[&id], None);
-                } else if let Some((to, _)) = lost {
-                    let limit = guarded.limit;
+                } else if is_new_brake {
+                    self.arm(&self.guards[&id], None);
+                } else if let Some(to) = guarded.lost(at) {
                     self.requester.take_back(&guarded.cgroup, to, limit);
-                    self.give_up(id);
+                    self.give_up(id, Loss::Silent);
+                    // What is asked for next must not be sent beside what is taken back.
+                    return;
                 }
                 self.decide(id);
             }

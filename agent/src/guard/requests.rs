@@ -1,8 +1,10 @@
 //! Carrying a plan out: requests on their way to others, their answers, and what to do when none comes.
 
+use std::thread;
+
 use bellows_core::{Action, Actuation, Bytes, CgroupId, Nanos, Reason};
 
-use super::{Controller, GuardError, Guarded, Refused, Requester};
+use super::{Controller, GuardError, Input, Refused, Requester};
 use crate::{
     actuate::{reflex::Command, shrink},
     clock::now,
@@ -11,6 +13,16 @@ use crate::{
 
 /// A refused raise is not asked for again for this long.
 const REFUSED_FOR: Nanos = Nanos::millis(10_000);
+
+/// How a request ended that was not carried out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// It was refused.
+    Refused,
+    /// Nothing came of it.
+    Silent,
+}
+
 impl<R: Requester> Controller<R> {
     pub(super) fn carry_out(
         &mut self,
@@ -21,6 +33,9 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return Ok(());
         };
+        if guarded.is_making_room && matches!(action, Action::Shrink { .. }) {
+            return Ok(());
+        }
         let at = now();
         let record = Record::Intend {
             at,
@@ -45,30 +60,59 @@ impl<R: Requester> Controller<R> {
                 }
             }
             Action::Release => self.reflex.send(Command::Release(id, reason)),
-            Action::Shrink { from, to } => self.shrink(id, from, to)?,
+            Action::Shrink { to, .. } => self.make_room(id, to)?,
             // The reflex holds and brakes by its table.
             Action::Hold | Action::Brake { .. } => {}
         }
         Ok(())
     }
 
-    fn shrink(&mut self, id: CgroupId, from: Bytes, to: Bytes) -> Result<(), GuardError> {
+    /// Makes room for a lower limit, on a thread of its own: giving back gibibytes of dirty page cache takes
+    /// seconds, in which others must get their raises.
+    fn make_room(&mut self, id: CgroupId, to: Bytes) -> Result<(), GuardError> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return Ok(());
         };
-        let Guarded {
-            cgroup,
-            policy,
-            history,
-            foreign_brake,
-            ..
-        } = guarded;
-        if !shrink::make_room(cgroup, to, policy, *foreign_brake)? {
-            guarded.refused_shrink = Some((history.demand, now()));
-            self.arm(&self.guards[&id], None);
-            return Ok(());
+        let (cgroup, policy) = (guarded.cgroup.clone(), guarded.policy);
+        let is_foreign = guarded.foreign_brake.is_some();
+        let answers = self.answers.clone();
+        thread::Builder::new()
+            .name("shrink".to_owned())
+            .spawn(move || {
+                let made = shrink::make_room(&cgroup, to, &policy, is_foreign);
+                let made = Input::RoomMade {
+                    cgroup: id,
+                    to,
+                    result: made.map_err(|error| error.to_string()),
+                };
+                // A controller that has ended lowers nothing.
+                drop(answers.send(made));
+            })
+            .map_err(GuardError::Thread)?;
+        guarded.is_making_room = true;
+        Ok(())
+    }
+
+    /// Lowers a limit that room was made for, unless the container has come to need it meanwhile.
+    pub(super) fn lower(&mut self, id: CgroupId, to: Bytes, made: Result<bool, String>) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        guarded.is_making_room = false;
+        let is_busy = guarded.requested.is_some()
+            || guarded.held_since.is_some()
+            || !(guarded.policy.original..guarded.limit).contains(&to);
+        let has_room = made.unwrap_or_else(|error| {
+            guarded.report.failed(error);
+            false
+        });
+        if is_busy || !has_room {
+            guarded.refused_shrink = Some((guarded.history.demand, now()));
+            // Puts the brake back where it belongs.
+            return self.arm(&self.guards[&id], None);
         }
-        match policy.actuation {
+        let from = guarded.limit;
+        match guarded.policy.actuation {
             Actuation::Direct => self.reflex.send(Command::Lower(id, to)),
             Actuation::Requested { .. } => {
                 guarded.requested = Some((to, now()));
@@ -79,7 +123,6 @@ impl<R: Requester> Controller<R> {
                 self.requester.lower(cgroup, from, to);
             }
         }
-        Ok(())
     }
 
     pub(super) fn take_answer(&mut self, id: CgroupId, to: Bytes, result: Result<(), Refused>) {
@@ -101,7 +144,7 @@ impl<R: Requester> Controller<R> {
                     let limit = guarded.limit;
                     self.requester.take_back(&guarded.cgroup, to, limit);
                 }
-                self.give_up(id);
+                self.give_up(id, Loss::Refused);
             }
             self.verify(id, Some(error));
         }
@@ -109,7 +152,7 @@ impl<R: Requester> Controller<R> {
     }
 
     /// A request was refused or got lost: what waited for it waits no more.
-    pub(super) fn give_up(&mut self, id: CgroupId) {
+    pub(super) fn give_up(&mut self, id: CgroupId, loss: Loss) {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
@@ -118,12 +161,17 @@ impl<R: Requester> Controller<R> {
             return;
         };
         guarded.lowering = None;
-        if to < guarded.limit {
-            guarded.refused_shrink = Some((guarded.history.demand, at));
+        let was_raise = to >= guarded.limit;
+        if !was_raise {
+            match loss {
+                Loss::Refused => guarded.refused_shrink = Some((guarded.history.demand, at)),
+                Loss::Silent => guarded.lost_lowerings = guarded.lost_lowerings.saturating_add(1),
+            }
         } else {
             guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
         }
-        if guarded.held_since.is_some() {
+        // Held or not: nobody is asked for a while, so a hold would only put off what must come.
+        if was_raise || guarded.held_since.is_some() {
             self.reflex.send(Command::Release(id, Reason::HoldExpired));
         }
         self.arm(&self.guards[&id], None);

@@ -1,10 +1,12 @@
 //! Events on pods: reasons from a closed list, one per state change.
 
-use k8s_openapi::{api::core::v1::ObjectReference, api::core::v1::Pod};
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Client, Resource as _,
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
+
+use crate::{actuate::resize::TIMEOUT, attribution::api::Pod};
 
 /// Bytes of a note that the API takes (`NoteLengthLimit`, pkg/apis/core/validation/events.go).
 const LONGEST_NOTE: usize = 1024;
@@ -23,44 +25,49 @@ fn fitting(note: String) -> String {
 }
 
 /// Publishes events of this agent.
-#[derive(Clone)]
 pub(super) struct Events {
-    recorder: Recorder,
+    client: Client,
+    reporter: Reporter,
 }
 
 impl Events {
     pub(super) fn new(client: Client, node: &str) -> Self {
-        let reporter = Reporter {
-            controller: "bellows.dev/agent".to_owned(),
-            instance: Some(node.to_owned()),
-        };
         Self {
-            recorder: Recorder::new(client, reporter),
+            client,
+            reporter: Reporter {
+                controller: "bellows.dev/agent".to_owned(),
+                instance: Some(node.to_owned()),
+            },
         }
     }
 
-    pub(super) async fn refused(&self, pod: &Pod, reason: &str, note: String) {
-        self.publish(pod, EventType::Warning, reason, "Guard", note)
-            .await;
+    pub(super) fn refused(&self, pod: &Pod, reason: &str, note: String) {
+        self.publish(pod, EventType::Warning, reason, note);
     }
 
-    pub(super) async fn guarded(&self, pod: &Pod, note: String) {
-        self.publish(pod, EventType::Normal, "Guarded", "Guard", note)
-            .await;
+    pub(super) fn guarded(&self, pod: &Pod, note: String) {
+        self.publish(pod, EventType::Normal, "Guarded", note);
     }
 
-    async fn publish(&self, pod: &Pod, type_: EventType, reason: &str, action: &str, note: String) {
+    /// Publishes beside whatever goes on: nobody waits for it. Each has a recorder of its own, since one
+    /// keeps what it has published for a series, and what is told here again is minutes apart.
+    fn publish(&self, pod: &Pod, type_: EventType, reason: &str, note: String) {
         let event = Event {
             type_,
             reason: reason.to_owned(),
             note: Some(fitting(note)),
-            action: action.to_owned(),
+            action: "Guard".to_owned(),
             secondary: None,
         };
         let reference: ObjectReference = pod.object_ref(&());
-        if let Err(error) = self.recorder.publish(&event, &reference).await {
-            tracing::warn!(%error, reason, "an event could not be published");
-        }
+        let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
+        drop(tokio::spawn(async move {
+            let published = recorder.publish(&event, &reference);
+            match tokio::time::timeout(TIMEOUT, published).await {
+                Ok(Ok(())) => {}
+                failed => tracing::warn!(?failed, event.reason, "an event could not be published"),
+            }
+        }));
     }
 }
 

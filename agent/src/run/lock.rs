@@ -81,30 +81,35 @@ fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-/// The body of `bellows releaser`: releases whatever an agent leaves when it dies, for ever.
+/// The body of `bellows releaser`: releases whatever an agent leaves when it dies, for ever. What it cannot
+/// release it tries again: it must not end where the next death would find nobody.
 ///
 /// # Errors
 ///
-/// When the lock or the ledger cannot be used.
+/// When the lock cannot be used.
 pub fn release_after_agents() -> io::Result<()> {
     let mut is_released = false;
     loop {
         let file = open()?;
-        if try_lock(&file)? {
-            // Nobody lives. What is released once stays released until an agent has come.
-            if !is_released {
-                let recovered = recover(Path::new(LEDGER))?;
-                tracing::info!(?recovered, "no agent runs: released what the last one held");
-                is_released = true;
-            }
-            drop(file);
-            thread::sleep(NO_AGENT);
-        } else {
+        let nobody_lives = try_lock(&file)?;
+        if !nobody_lives {
             // Returns at the agent's death, at the latest moment at which it could still act.
             flock(&file, FlockOperation::LockExclusive)?;
-            let recovered = recover(Path::new(LEDGER))?;
-            tracing::info!(?recovered, "the agent has died: released what it held");
-            is_released = true;
+            is_released = false;
+        }
+        // What is released once stays released until an agent has begun a ledger.
+        if !is_released || Path::new(LEDGER).exists() {
+            match recover(Path::new(LEDGER)) {
+                Ok(recovered) => {
+                    tracing::info!(?recovered, "no agent runs: released what the last one held");
+                    is_released = true;
+                }
+                Err(error) => tracing::error!(%error, "the ledger cannot be read: tried again"),
+            }
+        }
+        drop(file);
+        if nobody_lives {
+            thread::sleep(NO_AGENT);
         }
     }
 }

@@ -15,10 +15,12 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, mpsc},
     thread,
+    time::Duration,
 };
 
 use bellows_core::{Actuation, Nanos};
 use kube::Client;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 use tokio::{
     runtime,
@@ -36,7 +38,7 @@ use crate::{
     recover::recover,
     signal::{
         files::Files,
-        programs::{Kernel, Purpose},
+        programs::{Kernel, Purpose, Reflexes},
         source::Source,
     },
 };
@@ -99,6 +101,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let recovered =
         recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;
     tracing::info!(?recovered, "released what a predecessor held");
+    allow_files();
     let (kernel, source) = signals(options)?;
     let signals = source.signals();
     let ledger = open_ledger(&ledger_path)?;
@@ -124,7 +127,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         Arc::clone(&targets),
         inputs.clone(),
     );
-    let controller = Controller::new(kernel, reflex, ledger, receiver, resizer);
+    let controller = Controller::new(kernel, reflex, ledger, (inputs.clone(), receiver), resizer);
     let controller = thread::Builder::new()
         .name("controller".to_owned())
         .spawn(move || controller.run())
@@ -147,29 +150,65 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     result
 }
 
+/// Lets this process have enough open files for as many containers as the programs can watch: each takes
+/// seven, and one more for every container that inherits its limit. The usual 1,024 last for 200.
+fn allow_files() {
+    const WANTED: u64 = 65_536;
+    let before = getrlimit(Resource::Nofile);
+    let allow = |maximum| {
+        let current = maximum;
+        setrlimit(Resource::Nofile, Rlimit { current, maximum })
+    };
+    // `None` is no limit at all. More than the maximum needs CAP_SYS_RESOURCE.
+    let more = before.maximum.map(|maximum| maximum.max(WANTED));
+    if let Err(error) = allow(more).or_else(|_refused| allow(before.maximum)) {
+        tracing::warn!(%error, ?before, "the number of open files limits how many containers are guarded");
+    }
+}
+
+/// How often the kernel programs are tried. What is decided here holds for the agent's life, and a predecessor's
+/// programs may be on their way off the same functions.
+const TRIES: u32 = 3;
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
 /// The kernel programs, or cgroup files on a node that does not take them: a node agent that is late is
 /// better than none.
 fn signals(options: &Options) -> Result<(Option<Kernel>, Source), RunError> {
     if !options.without_bpf {
-        match Kernel::load(Purpose::Guard) {
-            Ok((mut kernel, mut reflexes)) => {
-                let tried = hooks::self_test(&mut kernel, &mut reflexes.guards);
-                if tried.verdict != doctor::Verdict::Missing {
-                    if tried.verdict == doctor::Verdict::Limited {
-                        tracing::warn!(found = tried.found, lost = tried.lost, "growth hook");
-                    }
+        for attempt in 1..=TRIES {
+            if attempt > 1 {
+                thread::sleep(TRY_AGAIN);
+            }
+            match programs() {
+                Ok((kernel, reflexes)) => {
                     return Ok((Some(kernel), Source::Programs(Box::new(reflexes))));
                 }
-                tracing::warn!(found = tried.found, "the growth hook sees nothing here");
+                Err(why) => tracing::warn!(attempt, why, "the kernel programs do not work"),
             }
-            Err(error) => tracing::warn!(
-                %error,
-                "working from cgroup files: containers are braked at 90 % of their limit; `bellows doctor` tells what is missing"
-            ),
         }
+        tracing::warn!(
+            "working from cgroup files: containers are braked at 90 % of their limit; `bellows doctor` tells what is missing"
+        );
     }
     let files = Files::new().map_err(|error| RunError::System("cannot watch files", error))?;
     Ok((None, Source::Files(files)))
+}
+
+/// The kernel programs, if they see anything.
+fn programs() -> Result<(Kernel, Reflexes), String> {
+    let (mut kernel, mut reflexes) =
+        Kernel::load(Purpose::Guard).map_err(|error| error.to_string())?;
+    let tried = hooks::self_test(&mut kernel, &mut reflexes.guards);
+    match tried.verdict {
+        doctor::Verdict::Missing => {
+            return Err(format!("the growth hook sees nothing: {}", tried.found));
+        }
+        doctor::Verdict::Limited => {
+            tracing::warn!(found = tried.found, lost = tried.lost, "growth hook");
+        }
+        doctor::Verdict::Works => {}
+    }
+    Ok((kernel, reflexes))
 }
 
 fn open_ledger(path: &Path) -> Result<Ledger, RunError> {

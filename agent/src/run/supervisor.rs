@@ -26,7 +26,7 @@ use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
 use super::{RunError, lock::HIGH};
-use crate::{explain::LEDGER, recover::recover, signals::Forwarder};
+use crate::{explain::LEDGER, recover::release_all, signals::Forwarder};
 
 /// Set in the child.
 const AGENT_VARIABLE: &str = "BELLOWS_RUN_AGENT";
@@ -44,6 +44,11 @@ pub fn is_agent() -> bool {
 /// [`RunError::System`] when no child can be started or waited for.
 pub fn supervise() -> Result<u8, RunError> {
     let failed = |what| move |error| RunError::System(what, error);
+    // Each huge page under a stack or a heap that is hardly used is 2 MiB more of a node's memory; the child
+    // inherits this.
+    if let Err(errno) = rustix::thread::disable_transparent_huge_pages(true) {
+        tracing::debug!(%errno, "huge pages stay on");
+    }
     let forwarder = Forwarder::start().map_err(failed("cannot take signals"))?;
     let executable = env::current_exe().map_err(failed("cannot find this program"))?;
     let (alive, held_by_agent) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -68,7 +73,7 @@ pub fn supervise() -> Result<u8, RunError> {
     drop(command);
     forwarder.forward_to(agent.id());
     let was_stopped = wait_for_end(agent.id(), File::from(alive));
-    let recovered = recover(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?;
+    let recovered = release_all(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?;
     if was_stopped {
         tracing::error!("the agent was stopped, which is as good as dead: it is ended");
         // It has ended if this fails.

@@ -9,11 +9,10 @@ use std::{
 };
 
 use bellows_core::{
-    Actuation, CgroupId, Nanos, Policy, Signals,
-    pod::{self, Level, ORIGINAL, Wish},
+    Actuation, CgroupId, Nanos, Policy, Signals, WHOLE,
+    pod::{self, Level, ORIGINAL, Raised, Wish},
 };
 use futures::TryStreamExt as _;
-use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt as _,
     api::Patch,
@@ -24,8 +23,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::events::Events;
 use crate::{
-    actuate::resize::{Target, Targets, limit_patch, parameters},
-    attribution::{self, CGROUP_ROOT, pods::convert},
+    actuate::resize::{TIMEOUT, Target, Targets, limit_patch, parameters},
+    attribution::{self, CGROUP_ROOT, api::Pod, pods::convert},
     cgroup::Cgroup,
     guard::Input,
 };
@@ -42,8 +41,6 @@ pub(super) struct Context {
     pub(super) shrink_after: Nanos,
 }
 
-/// Longest time that the API may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a pod is tried again that could not be guarded for a passing reason.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -51,7 +48,8 @@ const RETRY: Duration = Duration::from_secs(2);
 #[derive(Default)]
 struct Known {
     cgroup: Option<CgroupId>,
-    container_id: Option<String>,
+    /// The runtime's ids of the containers that run in it.
+    containers: Vec<String>,
     policy: Option<Policy>,
     refusal: Option<String>,
 }
@@ -130,7 +128,7 @@ impl Watch {
                 let text = refusal.to_string();
                 if known.refusal.as_ref() != Some(&text) {
                     known.refusal = Some(text.clone());
-                    self.events.refused(&pod, refusal.reason(), text).await;
+                    self.events.refused(&pod, refusal.reason(), text);
                 }
             }
         }
@@ -152,6 +150,7 @@ impl Watch {
             patience: wish.patience,
             cpus: *cpus,
             shrink_after: *shrink_after,
+            usable_per_mille: WHOLE,
         };
         policy.validate().map_err(|error| error.to_string())
     }
@@ -159,7 +158,7 @@ impl Watch {
     async fn guard(&mut self, pod: &Pod, seen: &pod::Pod, wish: &Wish) -> Result<(), String> {
         let known = self.known.get(&seen.uid);
         if let Some((cgroup, policy)) = known
-            .filter(|known| known.container_id == wish.id)
+            .filter(|known| known.containers == wish.running)
             .and_then(|known| Some((known.cgroup?, known.policy?)))
         {
             return self.follow(pod, seen, wish, cgroup, policy).await;
@@ -183,7 +182,7 @@ impl Watch {
         self.targets(|targets| drop(targets.insert(cgroup.id(), target)));
         let known = Known {
             cgroup: Some(cgroup.id()),
-            container_id: wish.id.clone(),
+            containers: wish.running.clone(),
             policy: Some(policy),
             refusal: None,
         };
@@ -194,7 +193,7 @@ impl Watch {
             "container {}: limit {}, at most {}",
             wish.container, policy.original, policy.ceiling
         );
-        self.events.guarded(pod, note).await;
+        self.events.guarded(pod, note);
         Ok(())
     }
 
@@ -207,7 +206,7 @@ impl Watch {
         cgroup: CgroupId,
         policy: Policy,
     ) -> Result<(), String> {
-        let mut wanted = self.policy(wish)?;
+        let wanted = self.policy(wish)?;
         if !wish.recorded {
             self.record_original(seen, &wish.container, &wish.original_text)
                 .await?;
@@ -217,7 +216,7 @@ impl Watch {
                 "the limit was changed to {} by somebody else, which is the new original",
                 wish.limit
             );
-            self.events.guarded(pod, note).await;
+            self.events.guarded(pod, note);
         }
         // Only now: a change that could not be recorded must be seen as one again.
         self.targets(|targets| {
@@ -226,8 +225,6 @@ impl Watch {
                 target.original = (wanted.original, wish.original_text.clone());
             }
         });
-        // The measured time of requests is the controller's to know.
-        wanted.actuation = policy.actuation;
         if wanted != policy {
             if let Some(known) = self.known.get_mut(&seen.uid) {
                 known.policy = Some(wanted);
@@ -276,21 +273,14 @@ impl Watch {
     /// A pod that opts out while its limit is raised gets its original back. The kubelet carries it
     /// out when usage allows (it refuses a limit below usage and tries again).
     async fn give_back(&self, seen: &pod::Pod) {
-        let cgroup = self.known.get(&seen.uid).and_then(|known| known.cgroup);
-        let target =
-            cgroup.and_then(|cgroup| self.targets(|targets| targets.get(&cgroup).cloned()));
-        let Some(Target {
+        let Some(Raised {
             level,
             limit,
-            original: (_, original),
-            ..
-        }) = target.filter(|_| !seen.ending)
+            original,
+        }) = pod::left_raised(seen)
         else {
             return;
         };
-        if limit == original {
-            return;
-        }
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
         let (parameters, patch) = (parameters(), limit_patch(level, &limit, &original));
         let patched = api.patch_resize(&seen.name, &parameters, &patch);

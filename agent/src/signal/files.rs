@@ -19,7 +19,7 @@ use std::{
 };
 
 use bellows_core::{Bytes, CgroupId, Nanos};
-use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
+use bellows_ebpf_common::{ENTRY_UNKNOWN, KIND_OOM, KIND_WATERMARK, MemoryEvent};
 use rustix::{
     event::epoll::{self, EventData, EventFlags},
     time::{
@@ -214,6 +214,8 @@ impl Watched {
                 .pages(),
             window_pages: grown.pages(),
             window_ns: window.0,
+            entry: ENTRY_UNKNOWN,
+            thread: 0,
         };
         if killed {
             ready.push_back(MemoryEvent {

@@ -3,8 +3,10 @@
 //!
 //! Nothing here knows pods, policies or limits that could be changed.
 
+pub mod attach;
 pub mod btf;
 pub mod files;
+pub mod guards;
 pub mod offsets;
 pub mod programs;
 pub mod source;

@@ -58,6 +58,19 @@ impl Offsets {
             ("OFF_LRUGEN_PAGES", lrugen),
             ("OFF_LRU_ZONE_SIZE", zone_size.offset),
             ("OFF_BPRM_FILENAME", offset("linux_binprm", "filename")?),
+            (
+                "OFF_TASK_VOLUNTARY",
+                offset("task_struct", "nvcsw").unwrap_or(ABSENT),
+            ),
+            // The helper that finds the registers is younger than the fields (Linux 5.15).
+            (
+                "OFF_REGS_SYSCALL",
+                offset("pt_regs", "orig_ax")
+                    .or_else(|_| offset("pt_regs", "syscallno"))
+                    .ok()
+                    .filter(|_| btf.has_function("bpf_task_pt_regs"))
+                    .unwrap_or(ABSENT),
+            ),
             ("ZONES", zones),
             ("NODES", nodes.max(1)),
         ];

@@ -1,8 +1,7 @@
-//! The kernel programs: load, attach, and talk to them.
+//! The kernel programs: load them with the offsets of this kernel, and talk to their maps.
 //!
-//! Each program is probed on its own (BTF has the function, the verifier takes the program, the
-//! kernel attaches it), never by kernel version. Without the growth hook there is no guard; without
-//! any other one feature is missing, and [`Kernel::missing`] names it.
+//! Without the growth hook there is no guard; without any other one feature is missing, and
+//! [`Kernel::missing`] names it.
 
 use std::{
     fs, io,
@@ -11,19 +10,19 @@ use std::{
 
 use aya::{
     Btf as AyaBtf, Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, MapData, MapError, PerCpuArray, RingBuf},
-    programs::{FEntry, FExit, Program, ProgramError},
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{Program, ProgramError},
 };
 use aya_log::EbpfLogger;
-use bellows_core::{Bytes, CgroupId};
-use bellows_ebpf_common::{
-    COST_SLOTS, Growth, Guard, Holds, LifeEvent, MemoryEvent, WATERMARK_OFF, loss,
-};
+use bellows_core::CgroupId;
+use bellows_ebpf_common::{COST_KINDS, COST_SLOTS, Growth, Holds, LifeEvent, MemoryEvent, loss};
 use thiserror::Error;
 use zerocopy::FromBytes as _;
 
 use super::{
+    attach::{GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, attach_all},
     btf::{Btf, BtfError},
+    guards::Guards,
     offsets::Offsets,
 };
 
@@ -77,89 +76,8 @@ pub enum LoadError {
     },
 }
 
-/// How a program is attached.
-#[derive(Clone, Copy)]
-enum Hook {
-    Entry,
-    Exit,
-    Tracepoint,
-}
-
-/// A program, its hook, the kernel functions to try in order, and what is lost without it.
-struct Spec {
-    program: &'static str,
-    hook: Hook,
-    functions: &'static [&'static str],
-    lost: &'static str,
-}
-
-const fn spec(
-    program: &'static str,
-    hook: Hook,
-    functions: &'static [&'static str],
-    lost: &'static str,
-) -> Spec {
-    Spec {
-        program,
-        hook,
-        functions,
-        lost,
-    }
-}
-
-/// From 6.18 on the body of the first is the second.
-const OVER_HIGH: &[&str] = &[
-    "mem_cgroup_handle_over_high",
-    "__mem_cgroup_handle_over_high",
-];
-const RECLAIM: &[&str] = &["try_to_free_mem_cgroup_pages"];
-const OOM: &[&str] = &["mem_cgroup_out_of_memory"];
-const GROWTH_FUNCTION: &str = "page_counter_try_charge";
-
-const NO_GUARD: &str = "nothing can be guarded";
-const NO_OOM: &str = "an OOM kill is not told by itself";
-const NO_EXIT: &str = "the end of a process is seen at the next tick only";
-const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
-const NO_WRITES: &str =
-    "a limit or brake that somebody else moves is not put right before the next raise";
-const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
-const NO_HOLDS: &str = "sleeps are not counted in full";
-
-const GUARD_PROGRAMS: &[Spec] = &[
-    spec("growth", Hook::Entry, &[GROWTH_FUNCTION], NO_GUARD),
-    spec("oom", Hook::Exit, OOM, NO_OOM),
-    spec("reclaim", Hook::Entry, RECLAIM, NO_RECLAIM),
-    spec("max_written", Hook::Entry, &["memory_max_write"], NO_WRITES),
-    spec(
-        "high_written",
-        Hook::Entry,
-        &["memory_high_write"],
-        NO_WRITES,
-    ),
-    spec("exec", Hook::Tracepoint, &["sched_process_exec"], NO_LIFE),
-    spec("exit", Hook::Tracepoint, &["sched_process_exit"], NO_EXIT),
-    spec(
-        "cgroup_created",
-        Hook::Tracepoint,
-        &["cgroup_mkdir"],
-        NO_LIFE,
-    ),
-    spec(
-        "cgroup_removed",
-        Hook::Tracepoint,
-        &["cgroup_rmdir"],
-        NO_LIFE,
-    ),
-];
-
-const HOLD_PROGRAMS: &[Spec] = &[
-    spec("over_high_enter", Hook::Entry, OVER_HIGH, NO_HOLDS),
-    spec("over_high_leave", Hook::Exit, OVER_HIGH, NO_HOLDS),
-    spec("reclaim_enter", Hook::Entry, RECLAIM, NO_HOLDS),
-    spec("reclaim_leave", Hook::Exit, RECLAIM, NO_HOLDS),
-    spec("oom_enter", Hook::Entry, OOM, NO_HOLDS),
-    spec("oom_leave", Hook::Exit, OOM, NO_HOLDS),
-];
+/// Bytes of a small ring.
+const SMALL_RING: u32 = 4096;
 
 /// Which programs to attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,19 +90,8 @@ pub enum Purpose {
     MeasureHolds,
     /// What a guard needs, counting what each call of the growth program costs, for the bench of that.
     GuardAndCountCost,
-}
-
-/// A program that could not be attached, and why.
-#[derive(Debug)]
-pub struct Missing {
-    /// The program.
-    pub program: &'static str,
-    /// The functions that were tried.
-    pub functions: &'static [&'static str],
-    /// What is lost without it.
-    pub lost: &'static str,
-    /// The last failure.
-    pub why: String,
+    /// What a guard needs, with a ring of one page, for the bench that fills it.
+    GuardWithSmallRing,
 }
 
 /// The loaded programs and the maps that the controller uses.
@@ -243,9 +150,15 @@ impl Kernel {
         for (name, value) in offsets.globals() {
             loader.override_global(name, value, true);
         }
-        if purpose == Purpose::GuardAndCountCost {
-            loader.override_global("COUNT_COST", &1_u64, true);
-            loader.map_max_entries("COSTS", 2 * COST_SLOTS);
+        match purpose {
+            Purpose::GuardAndCountCost => {
+                loader.override_global("COUNT_COST", &1_u64, true);
+                loader.map_max_entries("COSTS", COST_KINDS * COST_SLOTS);
+            }
+            Purpose::GuardWithSmallRing => {
+                loader.map_max_entries("MEMORY_EVENTS", SMALL_RING);
+            }
+            Purpose::Guard | Purpose::GuardAndMeasure | Purpose::MeasureHolds => {}
         }
         let mut programs = loader.load(OBJECT).map_err(permission)?;
         let logger = EbpfLogger::init(&mut programs)
@@ -255,29 +168,21 @@ impl Kernel {
             .ok();
         let mut missing = Vec::new();
         let specs = match purpose {
-            Purpose::Guard | Purpose::GuardAndCountCost => &[GUARD_PROGRAMS][..],
+            Purpose::Guard | Purpose::GuardAndCountCost | Purpose::GuardWithSmallRing => {
+                &[GUARD_PROGRAMS][..]
+            }
             Purpose::GuardAndMeasure => &[GUARD_PROGRAMS, HOLD_PROGRAMS],
             Purpose::MeasureHolds => &[HOLD_PROGRAMS],
         };
-        for spec in specs.iter().copied().flatten() {
-            if let Err(source) = attach_any(&mut programs, spec, &btf) {
-                if spec.functions == [GROWTH_FUNCTION] {
-                    return Err(match denied(&source) {
-                        Some(io) => LoadError::Permission(io),
-                        None => LoadError::Growth {
-                            function: GROWTH_FUNCTION,
-                            source,
-                        },
-                    });
-                }
-                tracing::warn!(program = spec.program, error = %source, "a kernel program is not available");
-                missing.push(Missing {
-                    program: spec.program,
-                    functions: spec.functions,
-                    lost: spec.lost,
-                    why: source.to_string(),
-                });
-            }
+        for specs in specs {
+            let failed = |source: ProgramError| match denied(&source) {
+                Some(io) => LoadError::Permission(io),
+                None => LoadError::Growth {
+                    function: GROWTH_FUNCTION,
+                    source,
+                },
+            };
+            missing.extend(attach_all(&mut programs, specs, &btf).map_err(failed)?);
         }
         Self::with_maps(programs, logger, missing)
     }
@@ -287,45 +192,13 @@ impl Kernel {
         logger: Option<EbpfLogger<&'static dyn log::Log>>,
         missing: Vec<Missing>,
     ) -> Result<(Self, Reflexes), LoadError> {
-        let ring = RingBuf::try_from(take(&mut programs, "MEMORY_EVENTS")?).map_err(|source| {
-            LoadError::Map {
-                name: "MEMORY_EVENTS",
-                source,
-            }
-        })?;
-        let life = RingBuf::try_from(take(&mut programs, "LIFE_EVENTS")?).map_err(|source| {
-            LoadError::Map {
-                name: "LIFE_EVENTS",
-                source,
-            }
-        })?;
-        let guards =
-            HashMap::try_from(take(&mut programs, "GUARDS")?).map_err(|source| LoadError::Map {
-                name: "GUARDS",
-                source,
-            })?;
-        let growth =
-            HashMap::try_from(take(&mut programs, "GROWTH")?).map_err(|source| LoadError::Map {
-                name: "GROWTH",
-                source,
-            })?;
-        let holds =
-            HashMap::try_from(take(&mut programs, "HOLDS")?).map_err(|source| LoadError::Map {
-                name: "HOLDS",
-                source,
-            })?;
-        let losses = PerCpuArray::try_from(take(&mut programs, "LOSSES")?).map_err(|source| {
-            LoadError::Map {
-                name: "LOSSES",
-                source,
-            }
-        })?;
-        let costs = PerCpuArray::try_from(take(&mut programs, "COSTS")?).map_err(|source| {
-            LoadError::Map {
-                name: "COSTS",
-                source,
-            }
-        })?;
+        let (ring, guards) = (
+            map(&mut programs, "MEMORY_EVENTS")?,
+            Guards::of(&mut programs)?,
+        );
+        let (growth, holds) = (map(&mut programs, "GROWTH")?, map(&mut programs, "HOLDS")?);
+        let (losses, costs) = (map(&mut programs, "LOSSES")?, map(&mut programs, "COSTS")?);
+        let life = map(&mut programs, "LIFE_EVENTS")?;
         let kernel = Self {
             programs,
             growth,
@@ -336,13 +209,7 @@ impl Kernel {
             logger,
             missing,
         };
-        Ok((
-            kernel,
-            Reflexes {
-                ring,
-                guards: Guards(guards),
-            },
-        ))
+        Ok((kernel, Reflexes { ring, guards }))
     }
 
     /// Programs that could not be attached.
@@ -416,11 +283,12 @@ impl Kernel {
         })
     }
 
-    /// How often a call of the growth program cost how much: in no tracked cgroup, and in tracked ones.
-    /// Empty unless loaded with [`Purpose::GuardAndCountCost`].
+    /// How often a call of the growth program cost how much: in no tracked cgroup, in tracked ones, and in
+    /// those without the helpers that it called. Empty unless loaded with [`Purpose::GuardAndCountCost`].
     #[must_use]
-    pub fn costs(&self) -> [Vec<(u32, u64)>; 2] {
-        [0, COST_SLOTS].map(|first| {
+    pub fn costs(&self) -> [Vec<(u32, u64)>; COST_KINDS as usize] {
+        [0, 1, 2].map(|kind| {
+            let first = kind * COST_SLOTS;
             (0..COST_SLOTS)
                 .filter_map(|cost| {
                     let calls: u64 = self.costs.get(&(first + cost), 0).ok()?.iter().sum();
@@ -466,40 +334,6 @@ impl Kernel {
     }
 }
 
-/// The watermarks that the kernel compares with.
-pub struct Guards(HashMap<MapData, u64, Guard>);
-
-impl Guards {
-    /// Sets a cgroup's watermark; `None` switches it off but keeps the cgroup tracked.
-    ///
-    /// # Errors
-    ///
-    /// [`LoadError::Map`] when the map is full (4096 cgroups).
-    pub fn set(&mut self, cgroup: CgroupId, watermark: Option<Bytes>) -> Result<(), LoadError> {
-        let watermark_pages = watermark.map_or(WATERMARK_OFF, Bytes::pages);
-        let guard = Guard { watermark_pages };
-        self.0
-            .insert(cgroup.0, guard, 0)
-            .map_err(|source| LoadError::Map {
-                name: "GUARDS",
-                source,
-            })
-    }
-
-    /// Stops watching a cgroup.
-    pub fn remove(&mut self, cgroup: CgroupId) {
-        if let Err(error) = self.0.remove(&cgroup.0) {
-            tracing::debug!(cgroup.id = cgroup.0, %error, "the cgroup was not guarded");
-        }
-    }
-}
-
-impl std::fmt::Debug for Guards {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Guards").finish_non_exhaustive()
-    }
-}
-
 /// Decodes an urgent event; `None` (counted by the caller) for a record of another size.
 #[must_use]
 pub fn memory_event(bytes: &[u8]) -> Option<MemoryEvent> {
@@ -512,14 +346,19 @@ pub fn life_event(bytes: &[u8]) -> Option<&LifeEvent> {
     LifeEvent::ref_from_bytes(bytes).ok()
 }
 
-fn take(programs: &mut Ebpf, name: &'static str) -> Result<aya::maps::Map, LoadError> {
-    let missing = || LoadError::Map {
-        name,
-        source: MapError::InvalidName {
-            name: name.to_owned(),
-        },
+/// Takes a map out of the loaded object.
+pub(super) fn map<T: TryFrom<Map, Error = MapError>>(
+    programs: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, LoadError> {
+    let missing = || MapError::InvalidName {
+        name: name.to_owned(),
     };
-    programs.take_map(name).ok_or_else(missing)
+    programs
+        .take_map(name)
+        .ok_or_else(missing)
+        .and_then(T::try_from)
+        .map_err(|source| LoadError::Map { name, source })
 }
 
 fn permission(error: EbpfError) -> LoadError {
@@ -529,58 +368,19 @@ fn permission(error: EbpfError) -> LoadError {
     }
 }
 
-/// The refusal among an error's causes, if it is one.
+/// The refusal among an error's causes, if it is one. `EACCES` is none: the verifier says that of a
+/// program that it does not understand.
 fn denied(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>()
-            && io.kind() == io::ErrorKind::PermissionDenied
+            && io.raw_os_error() == Some(libc::EPERM)
         {
             return Some(io::Error::from(io.kind()));
         }
         cause = error.source();
     }
     None
-}
-
-/// Loads and attaches a program to the first of its functions that the kernel has.
-fn attach_any(programs: &mut Ebpf, spec: &Spec, btf: &AyaBtf) -> Result<(), ProgramError> {
-    let mut result = Err(ProgramError::NotLoaded);
-    for function in spec.functions {
-        let program = programs
-            .program_mut(spec.program)
-            .ok_or(ProgramError::NotLoaded)?;
-        result = attach(program, spec.hook, function, btf);
-        if result.is_ok() {
-            return result;
-        }
-    }
-    result
-}
-
-fn attach(
-    program: &mut Program,
-    hook: Hook,
-    function: &str,
-    btf: &AyaBtf,
-) -> Result<(), ProgramError> {
-    match hook {
-        Hook::Entry => {
-            let program: &mut FEntry = program.try_into()?;
-            program.load(function, btf)?;
-            program.attach().map(drop)
-        }
-        Hook::Exit => {
-            let program: &mut FExit = program.try_into()?;
-            program.load(function, btf)?;
-            program.attach().map(drop)
-        }
-        Hook::Tracepoint => {
-            let program: &mut aya::programs::BtfTracePoint = program.try_into()?;
-            program.load(function, btf)?;
-            program.attach().map(drop)
-        }
-    }
 }
 
 /// NUMA nodes that the kernel may have.

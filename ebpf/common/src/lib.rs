@@ -31,6 +31,13 @@ pub const KIND_RECLAIM: u32 = 7;
 /// Somebody writes a tracked cgroup's `memory.max` or `memory.high`.
 pub const KIND_WRITTEN: u32 = 8;
 
+/// It is not known how the task that is charged for came into the kernel.
+pub const ENTRY_UNKNOWN: u32 = 0;
+/// By a page fault: it is back in user mode, where it can be frozen, as soon as that is served.
+pub const ENTRY_FAULT: u32 = 1;
+/// By a system call, which may go on growing for as long as it takes; a frozen cgroup does not stop it.
+pub const ENTRY_CALL: u32 = 2;
+
 /// The value of [`Guard::watermark_pages`] that never triggers.
 pub const WATERMARK_OFF: u64 = u64::MAX;
 
@@ -59,6 +66,10 @@ pub struct MemoryEvent {
     pub window_pages: u64,
     /// Length of that window in nanoseconds; 0 when there is none yet.
     pub window_ns: u64,
+    /// [`ENTRY_UNKNOWN`], [`ENTRY_FAULT`] or [`ENTRY_CALL`].
+    pub entry: u32,
+    /// Id of the thread that is charged for; 0 where nobody is.
+    pub thread: u32,
 }
 
 /// An event of a process's or a cgroup's life: read at the tick, never urgent.
@@ -133,8 +144,20 @@ pub struct Holds {
 /// (`mem_cgroup_handle_over_high`, mm/memcontrol.c: `penalty_jiffies <= HZ / 100`).
 pub const LONG_HOLD_NS: u64 = 10_000_000;
 
-/// Slots of the map `COSTS` for each kind of cgroup.
+/// Slots of the map `COSTS` for each kind of call.
 pub const COST_SLOTS: u32 = 4096;
+/// Kinds of calls: in no tracked cgroup, in a tracked one, and the latter without its helpers.
+pub const COST_KINDS: u32 = 3;
+
+/// Slots of the array `CHANGES`, whose sum tells whether what was found out before still holds.
+pub mod changes {
+    /// Changes of the guards: counted by the agent, after each.
+    pub const GUARDS: u32 = 0;
+    /// Cgroups that came or went: counted by the programs.
+    pub const CGROUPS: u32 = 1;
+    /// Number of slots.
+    pub const SLOTS: u32 = 2;
+}
 
 /// Losses and errors of the programs, one slot each in the per-CPU array `LOSSES`.
 pub mod loss {
@@ -149,7 +172,7 @@ pub mod loss {
 }
 
 const _: () = {
-    assert!(size_of::<MemoryEvent>() == 64);
+    assert!(size_of::<MemoryEvent>() == 72);
     assert!(size_of::<LifeEvent>() == 24 + NAME_BYTES);
     assert!(size_of::<Growth>() == 80);
     assert!(size_of::<Holds>() == 32);

@@ -1,11 +1,10 @@
 //! Pods: annotations and limits as anybody who may edit a pod can write them.
 
-use bellows::attribution::pods::convert;
+use bellows::attribution::{api, pods::convert};
 use bellows_core::{
     pod::{CONTAINER, Level, MANAGER, MAX_MEMORY, MODE, ORIGINAL, Pod, QosClass, Wish, wish},
     quantity,
 };
-use k8s_openapi::api::core::v1;
 use serde_json::{Value, json};
 
 const NAME: &str = "app";
@@ -45,7 +44,7 @@ pub(crate) fn annotations(bytes: &[u8]) {
     if has('2') {
         containers.push(json!({ "name": "other" }));
     }
-    let pod: v1::Pod = serde_json::from_value(json!({
+    let pod: api::Pod = serde_json::from_value(json!({
         "metadata": {
             "name": "pod",
             "namespace": "default",

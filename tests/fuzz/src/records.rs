@@ -7,7 +7,7 @@ use bellows::{
 };
 use bellows_core::{
     Action, Actuation, Bytes, History, Nanos, Patience, Policy, Reaction, Signals, Snapshot,
-    Thrash, decide, reflex::rung_for,
+    Thrash, WHOLE, decide, reflex::rung_for,
 };
 use bellows_ebpf_common::{LifeEvent, MemoryEvent};
 
@@ -43,6 +43,7 @@ pub(crate) fn events(bytes: &[u8]) {
         patience: Patience::UNPROBED,
         cpus: input.word().into(),
         shrink_after: Nanos(input.word().into()),
+        usable_per_mille: u64::from(input.word()) % WHOLE + 1,
     };
     let Ok(policy) = policy.validate() else {
         return;

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::{
     bursts::{burst_words, log_uniform, mib},
     inside,
-    record::{Records, percentile, rounded},
+    record::{Records, parsed, percentile, rounded},
     runner::{BELLOWS, set_thp},
 };
 use crate::load::{BurstResult, Ticks};
@@ -183,10 +183,7 @@ impl Burst {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let micros = |variant| -> Vec<f64> {
         let of = records.iter().filter(|record| record.variant == variant);
         of.flat_map(|record| &record.done_after_ns)

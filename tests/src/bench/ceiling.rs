@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib, thousandths},
-    record::{Records, percentile, rounded},
+    record::{Records, parsed, percentile, rounded},
     runner::{Outcome, Runner, set_thp},
 };
 
@@ -82,10 +82,7 @@ fn time_to_kill(outcome: &Outcome) -> Option<u64> {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     // A kill counts only if the kernel's OOM killer did it, and at the ceiling.
     let killed = |outcome: &Outcome| outcome.oom_kill > 0;
     let reached = |record: &Record| {

@@ -6,7 +6,7 @@
 
 use std::{path::Path, thread, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 use super::{
     bursts::burst_words,
     pod_bursts::results,
-    record::{Records, rounded},
+    record::{Records, parsed, rounded},
     runner::set_thp,
 };
 use crate::{
@@ -107,13 +107,13 @@ pub(crate) fn run_deaths(options: &Options, records: &mut Records) -> Result<()>
         let death = deaths[usize::try_from(index / 2).unwrap_or(0) % deaths.len()];
         (moment, random.u64(0..=100), death)
     };
-    run(options, records, Some(&Releaser::start()?), cases)
+    run(options, records, Some(Releaser::start()?), cases)
 }
 
 fn run(
     options: &Options,
     records: &mut Records,
-    releaser: Option<&Releaser>,
+    mut releaser: Option<Releaser>,
     cases: impl Fn(u64, &mut fastrand::Rng) -> (Moment, u64, Death),
 ) -> Result<()> {
     let mut node = Node::start(&options.server)?;
@@ -141,6 +141,9 @@ fn run(
         eprintln!("case {index}: {record:?}");
         records.write(&record)?;
         node.check()?;
+        if let Some(releaser) = &mut releaser {
+            releaser.check()?;
+        }
     }
     Ok(())
 }
@@ -313,15 +316,6 @@ fn limit_after(
     Ok(Some(cgroup.limit("memory.max")?.bytes().0))
 }
 
-fn parsed(records: &[Value]) -> Result<Vec<Record>> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
-    ensure!(!records.is_empty(), "no record");
-    Ok(records)
-}
-
 /// Milliseconds as seconds; what never came counts as for ever.
 fn slowest_seconds<'a>(
     records: impl Iterator<Item = &'a Record>,
@@ -344,7 +338,7 @@ fn left_raised(records: &[Record]) -> usize {
 }
 
 pub(crate) fn summarize_kill(records: &[Value]) -> Result<Value> {
-    let records = parsed(records)?;
+    let records: Vec<Record> = parsed(records)?;
     Ok(json!({
         "kills": records.len(),
         "held_at_kill": records.iter().filter(|record| record.held).count(),
@@ -356,7 +350,7 @@ pub(crate) fn summarize_kill(records: &[Value]) -> Result<Value> {
 }
 
 pub(crate) fn summarize_deaths(records: &[Value]) -> Result<Value> {
-    let records = parsed(records)?;
+    let records: Vec<Record> = parsed(records)?;
     let mut slowest = Map::new();
     for death in Death::ALL {
         let of = records.iter().filter(|record| record.case.death == death);

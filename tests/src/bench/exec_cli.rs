@@ -14,7 +14,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{record::Records, runner::BELLOWS};
+use super::{
+    record::{Records, parsed},
+    runner::BELLOWS,
+};
 use crate::node::{has_systemd, wait};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -270,10 +273,7 @@ fn cgroups_of_exec() -> Vec<PathBuf> {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let mut failures = Map::new();
     for record in &records {
         if let Some(failure) = &record.failure {

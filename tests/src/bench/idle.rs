@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 
 use super::{
     inside,
-    record::{Records, rounded},
+    record::{Records, parsed, rounded},
 };
 use crate::{
     agent::Agent,
@@ -257,10 +257,7 @@ impl Record {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let most =
         |value: &dyn Fn(&Record) -> f64| rounded(records.iter().map(value).fold(0.0, f64::max));
     let by_size = |value: &dyn Fn(&Record) -> Value| -> Value {

@@ -2,9 +2,7 @@
 
 use std::{
     env,
-    fs::File,
-    io::{Read as _, Write as _},
-    os::unix::process::CommandExt as _,
+    io::Read as _,
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -30,13 +28,9 @@ pub(super) fn create(path: &str) -> Result<Cgroup> {
 
 /// One of this binary's loads, to be run in a cgroup.
 pub(super) fn load(cgroup: &Cgroup, arguments: &[&str]) -> Result<Command> {
-    let procs = File::options()
-        .write(true)
-        .open(cgroup.path().join("cgroup.procs"))?;
     let mut command = Command::new(env::current_exe()?);
     command.arg("load").args(arguments);
-    // SAFETY: one write between fork and exec; no allocation, no lock.
-    unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+    cgroup.admit(&mut command)?;
     Ok(command)
 }
 

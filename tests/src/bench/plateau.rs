@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     pod_bursts::{self, observe},
-    record::Records,
+    record::{Records, parsed},
     runner::{self, Probe, Runner, set_thp},
 };
 use crate::{
@@ -130,10 +130,7 @@ fn in_pod(
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let exec_raises = |record: &Record| {
         record.exec.report["report"]["raises"]
             .as_u64()

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
-    record::{Records, percentile, rounded},
+    bursts::{Kinds, burst_words, log_uniform, mib, overgrant, parse_kinds, thousandths},
+    record::{Records, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
 };
 use crate::{
@@ -41,9 +41,12 @@ pub(crate) struct Options {
     /// Most threads of a burst.
     #[arg(long, default_value_t = 4)]
     threads: u64,
-    /// What grows.
-    #[arg(long, value_enum, default_value_t = Kind::Anonymous)]
-    kind: Kind,
+    /// What grows: one kind, or `all` in turns.
+    #[arg(long, value_parser = kinds_in_pods, default_value = "anonymous")]
+    kind: Kinds,
+    /// With the kubelet's MemoryQoS, throttling at 90 % of the way from request to limit.
+    #[arg(long)]
+    memory_qos: bool,
     #[command(flatten)]
     server: ApiServer,
 }
@@ -61,6 +64,17 @@ struct Case {
     thp: bool,
     /// From the end of the burst to the next, which finds its limit raised, being lowered or lowered.
     again_after_ms: u64,
+}
+
+/// The kinds of growth without those that only a privileged container has: its own cgroups, and pipes for more
+/// than 64 MiB (`fs.pipe-user-pages-soft`).
+fn kinds_in_pods(text: &str) -> Result<Kinds, String> {
+    let Kinds(mut kinds) = parse_kinds(text)?;
+    kinds.retain(|kind| !matches!(kind, Kind::Nested | Kind::Kernel));
+    if kinds.is_empty() {
+        return Err(format!("{text} needs a privileged container"));
+    }
+    Ok(Kinds(kinds))
 }
 
 /// How one pod went.
@@ -167,15 +181,24 @@ impl Record {
 }
 
 const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+/// A pod that lasts longer is broken; the longest on purpose is a plateau of ten minutes.
+const LONGEST: Nanos = Nanos::millis(1_800_000);
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
-    let mut node = Node::start(&options.server)?;
+    let kubelet = if options.memory_qos {
+        json!({ "featureGates": { "MemoryQoS": true }, "memoryThrottlingFactor": 0.9 })
+    } else {
+        json!({})
+    };
+    let mut node = Node::start_configured(&options.server, &kubelet)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     let mut agent = Agent::start()?;
     let probe = Probe::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
-    for index in 0..options.n {
+    let Kinds(kinds) = &options.kind;
+    let turns = kinds.len() as u64;
+    for (index, &kind) in (0..options.n).zip(kinds.iter().cycle()) {
         let limit = Bytes(mib(log_uniform(&mut random, 64.0, 256.0)).0 >> 20 << 20);
         let growth_per_mille = thousandths(log_uniform(&mut random, 2.0, 16.0));
         let peak = limit.per_mille(growth_per_mille).min(Bytes::mib(2048));
@@ -186,9 +209,9 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             peak,
             max: peak.per_mille(1500).page_floor(),
             growth_per_mille,
-            kind: options.kind,
+            kind,
             threads: random.u64(1..=options.threads),
-            thp: options.thp.in_turn(index, true),
+            thp: options.thp.in_turn(index / turns, true),
             // The limit is lowered 5 s after the end of a burst, which takes the API half a second.
             again_after_ms: random.u64(4500..=7000),
         };
@@ -197,7 +220,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         node.check()?;
         agent.check()?;
         eprintln!(
-            "case {index}: limit {limit}, peak {peak}, {} threads, thp {}: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
+            "case {index}: {kind:?}, limit {limit}, peak {peak}, {} threads, thp {}: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
             case.threads,
             case.thp,
             if record.fixed.killed() {
@@ -340,7 +363,7 @@ fn wait_end(
     restored_after: Option<usize>,
 ) -> Result<Option<u64>> {
     let start = now();
-    while now().since(start) < Nanos::millis(600_000) {
+    while now().since(start) < LONGEST {
         thread::sleep(Duration::from_millis(200));
         if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
             return Ok(None);
@@ -375,10 +398,7 @@ pub(super) fn ledger_of(cgroup: CgroupId) -> Vec<LedgerRecord> {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let count =
         |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
     let (mut stalls, mut times) = (Vec::new(), Vec::new());

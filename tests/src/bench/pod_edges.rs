@@ -6,9 +6,10 @@ use std::{process::Command, thread, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
+    clock::now,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, pod};
+use bellows_core::{Action, Bytes, Nanos, pod};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -20,9 +21,12 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    node::{ApiServer, Node, wait},
+    node::{ApiServer, Node, log_tail, wait},
     pods::{Cluster, Spec},
 };
+
+/// What a failure tells of the agent's log.
+const LOG_LINES: usize = 60;
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
@@ -38,7 +42,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 13] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -108,6 +112,9 @@ const CASES: [Case; 12] = [
         "a limit at the pod's own level is raised and restored",
         |bed| whole_pod(&bed.cluster),
     ),
+    ("containers that burst at once are all served", |bed| {
+        at_once(&bed.cluster)
+    }),
     (
         "a brake that is somebody else's is left alone",
         foreign_brake,
@@ -124,7 +131,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         agent: Agent::start()?,
     };
     for (case, check) in CASES {
-        let failure = check(&mut bed).err().map(|error| format!("{error:#}"));
+        let failure = check(&mut bed).err().map(|error| {
+            format!(
+                "{error:#}; the agent's log ends:\n{}",
+                log_tail("bellows", LOG_LINES)
+            )
+        });
         eprintln!("case {case}: {}", failure.as_deref().unwrap_or("ok"));
         records.write(&Record {
             case: case.to_owned(),
@@ -191,12 +203,14 @@ fn guarded(cluster: &Cluster, name: &str) -> Result<Cgroup> {
 /// Waits until the pod says that this is its original.
 fn original(cluster: &Cluster, name: &str, wanted: &str) -> Result<()> {
     let what = format!("original {wanted}");
+    let annotations = || -> Result<_> { Ok(cluster.get(name)?.metadata.annotations) };
     wait(&what, Duration::from_secs(30), || {
-        let annotations = cluster.get(name)?.metadata.annotations.unwrap_or_default();
-        Ok(annotations
+        Ok(annotations()?
+            .unwrap_or_default()
             .get(pod::ORIGINAL)
             .is_some_and(|value| value == wanted))
     })
+    .with_context(|| format!("{:?}", annotations()))
 }
 
 fn foreign_change(cluster: &Cluster) -> Result<()> {
@@ -221,6 +235,13 @@ fn braked_below(cgroup: &Cgroup, mib: u64) -> Result<()> {
                 && high < limit)
         },
     )
+    .with_context(|| {
+        format!(
+            "limit {:?}, brake {:?}",
+            cgroup.limit("memory.max"),
+            cgroup.limit("memory.high")
+        )
+    })
 }
 
 /// Without an agent for as long as `meanwhile` takes.
@@ -365,6 +386,48 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
         phase == "Running" && !records.is_empty(),
         "it is {phase}: {records:?}"
     );
+    Ok(())
+}
+
+/// One reflex, one controller and one API server serve them all.
+fn at_once(cluster: &Cluster) -> Result<()> {
+    const PODS: [&str; 4] = ["one", "two", "three", "four"];
+    // Time for all of them to be created, run and be adopted.
+    let start = now().0 + Nanos::millis(15_000).0;
+    for name in PODS {
+        let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+            .into_iter()
+            .chain(burst_words(Bytes::mib(32), Bytes::mib(300), 2))
+            .chain(["--rest-until-ns".to_owned(), start.to_string()])
+            .chain(["--after-ms", "60000"].map(str::to_owned))
+            .collect();
+        cluster.create(&Spec {
+            max: Some(Bytes::mib(512)),
+            command,
+            ..spec(name)
+        })?;
+    }
+    let (mut bursts, mut failures) = (Vec::new(), Vec::new());
+    for name in PODS {
+        let cgroup = cluster.wait_running(name)?;
+        let is_over = wait("the burst is over", Duration::from_secs(60), || {
+            Ok(!results(cluster, name)?.is_empty())
+        });
+        let phase = cluster.phase(name)?;
+        if is_over.is_err() || phase != "Running" {
+            failures.push(format!("{name} is {phase}: {:?}", ledger_of(cgroup.id())));
+        }
+        bursts.extend(results(cluster, name)?);
+    }
+    for name in PODS {
+        cluster.delete(name)?;
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("; "));
+    let begins = bursts
+        .iter()
+        .map(|burst| burst.end_ns - burst.growth_us * 1000);
+    let ends = bursts.iter().map(|burst| burst.end_ns);
+    ensure!(begins.max() < ends.min(), "not at once: {bursts:?}");
     Ok(())
 }
 

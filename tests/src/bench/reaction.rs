@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bellows::{
-    actuate::reflex::{Arm, Command, Controls, Reflex, Verdict, try_real_time},
+    actuate::reflex::{Arm, Command, Controls, PRIORITY, Reflex, Verdict, try_real_time},
     cgroup::{Cgroup, Control, Limit},
     clock::now,
     ledger::Ledger,
@@ -28,7 +28,7 @@ use bellows::{
         source::Source,
     },
 };
-use bellows_core::{Actuation, Bytes, Nanos, Patience, Policy, Signals, Thresholds};
+use bellows_core::{Actuation, Bytes, Nanos, Patience, Policy, Signals, Thresholds, WHOLE};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ use serde_json::{Value, json};
 
 use super::{
     inside::{self, Touched},
-    record::{Records, percentile, rounded},
+    record::{Records, parsed, percentile, rounded},
     runner::set_thp,
 };
 
@@ -129,6 +129,7 @@ fn policy() -> Result<Policy> {
         patience: Patience::UNPROBED,
         cpus: u64::try_from(cpus)?,
         shrink_after: Nanos::millis(2000),
+        usable_per_mille: WHOLE,
     };
     Ok(policy.validate()?)
 }
@@ -292,7 +293,7 @@ fn wait_and_write(
     is_over: &AtomicBool,
     answers: &Sender<(Nanos, Nanos)>,
 ) -> Result<()> {
-    try_real_time()?;
+    try_real_time(PRIORITY)?;
     let timeout = rustix::time::Timespec {
         tv_sec: 1,
         tv_nsec: 0,
@@ -349,10 +350,7 @@ impl Drop for Spinners {
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let micros = |variant, busy, percent| {
         let of: Vec<f64> = records
             .iter()

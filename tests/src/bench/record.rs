@@ -2,8 +2,9 @@
 
 use std::{fs::File, io::Write as _};
 
-use anyhow::Result;
-use serde::Serialize;
+use anyhow::{Result, ensure};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 /// Where a bench writes its records.
 pub(crate) struct Records {
@@ -23,6 +24,16 @@ impl Records {
         self.file.flush()?;
         Ok(())
     }
+}
+
+/// The records of a bench. None are no evidence, of nothing.
+pub(crate) fn parsed<T: DeserializeOwned>(records: &[Value]) -> Result<Vec<T>> {
+    ensure!(!records.is_empty(), "the bench has left no record");
+    let parsed = records
+        .iter()
+        .map(|record| serde_json::from_value(record.clone()))
+        .collect::<Result<_, _>>()?;
+    Ok(parsed)
 }
 
 /// The value at a percentile (nearest rank); `NaN`-free input, 0 for none.

@@ -1,10 +1,8 @@
 //! Running one load in a cgroup, watched from outside.
 
 use std::{
-    env,
-    fs::{self, File},
-    io::Write as _,
-    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    env, fs,
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{
@@ -134,13 +132,9 @@ impl Runner {
         cgroup.set_limit("memory.max", limit)?;
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
-        let procs = File::options()
-            .write(true)
-            .open(cgroup.path().join("cgroup.procs"))?;
-        // SAFETY: one write between fork and exec; no allocation, no lock.
-        unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+        cgroup.admit(&mut command)?;
         let outcome = self.watch(command, cgroup.path().to_owned())?;
-        cgroup.write("cgroup.kill", "1")?;
+        cgroup.kill()?;
         remove(&cgroup)?;
         Ok(outcome)
     }

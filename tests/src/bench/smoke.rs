@@ -1,12 +1,22 @@
-//! `smoke`: does this kernel take every program, and what does `bellows doctor` say of it?
+//! `smoke`: does this kernel take every program, what does `bellows doctor` say of it, and what becomes of
+//! events while nobody reads them?
 
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use bellows::signal::programs::{Kernel, Purpose};
+use bellows_core::Bytes;
+use bellows_ebpf_common::loss;
 use serde_json::{Value, json};
 
-use super::{record::Records, runner::BELLOWS};
+use super::{
+    inside::{self, Touched},
+    record::Records,
+    runner::{BELLOWS, set_thp},
+};
+
+/// What a load touches each time: a few hundred events.
+const TOUCHED: Bytes = Bytes::mib(64);
 
 pub(crate) fn run(records: &mut Records) -> Result<()> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
@@ -14,19 +24,43 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
     let said = String::from_utf8_lossy(&doctor.stdout);
     let doctor: Value = serde_json::from_str(&said).with_context(|| said.into_owned())?;
     let record = match Kernel::load(Purpose::GuardAndMeasure) {
-        Ok((kernel, _reflexes)) => {
+        Ok((kernel, reflexes)) => {
             let missing: Vec<String> = kernel
                 .missing()
                 .iter()
                 .map(|missing| format!("{}: {}", missing.program, missing.why))
                 .collect();
-            json!({ "kernel": release.trim(), "loaded": true, "missing": missing, "doctor": doctor })
+            drop((kernel, reflexes));
+            let ring = full_ring()?;
+            json!({ "kernel": release.trim(), "loaded": true, "missing": missing, "ring": ring, "doctor": doctor })
         }
         Err(error) => {
             json!({ "kernel": release.trim(), "loaded": false, "missing": [error.to_string()], "doctor": doctor })
         }
     };
     records.write(&record)
+}
+
+/// Fills the ring while nobody reads it, then reads it and looks whether events come again.
+fn full_ring() -> Result<Value> {
+    set_thp(false)?;
+    let (mut kernel, mut reflexes) = Kernel::load(Purpose::GuardWithSmallRing)?;
+    let cgroup = inside::create("full-ring")?;
+    kernel.track(cgroup.id())?;
+    reflexes.guards.set(cgroup.id(), Some(Bytes::mib(1)))?;
+    let mut read = || {
+        drop(Touched::start(&cgroup, TOUCHED)?);
+        let mut events = 0_u64;
+        while reflexes.ring.next().is_some() {
+            events += 1;
+        }
+        anyhow::Ok(events)
+    };
+    let kept = read()?;
+    let lost = kernel.losses()[loss::MEMORY_RING_FULL as usize];
+    let after = read()?;
+    cgroup.remove()?;
+    Ok(json!({ "kept": kept, "lost": lost, "after": after }))
 }
 
 #[expect(
@@ -41,6 +75,14 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         let findings = record["doctor"]["findings"].as_array().cloned();
         findings.unwrap_or_default().into_iter()
     };
+    let is_survived = |record: &&Value| {
+        let at_least_one = |key: &str| {
+            record["ring"][key]
+                .as_u64()
+                .is_some_and(|events| events > 0)
+        };
+        ["kept", "lost", "after"].into_iter().all(at_least_one)
+    };
     let lacking: Vec<Value> = records
         .iter()
         .flat_map(findings)
@@ -50,6 +92,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "kernels": records.len(),
         "complete": records.iter().filter(complete).count(),
         "findings": records.iter().flat_map(findings).count(),
+        "full_rings_survived": records.iter().filter(is_survived).count(),
         "lacking": lacking,
     }))
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    record::{Records, percentile, rounded},
+    record::{Records, parsed, percentile, rounded},
     runner::{Outcome, Runner, set_lru_gen, set_thp},
 };
 use crate::load::HotResult;
@@ -81,7 +81,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             roomy: runner.fixed(Limit::At(roomy), &hot)?,
             fixed: runner.fixed(Limit::At(limit), &load(file, options.passes / 10))?,
             bellows: runner.bellows(limit, max, &[], &hot)?,
-            hopeless: runner.bellows(limit, max, &[], &load(limit.scaled(6, 1), 8))?,
+            hopeless: runner.bellows(limit, max, &[], &load(limit.scaled(6, 1), 16))?,
         };
         eprintln!(
             "case {index}: limit {limit}, file {file}, multi-gen LRU {lru_gen}: a pass takes {:.1} ms with room, {:.1} ms without, {:.1} ms with Bellows: {}; hopeless: {}",
@@ -106,16 +106,25 @@ fn pass_ms(outcome: &Outcome) -> f64 {
     said.read_us as f64 / 1000.0 / said.passes.len().max(1) as f64
 }
 
+/// Passes in which something had to be read back that was just thrown out. A count, so a busy machine does
+/// not change it as it changes a time.
+fn refaulting_passes(outcome: &Outcome) -> usize {
+    let said = said(outcome);
+    let counts = std::iter::once(0).chain(said.passes.iter().map(|pass| pass.refaulted));
+    let later = said.passes.iter().map(|pass| pass.refaulted);
+    counts
+        .zip(later)
+        .filter(|(before, after)| after > before)
+        .count()
+}
+
 /// The limit at the load's end.
 fn last_limit(outcome: &Outcome) -> Option<u64> {
     outcome.samples.last().map(|sample| sample.limit)
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
-    let records: Vec<Record> = records
-        .iter()
-        .map(|record| serde_json::from_value(record.clone()))
-        .collect::<Result<_, _>>()?;
+    let records: Vec<Record> = parsed(records)?;
     let raises = |outcome: &Outcome| outcome.report["report"]["raises"].as_u64().unwrap_or(0);
     let ratios = |pick: fn(&Record) -> &Outcome| -> Vec<f64> {
         records
@@ -133,6 +142,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "raised": records.iter().all(|record| raises(&record.bellows) > 0),
         "hopeless_raises_max": records.iter().map(|record| raises(&record.hopeless)).max(),
         "hopeless_taken_back": records.iter().all(|record| last_limit(&record.hopeless) == Some(record.limit.0)),
+        "refaulting_passes_max": records.iter().map(|record| refaulting_passes(&record.bellows)).max(),
+        "refaulting_passes_without_min": records.iter().map(|record| refaulting_passes(&record.fixed)).min(),
         "time_ratio": rounded(percentile(&with, 100.0)),
         "time_ratio_p50": rounded(percentile(&with, 50.0)),
         "time_ratio_without_p50": rounded(percentile(&without, 50.0)),

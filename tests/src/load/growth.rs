@@ -56,6 +56,11 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// Whether it grows by more than a page while it does not return to user mode.
+    pub(crate) const fn grows_in_system_calls(self) -> bool {
+        matches!(self, Self::Tmpfs | Self::Populate | Self::Kernel)
+    }
+
     /// As it is typed.
     pub(crate) fn text(self) -> String {
         let value = self.to_possible_value();

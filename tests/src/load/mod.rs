@@ -87,6 +87,9 @@ pub(crate) struct Cache {
     /// Milliseconds to wait at the end.
     #[arg(long, default_value_t = 0)]
     pub(crate) hold_ms: u64,
+    /// Goes into a cgroup below its own first.
+    #[arg(long)]
+    nested: bool,
 }
 
 const MIB: usize = 1 << 20;
@@ -162,6 +165,9 @@ fn own_usage() -> Result<Bytes> {
 }
 
 fn run_cache(cache: &Cache) -> Result<()> {
+    if cache.nested {
+        growth::enter_nested_cgroup()?;
+    }
     let chunk = vec![7_u8; MIB];
     let chunks = size(cache.size)? / MIB;
     let anonymous = Mapping::new(size(cache.anonymous)?)?;

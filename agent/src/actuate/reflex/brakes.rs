@@ -18,7 +18,7 @@ use std::{
 
 use bellows_core::{Bytes, CgroupId};
 
-use super::try_real_time;
+use super::{PRIORITY, try_real_time};
 use crate::cgroup::{Control, Limit};
 
 /// Jobs that may wait; more are not needed: the next charge asks again.
@@ -58,8 +58,9 @@ impl Brakes {
         thread::Builder::new()
             .name("brakes".to_owned())
             .spawn(move || {
-                // It has work only while somebody grows into the last percent of a limit.
-                if let Err(error) = try_real_time() {
+                // It has work only while somebody grows into the last percent of a limit, and reclaims then:
+                // the reflex must be able to interrupt it.
+                if let Err(error) = try_real_time(PRIORITY - 1) {
                     tracing::debug!(%error, "no real-time priority for the brakes");
                 }
                 for job in receiver {
@@ -71,8 +72,14 @@ impl Brakes {
         Ok(Self { jobs })
     }
 
-    /// Asks for a brake; never waits.
-    pub(super) fn set(&self, cgroup: CgroupId, control: &Arc<Control>, high: Bytes, epoch: &Epoch) {
+    /// Asks for a brake, and says whether it will come; never waits.
+    pub(super) fn set(
+        &self,
+        cgroup: CgroupId,
+        control: &Arc<Control>,
+        high: Bytes,
+        epoch: &Epoch,
+    ) -> bool {
         let job = Job {
             cgroup,
             control: Arc::clone(control),
@@ -80,12 +87,7 @@ impl Brakes {
             epoch: epoch.clone(),
             asked_in: epoch.now(),
         };
-        if self.jobs.try_send(job).is_err() {
-            tracing::debug!(
-                cgroup.id = cgroup.0,
-                "a brake has to wait for the next charge"
-            );
-        }
+        self.jobs.try_send(job).is_ok()
     }
 }
 

@@ -15,8 +15,12 @@ pub struct Controls {
     cgroup: Cgroup,
     pub(super) max: Control,
     heirs: Vec<Control>,
-    pub(super) high: Arc<Control>,
+    pub(super) high: Control,
+    /// The same file, opened once more for the brakes thread: the kernel serialises the writes to one open
+    /// file (`of->mutex`, fs/kernfs/file.c), and that thread's may reclaim for seconds.
+    pub(super) brake: Arc<Control>,
     pub(super) freeze: Control,
+    events: Control,
     pub(super) current: Control,
     /// `pids.current` counts threads; not there where the controller is not enabled.
     threads: Option<Control>,
@@ -33,8 +37,10 @@ impl Controls {
             cgroup: cgroup.clone(),
             max: Control::open(cgroup, "memory.max")?,
             heirs: Control::open_heirs(cgroup),
-            high: Arc::new(Control::open(cgroup, "memory.high")?),
+            high: Control::open(cgroup, "memory.high")?,
+            brake: Arc::new(Control::open(cgroup, "memory.high")?),
             freeze: Control::open(cgroup, "cgroup.freeze")?,
+            events: Control::open_read(cgroup, "cgroup.events")?,
             current: Control::open_read(cgroup, "memory.current")?,
             threads: Control::open_read(cgroup, "pids.current").ok(),
         })
@@ -50,6 +56,11 @@ impl Controls {
         let own = self.max.get()?.bytes();
         let of_heirs = self.heirs.iter().filter_map(|heir| heir.get().ok());
         Ok(of_heirs.map(Limit::bytes).fold(own, Bytes::min))
+    }
+
+    /// Whether a freeze is complete: every thread in it stands still. One that is gone cannot go on.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.events.has_line("frozen 1").unwrap_or(true)
     }
 
     /// Threads that may be growing.

@@ -1,8 +1,13 @@
 //! Holding a row's container, and letting it go.
 //!
-//! A hold freezes. Whoever is still charged for after that grows inside a system call, where the freezer
-//! does not reach: then the brake is set below usage, as deep as the answer is late ([`brake`]). Where its
-//! probes forbid the freezer there is only the brake.
+//! A hold freezes. A page fault that is under way is served first, and then its thread stands still. What
+//! grows inside a system call goes on, where the freezer does not reach: there the brake is set below usage,
+//! as deep as the answer is late ([`brake`]), and takes the place of the freeze. Both together would hold up
+//! the answer: before it changes a limit, runc asks whether the container is paused, and if it is to be frozen
+//! waits until it is, for as long as 10 s, whatever becomes of the freeze meanwhile (`waitFrozen`,
+//! cgroups/fs2/freezer.go). A long system call, or a thread that the brake has put to sleep, keeps it from
+//! that. So a freeze that is not complete when runc may be there is lifted, too, whatever keeps it. Where
+//! probes forbid the freezer there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
@@ -11,16 +16,22 @@ use bellows_core::{
     brake::{self, Growing},
     reflex::Hold,
 };
-use bellows_ebpf_common::MemoryEvent;
+use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, MemoryEvent};
 
 use super::{
     Means, Verdict,
     row::{Row, text},
 };
-use crate::{cgroup::Limit, clock::now, ledger::Ledger, signal::source::Source};
+use crate::{cgroup::Limit, clock::now, ledger::Ledger};
 
-/// How long a page fault that was under way may still charge after a freeze.
+/// How long a page fault that was under way may still charge after a freeze, where it cannot be told from a
+/// system call.
 const SETTLING: Nanos = Nanos::millis(2);
+/// Of a thread that is charged for inside a system call so long after the freeze, that call is a long one.
+const LONG_CALL: Nanos = Nanos::millis(10);
+/// When a freeze must be complete: a raise takes the API server, the kubelet and the runtime 0.25 s and more
+/// until runc asks.
+const FREEZING: Nanos = Nanos::millis(100);
 /// Shortest time between two brakes of one container.
 const BRAKE_INTERVAL: Nanos = Nanos::millis(10);
 /// A brake lasts at least this long, however soon the answer should be there.
@@ -31,12 +42,28 @@ const SHORTEST_HOLD: Nanos = Nanos::millis(50);
 /// A hold that lasts.
 #[derive(Clone, Copy)]
 pub(super) struct Held {
+    /// Since when; where it is frozen, since the freeze was asked for.
     pub(super) since: Nanos,
-    by: Hold,
     /// When it expires.
     until: Nanos,
-    /// When its brake was last set below usage.
-    pub(super) braked_at: Option<Nanos>,
+    freeze: Freeze,
+    /// When its brake was last set below usage, and where.
+    pub(super) braked: Option<(Nanos, Bytes)>,
+    /// The thread that was last charged for inside a system call while it was to be frozen.
+    grower: Option<u32>,
+}
+
+/// What the freezer does in a hold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Freeze {
+    /// It freezes, which may take a moment.
+    Begun,
+    /// All that could go on stands still, or nobody could tell.
+    Complete,
+    /// The brake takes its place as soon as it is set.
+    Replaced,
+    /// Nothing.
+    Off,
 }
 
 /// How much of its patience a container has used up in holds that follow each other.
@@ -55,42 +82,42 @@ impl Row {
         by: Hold,
         means: &mut Means<'_>,
     ) -> Option<Result<Verdict, String>> {
-        let (cgroup, at) = (self.cgroup, now());
-        let until = self.patience_ends(by, at)?;
+        let cgroup = self.cgroup;
+        if by == Hold::Brake && self.foreign_brake {
+            // There is nothing to hold it by.
+            return None;
+        }
+        let until = self.patience_ends(by, now())?;
+        let freeze = match by {
+            Hold::Freezer => match self.freeze(demand, means.ledger) {
+                Ok(()) => Freeze::Begun,
+                Err(error) => return Some(Err(error)),
+            },
+            Hold::Brake => Freeze::Off,
+        };
+        let at = now();
         let held = Held {
             since: at,
-            by,
             until,
-            braked_at: None,
+            freeze,
+            braked: None,
+            grower: None,
         };
-        match by {
-            Hold::Freezer => Some(self.freeze(demand, held, means.ledger)),
-            Hold::Brake => {
-                self.held = Some(held);
-                match self.brake(event, demand, held, means) {
-                    Some(Err(error)) => {
-                        self.held = None;
-                        Some(Err(error))
-                    }
-                    _ => Some(Ok(Verdict::Held { cgroup, at })),
-                }
+        self.held = Some(held);
+        let braked = match self.grows_on(event, demand, held, means) {
+            // One that is frozen is held without a brake too.
+            Some(Err(error)) if by == Hold::Brake => {
+                self.held = None;
+                return Some(Err(error));
             }
-        }
+            braked => matches!(braked, Some(Ok(_))),
+        };
+        Some(Ok(Verdict::Held { cgroup, at, braked }))
     }
 
-    fn freeze(
-        &mut self,
-        demand: Bytes,
-        held: Held,
-        ledger: &mut Ledger,
-    ) -> Result<Verdict, String> {
+    fn freeze(&self, demand: Bytes, ledger: &mut Ledger) -> Result<(), String> {
         self.intend(ledger, Action::Hold, Reason::RaiseUnderWay, demand)?;
-        self.controls.freeze.set_flag(true).map_err(text)?;
-        self.held = Some(held);
-        Ok(Verdict::Held {
-            cgroup: self.cgroup,
-            at: held.since,
-        })
+        self.controls.freeze.set_flag(true).map_err(text)
     }
 
     /// When a hold that begins at `at` has to end.
@@ -107,61 +134,158 @@ impl Row {
         (left >= SHORTEST_HOLD).then_some(Nanos(at.0.saturating_add(left.0)))
     }
 
-    /// Sets the brake of a held container below its usage, if it goes on growing.
-    pub(super) fn brake(
+    /// A held container was charged for: sets its brake below usage, if that is more than a page fault that
+    /// was under way.
+    pub(super) fn grows_on(
         &mut self,
         event: &MemoryEvent,
         demand: Bytes,
         held: Held,
         means: &mut Means<'_>,
     ) -> Option<Result<Verdict, String>> {
-        let at = Nanos(event.at_ns);
-        let is_settling = held.by == Hold::Freezer && at.since(held.since) < SETTLING;
-        let is_recent = held
-            .braked_at
-            .is_some_and(|braked_at| at.since(braked_at) < BRAKE_INTERVAL);
-        if is_settling || is_recent || self.foreign_brake {
-            return None;
+        let growing = self.growing(
+            Bytes::from_pages(event.usage_pages),
+            Bytes::from_pages(event.charge_pages.into()),
+        );
+        let freeze = self.freeze_beside_brake(event, held, growing)?;
+        self.brake(growing, freeze, Nanos(event.at_ns), demand, means)
+    }
+
+    fn growing(&self, usage: Bytes, charge: Bytes) -> Growing {
+        Growing {
+            usage,
+            limit: self.limit,
+            charge,
+            growers: self.controls.growers(self.policy.cpus),
         }
+    }
+
+    /// What becomes of the freeze when a brake is set for this charge; `None` if none is needed.
+    fn freeze_beside_brake(
+        &mut self,
+        event: &MemoryEvent,
+        held: Held,
+        growing: Growing,
+    ) -> Option<Freeze> {
+        if matches!(held.freeze, Freeze::Replaced | Freeze::Off) {
+            return Some(held.freeze);
+        }
+        let is_scarce = brake::is_scarce(growing);
+        let frozen_for = Nanos(event.at_ns).since(held.since);
+        let is_after_freeze = event.at_ns > held.since.0;
+        match event.entry {
+            // It is back in user mode when that is served.
+            ENTRY_FAULT => None,
+            // Most system calls are short: the same one again is none of those.
+            ENTRY_CALL
+                if frozen_for >= LONG_CALL
+                    || (is_after_freeze && held.grower == Some(event.thread)) =>
+            {
+                Some(Freeze::Replaced)
+            }
+            ENTRY_CALL => {
+                let grower = is_after_freeze.then_some(event.thread);
+                self.held = Some(Held { grower, ..held });
+                is_scarce.then_some(held.freeze)
+            }
+            _unknown => (is_scarce || frozen_for >= SETTLING).then_some(held.freeze),
+        }
+    }
+
+    /// Sets the brake below usage, for as long as the answer should take from now.
+    fn brake(
+        &mut self,
+        growing: Growing,
+        freeze: Freeze,
+        at: Nanos,
+        demand: Bytes,
+        means: &mut Means<'_>,
+    ) -> Option<Result<Verdict, String>> {
         let Actuation::Requested { p95 } = self.policy.actuation else {
             return None;
         };
-        let growing = Growing {
-            usage: Bytes::from_pages(event.usage_pages),
-            limit: self.limit,
-            charge: Bytes::from_pages(event.charge_pages.into()),
-            growers: self.controls.growers(self.policy.cpus),
-        };
+        let held = self.held?;
+        if self.foreign_brake {
+            // Whose it is, it throttles: a freeze that is not complete would only hold up the answer.
+            self.held = Some(Held { freeze, ..held });
+            return None;
+        }
+        let is_recent = held
+            .braked
+            .is_some_and(|(braked_at, _)| at.since(braked_at) < BRAKE_INTERVAL);
+        if is_recent && freeze == held.freeze {
+            return None;
+        }
         let answer = p95.per_mille(1250).since(at.since(held.since));
         let high = brake::high(growing, answer.max(SHORTEST_BRAKE));
         let action = Action::Brake { high };
         if let Err(error) = self.intend(means.ledger, action, Reason::GrowsWhileHeld, demand) {
             return Some(Err(error));
         }
-        let Self {
-            cgroup, controls, ..
-        } = self;
-        means.brakes.set(*cgroup, &controls.high, high, &self.epoch);
+        let (cgroup, control) = (self.cgroup, &self.controls.brake);
+        if !means.brakes.set(cgroup, control, high, &self.epoch) {
+            // The next charge asks again.
+            return None;
+        }
         self.held = Some(Held {
-            braked_at: Some(at),
+            freeze,
+            braked: Some((at, high)),
             ..held
         });
-        Some(Ok(Verdict::Braked { cgroup: *cgroup }))
+        Some(Ok(Verdict::Braked { cgroup }))
+    }
+
+    /// Lifts a freeze whose place the brake has taken, and one that is not complete in time.
+    fn look_after_freeze(
+        &mut self,
+        at: Nanos,
+        means: &mut Means<'_>,
+    ) -> Option<Result<Verdict, String>> {
+        let held = self.held?;
+        match held.freeze {
+            Freeze::Begun if at.since(held.since) >= FREEZING => {
+                if self.controls.is_frozen() {
+                    self.held = Some(Held {
+                        freeze: Freeze::Complete,
+                        ..held
+                    });
+                    return None;
+                }
+                let usage = self.controls.current.get().ok()?.bytes();
+                let growing = self.growing(usage, Bytes::ZERO);
+                self.brake(growing, Freeze::Replaced, at, usage, means)
+            }
+            // In force from the first moment of the write, however long that then reclaims.
+            Freeze::Replaced if self.foreign_brake || self.is_brake_set(held) => {
+                let lifted = self.controls.freeze.set_flag(false).map_err(text);
+                self.held = Some(Held {
+                    freeze: Freeze::Off,
+                    ..held
+                });
+                Some(Err(lifted.err()?))
+            }
+            _ => None,
+        }
+    }
+
+    fn is_brake_set(&self, held: Held) -> bool {
+        let set = self.controls.high.get().ok();
+        held.braked
+            .is_some_and(|(_, high)| set == Some(Limit::At(high)))
     }
 
     /// Lifts a hold if the limit was raised, or if it has lasted for longer than anybody may be held.
     pub(super) fn look_after(
         &mut self,
         at: Nanos,
-        ledger: &mut Ledger,
-        source: &mut Source,
+        means: &mut Means<'_>,
         verdicts: &mut Vec<Verdict>,
     ) {
         let cgroup = self.cgroup;
         let limit = match self.controls.limit() {
             Ok(limit) => limit,
             Err(error) => {
-                verdicts.push(self.thaw(ledger, Reason::Ended));
+                verdicts.push(self.thaw(means.ledger, Reason::Ended));
                 let error = error.to_string();
                 return verdicts.push(Verdict::Failed { cgroup, error });
             }
@@ -172,14 +296,23 @@ impl Row {
         }
         if limit > self.limit && self.outdated != Some(limit) {
             self.let_go = None;
-            if let Err(error) = self.limit_is(limit, source) {
+            if let Err(error) = self.limit_is(limit, means.source) {
                 verdicts.push(Verdict::Failed { cgroup, error });
             }
-            verdicts.push(self.thaw(ledger, Reason::RaiseArrived));
+            verdicts.push(self.thaw(means.ledger, Reason::RaiseArrived));
             verdicts.push(Verdict::LimitRose { cgroup, limit });
         } else if self.held.is_some_and(|held| at >= held.until) {
-            verdicts.push(self.thaw(ledger, Reason::HoldExpired));
+            verdicts.push(self.thaw(means.ledger, Reason::HoldExpired));
+        } else if let Some(verdict) = self.look_after_freeze(at, means) {
+            verdicts.push(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
         }
+    }
+
+    /// Leaves it alone for a while, its brake lifted: the kernel decides as it would have.
+    pub(super) fn let_go(&mut self) -> Result<(), String> {
+        self.let_go = Some(now());
+        self.epoch.next();
+        self.set_brake(Limit::Max).map_err(text)
     }
 
     /// Lifts a hold; one that expired with its brake, which would go on where the hold ended: the
@@ -190,9 +323,8 @@ impl Row {
         self.epoch.next();
         let held = self.held.take();
         let unbraked = if reason == Reason::HoldExpired {
-            self.let_go = Some(at);
-            self.set_brake(Limit::Max).map_err(text)
-        } else if held.is_some_and(|held| held.braked_at.is_some()) {
+            self.let_go()
+        } else if held.is_some_and(|held| held.braked.is_some()) {
             self.rest_brake()
         } else {
             Ok(())
@@ -203,9 +335,9 @@ impl Row {
             self.spent.last_end = at;
         }
         let recorded = self.intend(ledger, Action::Release, reason, Bytes::ZERO);
-        match unbraked.and(thawed).and(recorded) {
-            Ok(()) => Verdict::Released { cgroup },
-            Err(error) => Verdict::Failed { cgroup, error },
+        Verdict::Released {
+            cgroup,
+            error: unbraked.and(thawed).and(recorded).err(),
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! From the watermark of a small limit to the OOM killer it is a millisecond or two, so this thread
 //! does nothing else: it has real-time priority where that is permitted, keeps the files open, and is
-//! the only writer of watermarks, brakes and raises. Whatever it does was laid down by core
+//! the only writer of watermarks, freezes and raises, and of brakes but those below usage. Whatever it does was laid down by core
 //! beforehand; what it did comes back as a [`Verdict`].
 //!
 //! It must never lower a limit or a brake below usage (the kernel then reclaims in the writer): a
@@ -14,6 +14,8 @@ mod brakes;
 mod controls;
 mod hold;
 mod row;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,
@@ -45,8 +47,10 @@ use row::Row;
 const HELD_POLL: Duration = Duration::from_millis(1);
 /// How long the thread waits when nothing is held; it is woken by events and commands.
 const IDLE_POLL: Duration = Duration::from_secs(3600);
+/// Verdicts of one look after those that are held.
+const TOLD_AT_ONCE: usize = 64;
 /// Real-time priority of the thread: above every ordinary task, below the kernel's own threads.
-const PRIORITY: i32 = 10;
+pub const PRIORITY: i32 = 10;
 
 /// What the controller tells the reflex.
 #[derive(Debug)]
@@ -57,7 +61,7 @@ pub enum Command {
     Raise(CgroupId, Bytes),
     /// Lower a limit that nobody else manages, if usage is below the watermark of the new one.
     Lower(CgroupId, Bytes),
-    /// Lift a hold.
+    /// Lift a hold; because it has expired or nothing comes of a raise, and then leave it alone for a while.
     Release(CgroupId, Reason),
     /// Put the brake back where the limit wants it.
     PutBack(CgroupId),
@@ -105,6 +109,8 @@ pub enum Verdict {
         cgroup: CgroupId,
         /// Since when.
         at: Nanos,
+        /// Whether its brake was set below its usage at once.
+        braked: bool,
     },
     /// The brake of a cgroup that was armed for the first time is somebody else's.
     ForeignBrake {
@@ -135,10 +141,12 @@ pub enum Verdict {
         /// The limit now.
         limit: Bytes,
     },
-    /// A hold was lifted.
+    /// A cgroup is held no more.
     Released {
         /// The cgroup.
         cgroup: CgroupId,
+        /// What could not be written on the way.
+        error: Option<String>,
     },
     /// Something could not be done.
     Failed {
@@ -204,6 +212,7 @@ impl Reflex {
             wake: Arc::clone(&commands.wake),
             lost: Arc::clone(&lost),
             table: BTreeMap::new(),
+            told: Vec::with_capacity(TOLD_AT_ONCE),
         };
         let thread = thread::Builder::new()
             .name("reflex".to_owned())
@@ -253,6 +262,8 @@ struct Worker {
     wake: Arc<OwnedFd>,
     lost: Arc<AtomicU64>,
     table: BTreeMap<CgroupId, Row>,
+    /// What is told at the end of a look; kept because allocating can wait for memory.
+    told: Vec<Verdict>,
 }
 
 /// What a row acts with.
@@ -273,8 +284,8 @@ struct SchedParam {
 /// # Errors
 ///
 /// When it is not permitted (`CAP_SYS_NICE`, or a cgroup without real-time runtime).
-pub fn try_real_time() -> io::Result<()> {
-    let parameters = SchedParam { priority: PRIORITY };
+pub fn try_real_time(priority: i32) -> io::Result<()> {
+    let parameters = SchedParam { priority };
     // SAFETY: the system call reads one live structure of the kernel's layout; thread 0 is the
     // calling one. The C library's wrapper is not used: musl's always fails.
     let result = unsafe {
@@ -308,7 +319,7 @@ fn try_lock_memory() -> io::Result<()> {
 
 impl Worker {
     fn run(mut self) {
-        if let Err(error) = try_real_time() {
+        if let Err(error) = try_real_time(PRIORITY) {
             tracing::warn!(%error, "no real-time priority: a busy machine makes reactions late");
         }
         if let Err(error) = try_lock_memory() {
@@ -475,10 +486,22 @@ impl Worker {
     }
 
     fn release(&mut self, cgroup: CgroupId, reason: Reason) {
-        let Some(row) = self.table.get_mut(&cgroup).filter(|row| row.is_held()) else {
+        let Some(row) = self.table.get_mut(&cgroup) else {
             return;
         };
-        let verdict = row.thaw(&mut self.ledger, reason);
+        let verdict = if row.is_held() {
+            row.thaw(&mut self.ledger, reason)
+        } else {
+            // Whoever asks does not know: an answer was lost.
+            let left_alone = match reason {
+                Reason::HoldExpired => row.let_go(),
+                _ => Ok(()),
+            };
+            Verdict::Released {
+                cgroup,
+                error: left_alone.err(),
+            }
+        };
         self.tell(verdict);
     }
 
@@ -504,12 +527,18 @@ impl Worker {
     /// longer than anybody may be, whatever the controller knows.
     fn look_after_held(&mut self) {
         let at = now();
-        let mut verdicts = Vec::new();
+        let mut told = std::mem::take(&mut self.told);
+        let mut means = Means {
+            source: &mut self.source,
+            ledger: &mut self.ledger,
+            brakes: &self.brakes,
+        };
         for row in self.table.values_mut().filter(|row| row.is_held()) {
-            row.look_after(at, &mut self.ledger, &mut self.source, &mut verdicts);
+            row.look_after(at, &mut means, &mut told);
         }
-        for verdict in verdicts {
+        for verdict in told.drain(..) {
             self.tell(verdict);
         }
+        self.told = told;
     }
 }

@@ -142,7 +142,7 @@ impl Row {
                 None if !self.is_let_go() && (demand >= at || self.is_rushing(event, demand)) => {
                     self.hold(event, demand, by, means)
                 }
-                Some(held) => self.brake(event, demand, held, means),
+                Some(held) => self.grows_on(event, demand, held, means),
                 None => None,
             },
             Reaction::Nothing => None,
@@ -154,7 +154,7 @@ impl Row {
             return false;
         };
         let rate = Bytes::from_pages(event.window_pages).scaled(1_000_000_000, event.window_ns);
-        is_rushing(self.limit, demand, rate, p95)
+        is_rushing(self.policy.usable(self.limit), demand, rate, p95)
     }
 
     /// Moves watermark and brake to where the limit wants them, or removes them.
@@ -166,7 +166,15 @@ impl Row {
         source
             .watch(self.cgroup, thresholds.map(|at| at.watermark))
             .map_err(|error: LoadError| error.to_string())?;
+        if self.is_braked() {
+            // It rests when the hold ends.
+            return Ok(());
+        }
         self.rest_brake()
+    }
+
+    fn is_braked(&self) -> bool {
+        self.held.is_some_and(|held| held.braked.is_some())
     }
 
     /// Puts the brake where the limit wants it.
@@ -186,9 +194,8 @@ impl Row {
     /// Puts a brake right that somebody else has moved. One that is set below usage while the container is
     /// held stays.
     pub(super) fn put_back(&self) -> Result<(), String> {
-        let is_braked = self.held.is_some_and(|held| held.braked_at.is_some());
         if self.foreign_brake
-            || is_braked
+            || self.is_braked()
             || self.controls.high.get().map_err(text)? == self.brake_at_rest()?
         {
             return Ok(());
@@ -257,10 +264,11 @@ impl Row {
     pub(super) fn lower(&mut self, source: &mut Source, to: Bytes) -> Result<Verdict, String> {
         let cgroup = self.cgroup;
         let usage = self.controls.current.get().map_err(text)?.bytes();
-        let Policy { cpus, signals, .. } = self.policy;
-        if usage > Thresholds::of(to, cpus, signals).watermark
+        if usage > Thresholds::under(&self.policy, to).watermark
             || self.controls.max.set(Limit::At(to)).is_err()
         {
+            // Making room has moved it.
+            self.rest_brake()?;
             return Ok(Verdict::LowerRefused { cgroup });
         }
         self.limit_is(to, source)?;

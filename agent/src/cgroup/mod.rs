@@ -1,18 +1,24 @@
 //! One cgroup v2 directory: reading what the kernel says, writing what it should do.
 //!
-//! Files are opened once and kept: a raise must not resolve a path, and a path may be reused by
-//! another cgroup while an open file keeps failing with `ENODEV`. Values that the kernel does not
-//! have are `None`, never zero. Nothing here decides.
+//! Values that the kernel does not have are `None`, never zero. Nothing here decides. What is written
+//! again and again is a [`Control`].
 
 use std::{
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
 };
 
 use bellows_core::{Bytes, CgroupId, Nanos};
+use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
+
+mod control;
+
+pub use control::Control;
 
 /// The magic number of cgroup v2 (`CGROUP2_SUPER_MAGIC`, include/uapi/linux/magic.h).
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
@@ -124,7 +130,8 @@ impl MemoryStat {
 /// A cgroup directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
-    path: PathBuf,
+    /// Shared: each guarded cgroup and each of its open files knows it.
+    path: Arc<Path>,
     id: CgroupId,
     /// Cgroups below that have inherited its limit and follow it.
     heirs: Vec<PathBuf>,
@@ -150,10 +157,20 @@ impl Cgroup {
         }
         let id = CgroupId(fs::metadata(path).map_err(io)?.ino());
         Ok(Self {
-            path: path.to_owned(),
+            path: path.into(),
             id,
             heirs: Vec::new(),
         })
+    }
+
+    /// A directory with files of the same names, where there is no cgroup.
+    #[cfg(test)]
+    pub(crate) fn stand_in(path: &Path, id: CgroupId) -> Self {
+        Self {
+            path: path.into(),
+            id,
+            heirs: Vec::new(),
+        }
     }
 
     /// The same with the cgroups below that have inherited its limit. The kubelet gives the limit of a pod to
@@ -165,14 +182,12 @@ impl Cgroup {
     /// [`CgroupError`] when the limit cannot be read.
     pub fn with_heirs(mut self) -> Result<Self, CgroupError> {
         let limit = self.limit("memory.max")?;
-        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let below = entries
-            .map(|entry| entry.path())
-            .filter_map(|path| Self::open(&path).ok());
         // A cgroup that cannot be read is gone, or hands out no memory.
-        self.heirs = below
+        self.heirs = self
+            .children()
+            .filter_map(Result::ok)
             .filter(|cgroup| limit != Limit::Max && cgroup.limit("memory.max").ok() == Some(limit))
-            .map(|cgroup| cgroup.path)
+            .map(|cgroup| cgroup.path.to_path_buf())
             .collect();
         Ok(self)
     }
@@ -373,6 +388,67 @@ impl Cgroup {
         Ok(field(&self.read("cgroup.events")?, "populated") == Some(1))
     }
 
+    /// Kills every process in it and below: by `cgroup.kill`, or before Linux 5.14, which does not have it,
+    /// one by one. A process that is made meanwhile is there at the next call.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when a file cannot be read or written.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        if self.has("cgroup.kill") {
+            return self.write("cgroup.kill", "1");
+        }
+        // Who is frozen neither forks nor ends, so that no id becomes another process's; it dies all the same.
+        self.write("cgroup.freeze", "1")?;
+        let killed = self.kill_one_by_one();
+        self.write("cgroup.freeze", "0")?;
+        killed
+    }
+
+    fn kill_one_by_one(&self) -> Result<(), CgroupError> {
+        let procs = self.read("cgroup.procs")?;
+        let ids = procs.lines().filter_map(|line| line.parse().ok());
+        for process in ids.filter_map(Pid::from_raw) {
+            if let Err(errno) = kill_process(process, Signal::KILL) {
+                tracing::debug!(%errno, "it has ended by itself");
+            }
+        }
+        self.children()
+            .try_for_each(|child| child?.kill_one_by_one())
+    }
+
+    /// The cgroups right below it; none if it is gone.
+    pub(crate) fn children(&self) -> impl Iterator<Item = Result<Self, CgroupError>> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| Self::open(&entry.path()))
+    }
+
+    /// Makes a command start in it: the process moves itself between fork and exec, so that nothing of the
+    /// command is ever charged elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when its `cgroup.procs` cannot be opened.
+    pub fn admit(&self, command: &mut Command) -> Result<(), CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        let procs = match File::options().write(true).open(&path) {
+            Ok(procs) => procs,
+            Err(source) => {
+                return Err(CgroupError::Io {
+                    action: "open",
+                    path,
+                    source,
+                });
+            }
+        };
+        // SAFETY: between fork and exec the closure only makes one write system call, which is
+        // async-signal-safe; it touches no lock and does not allocate.
+        unsafe { command.pre_exec(move || (&procs).write_all(b"0")) };
+        Ok(())
+    }
+
     /// Removes it; it must be empty.
     ///
     /// # Errors
@@ -381,7 +457,7 @@ impl Cgroup {
     pub fn remove(&self) -> Result<(), CgroupError> {
         fs::remove_dir(&self.path).map_err(|source| CgroupError::Io {
             action: "remove",
-            path: self.path.clone(),
+            path: self.path.to_path_buf(),
             source,
         })
     }
@@ -439,123 +515,6 @@ pub fn own(content: &str) -> Option<&str> {
     let path = content.lines().find_map(|line| line.strip_prefix("0::/"))?;
     let is_below = !path.starts_with('/') && path.split('/').all(|part| part != "..");
     is_below.then_some(path)
-}
-
-/// An open file of a cgroup, for writes that must not resolve a path or allocate.
-#[derive(Debug)]
-pub struct Control {
-    file: File,
-    path: PathBuf,
-}
-
-impl Control {
-    /// Opens `file` of `cgroup`.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError::Io`] when it cannot be opened for reading and writing.
-    pub fn open(cgroup: &Cgroup, file: &str) -> Result<Self, CgroupError> {
-        let path = cgroup.path.join(file);
-        match File::options().read(true).write(true).open(&path) {
-            Ok(file) => Ok(Self { file, path }),
-            Err(source) => Err(CgroupError::Io {
-                action: "open",
-                path,
-                source,
-            }),
-        }
-    }
-
-    /// Opens the limits of those that have inherited the limit of `cgroup`, for reading only. One that
-    /// is gone is left out.
-    #[must_use]
-    pub fn open_heirs(cgroup: &Cgroup) -> Vec<Self> {
-        let limits = cgroup.heirs.iter().map(|path| path.join("memory.max"));
-        limits
-            .filter_map(|path| Self::open_path(path).ok())
-            .collect()
-    }
-
-    /// Opens `file` of `cgroup` for reading only.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError::Io`] when it cannot be opened.
-    pub fn open_read(cgroup: &Cgroup, file: &str) -> Result<Self, CgroupError> {
-        Self::open_path(cgroup.path.join(file))
-    }
-
-    fn open_path(path: PathBuf) -> Result<Self, CgroupError> {
-        match File::open(&path) {
-            Ok(file) => Ok(Self { file, path }),
-            Err(source) => Err(CgroupError::Io {
-                action: "open",
-                path,
-                source,
-            }),
-        }
-    }
-
-    /// Writes a limit.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError::Io`] when the kernel refuses it.
-    pub fn set(&self, limit: Limit) -> Result<(), CgroupError> {
-        let mut buffer = [0_u8; 24];
-        let mut cursor = io::Cursor::new(&mut buffer[..]);
-        let formatted = match limit {
-            Limit::Max => cursor.write_all(b"max"),
-            Limit::At(Bytes(bytes)) => write!(cursor, "{bytes}"),
-        };
-        let length = usize::try_from(cursor.position()).unwrap_or(0);
-        formatted
-            .and_then(|()| self.file.write_all_at(&buffer[..length], 0))
-            .map_err(|source| CgroupError::Io {
-                action: "write",
-                path: self.path.clone(),
-                source,
-            })
-    }
-
-    /// Writes `0` or `1`.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError::Io`] when the kernel refuses it.
-    pub fn set_flag(&self, on: bool) -> Result<(), CgroupError> {
-        let text: &[u8] = if on { b"1" } else { b"0" };
-        self.file
-            .write_all_at(text, 0)
-            .map_err(|source| CgroupError::Io {
-                action: "write",
-                path: self.path.clone(),
-                source,
-            })
-    }
-
-    /// Reads the limit again.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError`] when it cannot be read or is no limit.
-    pub fn get(&self) -> Result<Limit, CgroupError> {
-        let mut buffer = [0_u8; 24];
-        let length = self
-            .file
-            .read_at(&mut buffer, 0)
-            .map_err(|source| CgroupError::Io {
-                action: "read",
-                path: self.path.clone(),
-                source,
-            })?;
-        let content = String::from_utf8_lossy(&buffer[..length]);
-        parse_limit(&content).ok_or_else(|| CgroupError::Parse {
-            path: self.path.clone(),
-            content: content.trim().to_owned(),
-            expected: "limit",
-        })
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,330 @@
+//! What the reflex must not do between a kernel event and its write: allocate. An allocation may wait for
+//! memory, for another thread's lock, or for a page of its own, in the milliseconds that decide.
+//!
+//! The cgroup is a directory with files of the same names; the kernel's side is seen in the guests.
+
+use std::{env, fs, path::PathBuf, process, thread};
+
+use bellows_core::{Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Reason, Signals, WHOLE};
+use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, KIND_WATERMARK, MemoryEvent};
+
+use super::{Arm, Brakes, Controls, Means, Verdict, row::Row};
+use crate::{
+    cgroup::Cgroup,
+    clock::now,
+    ledger::Ledger,
+    signal::{files::Files, source::Source},
+};
+
+const ID: CgroupId = CgroupId(7);
+const LIMIT: Bytes = Bytes::mib(64);
+const REQUESTED: Actuation = Actuation::Requested {
+    p95: Nanos::millis(600),
+};
+
+/// A row and all that it acts with, on a directory that goes with it.
+struct Stage {
+    directory: PathBuf,
+    row: Row,
+    source: Source,
+    ledger: Ledger,
+    brakes: Brakes,
+}
+
+impl Stage {
+    fn new(name: &str, actuation: Actuation) -> Self {
+        let directory = env::temp_dir().join(format!("bellows-{}-{name}", process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        for (file, content) in [
+            ("memory.max", LIMIT.0.to_string()),
+            ("memory.high", "max".to_owned()),
+            ("memory.current", "4096".to_owned()),
+            ("cgroup.freeze", "0".to_owned()),
+            ("cgroup.events", "populated 1\nfrozen 1\n".to_owned()),
+            ("pids.current", "3".to_owned()),
+        ] {
+            fs::write(directory.join(file), content).unwrap();
+        }
+        let controls = Controls::open(&Cgroup::stand_in(&directory, ID)).unwrap();
+        let policy = Policy {
+            original: LIMIT,
+            ceiling: Bytes::mib(1024),
+            actuation,
+            signals: Signals::Programs,
+            patience: Patience::UNPROBED,
+            cpus: 2,
+            shrink_after: Nanos::millis(2000),
+            usable_per_mille: WHOLE,
+        };
+        let arm = Arm {
+            cgroup: ID,
+            policy,
+            lowering: None,
+            controls: Some(controls),
+        };
+        Self {
+            row: Row::armed(arm, None).unwrap(),
+            source: Source::Files(Files::new().unwrap()),
+            ledger: Ledger::open(&directory.join("ledger")).unwrap(),
+            brakes: Brakes::start(|_late| ()).unwrap(),
+            directory,
+        }
+    }
+
+    /// The same with a limit that somebody else raises, held.
+    fn held(name: &str) -> Self {
+        let mut stage = Self::new(name, REQUESTED);
+        let (held, _) = stage.react(&event(Nanos(0)));
+        assert!(matches!(held, Verdict::Held { .. }), "{held:?}");
+        stage
+    }
+
+    /// Lets the row react; returns the verdict and how often that allocated.
+    fn react(&mut self, event: &MemoryEvent) -> (Verdict, u64) {
+        let mut verdict = None;
+        let allocated = allocation_counter::measure(|| verdict = self.look(event));
+        (verdict.unwrap().unwrap(), allocated.count_total)
+    }
+
+    /// Looks after a hold, `later` from now.
+    fn look_after(&mut self, later: Nanos) -> Vec<Verdict> {
+        let mut verdicts = Vec::new();
+        let mut means = Means {
+            source: &mut self.source,
+            ledger: &mut self.ledger,
+            brakes: &self.brakes,
+        };
+        let at = Nanos(now().0 + later.0);
+        self.row.look_after(at, &mut means, &mut verdicts);
+        verdicts
+    }
+
+    /// Runc would wait for a container that is to be frozen and is not.
+    fn wait_until_thawed(&mut self, later: Nanos) {
+        let start = now();
+        while self.content("cgroup.freeze") == "1" {
+            assert!(
+                now().since(start) < Nanos::millis(3000),
+                "it stays frozen, memory.high {}, wanted {:?}",
+                self.content("memory.high"),
+                self.row.held.map(|held| held.braked)
+            );
+            let verdicts = self.look_after(later);
+            assert!(
+                verdicts.is_empty(),
+                "{verdicts:?}, memory.high {}, wanted {:?}",
+                self.content("memory.high"),
+                self.row.held.map(|held| held.braked)
+            );
+            thread::yield_now();
+        }
+        let high = self.content("memory.high");
+        assert!(high.parse::<u64>().is_ok(), "thawed before it was braked");
+    }
+
+    /// The same where nothing may have to be done.
+    fn look(&mut self, event: &MemoryEvent) -> Option<Result<Verdict, String>> {
+        let mut means = Means {
+            source: &mut self.source,
+            ledger: &mut self.ledger,
+            brakes: &self.brakes,
+        };
+        let demand = Bytes::from_pages(event.usage_pages);
+        self.row.react(event, demand, &mut means)
+    }
+
+    fn is_braked(&self) -> bool {
+        self.row.held.is_some_and(|held| held.braked.is_some())
+    }
+
+    fn content(&self, file: &str) -> String {
+        fs::read_to_string(self.directory.join(file)).unwrap()
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.directory));
+    }
+}
+
+/// A charge a few pages below the limit, `later` from now.
+fn event(later: Nanos) -> MemoryEvent {
+    event_with_room(8, later)
+}
+
+/// The same with so many pages left.
+fn event_with_room(pages: u64, later: Nanos) -> MemoryEvent {
+    MemoryEvent {
+        kind: KIND_WATERMARK,
+        charge_pages: 64,
+        at_ns: now().0 + later.0,
+        usage_pages: LIMIT.pages() - pages,
+        limit_pages: LIMIT.pages(),
+        window_pages: 2000,
+        window_ns: 5_000_000,
+        ..MemoryEvent::default()
+    }
+}
+
+#[test]
+fn a_raise_allocates_nothing() {
+    let mut stage = Stage::new("raise", Actuation::Direct);
+    let (verdict, allocated) = stage.react(&event(Nanos(0)));
+    let Verdict::Raised { limit, .. } = verdict else {
+        panic!("{verdict:?}")
+    };
+    assert!(limit > LIMIT);
+    assert_eq!(stage.content("memory.max"), limit.0.to_string());
+    assert_eq!(allocated, 0);
+}
+
+#[test]
+fn holding_and_braking_allocate_nothing() {
+    let mut stage = Stage::new("hold", REQUESTED);
+    // Three threads need 384 pages to fall asleep.
+    let (verdict, allocated) = stage.react(&event_with_room(400, Nanos(0)));
+    assert!(matches!(verdict, Verdict::Held { .. }), "{verdict:?}");
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(!stage.is_braked());
+    assert_eq!(allocated, 0);
+    // Where it is not known what a charge comes from, one after the freeze has settled is a system call's.
+    let (verdict, allocated) = stage.react(&event(Nanos::millis(5)));
+    assert!(matches!(verdict, Verdict::Braked { .. }), "{verdict:?}");
+    assert_eq!(allocated, 0);
+}
+
+#[test]
+fn a_page_fault_under_way_is_no_reason_to_brake() {
+    let mut stage = Stage::new("fault", REQUESTED);
+    let fault = |pages, later| MemoryEvent {
+        entry: ENTRY_FAULT,
+        thread: 1,
+        ..event_with_room(pages, Nanos::millis(later))
+    };
+    stage.react(&fault(400, 0));
+    for (pages, later) in [(380, 1), (100, 30), (8, 60)] {
+        assert!(stage.look(&fault(pages, later)).is_none());
+    }
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(!stage.is_braked());
+}
+
+#[test]
+fn a_long_system_call_is_braked_instead_of_frozen() {
+    let mut stage = Stage::new("call", REQUESTED);
+    let call = |pages, thread, later| MemoryEvent {
+        entry: ENTRY_CALL,
+        thread,
+        ..event_with_room(pages, Nanos::millis(later))
+    };
+    stage.react(&call(450, 1, 0));
+    // Another one may be as short.
+    assert!(stage.look(&call(440, 2, 1)).is_none());
+    assert!(!stage.is_braked());
+    let (verdict, allocated) = stage.react(&call(430, 2, 2));
+    assert!(matches!(verdict, Verdict::Braked { .. }), "{verdict:?}");
+    assert_eq!(allocated, 0);
+    stage.wait_until_thawed(Nanos::millis(5));
+    assert!(stage.content("memory.high").parse::<u64>().unwrap() < LIMIT.0 - 430 * 4096);
+}
+
+#[test]
+fn charges_from_before_the_freeze_are_no_long_call() {
+    let mut stage = Stage::new("before", REQUESTED);
+    let before = MemoryEvent {
+        entry: ENTRY_CALL,
+        thread: 1,
+        ..event_with_room(450, Nanos(0))
+    };
+    stage.react(&before);
+    assert!(stage.look(&before).is_none());
+    assert!(stage.look(&before).is_none());
+    assert!(!stage.is_braked());
+}
+
+#[test]
+fn a_freeze_that_is_not_complete_in_time_is_replaced() {
+    let mut stage = Stage::new("incomplete", REQUESTED);
+    let usage = (LIMIT.0 - 450 * 4096).to_string();
+    for (file, content) in [("cgroup.events", "frozen 0\n"), ("memory.current", &usage)] {
+        fs::write(stage.directory.join(file), content).unwrap();
+    }
+    stage.react(&event_with_room(450, Nanos(0)));
+    assert!(stage.look_after(Nanos::millis(50)).is_empty());
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    let verdicts = stage.look_after(Nanos::millis(120));
+    assert!(
+        matches!(verdicts[..], [Verdict::Braked { .. }]),
+        "{verdicts:?}"
+    );
+    stage.wait_until_thawed(Nanos::millis(120));
+}
+
+#[test]
+fn a_complete_freeze_stays() {
+    let mut stage = Stage::new("complete", REQUESTED);
+    stage.react(&event_with_room(450, Nanos(0)));
+    for later in [50, 120, 300] {
+        assert!(stage.look_after(Nanos::millis(later)).is_empty());
+    }
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(!stage.is_braked());
+}
+
+#[test]
+fn scarce_room_is_braked_with_the_freeze() {
+    let mut stage = Stage::new("scarce", REQUESTED);
+    let (verdict, allocated) = stage.react(&event_with_room(380, Nanos(0)));
+    assert!(matches!(verdict, Verdict::Held { .. }), "{verdict:?}");
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(stage.is_braked());
+    assert_eq!(allocated, 0);
+}
+
+#[test]
+fn a_hold_keeps_its_brake_when_it_is_armed_again() {
+    let mut stage = Stage::new("armed", REQUESTED);
+    stage.react(&event_with_room(380, Nanos(0)));
+    let (_, high) = stage.row.held.unwrap().braked.unwrap();
+    let start = now();
+    while stage.content("memory.high") != high.0.to_string() {
+        assert!(now().since(start) < Nanos::millis(3000), "it is not braked");
+        thread::yield_now();
+    }
+    stage.row.watch(&mut stage.source).unwrap();
+    assert_eq!(stage.content("memory.high"), high.0.to_string());
+}
+
+#[test]
+fn letting_go_allocates_nothing() {
+    let mut stage = Stage::held("release");
+    let mut verdict = None;
+    let allocated = allocation_counter::measure(|| {
+        verdict = Some(stage.row.thaw(&mut stage.ledger, Reason::RaiseArrived));
+    });
+    assert!(
+        matches!(verdict, Some(Verdict::Released { .. })),
+        "{verdict:?}"
+    );
+    assert_eq!(stage.content("cgroup.freeze"), "0");
+    assert_eq!(allocated.count_total, 0);
+}
+
+#[test]
+fn a_hold_ends_with_the_containers_patience() {
+    let mut stage = Stage::held("patience");
+    // Nobody raises the limit.
+    assert!(stage.look_after(Nanos::millis(4000)).is_empty());
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    let verdicts = stage.look_after(Nanos::millis(5100));
+    assert!(
+        matches!(verdicts[..], [Verdict::Released { .. }]),
+        "{verdicts:?}"
+    );
+    assert_eq!(stage.content("cgroup.freeze"), "0");
+    // What must come comes at once: it is not held again.
+    assert!(!stage.row.is_held());
+    let again = stage.look(&event(Nanos(0)));
+    assert!(again.is_none(), "{again:?}");
+}

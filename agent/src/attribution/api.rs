@@ -1,0 +1,139 @@
+//! What is read of the API's pods, and no more.
+//!
+//! The generated types know every field of every kind of volume. An agent that needs a pod's limits, probes
+//! and container ids would carry their decoders (a tenth of the program) and, for each pod of a list, what
+//! they decode. What is unknown here is skipped by the parser without being kept. What the
+//! API may leave out may be `null`, as in the generated types.
+
+use std::{borrow::Cow, collections::BTreeMap};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::{Resource, api::Resize, core::NamespaceResourceScope};
+use serde::Deserialize;
+
+/// A pod.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Pod {
+    /// Its name, annotations, managed fields.
+    #[serde(default)]
+    pub metadata: ObjectMeta,
+    pub(super) spec: Option<Spec>,
+    pub(super) status: Option<Status>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct Spec {
+    #[serde(default)]
+    pub(super) containers: Vec<Container>,
+    pub(super) resources: Option<Resources>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Container {
+    pub(super) name: String,
+    pub(super) resources: Option<Resources>,
+    pub(super) resize_policy: Option<Vec<ResizePolicy>>,
+    pub(super) liveness_probe: Option<Probe>,
+    pub(super) startup_probe: Option<Probe>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Resources {
+    /// Quantities as they were written.
+    pub(super) limits: Option<BTreeMap<String, Quantity>>,
+}
+
+/// The API prints quantities as text, and takes numbers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Quantity {
+    Text(String),
+    Number(serde_json::Number),
+}
+
+impl Quantity {
+    fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Number(number) => number.to_string(),
+        }
+    }
+}
+
+impl Resources {
+    /// The memory limit as it was written.
+    pub(super) fn memory_limit(&self) -> Option<String> {
+        Some(self.limits.as_ref()?.get("memory")?.text())
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ResizePolicy {
+    pub(super) resource_name: String,
+    pub(super) restart_policy: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Probe {
+    /// Which command is of no interest.
+    pub(super) exec: Option<serde::de::IgnoredAny>,
+    pub(super) period_seconds: Option<i32>,
+    pub(super) timeout_seconds: Option<i32>,
+    pub(super) failure_threshold: Option<i32>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Status {
+    pub(super) phase: Option<String>,
+    pub(super) qos_class: Option<String>,
+    pub(super) container_statuses: Option<Vec<ContainerStatus>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ContainerStatus {
+    pub(super) name: String,
+    #[serde(rename = "containerID")]
+    pub(super) container_id: Option<String>,
+    pub(super) state: Option<State>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct State {
+    pub(super) running: Option<serde::de::IgnoredAny>,
+}
+
+impl Resource for Pod {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        "Pod".into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        "".into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        "pods".into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl Resize for Pod {}
