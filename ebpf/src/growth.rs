@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use bellows_ebpf_common::{
-    ENTRY_UNKNOWN, Growth, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss,
+    BATCH_PAGES, ENTRY_UNKNOWN, Growth, KIND_OOM, KIND_WATERMARK, MemoryEvent, WATERMARK_OFF, loss,
 };
 
 use crate::{
@@ -67,7 +67,13 @@ fn charged(tracked: &Tracked, charged: Address, pages: u64) -> Result<(), i32> {
         id,
         counter,
         watermark_pages,
+        huge_watermark_pages,
     } = *tracked;
+    let watermark_pages = if pages > BATCH_PAGES {
+        huge_watermark_pages
+    } else {
+        watermark_pages
+    };
     let Some(growth) = GROWTH.get_ptr_mut(id) else {
         return Ok(());
     };

@@ -35,6 +35,7 @@ pub(crate) struct Tracked {
     pub(crate) id: u64,
     pub(crate) counter: Address,
     pub(crate) watermark_pages: u64,
+    pub(crate) huge_watermark_pages: u64,
 }
 
 /// What is known of one page counter.
@@ -108,6 +109,7 @@ fn find_out(counter: Address, tracked: &mut [Tracked; NESTED]) {
             entry.id = id;
             entry.counter = at;
             entry.watermark_pages = guard.watermark_pages;
+            entry.huge_watermark_pages = guard.huge_watermark_pages;
             found += 1;
         }
         match memcg::parent(at) {

@@ -26,6 +26,7 @@ use crate::{
     policy::{Actuation, Policy},
     reflex::{Reaction, reaction, thresholds},
     thrash::Thrash,
+    thresholds::Thresholds,
     units::{Bytes, Nanos},
 };
 
@@ -117,6 +118,11 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         return None;
     }
     let target = request_target(policy, history, p95);
+    // Who is held waits for a raise.
+    let needed_from = |at: Thresholds, limit: Bytes| match held_since {
+        Some(_) => at.held_from(policy.usable(limit)),
+        None => at.watermark,
+    };
     match *requested {
         // A lower limit may be in force at any moment: it is what counts. The new request must differ
         // from the limit of today, or its arrival could not be told from the other's delay; at the ceiling
@@ -127,7 +133,7 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
             let more = target.max(limit.plus(step)).min(policy.ceiling);
             let less = limit.minus(step).min(policy.ceiling);
             let to = if more > *limit { more } else { less };
-            (history.demand >= at_lower.watermark && to > lower).then_some((
+            (history.demand >= needed_from(at_lower, lower) && to > lower).then_some((
                 Action::Raise { from: lower, to },
                 Reason::GrewWhileShrinking,
             ))
@@ -135,14 +141,7 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         Some(_) => None,
         None => {
             let at_limit = thresholds(policy, *limit)?;
-            // Who is held waits for a raise, though a look may see a little less than the event told.
-            let needed_from = if held_since.is_some() {
-                let margin = policy.usable(*limit).minus(at_limit.watermark);
-                at_limit.watermark.minus(margin)
-            } else {
-                at_limit.watermark
-            };
-            (history.demand >= needed_from && target > *limit).then_some((
+            (history.demand >= needed_from(at_limit, *limit) && target > *limit).then_some((
                 Action::Raise {
                     from: *limit,
                     to: target,
@@ -177,11 +176,8 @@ fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         ..
     } = snapshot;
     let limit = effective(snapshot);
-    // Well below: a hold begins at the watermark with a charge that the next look may not see yet.
-    let is_cleared = thresholds(policy, limit).is_none_or(|at| {
-        let margin = policy.usable(limit).minus(at.watermark);
-        history.demand.plus(margin) < at.watermark
-    });
+    let is_cleared = thresholds(policy, limit)
+        .is_none_or(|at| history.demand < at.held_from(policy.usable(limit)));
     (held_since.is_some() && is_cleared).then_some((Action::Release, Reason::RaiseArrived))
 }
 
@@ -306,6 +302,28 @@ mod tests {
             decide(&snapshot).actions[..],
             [(Action::Raise { .. }, Reason::WatermarkReached)]
         ));
+    }
+
+    #[test]
+    fn who_is_held_for_a_huge_page_that_did_not_fit_is_neither_let_go_nor_forgotten() {
+        let mut held = snapshot(REQUESTED);
+        held.held_since = Some(held.now);
+        for lower in [None, Some(Bytes::mib(48))] {
+            held.requested = lower.map(|lower| (lower, held.now));
+            held.lowering = lower;
+            let at = Thresholds::under(&held.policy, lower.unwrap_or(held.limit));
+            held.history.demand = at.huge_watermark.minus(Bytes::mib(2));
+            assert!(
+                matches!(decide(&held).actions[..], [(Action::Raise { .. }, _)]),
+                "{lower:?}"
+            );
+            held.history.demand = at.huge_watermark.minus(Bytes::mib(3));
+            assert_eq!(
+                decide(&held).actions,
+                [(Action::Release, Reason::RaiseArrived)],
+                "{lower:?}"
+            );
+        }
     }
 
     #[test]

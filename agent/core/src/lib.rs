@@ -29,5 +29,5 @@ pub use patience::Patience;
 pub use policy::{Actuation, Policy, Signals, WHOLE};
 pub use reflex::{Reaction, Rung};
 pub use thrash::Thrash;
-pub use thresholds::Thresholds;
+pub use thresholds::{Thresholds, Watermark};
 pub use units::{Bytes, CgroupId, Nanos};

@@ -16,6 +16,14 @@
 //! would be at the limit before the answer ([`crate::reflex::is_rushing`]). It stops growth without consuming what
 //! is left, is lifted at once by the answer (a sleeper of `memory.high` is not), and holds no lock.
 //!
+//! Growth by huge pages is told of earlier where a raise takes time. When the last one has been charged, anything
+//! from nothing to 2 MiB is left, and for the next the kernel reclaims first, then takes a small page: with a
+//! program that asked for huge pages (`MADV_HUGEPAGE`, which allows reclaim; `vma_thp_gfp_mask`,
+//! mm/huge_memory.c, 6.12) all threads are in there when the freezer comes, and each still needs a page and a
+//! page table. 8 of 40 such bursts were killed in a hold that had begun in time. So the watermark of a huge page
+//! is lower by one for each CPU, and by an eighth of the limit at most. What fills its limit to 95 % with huge
+//! pages, *and* rushes, may be raised once for nothing.
+//!
 //! Without kernel programs nobody tells of the watermark before the brake is crossed, and then up to
 //! 10 ms late, in which a thread touches 20 MiB. There the brake is the signal *and* the time: it
 //! stands at a tenth of the limit, where eight threads at full speed need 0.6 s to the limit of a
@@ -25,12 +33,33 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Policy, Signals},
+    policy::{Actuation, Policy, Signals},
     units::Bytes,
 };
 
 /// Pages that one CPU may hold charged in advance.
 const STOCK_PER_CPU: Bytes = Bytes(64 * 4096);
+const HUGE_PAGE: Bytes = Bytes::mib(2);
+
+/// Demand from which on the agent is told of a charge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watermark {
+    /// Of small pages.
+    pub small: Bytes,
+    /// Of a huge page.
+    pub huge: Bytes,
+}
+
+impl Watermark {
+    /// The same for both.
+    #[must_use]
+    pub const fn alike(at: Bytes) -> Self {
+        Self {
+            small: at,
+            huge: at,
+        }
+    }
+}
 
 /// What a limit is watched and braked at. All are demand, that is usage without page cache, except
 /// `high`, which the kernel compares with usage.
@@ -38,6 +67,8 @@ const STOCK_PER_CPU: Bytes = Bytes(64 * 4096);
 pub struct Thresholds {
     /// From here on the agent is told.
     pub watermark: Bytes,
+    /// The same for charges of huge pages.
+    pub huge_watermark: Bytes,
     /// `memory.high`.
     pub high: Bytes,
     /// From here on the container is held until the answer to a request is there.
@@ -48,7 +79,37 @@ impl Thresholds {
     /// The thresholds of `limit` under a policy: of that part of it that can be used.
     #[must_use]
     pub fn under(policy: &Policy, limit: Bytes) -> Self {
-        Self::of(policy.usable(limit), policy.cpus, policy.signals)
+        let usable = policy.usable(limit);
+        let at = Self::of(usable, policy.cpus, policy.signals);
+        let huge_watermark = match policy.actuation {
+            Actuation::Direct => at.watermark,
+            Actuation::Requested { .. } => {
+                let others = HUGE_PAGE.scaled(policy.cpus, 1);
+                at.watermark
+                    .minus(others.min(usable.per_mille(125)).max(HUGE_PAGE))
+            }
+        };
+        Self {
+            huge_watermark,
+            ..at
+        }
+    }
+
+    /// What the kernel programs compare with.
+    #[must_use]
+    pub const fn watermarks(self) -> Watermark {
+        Watermark {
+            small: self.watermark,
+            huge: self.huge_watermark,
+        }
+    }
+
+    /// The demand from which on one that is held needs a raise: a look may see less than the event told, by
+    /// a huge page that did not fit.
+    #[must_use]
+    pub fn held_from(self, usable: Bytes) -> Bytes {
+        let margin = usable.minus(self.watermark);
+        self.huge_watermark.minus(margin.max(HUGE_PAGE))
     }
 
     /// The thresholds of `limit` on a machine with `cpus` CPUs.
@@ -66,6 +127,7 @@ impl Thresholds {
         let watermark = limit.minus(margin).page_floor();
         Self {
             watermark,
+            huge_watermark: watermark,
             high: watermark,
             hold: limit.minus(Bytes(margin.0 / 2)),
         }
@@ -75,6 +137,7 @@ impl Thresholds {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{patience::Patience, policy::WHOLE, units::Nanos};
 
     #[test]
     fn a_flat_program_at_96_percent_and_full_stocks_stays_below() {
@@ -85,10 +148,34 @@ mod tests {
                     watermark,
                     high,
                     hold,
+                    ..
                 } = Thresholds::of(limit, cpus, Signals::Programs);
                 assert!(flat.plus(limit.per_mille(3)) <= watermark, "{limit} {cpus}");
                 assert!(watermark <= high && high <= hold && hold < limit);
             }
+        }
+    }
+
+    #[test]
+    fn a_slow_raise_is_asked_for_while_huge_pages_still_fit() {
+        for (limit, cpus, ahead) in [(32, 1, 2), (32, 2, 4), (32, 64, 4), (256, 8, 16), (8, 2, 2)] {
+            let limit = Bytes::mib(limit);
+            let mut policy = Policy {
+                original: limit,
+                ceiling: Bytes::mib(4096),
+                actuation: Actuation::Requested { p95: Nanos(1) },
+                signals: Signals::Programs,
+                patience: Patience::UNPROBED,
+                cpus,
+                shrink_after: Nanos(1),
+                usable_per_mille: WHOLE,
+            };
+            let at = Thresholds::under(&policy, limit);
+            let expected = at.watermark.minus(Bytes::mib(ahead));
+            assert_eq!(at.huge_watermark, expected, "{limit} {cpus}");
+            policy.actuation = Actuation::Direct;
+            let at = Thresholds::under(&policy, limit);
+            assert_eq!(at.huge_watermark, at.watermark);
         }
     }
 

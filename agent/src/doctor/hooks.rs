@@ -2,7 +2,7 @@
 
 use std::io;
 
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Watermark};
 use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, Growth};
 
 use super::{
@@ -144,7 +144,7 @@ fn tried(
     let cgroup = place.create_named("bellows-self-test")?;
     let counted = kernel
         .track(cgroup.id())
-        .and_then(|()| guards.set(cgroup.id(), watermark))
+        .and_then(|()| guards.set(cgroup.id(), watermark.map(Watermark::alike)))
         .map_err(|error| touch::failed(&cgroup, io::Error::other(error)))
         .and_then(|()| touch_in(&cgroup, way));
     let growth = kernel.growth(cgroup.id()).unwrap_or_default();

@@ -4,7 +4,7 @@ use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData},
 };
-use bellows_core::{Bytes, CgroupId};
+use bellows_core::{Bytes, CgroupId, Watermark};
 use bellows_ebpf_common::{Guard, WATERMARK_OFF, changes};
 
 use super::programs::{LoadError, map};
@@ -26,14 +26,18 @@ impl Guards {
         })
     }
 
-    /// Sets a cgroup's watermark; `None` switches it off but keeps the cgroup tracked.
+    /// Sets a cgroup's watermarks; `None` switches them off but keeps the cgroup tracked.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`] when the map is full (4096 cgroups).
-    pub fn set(&mut self, cgroup: CgroupId, watermark: Option<Bytes>) -> Result<(), LoadError> {
-        let watermark_pages = watermark.map_or(WATERMARK_OFF, Bytes::pages);
-        let guard = Guard { watermark_pages };
+    pub fn set(&mut self, cgroup: CgroupId, watermark: Option<Watermark>) -> Result<(), LoadError> {
+        let pages =
+            |at: fn(Watermark) -> Bytes| watermark.map_or(WATERMARK_OFF, |it| at(it).pages());
+        let guard = Guard {
+            watermark_pages: pages(|watermark| watermark.small),
+            huge_watermark_pages: pages(|watermark| watermark.huge),
+        };
         self.watermarks
             .insert(cgroup.0, guard, 0)
             .map_err(|source| LoadError::Map {

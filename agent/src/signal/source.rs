@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 
-use bellows_core::{Bytes, CgroupId, Signals};
+use bellows_core::{CgroupId, Signals, Watermark};
 use bellows_ebpf_common::MemoryEvent;
 
 use super::{
@@ -74,16 +74,21 @@ impl Source {
         }
     }
 
-    /// Sets a cgroup's watermark; `None` switches it off but keeps the cgroup tracked.
+    /// Sets a cgroup's watermarks; `None` switches them off but keeps the cgroup tracked.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`] when the map is full (4096 cgroups).
-    pub fn watch(&mut self, cgroup: CgroupId, watermark: Option<Bytes>) -> Result<(), LoadError> {
+    pub fn watch(
+        &mut self,
+        cgroup: CgroupId,
+        watermark: Option<Watermark>,
+    ) -> Result<(), LoadError> {
         match self {
             Self::Programs(reflexes) => reflexes.guards.set(cgroup, watermark),
             Self::Files(files) => {
-                files.watch(cgroup, watermark);
+                // Files do not tell of single charges.
+                files.watch(cgroup, watermark.map(|watermark| watermark.small));
                 Ok(())
             }
         }

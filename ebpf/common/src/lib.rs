@@ -38,6 +38,9 @@ pub const ENTRY_FAULT: u32 = 1;
 /// By a system call, which may go on growing for as long as it takes; a frozen cgroup does not stop it.
 pub const ENTRY_CALL: u32 = 2;
 
+/// Pages that the kernel charges at once for small ones (`MEMCG_CHARGE_BATCH`, include/linux/memcontrol.h).
+pub const BATCH_PAGES: u64 = 64;
+
 /// The value of [`Guard::watermark_pages`] that never triggers.
 pub const WATERMARK_OFF: u64 = u64::MAX;
 
@@ -95,6 +98,8 @@ pub struct LifeEvent {
 pub struct Guard {
     /// Demand (usage without page cache) in pages from which on the agent is woken.
     pub watermark_pages: u64,
+    /// The same for a charge of more than [`BATCH_PAGES`]: the next huge page may not fit any more.
+    pub huge_watermark_pages: u64,
 }
 
 /// What the kernel programs know of one tracked cgroup. Written by the programs only.

@@ -174,7 +174,7 @@ impl Programs {
             kernel.track(cgroup.id())?;
             reflexes.guards.set(
                 cgroup.id(),
-                Some(Thresholds::of(limit, 1, Signals::Programs).watermark),
+                Some(Thresholds::of(limit, 1, Signals::Programs).watermarks()),
             )?;
         }
         Ok(Self {

@@ -28,7 +28,9 @@ use bellows::{
         source::Source,
     },
 };
-use bellows_core::{Actuation, Bytes, Nanos, Patience, Policy, Signals, Thresholds, WHOLE};
+use bellows_core::{
+    Actuation, Bytes, Nanos, Patience, Policy, Signals, Thresholds, WHOLE, Watermark,
+};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
@@ -251,7 +253,9 @@ impl Floor {
         let (mut kernel, mut reflexes) = Kernel::load(Purpose::Guard)?;
         let id = filled.cgroup.id();
         kernel.track(id)?;
-        reflexes.guards.set(id, Some(filled.watermark))?;
+        reflexes
+            .guards
+            .set(id, Some(Watermark::alike(filled.watermark)))?;
         let max = Control::open(&filled.cgroup, "memory.max")?;
         let (is_armed, is_over) = (Arc::default(), Arc::default());
         let (sender, answers) = mpsc::channel();

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use bellows::signal::programs::{Kernel, Purpose};
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Watermark};
 use bellows_ebpf_common::loss;
 use serde_json::{Value, json};
 
@@ -47,7 +47,9 @@ fn full_ring() -> Result<Value> {
     let (mut kernel, mut reflexes) = Kernel::load(Purpose::GuardWithSmallRing)?;
     let cgroup = inside::create("full-ring")?;
     kernel.track(cgroup.id())?;
-    reflexes.guards.set(cgroup.id(), Some(Bytes::mib(1)))?;
+    reflexes
+        .guards
+        .set(cgroup.id(), Some(Watermark::alike(Bytes::mib(1))))?;
     let mut read = || {
         drop(Touched::start(&cgroup, TOUCHED)?);
         let mut events = 0_u64;

@@ -164,7 +164,7 @@ impl Row {
     pub(super) fn watch(&self, source: &mut Source) -> Result<(), String> {
         let thresholds = thresholds(&self.policy, self.limit);
         source
-            .watch(self.cgroup, thresholds.map(|at| at.watermark))
+            .watch(self.cgroup, thresholds.map(Thresholds::watermarks))
             .map_err(|error: LoadError| error.to_string())?;
         if self.is_braked() {
             // It rests when the hold ends.
