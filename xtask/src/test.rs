@@ -115,6 +115,7 @@ fn kernel(checks: &mut Checks) -> Result<()> {
             |summary| {
                 at_least(summary, "complete", 1.0)?;
                 at_least(summary, "full_rings_survived", 1.0)?;
+                at_least(summary, "huge_pages_told", 1.0)?;
                 at_least(summary, "findings", 10.0)?;
                 ensure!(
                     summary["lacking"].as_array().is_some_and(Vec::is_empty),
@@ -134,6 +135,7 @@ fn kernel(checks: &mut Checks) -> Result<()> {
         },
         |summary| {
             at_least(summary, "full_rings_survived", 1.0)?;
+            at_least(summary, "huge_pages_told", 1.0)?;
             let lacking = summary["lacking"].as_array().cloned().unwrap_or_default();
             let is_lacking = |check: &str| lacking.iter().any(|finding| finding["check"] == check);
             for check in ["memory.reclaim", "brake in system calls", "exec"] {

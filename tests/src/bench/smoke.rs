@@ -1,12 +1,12 @@
-//! `smoke`: does this kernel take every program, what does `bellows doctor` say of it, and what becomes of
-//! events while nobody reads them?
+//! `smoke`: does this kernel take every program, what does `bellows doctor` say of it, what becomes of
+//! events while nobody reads them, and have huge pages a watermark of their own?
 
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use bellows::signal::programs::{Kernel, Purpose};
+use bellows::signal::programs::{Kernel, Purpose, memory_event};
 use bellows_core::{Bytes, Watermark};
-use bellows_ebpf_common::loss;
+use bellows_ebpf_common::{BATCH_PAGES, loss};
 use serde_json::{Value, json};
 
 use super::{
@@ -31,8 +31,9 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
                 .map(|missing| format!("{}: {}", missing.program, missing.why))
                 .collect();
             drop((kernel, reflexes));
-            let ring = full_ring()?;
-            json!({ "kernel": release.trim(), "loaded": true, "missing": missing, "ring": ring, "doctor": doctor })
+            let (ring, huge_pages) = (full_ring()?, huge_pages()?);
+            json!({ "kernel": release.trim(), "loaded": true, "missing": missing, "ring": ring,
+                "huge_pages": huge_pages, "doctor": doctor })
         }
         Err(error) => {
             json!({ "kernel": release.trim(), "loaded": false, "missing": [error.to_string()], "doctor": doctor })
@@ -65,6 +66,42 @@ fn full_ring() -> Result<Value> {
     Ok(json!({ "kept": kept, "lost": lost, "after": after }))
 }
 
+/// Touches memory by huge pages, below the watermark of the one size of charges and above that of the other:
+/// how many of each size are told of.
+fn huge_pages() -> Result<Value> {
+    set_thp(true)?;
+    let (mut kernel, mut reflexes) = Kernel::load(Purpose::Guard)?;
+    let cgroup = inside::create("huge-pages")?;
+    kernel.track(cgroup.id())?;
+    let mut told = |watermark| {
+        reflexes.guards.set(cgroup.id(), Some(watermark))?;
+        drop(Touched::start(&cgroup, TOUCHED)?);
+        let (mut small, mut huge) = (0_u64, 0_u64);
+        while let Some(item) = reflexes.ring.next() {
+            let event = memory_event(&item).context("an event that cannot be read")?;
+            let size = if u64::from(event.charge_pages) > BATCH_PAGES {
+                &mut huge
+            } else {
+                &mut small
+            };
+            *size += 1;
+        }
+        anyhow::Ok(json!({ "small": small, "huge": huge }))
+    };
+    let (low, high) = (Bytes::mib(1), Bytes::mib(1024));
+    let told_of_huge = told(Watermark {
+        small: high,
+        huge: low,
+    })?;
+    let told_of_small = told(Watermark {
+        small: low,
+        huge: high,
+    })?;
+    drop((kernel, reflexes));
+    cgroup.remove()?;
+    Ok(json!({ "below_small": told_of_huge, "below_huge": told_of_small }))
+}
+
 #[expect(
     clippy::unnecessary_wraps,
     reason = "the same shape as the other benches"
@@ -85,6 +122,14 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         };
         ["kept", "lost", "after"].into_iter().all(at_least_one)
     };
+    let tells_sizes = |record: &&Value| {
+        let told = &record["huge_pages"];
+        told["below_small"]["small"] == 0
+            && told["below_huge"]["huge"] == 0
+            && told["below_small"]["huge"]
+                .as_u64()
+                .is_some_and(|events| events > 0)
+    };
     let lacking: Vec<Value> = records
         .iter()
         .flat_map(findings)
@@ -95,6 +140,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "complete": records.iter().filter(complete).count(),
         "findings": records.iter().flat_map(findings).count(),
         "full_rings_survived": records.iter().filter(is_survived).count(),
+        "huge_pages_told": records.iter().filter(tells_sizes).count(),
         "lacking": lacking,
     }))
 }

@@ -33,11 +33,15 @@ struct Stage {
 
 impl Stage {
     fn new(name: &str, actuation: Actuation) -> Self {
+        Self::with_brake(name, actuation, "max")
+    }
+
+    fn with_brake(name: &str, actuation: Actuation, high: &str) -> Self {
         let directory = env::temp_dir().join(format!("bellows-{}-{name}", process::id()));
         fs::create_dir_all(&directory).unwrap();
         for (file, content) in [
             ("memory.max", LIMIT.0.to_string()),
-            ("memory.high", "max".to_owned()),
+            ("memory.high", high.to_owned()),
             ("memory.current", "4096".to_owned()),
             ("cgroup.freeze", "0".to_owned()),
             ("cgroup.events", "populated 1\nfrozen 1\n".to_owned()),
@@ -227,6 +231,25 @@ fn a_long_system_call_is_braked_instead_of_frozen() {
     assert_eq!(allocated, 0);
     stage.wait_until_thawed(Nanos::millis(5));
     assert!(stage.content("memory.high").parse::<u64>().unwrap() < LIMIT.0 - 430 * 4096);
+}
+
+#[test]
+fn where_the_brake_is_somebody_elses_a_long_call_is_only_let_out_of_the_freeze() {
+    let foreign = (LIMIT.0 / 2).to_string();
+    let mut stage = Stage::with_brake("foreign", REQUESTED, &foreign);
+    assert!(stage.row.has_foreign_brake());
+    let call = |later| MemoryEvent {
+        entry: ENTRY_CALL,
+        thread: 1,
+        ..event_with_room(450, Nanos::millis(later))
+    };
+    stage.react(&call(0));
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(stage.look(&call(20)).is_none());
+    assert!(stage.look_after(Nanos::millis(21)).is_empty());
+    assert_eq!(stage.content("cgroup.freeze"), "0");
+    assert_eq!(stage.content("memory.high"), foreign);
+    assert!(stage.row.is_held(), "its hold still ends with the answer");
 }
 
 #[test]
