@@ -6,8 +6,10 @@
 //! the answer: before it changes a limit, runc asks whether the container is paused, and if it is to be frozen
 //! waits until it is, for as long as 10 s, whatever becomes of the freeze meanwhile (`waitFrozen`,
 //! cgroups/fs2/freezer.go). A long system call, or a thread that the brake has put to sleep, keeps it from
-//! that. So a freeze that is not complete when runc may be there is lifted, too, whatever keeps it. Where
-//! probes forbid the freezer there is only the brake from the start.
+//! that. So a freeze that is not complete when runc may be there is lifted, too, whatever keeps it, unless only
+//! page faults have been charged for and hardly any room is left: those end, however long the kernel reclaims
+//! in them first (0.1 s and more for a huge page, emulated), and then it is frozen. Where probes forbid the
+//! freezer there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
@@ -51,6 +53,8 @@ pub(super) struct Held {
     pub(super) braked: Option<(Nanos, Bytes)>,
     /// The thread that was last charged for inside a system call while it was to be frozen.
     grower: Option<u32>,
+    /// Whether all that was charged since is known to be page faults.
+    is_faults: bool,
 }
 
 /// What the freezer does in a hold.
@@ -102,6 +106,7 @@ impl Row {
             freeze,
             braked: None,
             grower: None,
+            is_faults: event.entry == ENTRY_FAULT,
         };
         self.held = Some(held);
         let braked = match self.grows_on(event, demand, held, means) {
@@ -173,6 +178,11 @@ impl Row {
         let is_scarce = brake::is_scarce(growing);
         let frozen_for = Nanos(event.at_ns).since(held.since);
         let is_after_freeze = event.at_ns > held.since.0;
+        let held = Held {
+            is_faults: held.is_faults && event.entry == ENTRY_FAULT,
+            ..held
+        };
+        self.held = Some(held);
         match event.entry {
             // It is back in user mode when that is served.
             ENTRY_FAULT => None,
@@ -253,6 +263,10 @@ impl Row {
                 }
                 let usage = self.controls.current.get().ok()?.bytes();
                 let growing = self.growing(usage, Bytes::ZERO);
+                if held.is_faults && brake::is_scarce(growing) {
+                    // Each of them ends by itself, and whoever is let out for the next may use up what is left.
+                    return None;
+                }
                 self.brake(growing, Freeze::Replaced, at, usage, means)
             }
             // In force from the first moment of the write, however long that then reclaims.

@@ -285,6 +285,33 @@ fn a_freeze_that_is_not_complete_in_time_is_replaced() {
 }
 
 #[test]
+fn page_faults_that_are_slow_may_end_where_hardly_any_room_is_left() {
+    let mut stage = Stage::new("slow", REQUESTED);
+    fs::write(stage.directory.join("cgroup.events"), "frozen 0\n").unwrap();
+    let usage = |stage: &Stage, pages: u64| {
+        let usage = (LIMIT.0 - pages * 4096).to_string();
+        fs::write(stage.directory.join("memory.current"), usage).unwrap();
+    };
+    usage(&stage, 100);
+    let fault = MemoryEvent {
+        entry: ENTRY_FAULT,
+        thread: 1,
+        ..event_with_room(100, Nanos(0))
+    };
+    stage.react(&fault);
+    assert!(stage.look_after(Nanos::millis(120)).is_empty());
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    assert!(!stage.is_braked());
+    usage(&stage, 450);
+    let verdicts = stage.look_after(Nanos::millis(121));
+    assert!(
+        matches!(verdicts[..], [Verdict::Braked { .. }]),
+        "{verdicts:?}"
+    );
+    stage.wait_until_thawed(Nanos::millis(121));
+}
+
+#[test]
 fn a_complete_freeze_stays() {
     let mut stage = Stage::new("complete", REQUESTED);
     stage.react(&event_with_room(450, Nanos(0)));
