@@ -81,9 +81,10 @@ impl Thresholds {
     pub fn under(policy: &Policy, limit: Bytes) -> Self {
         let usable = policy.usable(limit);
         let at = Self::of(usable, policy.cpus, policy.signals);
-        let huge_watermark = match policy.actuation {
-            Actuation::Direct => at.watermark,
-            Actuation::Requested { .. } => {
+        let huge_watermark = match (policy.actuation, policy.signals) {
+            // Files do not tell of single charges.
+            (Actuation::Direct, _) | (_, Signals::Files) => at.watermark,
+            (Actuation::Requested { .. }, Signals::Programs) => {
                 let others = HUGE_PAGE.scaled(policy.cpus, 1);
                 at.watermark
                     .minus(others.min(usable.per_mille(125)).max(HUGE_PAGE))
@@ -173,6 +174,10 @@ mod tests {
             let at = Thresholds::under(&policy, limit);
             let expected = at.watermark.minus(Bytes::mib(ahead));
             assert_eq!(at.huge_watermark, expected, "{limit} {cpus}");
+            policy.signals = Signals::Files;
+            let at = Thresholds::under(&policy, limit);
+            assert_eq!(at.huge_watermark, at.watermark);
+            policy.signals = Signals::Programs;
             policy.actuation = Actuation::Direct;
             let at = Thresholds::under(&policy, limit);
             assert_eq!(at.huge_watermark, at.watermark);
