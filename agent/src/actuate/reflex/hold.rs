@@ -263,7 +263,7 @@ impl Row {
                 }
                 let usage = self.controls.current.get().ok()?.bytes();
                 let growing = self.growing(usage, Bytes::ZERO);
-                if held.is_faults && brake::is_scarce(growing) {
+                if held.is_faults && !self.foreign_brake && brake::is_scarce(growing) {
                     // Each of them ends by itself, and whoever is let out for the next may use up what is left.
                     return None;
                 }
