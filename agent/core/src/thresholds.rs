@@ -21,8 +21,8 @@
 //! program that asked for huge pages (`MADV_HUGEPAGE`, which allows reclaim; `vma_thp_gfp_mask`,
 //! mm/huge_memory.c, 6.12) all threads are in there when the freezer comes, and each still needs a page and a
 //! page table. 8 of 40 such bursts were killed in a hold that had begun in time. So the watermark of a huge page
-//! is lower by one for each CPU, and by an eighth of the limit at most. What fills its limit to 95 % with huge
-//! pages, *and* rushes, may be raised once for nothing.
+//! is lower by one for each CPU, and by an eighth of the limit at most. What rushes to
+//! there by huge pages and stops is raised for nothing.
 //!
 //! Without kernel programs nobody tells of the watermark before the brake is crossed, and then up to
 //! 10 ms late, in which a thread touches 20 MiB. There the brake is the signal *and* the time: it
