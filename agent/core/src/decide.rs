@@ -222,23 +222,13 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        patience::Patience,
-        policy::{Signals, WHOLE},
-    };
 
     fn snapshot(actuation: Actuation) -> Snapshot {
         Snapshot {
             now: Nanos::millis(10_000),
             policy: Policy {
-                original: Bytes::mib(64),
-                ceiling: Bytes::mib(4096),
                 actuation,
-                signals: Signals::Programs,
-                patience: Patience::UNPROBED,
-                cpus: 2,
-                shrink_after: Nanos::millis(2000),
-                usable_per_mille: WHOLE,
+                ..Policy::direct(Bytes::mib(64), Bytes::mib(4096))
             },
             history: History {
                 last_growth: Nanos::millis(9_999),

@@ -112,21 +112,29 @@ impl Policy {
 }
 
 #[cfg(test)]
+impl Policy {
+    /// A policy for tests: raises by writing on two CPUs, nobody else throttles.
+    pub(crate) const fn direct(original: Bytes, ceiling: Bytes) -> Self {
+        Self {
+            original,
+            ceiling,
+            actuation: Actuation::Direct,
+            signals: Signals::Programs,
+            patience: Patience::UNPROBED,
+            cpus: 2,
+            shrink_after: Nanos::millis(2000),
+            usable_per_mille: WHOLE,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn sizes_become_what_the_kernel_will_make_of_them() {
-        let policy = Policy {
-            original: Bytes(100_000_000),
-            ceiling: Bytes(4_000_000_001),
-            actuation: Actuation::Direct,
-            signals: Signals::Programs,
-            patience: Patience::UNPROBED,
-            cpus: 1,
-            shrink_after: Nanos(0),
-            usable_per_mille: WHOLE,
-        };
+        let policy = Policy::direct(Bytes(100_000_000), Bytes(4_000_000_001));
         let Policy {
             original, ceiling, ..
         } = policy.validate().unwrap();

@@ -124,22 +124,9 @@ pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        patience::Patience,
-        policy::{Signals, WHOLE},
-    };
 
     fn policy(original: u64, ceiling: u64) -> Policy {
-        Policy {
-            original: Bytes::mib(original),
-            ceiling: Bytes::mib(ceiling),
-            actuation: Actuation::Direct,
-            signals: Signals::Programs,
-            patience: Patience::UNPROBED,
-            cpus: 2,
-            shrink_after: Nanos::millis(2000),
-            usable_per_mille: WHOLE,
-        }
+        Policy::direct(Bytes::mib(original), Bytes::mib(ceiling))
     }
 
     #[test]

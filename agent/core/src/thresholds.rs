@@ -138,7 +138,7 @@ impl Thresholds {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{patience::Patience, policy::WHOLE, units::Nanos};
+    use crate::units::Nanos;
 
     #[test]
     fn a_flat_program_at_96_percent_and_full_stocks_stays_below() {
@@ -162,14 +162,9 @@ mod tests {
         for (limit, cpus, ahead) in [(32, 1, 2), (32, 2, 4), (32, 64, 4), (256, 8, 16), (8, 2, 2)] {
             let limit = Bytes::mib(limit);
             let mut policy = Policy {
-                original: limit,
-                ceiling: Bytes::mib(4096),
                 actuation: Actuation::Requested { p95: Nanos(1) },
-                signals: Signals::Programs,
-                patience: Patience::UNPROBED,
                 cpus,
-                shrink_after: Nanos(1),
-                usable_per_mille: WHOLE,
+                ..Policy::direct(limit, Bytes::mib(4096))
             };
             let at = Thresholds::under(&policy, limit);
             let expected = at.watermark.minus(Bytes::mib(ahead));
