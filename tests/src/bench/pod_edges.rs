@@ -1,15 +1,14 @@
 //! `pod-edges`: what `bellows run` promises at its edges, one record a promise: pods that cannot be
 //! guarded are told why in an Event, and a change by somebody else becomes the new original.
 
-use std::{process::Command, thread, time::Duration};
+use std::{fs::File, process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
-    clock::now,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, Nanos, pod};
+use bellows_core::{Action, Bytes, pod};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -392,24 +391,29 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
 /// One reflex, one controller and one API server serve them all.
 fn at_once(cluster: &Cluster) -> Result<()> {
     const PODS: [&str; 4] = ["one", "two", "three", "four"];
-    // Time for all of them to be created, run and be adopted.
-    let start = now().0 + Nanos::millis(15_000).0;
+    const START: &str = "/run/start";
     for name in PODS {
         let command = ["/bellows-guest".to_owned(), "load".to_owned()]
             .into_iter()
             .chain(burst_words(Bytes::mib(32), Bytes::mib(300), 2))
-            .chain(["--rest-until-ns".to_owned(), start.to_string()])
             .chain(["--after-ms", "60000"].map(str::to_owned))
+            .chain(["--rest-until".to_owned(), format!("/host{START}")])
             .collect();
         cluster.create(&Spec {
             max: Some(Bytes::mib(512)),
             command,
+            host: true,
             ..spec(name)
         })?;
     }
-    let (mut bursts, mut failures) = (Vec::new(), Vec::new());
+    let cgroups = PODS.map(|name| cluster.wait_running(name));
     for name in PODS {
-        let cgroup = cluster.wait_running(name)?;
+        original(cluster, name, "load=64Mi")?;
+    }
+    File::create(START)?;
+    let (mut bursts, mut failures) = (Vec::new(), Vec::new());
+    for (name, cgroup) in PODS.iter().zip(cgroups) {
+        let cgroup = cgroup?;
         let is_over = wait("the burst is over", Duration::from_secs(60), || {
             Ok(!results(cluster, name)?.is_empty())
         });

@@ -1,6 +1,7 @@
 //! `burst`: rest at a size, then grow at full speed to another.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, Barrier},
     thread,
     time::{Duration, Instant},
@@ -8,7 +9,7 @@ use std::{
 
 use anyhow::Result;
 use bellows::clock::now;
-use bellows_core::{Bytes, Nanos, quantity};
+use bellows_core::{Bytes, quantity};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -34,9 +35,9 @@ pub(crate) struct Burst {
     /// Milliseconds at rest before the burst.
     #[arg(long, default_value_t = 300)]
     pub(crate) rest_ms: u64,
-    /// Rests at least until this instant of `CLOCK_MONOTONIC`, nanoseconds: several begin at once.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) rest_until_ns: u64,
+    /// Rests at least until this file is there: several begin at once.
+    #[arg(long)]
+    pub(crate) rest_until: Option<PathBuf>,
     /// Milliseconds at the peak.
     #[arg(long, default_value_t = 200)]
     pub(crate) hold_ms: u64,
@@ -103,8 +104,9 @@ fn burst_once(burst: &Burst, rest_ms: u64) -> Result<()> {
     }
     barrier.wait();
     thread::sleep(Duration::from_millis(rest_ms));
-    let until = Nanos(burst.rest_until_ns);
-    thread::sleep(Duration::from_nanos(until.since(now()).0));
+    while burst.rest_until.as_ref().is_some_and(|file| !file.exists()) {
+        thread::sleep(Duration::from_millis(5));
+    }
     // A burst that is killed has said when it began.
     say(&serde_json::json!({ "start_ns": now().0 }))?;
     let start = Instant::now();
