@@ -1,7 +1,7 @@
 //! An open file of a cgroup, for writes that must not resolve a path or allocate.
 //!
 //! Opened once and kept: a raise must not resolve a path, and a path may be reused by another cgroup while
-//! an open file keeps failing with `ENODEV`. There are seven a guarded cgroup, so the path, which only an
+//! an open file keeps failing with `ENODEV`. There are nine a guarded cgroup, so the path, which only an
 //! error tells, is shared.
 
 use std::{
@@ -151,5 +151,45 @@ impl Control {
             .map_err(self.failed("read"))?;
         let mut lines = buffer[..length].split(|&byte| byte == b'\n');
         Ok(lines.any(|found| found == line.as_bytes()))
+    }
+
+    /// The number that follows the first `key`; only the first 128 bytes are looked at.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read or there is none.
+    pub fn number_after(&self, key: &str) -> Result<u64, CgroupError> {
+        let mut buffer = [0_u8; 128];
+        let length = self
+            .file
+            .read_at(&mut buffer, 0)
+            .map_err(self.failed("read"))?;
+        number_after(&buffer[..length], key).ok_or_else(|| CgroupError::Parse {
+            path: self.path(),
+            content: String::from_utf8_lossy(&buffer[..length]).into_owned(),
+            expected: "number",
+        })
+    }
+}
+
+fn number_after(content: &[u8], key: &str) -> Option<u64> {
+    let rest = std::str::from_utf8(content).ok()?.split_once(key)?.1;
+    let digits = rest.split(|next: char| !next.is_ascii_digit()).next()?;
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number_after;
+
+    #[test]
+    fn a_number_follows_its_key() {
+        let stat = b"usage_usec 8250\nuser_usec 17";
+        assert_eq!(number_after(stat, "usage_usec "), Some(8250));
+        let pressure = b"some avg10=0.00 avg60=0.00 avg300=0.00 total=42\nfull";
+        assert_eq!(number_after(pressure, "total="), Some(42));
+        for content in [&b""[..], b"usage_usec", b"usage_usec max", b"\xff"] {
+            assert_eq!(number_after(content, "usage_usec "), None);
+        }
     }
 }

@@ -24,6 +24,9 @@ pub struct Controls {
     pub(super) current: Control,
     /// `pids.current` counts threads; not there where the controller is not enabled.
     threads: Option<Control>,
+    cpu: Control,
+    /// Not there where PSI is off.
+    cpu_pressure: Option<Control>,
 }
 
 impl Controls {
@@ -43,6 +46,8 @@ impl Controls {
             events: Control::open_read(cgroup, "cgroup.events")?,
             current: Control::open_read(cgroup, "memory.current")?,
             threads: Control::open_read(cgroup, "pids.current").ok(),
+            cpu: Control::open_read(cgroup, "cpu.stat")?,
+            cpu_pressure: Control::open_read(cgroup, "cpu.pressure").ok(),
         })
     }
 
@@ -61,6 +66,16 @@ impl Controls {
     /// Whether a freeze is complete: every thread in it stands still. One that is gone cannot go on.
     pub(super) fn is_frozen(&self) -> bool {
         self.events.has_line("frozen 1").unwrap_or(true)
+    }
+
+    /// Microseconds for which its threads have run, and for which any of them has waited for a CPU: while
+    /// neither grows, nothing in it goes on.
+    pub(super) fn activity(&self) -> u64 {
+        let ran = self.cpu.number_after("usage_usec ").unwrap_or(0);
+        // A file of pressure cannot be read where PSI is off by boot parameter.
+        let pressure = self.cpu_pressure.as_ref();
+        let waited = pressure.and_then(|pressure| pressure.number_after("total=").ok());
+        ran.saturating_add(waited.unwrap_or(0))
     }
 
     /// Threads that may be growing.

@@ -6,10 +6,11 @@
 //! the answer: before it changes a limit, runc asks whether the container is paused, and if it is to be frozen
 //! waits until it is, for as long as 10 s, whatever becomes of the freeze meanwhile (`waitFrozen`,
 //! cgroups/fs2/freezer.go). A long system call, or a thread that the brake has put to sleep, keeps it from
-//! that. So a freeze that is not complete when runc may be there is lifted, too, whatever keeps it, unless only
-//! page faults have been charged for and hardly any room is left: those end, however long the kernel reclaims
-//! in them first (0.1 s and more for a huge page, emulated), and then it is frozen. Where probes forbid the
-//! freezer there is only the brake from the start.
+//! that. So a freeze that is not complete when runc may be there is lifted, too, unless only page faults have
+//! been charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages
+//! that the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU
+//! quota, that takes long. Whoever is let out meanwhile may use up what is left. Where probes forbid the freezer
+//! there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
@@ -34,6 +35,10 @@ const LONG_CALL: Nanos = Nanos::millis(10);
 /// When a freeze must be complete: a raise takes the API server, the kubelet and the runtime 0.25 s and more
 /// until runc asks.
 const FREEZING: Nanos = Nanos::millis(100);
+/// The same where only page faults have been charged for and its threads go on: runc, too, is late there.
+const FREEZING_BUSY: Nanos = Nanos::millis(1000);
+/// Threads that have neither run nor waited for a CPU for so long wait for something else.
+const INACTIVE: Nanos = Nanos::millis(25);
 /// Shortest time between two brakes of one container.
 const BRAKE_INTERVAL: Nanos = Nanos::millis(10);
 /// A brake lasts at least this long, however soon the answer should be there.
@@ -55,6 +60,10 @@ pub(super) struct Held {
     grower: Option<u32>,
     /// Whether all that was charged since is known to be page faults.
     is_faults: bool,
+    /// What [`Controls::activity`] was, and when.
+    ///
+    /// [`Controls::activity`]: super::Controls::activity
+    activity: Option<(Nanos, u64)>,
 }
 
 /// What the freezer does in a hold.
@@ -107,6 +116,7 @@ impl Row {
             braked: None,
             grower: None,
             is_faults: event.entry == ENTRY_FAULT,
+            activity: None,
         };
         self.held = Some(held);
         let braked = match self.grows_on(event, demand, held, means) {
@@ -261,12 +271,12 @@ impl Row {
                     });
                     return None;
                 }
-                let usage = self.controls.current.get().ok()?.bytes();
-                let growing = self.growing(usage, Bytes::ZERO);
-                if held.is_faults && !self.foreign_brake && brake::is_scarce(growing) {
-                    // Each of them ends by itself, and whoever is let out for the next may use up what is left.
+                let is_late = at.since(held.since) >= FREEZING_BUSY;
+                if held.is_faults && !is_late && self.goes_on(at, held) {
                     return None;
                 }
+                let usage = self.controls.current.get().ok()?.bytes();
+                let growing = self.growing(usage, Bytes::ZERO);
                 self.brake(growing, Freeze::Replaced, at, usage, means)
             }
             // In force from the first moment of the write, however long that then reclaims.
@@ -280,6 +290,20 @@ impl Row {
             }
             _ => None,
         }
+    }
+
+    /// Whether anything in it has run or waited for a CPU lately.
+    fn goes_on(&mut self, at: Nanos, held: Held) -> bool {
+        let is_due = |(before, _)| at.since(before) >= INACTIVE;
+        if held.activity.is_some_and(|seen| !is_due(seen)) {
+            return true;
+        }
+        let activity = self.controls.activity();
+        self.held = Some(Held {
+            activity: Some((at, activity)),
+            ..held
+        });
+        held.activity.is_none_or(|(_, before)| activity > before)
     }
 
     fn is_brake_set(&self, held: Held) -> bool {

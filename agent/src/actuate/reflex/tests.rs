@@ -6,7 +6,7 @@
 use std::{env, fs, path::PathBuf, process, thread};
 
 use bellows_core::{Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Reason, Signals, WHOLE};
-use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, KIND_WATERMARK, MemoryEvent};
+use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, ENTRY_UNKNOWN, KIND_WATERMARK, MemoryEvent};
 
 use super::{Arm, Brakes, Controls, Means, Verdict, row::Row};
 use crate::{
@@ -46,6 +46,8 @@ impl Stage {
             ("cgroup.freeze", "0".to_owned()),
             ("cgroup.events", "populated 1\nfrozen 1\n".to_owned()),
             ("pids.current", "3".to_owned()),
+            ("cpu.stat", "usage_usec 0\n".to_owned()),
+            ("cpu.pressure", "some total=0\n".to_owned()),
         ] {
             fs::write(directory.join(file), content).unwrap();
         }
@@ -90,7 +92,7 @@ impl Stage {
         (verdict.unwrap().unwrap(), allocated.count_total)
     }
 
-    /// Looks after a hold, `later` from now.
+    /// Looks after a hold, `later` than it began.
     fn look_after(&mut self, later: Nanos) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         let mut means = Means {
@@ -98,7 +100,8 @@ impl Stage {
             ledger: &mut self.ledger,
             brakes: &self.brakes,
         };
-        let at = Nanos(now().0 + later.0);
+        let since = self.row.held.map_or_else(now, |held| held.since);
+        let at = Nanos(since.0 + later.0);
         self.row.look_after(at, &mut means, &mut verdicts);
         verdicts
     }
@@ -268,12 +271,7 @@ fn charges_from_before_the_freeze_are_no_long_call() {
 
 #[test]
 fn a_freeze_that_is_not_complete_in_time_is_replaced() {
-    let mut stage = Stage::new("incomplete", REQUESTED);
-    let usage = (LIMIT.0 - 450 * 4096).to_string();
-    for (file, content) in [("cgroup.events", "frozen 0\n"), ("memory.current", &usage)] {
-        fs::write(stage.directory.join(file), content).unwrap();
-    }
-    stage.react(&event_with_room(450, Nanos(0)));
+    let mut stage = incomplete("incomplete", ENTRY_UNKNOWN);
     assert!(stage.look_after(Nanos::millis(50)).is_empty());
     assert_eq!(stage.content("cgroup.freeze"), "1");
     let verdicts = stage.look_after(Nanos::millis(120));
@@ -284,31 +282,85 @@ fn a_freeze_that_is_not_complete_in_time_is_replaced() {
     stage.wait_until_thawed(Nanos::millis(120));
 }
 
-#[test]
-fn page_faults_that_are_slow_may_end_where_hardly_any_room_is_left() {
-    let mut stage = Stage::new("slow", REQUESTED);
-    fs::write(stage.directory.join("cgroup.events"), "frozen 0\n").unwrap();
-    let usage = |stage: &Stage, pages: u64| {
-        let usage = (LIMIT.0 - pages * 4096).to_string();
-        fs::write(stage.directory.join("memory.current"), usage).unwrap();
-    };
-    usage(&stage, 100);
-    let fault = MemoryEvent {
-        entry: ENTRY_FAULT,
+/// A stage whose freeze is not complete, held for a charge with this entry.
+fn incomplete(name: &str, entry: u32) -> Stage {
+    let mut stage = Stage::new(name, REQUESTED);
+    let usage = (LIMIT.0 - 450 * 4096).to_string();
+    for (file, content) in [("cgroup.events", "frozen 0\n"), ("memory.current", &usage)] {
+        fs::write(stage.directory.join(file), content).unwrap();
+    }
+    stage.react(&entered(entry, Nanos(0)));
+    stage
+}
+
+fn entered(entry: u32, later: Nanos) -> MemoryEvent {
+    MemoryEvent {
+        entry,
         thread: 1,
-        ..event_with_room(100, Nanos(0))
+        ..event_with_room(450, later)
+    }
+}
+
+#[test]
+fn page_faults_may_end_for_as_long_as_they_go_on() {
+    let mut stage = incomplete("slow", ENTRY_FAULT);
+    let goes_on = |stage: &mut Stage, later: u64| {
+        let stat = format!("usage_usec {later}\n");
+        fs::write(stage.directory.join("cpu.stat"), stat).unwrap();
+        let verdicts = stage.look_after(Nanos::millis(later));
+        assert_eq!(verdicts.is_empty(), !stage.is_braked(), "{verdicts:?}");
+        !stage.is_braked()
     };
-    stage.react(&fault);
-    assert!(stage.look_after(Nanos::millis(120)).is_empty());
+    for later in (110..=980).step_by(30) {
+        assert!(goes_on(&mut stage, later), "{later} ms");
+    }
     assert_eq!(stage.content("cgroup.freeze"), "1");
-    assert!(!stage.is_braked());
-    usage(&stage, 450);
-    let verdicts = stage.look_after(Nanos::millis(121));
+    assert!(!goes_on(&mut stage, 1010), "runc would wait");
+    stage.wait_until_thawed(Nanos::millis(1010));
+}
+
+#[test]
+fn page_faults_that_wait_for_something_else_are_let_out() {
+    let mut stage = incomplete("stuck", ENTRY_FAULT);
+    assert!(stage.look_after(Nanos::millis(110)).is_empty());
+    assert!(stage.look_after(Nanos::millis(130)).is_empty());
+    let verdicts = stage.look_after(Nanos::millis(140));
     assert!(
         matches!(verdicts[..], [Verdict::Braked { .. }]),
         "{verdicts:?}"
     );
-    stage.wait_until_thawed(Nanos::millis(121));
+    stage.wait_until_thawed(Nanos::millis(140));
+}
+
+#[test]
+fn threads_that_wait_for_a_cpu_go_on() {
+    let mut stage = incomplete("waits", ENTRY_FAULT);
+    let pressure = |stage: &mut Stage, later: u64| {
+        let pressure = format!("some avg10=0.00 avg60=0.00 avg300=0.00 total={later}\n");
+        fs::write(stage.directory.join("cpu.pressure"), pressure).unwrap();
+        stage.look_after(Nanos::millis(later))
+    };
+    for later in [110, 140, 170] {
+        assert!(pressure(&mut stage, later).is_empty());
+    }
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+}
+
+#[test]
+fn what_may_be_a_system_call_is_not_waited_for() {
+    for (name, entries) in [
+        ("unknown", [ENTRY_UNKNOWN, ENTRY_FAULT]),
+        ("first", [ENTRY_CALL, ENTRY_FAULT]),
+        ("second", [ENTRY_FAULT, ENTRY_CALL]),
+    ] {
+        let mut stage = incomplete(name, entries[0]);
+        let _nothing = stage.look(&entered(entries[1], Nanos::millis(1)));
+        let verdicts = stage.look_after(Nanos::millis(110));
+        assert!(
+            matches!(verdicts[..], [Verdict::Braked { .. }]),
+            "{name}: {verdicts:?}"
+        );
+    }
 }
 
 #[test]
