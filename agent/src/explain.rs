@@ -120,7 +120,10 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                     Some(error) => format!("failed{after}, the limit is {limit}: {error}"),
                 }
             }
-            Record::ForeignBrake { .. } => "memory.high is somebody else's: left alone".to_owned(),
+            Record::Brake { foreign: false, .. } => continue,
+            Record::Brake { foreign: true, .. } => {
+                "memory.high is somebody else's: left alone".to_owned()
+            }
             Record::Forget { .. } => "not guarded any more".to_owned(),
         };
         let millis = record.at().since(start).as_millis();
@@ -185,6 +188,11 @@ mod tests {
                 name: "dev/pod/app".to_owned(),
                 original: from,
                 limit: from,
+            },
+            Record::Brake {
+                at: at(1),
+                cgroup,
+                foreign: false,
             },
             intend(500, Action::Raise { from, to }, Reason::WatermarkReached),
             intend(501, Action::Hold, Reason::RaiseUnderWay),

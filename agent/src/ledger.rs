@@ -43,12 +43,14 @@ pub enum Record {
         /// Its limit now.
         limit: Bytes,
     },
-    /// `memory.high` was somebody else's when the cgroup was adopted, and is left alone.
-    ForeignBrake {
+    /// Whose `memory.high` is. Before this nobody of us has moved it.
+    Brake {
         /// When.
         at: Nanos,
         /// In which cgroup.
         cgroup: CgroupId,
+        /// Whether it was somebody else's when the cgroup was adopted, and is left alone.
+        foreign: bool,
     },
     /// Something is about to be done.
     Intend {
@@ -97,7 +99,7 @@ impl Record {
     pub const fn cgroup(&self) -> CgroupId {
         match self {
             Self::Adopt { cgroup, .. }
-            | Self::ForeignBrake { cgroup, .. }
+            | Self::Brake { cgroup, .. }
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
             | Self::Forget { cgroup, .. } => *cgroup,
@@ -109,7 +111,7 @@ impl Record {
     pub const fn at(&self) -> Nanos {
         match self {
             Self::Adopt { at, .. }
-            | Self::ForeignBrake { at, .. }
+            | Self::Brake { at, .. }
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
             | Self::Forget { at, .. } => *at,

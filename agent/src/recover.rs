@@ -54,35 +54,9 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
         // The predecessor died between putting its ledger aside and beginning the next.
         None => read_if_there(&ledger::previous(path))?.unwrap_or_default(),
     };
-    let mut guarded: BTreeMap<CgroupId, Left> = BTreeMap::new();
-    for record in &contents.records {
-        match record {
-            Record::Adopt { cgroup, path, .. } => {
-                let left = Left {
-                    path: path.clone(),
-                    foreign_brake: false,
-                };
-                drop(guarded.insert(*cgroup, left));
-            }
-            Record::ForeignBrake { cgroup, .. } => {
-                if let Some(left) = guarded.get_mut(cgroup) {
-                    left.foreign_brake = true;
-                }
-            }
-            Record::Forget { cgroup, .. } => drop(guarded.remove(cgroup)),
-            Record::Intend { .. } | Record::Verify { .. } => {}
-        }
-    }
-    for Left {
-        path,
-        foreign_brake,
-    } in guarded.values()
-    {
-        let released = if *foreign_brake {
-            thaw(path)
-        } else {
-            release(path)
-        };
+    let guarded = left_by(&contents.records);
+    for Left { path, braked } in guarded.values() {
+        let released = if *braked { release(path) } else { thaw(path) };
         if let Err(error) = released {
             tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
         }
@@ -93,10 +67,36 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
     })
 }
 
+/// What records say that a dead agent has left behind.
+fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
+    let mut guarded: BTreeMap<CgroupId, Left> = BTreeMap::new();
+    for record in records {
+        match record {
+            Record::Adopt { cgroup, path, .. } => {
+                guarded.entry(*cgroup).or_insert_with(|| Left {
+                    path: path.clone(),
+                    braked: false,
+                });
+            }
+            Record::Brake {
+                cgroup, foreign, ..
+            } => {
+                if let Some(left) = guarded.get_mut(cgroup) {
+                    left.braked = !foreign;
+                }
+            }
+            Record::Forget { cgroup, .. } => drop(guarded.remove(cgroup)),
+            Record::Intend { .. } | Record::Verify { .. } => {}
+        }
+    }
+    guarded
+}
+
 /// A cgroup that a dead agent guarded.
 struct Left {
     path: PathBuf,
-    foreign_brake: bool,
+    /// Whether its brake may have been moved by us.
+    braked: bool,
 }
 
 fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
@@ -132,8 +132,37 @@ fn unless_gone(result: Result<(), CgroupError>) -> Result<(), CgroupError> {
 mod tests {
     use std::{env, process};
 
+    use bellows_core::{Bytes, Nanos};
+
     use super::*;
     use crate::ledger::Ledger;
+
+    /// Whatever the instant of the death, a brake that is somebody else's stays.
+    #[test]
+    fn a_brake_is_lifted_only_where_it_was_ours() {
+        let (at, cgroup) = (Nanos(1), CgroupId(7));
+        let adopt = Record::Adopt {
+            at,
+            cgroup,
+            path: PathBuf::from("a"),
+            name: String::new(),
+            original: Bytes(1),
+            limit: Bytes(1),
+        };
+        let brake = |foreign| Record::Brake {
+            at,
+            cgroup,
+            foreign,
+        };
+        let braked = |records: &[Record]| left_by(records).get(&cgroup).map(|left| left.braked);
+        let [ours, theirs] = [false, true].map(brake);
+        assert_eq!(braked(std::slice::from_ref(&adopt)), Some(false));
+        assert_eq!(braked(&[adopt.clone(), theirs]), Some(false));
+        assert_eq!(braked(&[adopt.clone(), ours.clone()]), Some(true));
+        let again = [adopt.clone(), ours.clone(), adopt.clone()];
+        assert_eq!(braked(&again), Some(true));
+        assert_eq!(braked(&[adopt, ours, Record::Forget { at, cgroup }]), None);
+    }
 
     /// Parent and releaser learn of a death at the same time.
     #[test]

@@ -139,11 +139,12 @@ impl Guarded {
     /// The records that a new ledger begins with: whoever releases after our death must leave a brake alone
     /// that is somebody else's.
     pub(super) fn standing(&self, at: Nanos) -> impl Iterator<Item = Record> + use<> {
-        let cgroup = self.cgroup.id();
-        let foreign = self
-            .foreign_brake
-            .map(|_| Record::ForeignBrake { at, cgroup });
-        std::iter::once(self.adoption(at)).chain(foreign)
+        let brake = Record::Brake {
+            at,
+            cgroup: self.cgroup.id(),
+            foreign: self.foreign_brake.is_some(),
+        };
+        [self.adoption(at), brake].into_iter()
     }
 
     /// Takes the measured times of the latest requests into the policy.

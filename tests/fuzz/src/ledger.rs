@@ -99,7 +99,7 @@ pub(crate) fn damage(bytes: &[u8]) {
 
 fn record(input: &mut Input<'_>, at: Nanos) -> Record {
     let cgroup = CgroupId(u64::from(input.byte()));
-    match input.byte() % 4 {
+    match input.byte() % 5 {
         0 => Record::Adopt {
             at,
             cgroup,
@@ -120,6 +120,11 @@ fn record(input: &mut Input<'_>, at: Nanos) -> Record {
             cgroup,
             limit: Bytes(input.long()),
             error: input.flag().then(|| input.text()),
+        },
+        3 => Record::Brake {
+            at,
+            cgroup,
+            foreign: input.flag(),
         },
         _ => Record::Forget { at, cgroup },
     }

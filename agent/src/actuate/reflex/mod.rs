@@ -428,16 +428,17 @@ impl Worker {
         };
         let before = self.table.remove(&cgroup);
         let is_new = before.is_none();
-        let armed = match Row::armed(arm, before) {
+        let armed = Row::armed(arm, before).and_then(|row| {
+            if is_new {
+                self.note_brake(cgroup, row.has_foreign_brake())?;
+            }
+            Ok(row)
+        });
+        let armed = match armed {
             Ok(row) => {
-                let noted = if is_new && row.has_foreign_brake() {
-                    self.note_foreign_brake(cgroup)
-                } else {
-                    Ok(())
-                };
                 let result = row.watch(&mut self.source);
                 self.table.insert(cgroup, row);
-                noted.and(result)
+                result
             }
             Err(error) => {
                 // Whatever it was, it is not watched any more.
@@ -451,10 +452,17 @@ impl Worker {
         }
     }
 
-    /// Whoever releases after our death must leave it alone, too.
-    fn note_foreign_brake(&mut self, cgroup: CgroupId) -> Result<(), String> {
-        self.tell(Verdict::ForeignBrake { cgroup });
-        let record = Record::ForeignBrake { at: now(), cgroup };
+    /// Whoever releases after our death must leave alone what is somebody else's, at whatever instant that is.
+    fn note_brake(&mut self, cgroup: CgroupId, foreign: bool) -> Result<(), String> {
+        if foreign {
+            self.tell(Verdict::ForeignBrake { cgroup });
+        }
+        let at = now();
+        let record = Record::Brake {
+            at,
+            cgroup,
+            foreign,
+        };
         self.ledger
             .append(&record)
             .map_err(|error| error.to_string())
