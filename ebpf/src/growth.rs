@@ -12,6 +12,9 @@
 //! most every [`EVENT_INTERVAL_NS`], so one that was lost (full ring, a program skipped because
 //! another task was preempted inside it) is only late. Page cache does not count: it is summed only
 //! above the watermark, where a false alarm would cost more than the reads.
+//!
+//! The watermark of huge pages is not for `khugepaged`, which gives the small pages back at once. Large folios of
+//! page cache, which a `write` of 2 MiB and more may bring in, cannot be told from huge pages here.
 
 use aya_ebpf::{
     macros::{fentry, fexit},
@@ -69,7 +72,7 @@ fn charged(tracked: &Tracked, charged: Address, pages: u64) -> Result<(), i32> {
         watermark_pages,
         huge_watermark_pages,
     } = *tracked;
-    let watermark_pages = if pages > BATCH_PAGES {
+    let told_from = if pages > BATCH_PAGES {
         huge_watermark_pages
     } else {
         watermark_pages
@@ -84,7 +87,7 @@ fn charged(tracked: &Tracked, charged: Address, pages: u64) -> Result<(), i32> {
     let at_ns = now();
     observe(growth, usage, at_ns);
 
-    if watermark_pages == WATERMARK_OFF || usage < watermark_pages {
+    if told_from == WATERMARK_OFF || usage < told_from {
         return Ok(());
     }
     let file_pages = memcg::file_pages_between(counter, charged)?;
@@ -92,7 +95,10 @@ fn charged(tracked: &Tracked, charged: Address, pages: u64) -> Result<(), i32> {
     if demand > growth.peak_demand_pages {
         growth.peak_demand_pages = demand;
     }
-    if demand < watermark_pages || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS {
+    if demand < told_from || at_ns.wrapping_sub(growth.last_event_ns) < EVENT_INTERVAL_NS {
+        return Ok(());
+    }
+    if demand < watermark_pages && task::is_in_root_cgroup() {
         return Ok(());
     }
     growth.last_event_ns = at_ns;

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::task_struct,
     helpers::{
-        bpf_get_current_pid_tgid,
+        bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
         generated::{bpf_get_current_task_btf, bpf_task_pt_regs},
     },
 };
@@ -19,6 +19,16 @@ use crate::{
 #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
 pub(crate) fn thread() -> u32 {
     bpf_get_current_pid_tgid() as u32
+}
+
+/// Whether it is in no container: a kernel thread (`khugepaged` is one), or the host's own.
+#[inline(always)]
+pub(crate) fn is_in_root_cgroup() -> bool {
+    /// The inode of the root of a cgroup hierarchy (`kernfs_create_root`, fs/kernfs/dir.c).
+    const ROOT: u64 = 1;
+    // SAFETY: takes no argument and cannot fail.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    cgroup == ROOT
 }
 
 /// How it came into the kernel. The registers that it left user mode with have the number of its system

@@ -21,8 +21,9 @@
 //! program that asked for huge pages (`MADV_HUGEPAGE`, which allows reclaim; `vma_thp_gfp_mask`,
 //! mm/huge_memory.c, 6.12) all threads are in there when the freezer comes, and each still needs a page and a
 //! page table. 8 of 40 such bursts were killed in a hold that had begun in time. So the watermark of a huge page
-//! is lower by one for each CPU, and by an eighth of the limit at most. What rushes to
-//! there by huge pages and stops is raised for nothing.
+//! is lower by one for each CPU, and by an eighth of the limit at most; where not even one is an eighth there is
+//! none. What rushes to there by huge pages and stops is raised for nothing, again each time that the limit was
+//! lowered meanwhile.
 //!
 //! Without kernel programs nobody tells of the watermark before the brake is crossed, and then up to
 //! 10 ms late, in which a thread touches 20 MiB. There the brake is the signal *and* the time: it
@@ -85,9 +86,12 @@ impl Thresholds {
             // Files do not tell of single charges.
             (Actuation::Direct, _) | (_, Signals::Files) => at.watermark,
             (Actuation::Requested { .. }, Signals::Programs) => {
-                let others = HUGE_PAGE.scaled(policy.cpus, 1);
-                at.watermark
-                    .minus(others.min(usable.per_mille(125)).max(HUGE_PAGE))
+                let ahead = HUGE_PAGE.scaled(policy.cpus, 1).min(usable.per_mille(125));
+                if ahead < HUGE_PAGE {
+                    at.watermark
+                } else {
+                    at.watermark.minus(ahead).page_floor()
+                }
             }
         };
         Self {
@@ -110,7 +114,8 @@ impl Thresholds {
     #[must_use]
     pub fn held_from(self, usable: Bytes) -> Bytes {
         let margin = usable.minus(self.watermark);
-        self.huge_watermark.minus(margin.max(HUGE_PAGE))
+        let huge_page = HUGE_PAGE.min(usable.per_mille(125));
+        self.huge_watermark.minus(margin.max(huge_page))
     }
 
     /// The thresholds of `limit` on a machine with `cpus` CPUs.
@@ -159,7 +164,16 @@ mod tests {
 
     #[test]
     fn a_slow_raise_is_asked_for_while_huge_pages_still_fit() {
-        for (limit, cpus, ahead) in [(32, 1, 2), (32, 2, 4), (32, 64, 4), (256, 8, 16), (8, 2, 2)] {
+        for (limit, cpus, ahead) in [
+            (16, 2, 2),
+            (32, 1, 2),
+            (32, 2, 4),
+            (32, 64, 4),
+            (256, 8, 16),
+            // There a huge page is more than an eighth.
+            (15, 2, 0),
+            (4, 64, 0),
+        ] {
             let limit = Bytes::mib(limit);
             let mut policy = Policy {
                 actuation: Actuation::Requested { p95: Nanos(1) },
@@ -176,6 +190,35 @@ mod tests {
             policy.actuation = Actuation::Direct;
             let at = Thresholds::under(&policy, limit);
             assert_eq!(at.huge_watermark, at.watermark);
+        }
+    }
+
+    #[test]
+    fn who_is_held_is_not_let_go_for_the_page_that_did_not_fit() {
+        for (limit, cpus, usable_per_mille) in [(32, 2, 1000), (256, 8, 1000), (256, 64, 900)] {
+            let limit = Bytes::mib(limit);
+            let policy = Policy {
+                actuation: Actuation::Requested { p95: Nanos(1) },
+                cpus,
+                usable_per_mille,
+                ..Policy::direct(limit, Bytes::mib(4096))
+            };
+            let usable = policy.usable(limit);
+            let at = Thresholds::under(&policy, limit);
+            assert!(at.huge_watermark >= usable.per_mille(840));
+            let from = at.held_from(usable);
+            assert!(from.plus(HUGE_PAGE) <= at.huge_watermark, "{limit} {cpus}");
+            assert!(from >= usable.per_mille(760), "{limit} {cpus}: {from}");
+        }
+    }
+
+    #[test]
+    fn who_is_held_in_a_small_limit_can_be_let_go() {
+        for limit in [4, 15, 64].map(Bytes::mib) {
+            for signals in [Signals::Files, Signals::Programs] {
+                let from = Thresholds::of(limit, 2, signals).held_from(limit);
+                assert!(from >= limit.per_mille(770), "{limit} {signals:?}: {from}");
+            }
         }
     }
 

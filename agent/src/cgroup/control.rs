@@ -1,7 +1,7 @@
 //! An open file of a cgroup, for writes that must not resolve a path or allocate.
 //!
 //! Opened once and kept: a raise must not resolve a path, and a path may be reused by another cgroup while
-//! an open file keeps failing with `ENODEV`. There are nine a guarded cgroup, so the path, which only an
+//! an open file keeps failing with `ENODEV`. There are ten a guarded cgroup, so the path, which only an
 //! error tells, is shared.
 
 use std::{

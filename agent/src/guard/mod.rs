@@ -128,6 +128,8 @@ pub struct Controller<R> {
     answers: SyncSender<Input>,
     requester: R,
     guards: BTreeMap<CgroupId, Guarded>,
+    /// Whether the reflex still writes into the ledger that was put aside.
+    reflex_is_behind: bool,
 }
 
 impl<R: Requester> Controller<R> {
@@ -147,6 +149,7 @@ impl<R: Requester> Controller<R> {
             answers,
             requester,
             guards: BTreeMap::new(),
+            reflex_is_behind: false,
         }
     }
 
@@ -374,17 +377,20 @@ impl<R: Requester> Controller<R> {
 
     /// Begins a new ledger when this one is full. A failure is tried again at the next tick.
     fn turn_page(&mut self) -> std::io::Result<()> {
-        if !self.ledger.is_full()? {
-            return Ok(());
+        if self.ledger.is_full()? {
+            let at = now();
+            let guarded: Vec<Record> = self
+                .guards
+                .values()
+                .flat_map(|guarded| guarded.standing(at))
+                .collect();
+            self.ledger.rotate(&guarded)?;
+            self.reflex_is_behind = true;
         }
-        let at = now();
-        let guarded: Vec<Record> = self
-            .guards
-            .values()
-            .flat_map(|guarded| guarded.standing(at))
-            .collect();
-        self.ledger.rotate(&guarded)?;
-        self.reflex.send(Command::Ledger(self.ledger.another()?));
+        if self.reflex_is_behind {
+            self.reflex.send(Command::Ledger(self.ledger.another()?));
+            self.reflex_is_behind = false;
+        }
         Ok(())
     }
 

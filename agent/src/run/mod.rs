@@ -151,7 +151,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
 }
 
 /// Lets this process have enough open files for as many containers as the programs can watch: each takes
-/// seven, and one more for every container that inherits its limit. The usual 1,024 last for 200.
+/// ten, and one more for every container that inherits its limit. The usual 1,024 last for 100.
 fn allow_files() {
     const WANTED: u64 = 65_536;
     let before = getrlimit(Resource::Nofile);

@@ -1,7 +1,12 @@
 //! `pod-edges`: what `bellows run` promises at its edges, one record a promise: pods that cannot be
 //! guarded are told why in an Event, and a change by somebody else becomes the new original.
 
-use std::{fs::File, process::Command, thread, time::Duration};
+use std::{
+    fs::{self, File},
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
@@ -392,6 +397,7 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
 fn at_once(cluster: &Cluster) -> Result<()> {
     const PODS: [&str; 4] = ["one", "two", "three", "four"];
     const START: &str = "/run/start";
+    drop(fs::remove_file(START));
     for name in PODS {
         let command = ["/bellows-guest".to_owned(), "load".to_owned()]
             .into_iter()

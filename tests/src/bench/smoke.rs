@@ -1,10 +1,13 @@
 //! `smoke`: does this kernel take every program, what does `bellows doctor` say of it, what becomes of
 //! events while nobody reads them, and have huge pages a watermark of their own?
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
-use bellows::signal::programs::{Kernel, Purpose, memory_event};
+use anyhow::{Context as _, Result, ensure};
+use bellows::{
+    cgroup::Cgroup,
+    signal::programs::{Kernel, Purpose, memory_event},
+};
 use bellows_core::{Bytes, Watermark};
 use bellows_ebpf_common::{BATCH_PAGES, loss};
 use serde_json::{Value, json};
@@ -66,16 +69,19 @@ fn full_ring() -> Result<Value> {
     Ok(json!({ "kept": kept, "lost": lost, "after": after }))
 }
 
-/// Touches memory by huge pages, below the watermark of the one size of charges and above that of the other:
-/// how many of each size are told of.
+/// Grows by huge pages, below the watermark of the one size of charges and above that of the other: how many of
+/// each size are told of.
 fn huge_pages() -> Result<Value> {
     set_thp(true)?;
     let (mut kernel, mut reflexes) = Kernel::load(Purpose::Guard)?;
     let cgroup = inside::create("huge-pages")?;
     kernel.track(cgroup.id())?;
-    let mut told = |watermark| {
+    let by_faults = || Touched::start(&cgroup, TOUCHED).map(drop);
+    let in_calls = || populate(&cgroup, TOUCHED);
+    let mut told = |small, huge, grow: &dyn Fn() -> Result<()>| {
+        let watermark = Watermark { small, huge };
         reflexes.guards.set(cgroup.id(), Some(watermark))?;
-        drop(Touched::start(&cgroup, TOUCHED)?);
+        grow()?;
         let (mut small, mut huge) = (0_u64, 0_u64);
         while let Some(item) = reflexes.ring.next() {
             let event = memory_event(&item).context("an event that cannot be read")?;
@@ -88,18 +94,29 @@ fn huge_pages() -> Result<Value> {
         }
         anyhow::Ok(json!({ "small": small, "huge": huge }))
     };
-    let (low, high) = (Bytes::mib(1), Bytes::mib(1024));
-    let told_of_huge = told(Watermark {
-        small: high,
-        huge: low,
-    })?;
-    let told_of_small = told(Watermark {
-        small: low,
-        huge: high,
-    })?;
+    let (low, high) = (Bytes::from_pages(64), Bytes::mib(1024));
+    let told = json!({
+        "below_small": told(high, low, &by_faults)?,
+        "below_huge": told(low, high, &by_faults)?,
+        "in_calls": told(high, low, &in_calls)?,
+    });
     drop((kernel, reflexes));
     cgroup.remove()?;
-    Ok(json!({ "below_small": told_of_huge, "below_huge": told_of_small }))
+    Ok(told)
+}
+
+/// Has memory filled inside system calls.
+fn populate(cgroup: &Cgroup, size: Bytes) -> Result<()> {
+    let size = size.0.to_string();
+    let burst = [
+        "burst", "--kind", "populate", "--rest", "0", "--peak", &size,
+    ];
+    let status = inside::load(cgroup, &burst)?
+        .stdout(Stdio::null())
+        .status()
+        .context("run a burst")?;
+    ensure!(status.success(), "a burst: {status}");
+    Ok(())
 }
 
 #[expect(
@@ -124,11 +141,13 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     };
     let tells_sizes = |record: &&Value| {
         let told = &record["huge_pages"];
-        told["below_small"]["small"] == 0
-            && told["below_huge"]["huge"] == 0
-            && told["below_small"]["huge"]
-                .as_u64()
-                .is_some_and(|events| events > 0)
+        let none = |pass: &str, size: &str| told[pass][size] == 0;
+        let some = |pass: &str, size: &str| told[pass][size].as_u64().is_some_and(|told| told > 0);
+        none("below_small", "small")
+            && some("below_small", "huge")
+            && some("below_huge", "small")
+            && none("below_huge", "huge")
+            && some("in_calls", "huge")
     };
     let lacking: Vec<Value> = records
         .iter()

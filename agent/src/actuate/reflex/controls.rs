@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Nanos};
 
 use crate::cgroup::{Cgroup, CgroupError, Control, Limit};
 
@@ -26,7 +26,7 @@ pub struct Controls {
     threads: Option<Control>,
     cpu: Control,
     /// Not there where PSI is off.
-    cpu_pressure: Option<Control>,
+    pressures: [Option<Control>; 2],
 }
 
 impl Controls {
@@ -47,7 +47,8 @@ impl Controls {
             current: Control::open_read(cgroup, "memory.current")?,
             threads: Control::open_read(cgroup, "pids.current").ok(),
             cpu: Control::open_read(cgroup, "cpu.stat")?,
-            cpu_pressure: Control::open_read(cgroup, "cpu.pressure").ok(),
+            pressures: ["cpu.pressure", "memory.pressure"]
+                .map(|name| Control::open_read(cgroup, name).ok()),
         })
     }
 
@@ -68,14 +69,17 @@ impl Controls {
         self.events.has_line("frozen 1").unwrap_or(true)
     }
 
-    /// Microseconds for which its threads have run, and for which any of them has waited for a CPU: while
-    /// neither grows, nothing in it goes on.
-    pub(super) fn activity(&self) -> u64 {
+    /// For how long its threads have run, and any of them has waited for a CPU, or for memory in reclaim or in the
+    /// brake: while none of it grows, nothing in it goes on.
+    pub(super) fn activity(&self) -> Nanos {
         let ran = self.cpu.number_after("usage_usec ").unwrap_or(0);
-        // A file of pressure cannot be read where PSI is off by boot parameter.
-        let pressure = self.cpu_pressure.as_ref();
-        let waited = pressure.and_then(|pressure| pressure.number_after("total=").ok());
-        ran.saturating_add(waited.unwrap_or(0))
+        let waited = self
+            .pressures
+            .iter()
+            .flatten()
+            // A file of pressure cannot be read where PSI is off by boot parameter.
+            .filter_map(|pressure| pressure.number_after("total=").ok());
+        Nanos(waited.fold(ran, u64::saturating_add).saturating_mul(1000))
     }
 
     /// Threads that may be growing.

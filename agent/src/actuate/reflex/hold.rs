@@ -6,11 +6,11 @@
 //! the answer: before it changes a limit, runc asks whether the container is paused, and if it is to be frozen
 //! waits until it is, for as long as 10 s, whatever becomes of the freeze meanwhile (`waitFrozen`,
 //! cgroups/fs2/freezer.go). A long system call, or a thread that the brake has put to sleep, keeps it from
-//! that. So a freeze that is not complete when runc may be there is lifted, too, unless only page faults have
-//! been charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages
-//! that the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU
-//! quota, that takes long. Whoever is let out meanwhile may use up what is left. Where probes forbid the freezer
-//! there is only the brake from the start.
+//! that. So a freeze that is not complete before runc may ask is lifted, too, unless only page faults have been
+//! charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages that
+//! the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU quota, that
+//! takes long. Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
+//! more, only a freeze that is complete. Where probes forbid the freezer there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
@@ -35,9 +35,11 @@ const LONG_CALL: Nanos = Nanos::millis(10);
 /// When a freeze must be complete: a raise takes the API server, the kubelet and the runtime 0.25 s and more
 /// until runc asks.
 const FREEZING: Nanos = Nanos::millis(100);
-/// The same where only page faults have been charged for and its threads go on: runc, too, is late there.
-const FREEZING_BUSY: Nanos = Nanos::millis(1000);
-/// Threads that have neither run nor waited for a CPU for so long wait for something else.
+/// From when on it is looked at what keeps it.
+const LOOKED_AT: Nanos = Nanos::millis(50);
+/// Of the time that an answer takes, what passes at least until runc asks.
+const UNTIL_ASKED_PER_MILLE: u64 = 333;
+/// Whoever has neither run nor waited for CPU or memory for a quarter of such a time waits for something else.
 const INACTIVE: Nanos = Nanos::millis(25);
 /// Shortest time between two brakes of one container.
 const BRAKE_INTERVAL: Nanos = Nanos::millis(10);
@@ -60,10 +62,16 @@ pub(super) struct Held {
     grower: Option<u32>,
     /// Whether all that was charged since is known to be page faults.
     is_faults: bool,
-    /// What [`Controls::activity`] was, and when.
-    ///
-    /// [`Controls::activity`]: super::Controls::activity
-    activity: Option<(Nanos, u64)>,
+    activity: Option<Activity>,
+}
+
+/// A look at whether a container that is to be frozen still goes on.
+#[derive(Clone, Copy)]
+struct Activity {
+    at: Nanos,
+    /// For how long its threads have run or waited by then.
+    sum: Nanos,
+    goes_on: bool,
 }
 
 /// What the freezer does in a hold.
@@ -71,7 +79,7 @@ pub(super) struct Held {
 enum Freeze {
     /// It freezes, which may take a moment.
     Begun,
-    /// All that could go on stands still, or nobody could tell.
+    /// All that could go on stands still, or nobody could tell, or it is too late to lift it.
     Complete,
     /// The brake takes its place as soon as it is set.
     Replaced,
@@ -263,47 +271,71 @@ impl Row {
     ) -> Option<Result<Verdict, String>> {
         let held = self.held?;
         match held.freeze {
-            Freeze::Begun if at.since(held.since) >= FREEZING => {
-                if self.controls.is_frozen() {
-                    self.held = Some(Held {
-                        freeze: Freeze::Complete,
-                        ..held
-                    });
-                    return None;
-                }
-                let is_late = at.since(held.since) >= FREEZING_BUSY;
-                if held.is_faults && !is_late && self.goes_on(at, held) {
-                    return None;
-                }
-                let usage = self.controls.current.get().ok()?.bytes();
-                let growing = self.growing(usage, Bytes::ZERO);
-                self.brake(growing, Freeze::Replaced, at, usage, means)
-            }
+            Freeze::Begun => self.look_after_begun(at, held, means),
             // In force from the first moment of the write, however long that then reclaims.
             Freeze::Replaced if self.foreign_brake || self.is_brake_set(held) => {
                 let lifted = self.controls.freeze.set_flag(false).map_err(text);
-                self.held = Some(Held {
-                    freeze: Freeze::Off,
-                    ..held
-                });
+                self.set_freeze(Freeze::Off);
                 Some(Err(lifted.err()?))
             }
             _ => None,
         }
     }
 
-    /// Whether anything in it has run or waited for a CPU lately.
-    fn goes_on(&mut self, at: Nanos, held: Held) -> bool {
-        let is_due = |(before, _)| at.since(before) >= INACTIVE;
-        if held.activity.is_some_and(|seen| !is_due(seen)) {
-            return true;
+    fn look_after_begun(
+        &mut self,
+        at: Nanos,
+        held: Held,
+        means: &mut Means<'_>,
+    ) -> Option<Result<Verdict, String>> {
+        let elapsed = at.since(held.since);
+        if elapsed < LOOKED_AT {
+            return None;
         }
-        let activity = self.controls.activity();
-        self.held = Some(Held {
-            activity: Some((at, activity)),
-            ..held
-        });
-        held.activity.is_none_or(|(_, before)| activity > before)
+        if self.controls.is_frozen() {
+            self.set_freeze(Freeze::Complete);
+            return None;
+        }
+        let may_end = self.goes_on(at, held) && held.is_faults;
+        if elapsed < FREEZING {
+            return None;
+        }
+        if may_end {
+            if elapsed >= self.asked_after() {
+                self.set_freeze(Freeze::Complete);
+            }
+            return None;
+        }
+        let usage = self.controls.current.get().ok()?.bytes();
+        let growing = self.growing(usage, Bytes::ZERO);
+        self.brake(growing, Freeze::Replaced, at, usage, means)
+    }
+
+    /// When runc may ask for a freeze that is under way.
+    fn asked_after(&self) -> Nanos {
+        match self.policy.actuation {
+            Actuation::Requested { p95 } => p95.per_mille(UNTIL_ASKED_PER_MILLE),
+            Actuation::Direct => Nanos(0),
+        }
+    }
+
+    fn set_freeze(&mut self, freeze: Freeze) {
+        self.held = self.held.map(|held| Held { freeze, ..held });
+    }
+
+    /// Whether anything in it has run, or waited for CPU or memory, lately; so it is taken to until it was looked
+    /// at twice.
+    fn goes_on(&mut self, at: Nanos, held: Held) -> bool {
+        let before = held.activity;
+        if let Some(recent) = before.filter(|before| at.since(before.at) < INACTIVE) {
+            return recent.goes_on;
+        }
+        let sum = self.controls.activity();
+        let goes_on =
+            before.is_none_or(|before| sum.since(before.sum).0 >= at.since(before.at).0 / 4);
+        let activity = Some(Activity { at, sum, goes_on });
+        self.held = Some(Held { activity, ..held });
+        goes_on
     }
 
     fn is_brake_set(&self, held: Held) -> bool {

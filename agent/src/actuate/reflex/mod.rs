@@ -43,8 +43,11 @@ use brakes::Brakes;
 pub use controls::Controls;
 use row::Row;
 
-/// How often the limit of a held cgroup is looked at: the answer lifts the hold at once.
-const HELD_POLL: Duration = Duration::from_millis(1);
+/// How soon the limit of a cgroup that is held is looked at: the answer lifts the hold at once.
+const SHORTEST_POLL: Nanos = Nanos::millis(1);
+/// How late that may be, of the time that the container was held already: many that are held for long, each looked
+/// at a thousand times a second, would take the CPU time that the answer needs.
+const POLL_PER_MILLE: u64 = 10;
 /// How long the thread waits when nothing is held; it is woken by events and commands.
 const IDLE_POLL: Duration = Duration::from_secs(3600);
 /// Verdicts of one look after those that are held.
@@ -340,8 +343,12 @@ impl Worker {
     }
 
     fn wait(&self) {
-        let held = self.table.values().any(Row::is_held);
-        let timeout = if held { HELD_POLL } else { IDLE_POLL };
+        let at = now();
+        let held = self.table.values().filter_map(Row::held_since);
+        let timeout = held.max().map_or(IDLE_POLL, |latest| {
+            let poll = at.since(latest).per_mille(POLL_PER_MILLE);
+            Duration::from_nanos(poll.max(SHORTEST_POLL).0)
+        });
         let timeout = rustix::time::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
             tv_nsec: timeout.subsec_nanos().into(),
@@ -428,17 +435,16 @@ impl Worker {
         };
         let before = self.table.remove(&cgroup);
         let is_new = before.is_none();
-        let armed = Row::armed(arm, before).and_then(|row| {
-            if is_new {
-                self.note_brake(cgroup, row.has_foreign_brake())?;
-            }
-            Ok(row)
-        });
-        let armed = match armed {
-            Ok(row) => {
+        let armed = match Row::armed(arm, before) {
+            Ok(mut row) => {
+                let noted = if is_new {
+                    self.note_brake(&mut row)
+                } else {
+                    Ok(())
+                };
                 let result = row.watch(&mut self.source);
                 self.table.insert(cgroup, row);
-                result
+                noted.and(result)
             }
             Err(error) => {
                 // Whatever it was, it is not watched any more.
@@ -452,20 +458,21 @@ impl Worker {
         }
     }
 
-    /// Whoever releases after our death must leave alone what is somebody else's, at whatever instant that is.
-    fn note_brake(&mut self, cgroup: CgroupId, foreign: bool) -> Result<(), String> {
-        if foreign {
+    /// Whoever releases after our death must leave alone what is somebody else's, and lift what is ours, at
+    /// whatever instant that is. Where it cannot be told of, the brake is left alone.
+    fn note_brake(&mut self, row: &mut Row) -> Result<(), String> {
+        let cgroup = row.cgroup;
+        if row.foreign_brake {
             self.tell(Verdict::ForeignBrake { cgroup });
         }
-        let at = now();
         let record = Record::Brake {
-            at,
+            at: now(),
             cgroup,
-            foreign,
+            foreign: row.foreign_brake,
         };
-        self.ledger
-            .append(&record)
-            .map_err(|error| error.to_string())
+        let noted = self.ledger.append(&record);
+        row.foreign_brake |= noted.is_err();
+        noted.map_err(|error| error.to_string())
     }
 
     fn put_back(&mut self, cgroup: CgroupId) {

@@ -8,7 +8,7 @@ use bellows_core::{
     Action, Actuation, Bytes, CgroupId, Nanos, Policy, Reaction, Reason, Thresholds,
     reflex::{Rung, is_rushing, reaction, rung_for, thresholds},
 };
-use bellows_ebpf_common::MemoryEvent;
+use bellows_ebpf_common::{BATCH_PAGES, MemoryEvent};
 
 use super::{
     Arm, Means, Verdict,
@@ -23,6 +23,8 @@ use crate::{
     signal::{programs::LoadError, source::Source},
 };
 
+/// The kernel programs close a window with the first charge after 5 ms: one of twice that has had a pause in it.
+const SHORT_WINDOW: Nanos = Nanos::millis(10);
 /// How long a container whose hold expired is left alone.
 const LET_GO_FOR: Nanos = Nanos::millis(10_000);
 
@@ -104,17 +106,16 @@ impl Row {
         })
     }
 
-    /// Whether its brake is not ours to move.
-    pub(super) const fn has_foreign_brake(&self) -> bool {
-        self.foreign_brake
-    }
-
     pub(super) fn set_brake(&self, high: Limit) -> Result<(), CgroupError> {
         if self.foreign_brake {
             Ok(())
         } else {
             self.controls.high.set(high)
         }
+    }
+
+    pub(super) fn held_since(&self) -> Option<Nanos> {
+        self.held.map(|held| held.since)
     }
 
     pub(super) const fn is_held(&self) -> bool {
@@ -153,7 +154,14 @@ impl Row {
         let Actuation::Requested { p95 } = self.policy.actuation else {
             return false;
         };
-        let rate = Bytes::from_pages(event.window_pages).scaled(1_000_000_000, event.window_ns);
+        // One huge page in a short window is no speed yet.
+        let huge = if event.window_ns < SHORT_WINDOW.0 {
+            u64::from(event.charge_pages).saturating_sub(BATCH_PAGES)
+        } else {
+            0
+        };
+        let pages = event.window_pages.saturating_sub(huge);
+        let rate = Bytes::from_pages(pages).scaled(1_000_000_000, event.window_ns);
         is_rushing(self.policy.usable(self.limit), demand, rate, p95)
     }
 
