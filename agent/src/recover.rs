@@ -55,7 +55,7 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
         None => read_if_there(&ledger::previous(path))?.unwrap_or_default(),
     };
     let guarded = left_by(&contents.records);
-    for Left { path, braked } in guarded.values() {
+    for Left { path, braked, .. } in guarded.values() {
         let released = if *braked { release(path) } else { thaw(path) };
         if let Err(error) = released {
             tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
@@ -73,22 +73,31 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
     for record in records {
         match record {
             Record::Adopt { cgroup, path, .. } => {
-                guarded.entry(*cgroup).or_insert_with(|| Left {
+                let left = guarded.entry(*cgroup).or_insert_with(|| Left {
                     path: path.clone(),
                     braked: false,
+                    forgotten: false,
                 });
+                left.forgotten = false;
             }
             Record::Brake {
                 cgroup, foreign, ..
             } => {
                 if let Some(left) = guarded.get_mut(cgroup) {
                     left.braked = !foreign;
+                    left.forgotten = false;
                 }
             }
-            Record::Forget { cgroup, .. } => drop(guarded.remove(cgroup)),
+            Record::Forget { cgroup, .. } => {
+                if let Some(left) = guarded.get_mut(cgroup) {
+                    left.forgotten = true;
+                    left.braked = false;
+                }
+            }
             Record::Intend { .. } | Record::Verify { .. } => {}
         }
     }
+    guarded.retain(|_, left| !left.forgotten);
     guarded
 }
 
@@ -97,6 +106,9 @@ struct Left {
     path: PathBuf,
     /// Whether its brake may have been moved by us.
     braked: bool,
+    /// One that is adopted again at once may be so before it was forgotten: the controller writes the one, the
+    /// reflex the other.
+    forgotten: bool,
 }
 
 fn read_if_there(path: &Path) -> io::Result<Option<Contents>> {
@@ -161,7 +173,11 @@ mod tests {
         assert_eq!(braked(&[adopt.clone(), ours.clone()]), Some(true));
         let again = [adopt.clone(), ours.clone(), adopt.clone()];
         assert_eq!(braked(&again), Some(true));
-        assert_eq!(braked(&[adopt, ours, Record::Forget { at, cgroup }]), None);
+        let forget = Record::Forget { at, cgroup };
+        let forgotten = [adopt.clone(), ours.clone(), forget.clone()];
+        assert_eq!(braked(&forgotten), None);
+        let overtaken = [adopt.clone(), ours.clone(), adopt, forget, ours];
+        assert_eq!(braked(&overtaken), Some(true));
     }
 
     /// Parent and releaser learn of a death at the same time.
