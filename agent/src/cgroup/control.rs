@@ -153,43 +153,10 @@ impl Control {
         Ok(lines.any(|found| found == line.as_bytes()))
     }
 
-    /// The number that follows the first `key`; only the first 128 bytes are looked at.
-    ///
-    /// # Errors
-    ///
-    /// [`CgroupError`] when it cannot be read or there is none.
-    pub fn number_after(&self, key: &str) -> Result<u64, CgroupError> {
+    /// What `parse` makes of its first 128 bytes; `None` also where it cannot be read.
+    pub fn parsed<T>(&self, parse: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let mut buffer = [0_u8; 128];
-        let length = self
-            .file
-            .read_at(&mut buffer, 0)
-            .map_err(self.failed("read"))?;
-        number_after(&buffer[..length], key).ok_or_else(|| CgroupError::Parse {
-            path: self.path(),
-            content: String::from_utf8_lossy(&buffer[..length]).into_owned(),
-            expected: "number",
-        })
-    }
-}
-
-fn number_after(content: &[u8], key: &str) -> Option<u64> {
-    let rest = std::str::from_utf8(content).ok()?.split_once(key)?.1;
-    let digits = rest.split(|next: char| !next.is_ascii_digit()).next()?;
-    digits.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::number_after;
-
-    #[test]
-    fn a_number_follows_its_key() {
-        let stat = b"usage_usec 8250\nuser_usec 17";
-        assert_eq!(number_after(stat, "usage_usec "), Some(8250));
-        let pressure = b"some avg10=0.00 avg60=0.00 avg300=0.00 total=42\nfull";
-        assert_eq!(number_after(pressure, "total="), Some(42));
-        for content in [&b""[..], b"usage_usec", b"usage_usec max", b"\xff"] {
-            assert_eq!(number_after(content, "usage_usec "), None);
-        }
+        let length = self.file.read_at(&mut buffer, 0).ok()?;
+        parse(std::str::from_utf8(&buffer[..length]).ok()?)
     }
 }

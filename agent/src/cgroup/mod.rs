@@ -531,6 +531,17 @@ mod tests {
     }
 
     #[test]
+    fn a_number_follows_its_name() {
+        let stat = "usage_usec 8250\nuser_usec 17";
+        assert_eq!(field(stat, "usage_usec"), Some(8250));
+        let pressure = "some avg10=0.00 avg60=0.00 avg300=0.00 total=42\nfull";
+        assert_eq!(parse_stalled(pressure), Some(Nanos(42_000)));
+        for content in ["", "usage_usec", "usage_usec max"] {
+            assert_eq!(field(content, "usage_usec"), None);
+        }
+    }
+
+    #[test]
     fn reads_pressure() {
         let text = "some avg10=0.12 avg60=0.00 avg300=0.00 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
         assert_eq!(parse_stalled(text), Some(Nanos(1_234_000)));

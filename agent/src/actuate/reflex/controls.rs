@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bellows_core::{Bytes, Nanos};
 
-use crate::cgroup::{Cgroup, CgroupError, Control, Limit};
+use crate::cgroup::{Cgroup, CgroupError, Control, Limit, field, parse_stalled};
 
 /// More threads than this are not taken to grow at once.
 const MOST_GROWERS: u64 = 16;
@@ -72,14 +72,12 @@ impl Controls {
     /// For how long its threads have run, and any of them has waited for a CPU, or for memory in reclaim or in the
     /// brake: while none of it grows, nothing in it goes on.
     pub(super) fn activity(&self) -> Nanos {
-        let ran = self.cpu.number_after("usage_usec ").unwrap_or(0);
-        let waited = self
-            .pressures
-            .iter()
-            .flatten()
-            // A file of pressure cannot be read where PSI is off by boot parameter.
-            .filter_map(|pressure| pressure.number_after("total=").ok());
-        Nanos(waited.fold(ran, u64::saturating_add).saturating_mul(1000))
+        let ran = self.cpu.parsed(|content| field(content, "usage_usec"));
+        let ran = Nanos(ran.unwrap_or(0).saturating_mul(1000));
+        // A file of pressure cannot be read where PSI is off by boot parameter.
+        let waited = self.pressures.iter().flatten();
+        let waited = waited.filter_map(|pressure| pressure.parsed(parse_stalled));
+        waited.fold(ran, |sum, waited| Nanos(sum.0.saturating_add(waited.0)))
     }
 
     /// Threads that may be growing.
