@@ -123,7 +123,7 @@ impl Row {
             freeze,
             braked: None,
             grower: None,
-            is_faults: event.entry == ENTRY_FAULT,
+            is_faults: true,
             activity: None,
         };
         self.held = Some(held);
