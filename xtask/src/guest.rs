@@ -63,14 +63,19 @@ pub(crate) struct Ended {
 const ATTEMPTS: u32 = 3;
 /// What the kernel says when it meets a breakpoint that it has already removed.
 const STALE_BREAKPOINT: &str = "Oops: int3";
+/// What it says, told to, of a processor that has not scheduled for two minutes.
+const LOCKUP: &str = "softlockup: hung tasks";
 
 /// Boots a guest and waits for its verdict. `progress` sees each new line of the console.
 ///
 /// QEMU's multi-threaded emulation can run a stale translation of an instruction that another
 /// processor has just patched: the kernel patches with breakpoints (jump labels at boot, ftrace when
 /// we attach), meets one that is long gone, and panics with `Oops: int3` (seen with QEMU 7.2, on a
-/// bare boot too). It happens with no hardware and says nothing of what is tested, so such a guest,
-/// and only such a one, is booted again, and said so.
+/// bare boot too). If it looks at the place and finds no breakpoint there any more, it tries the instruction
+/// again, and meets it again, for ever: both processors hung like that at the first instruction of a function
+/// that a program was being attached to (`kprobe_int3_handler`, arch/x86/kernel/kprobes/core.c). It happens with
+/// no hardware and says nothing of what is tested, so such a guest, and only such a one, is booted again, and
+/// said so.
 pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<Ended> {
     let mut attempt = 1;
     loop {
@@ -78,7 +83,7 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
             Err(error)
                 if accelerator() != KVM
                     && attempt < ATTEMPTS
-                    && format!("{error:#}").contains(STALE_BREAKPOINT) =>
+                    && is_stale_breakpoint(&format!("{error:#}")) =>
             {
                 eprintln!(
                     "      the emulator ran a stale breakpoint (see guest::run); booting {} again",
@@ -89,6 +94,16 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
             result => return result,
         }
     }
+}
+
+/// Whether a guest's last words are those of a breakpoint that is not there any more.
+fn is_stale_breakpoint(console: &str) -> bool {
+    let is_first_instruction = |line: &str| {
+        let place = line.split_once("RIP: 0010:").map(|(_, place)| place);
+        place.is_some_and(|place| place.contains("+0x0/") || place.starts_with("asm_exc_int3"))
+    };
+    console.contains(STALE_BREAKPOINT)
+        || (console.contains(LOCKUP) && console.lines().any(is_first_instruction))
 }
 
 fn boot(guest: &Guest<'_>, progress: &mut impl FnMut(&str)) -> Result<Ended> {
@@ -179,7 +194,7 @@ fn qemu(guest: &Guest<'_>, initramfs: &Path, console: &Path, records: &Path) -> 
         .arg(initramfs)
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 quiet panic=-1 mitigations=off {}{}bellows.run={}",
+            "console=ttyS0 quiet panic=-1 softlockup_panic=1 watchdog_thresh=60 mitigations=off {}{}bellows.run={}",
             if guest.node { "bellows.node=1 " } else { "" },
             if guest.systemd {
                 "bellows.systemd=1 "
@@ -306,4 +321,28 @@ pub(crate) fn empty_disk() -> Result<PathBuf> {
         tools::seal(&disk)?;
     }
     Ok(disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_stale_breakpoint_is_the_emulators() {
+        for (console, is_stale) in [
+            ("Oops: int3: 0000 [#1] SMP", true),
+            (
+                "RIP: 0010:mem_cgroup_handle_over_high+0x0/0x290\nKernel panic - not syncing: softlockup: hung tasks",
+                true,
+            ),
+            (
+                "RIP: 0010:smp_call_function_many_cond+0x120/0x500\nKernel panic - not syncing: softlockup: hung tasks",
+                false,
+            ),
+            ("RIP: 0010:mem_cgroup_handle_over_high+0x0/0x290\nOops: 0000", false),
+            ("Kernel panic - not syncing: Fatal exception", false),
+        ] {
+            assert_eq!(is_stale_breakpoint(console), is_stale, "{console}");
+        }
+    }
 }
