@@ -286,6 +286,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         counts_instructions: options.name == Name::HookCost,
         files: build_sources()?,
         command,
+        skips: options.name == Name::Bursts,
         limit: options.limit(),
     };
     let ended = step(
