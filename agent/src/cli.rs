@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use bellows_core::{Bytes, Nanos, quantity};
 use clap::{Args, Parser, Subcommand};
 
-use crate::{doctor, exec, run};
+use crate::{doctor, exec, policies, run};
 
 /// Lets containers breathe: raises memory limits before the OOM killer acts, and lowers them again.
 #[derive(Debug, Parser)]
@@ -21,8 +21,14 @@ pub struct Cli {
 pub enum Command {
     /// Run one command in its own cgroup, with the guard around it.
     Exec(Exec),
-    /// Guard the pods of this node that opt in.
+    /// Guard the pods of this node that opt in, or the containers that policies select.
     Run(Run),
+    /// Check a file with policies, and tell what they say.
+    #[command(after_help = policies::EXAMPLE)]
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
     /// Stay beside `bellows run` and lift brakes and holds when it dies (a second container).
     Releaser,
     /// Tell what works on this machine, what does not, and what to do.
@@ -83,14 +89,26 @@ pub struct Run {
     /// The node whose pods are guarded [default: $NODE_NAME].
     #[arg(long)]
     node_name: Option<String>,
-    /// Seconds without growth after which a raised limit is lowered again.
-    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
-    shrink_after: u64,
+    /// Without Kubernetes: guard the containers that --policies select, through their runtime (CRI).
+    #[arg(long, requires = "policies", conflicts_with = "node_name")]
+    standalone: bool,
+    /// The file with the policies; it is read again when it changes.
+    #[arg(long, value_name = "FILE", requires = "standalone")]
+    policies: Option<PathBuf>,
+    /// The runtime's socket [default: where containerd or CRI-O have theirs].
+    #[arg(long, value_name = "PATH", requires = "standalone")]
+    runtime_endpoint: Option<PathBuf>,
+    /// Seconds without growth after which a raised limit of a pod is lowered again [default: 5].
+    #[arg(long, value_name = "SECONDS", conflicts_with = "standalone")]
+    shrink_after: Option<u64>,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
     without_bpf: bool,
 }
+
+/// Seconds.
+const SHRINK_AFTER: u64 = 5;
 
 impl Run {
     /// What was typed, as options; `None` without a node's name.
@@ -98,15 +116,22 @@ impl Run {
     pub fn options(self) -> Option<run::Options> {
         let Self {
             node_name,
+            standalone: _,
+            policies,
+            runtime_endpoint: endpoint,
             shrink_after,
             without_bpf,
         } = self;
-        let node = node_name.or_else(run::node_from_environment)?;
-        Some(run::Options {
-            node,
-            shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
-            without_bpf,
-        })
+        let of = match policies {
+            Some(policies) => run::Of::Machine { policies, endpoint },
+            None => run::Of::Node {
+                name: node_name.or_else(run::node_from_environment)?,
+                shrink_after: Nanos::millis(
+                    shrink_after.unwrap_or(SHRINK_AFTER).saturating_mul(1000),
+                ),
+            },
+        };
+        Some(run::Options { of, without_bpf })
     }
 }
 

@@ -4,7 +4,7 @@ use std::{env, io, path::Path, process::ExitCode};
 
 use bellows::{
     cli::{Cli, Command},
-    doctor, exec, explain, run,
+    doctor, exec, explain, policies, run,
 };
 use clap::Parser as _;
 use tracing_subscriber::{
@@ -45,7 +45,9 @@ fn main() -> ExitCode {
         },
         Command::Run(arguments) => {
             let Some(options) = arguments.options() else {
-                eprintln!("bellows: no node: set --node-name, or NODE_NAME by the downward API");
+                eprintln!(
+                    "bellows: no node: set --node-name, or NODE_NAME by the downward API; without Kubernetes, --standalone and --policies"
+                );
                 return ExitCode::from(USAGE);
             };
             if run::supervisor::is_agent() {
@@ -56,6 +58,11 @@ fn main() -> ExitCode {
                 Err(error) => report(Err(error.to_string())),
             }
         }
+        Command::Check { file } => report(
+            policies::read(&file)
+                .map(|read| print!("{}", policies::told(&read)))
+                .map_err(|error| error.to_string()),
+        ),
         Command::Releaser => {
             report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }

@@ -6,6 +6,7 @@
 
 mod agent;
 mod bench;
+mod containers;
 mod init;
 mod load;
 mod node;

@@ -20,7 +20,7 @@ pub(crate) const NAME: &str = "node";
 /// The image of the loads, which is also the sandbox's.
 pub(crate) const IMAGE: &str = "bellows.dev/guest:1";
 const KUBECONFIG: &str = "/etc/kubernetes/kubeconfig";
-const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+pub(crate) const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// How to reach the API server.
 #[derive(Clone, Debug, clap::Args)]
@@ -33,20 +33,40 @@ pub(crate) struct ApiServer {
     pub(crate) token: String,
 }
 
-/// A running node; its processes end with it.
-pub(crate) struct Node {
-    kubelet: Child,
-    containerd: Child,
+/// A process that ends with its owner.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // One that has ended already needs neither.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        for child in [&mut self.kubelet, &mut self.containerd] {
-            // One that has ended already needs neither.
-            drop(child.kill());
-            drop(child.wait());
-        }
+/// A running containerd that has the image of the loads.
+pub(crate) struct Containerd(Service);
+
+impl Containerd {
+    pub(crate) fn start() -> Result<Self> {
+        configure_containerd()?;
+        let containerd = service(
+            "containerd",
+            &["--config", "/etc/containerd/bellows.toml"],
+            "containerd",
+        )?;
+        wait("containerd's socket", Duration::from_secs(90), || {
+            Ok(Path::new(CONTAINERD_SOCKET).exists())
+        })?;
+        import_image()?;
+        Ok(Self(containerd))
     }
+}
+
+/// A running node.
+pub(crate) struct Node {
+    kubelet: Service,
+    containerd: Containerd,
 }
 
 impl Node {
@@ -57,15 +77,7 @@ impl Node {
     /// The same, with other settings of the kubelet.
     pub(crate) fn start_configured(server: &ApiServer, kubelet: &Value) -> Result<Self> {
         write_configuration(server, kubelet)?;
-        let containerd = service(
-            "containerd",
-            &["--config", "/etc/containerd/bellows.toml"],
-            "containerd",
-        )?;
-        wait("containerd's socket", Duration::from_secs(90), || {
-            Ok(Path::new(CONTAINERD_SOCKET).exists())
-        })?;
-        import_image()?;
+        let containerd = Containerd::start()?;
         let kubelet = service(
             "kubelet",
             &[
@@ -87,9 +99,9 @@ impl Node {
     pub(crate) fn check(&mut self) -> Result<()> {
         for (name, child) in [
             ("kubelet", &mut self.kubelet),
-            ("containerd", &mut self.containerd),
+            ("containerd", &mut self.containerd.0),
         ] {
-            if let Some(status) = child.try_wait()? {
+            if let Some(status) = child.0.try_wait()? {
                 bail!("{name} has ended ({status}):\n{}", log_tail(name, 40));
             }
         }
@@ -112,7 +124,7 @@ pub(crate) fn log(name: &str) -> Result<File> {
         .open(format!("/var/log/{name}.log"))?)
 }
 
-fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
+fn service(program: &str, arguments: &[&str], name: &str) -> Result<Service> {
     let log = log(name)?;
     Command::new(program)
         .args(arguments)
@@ -120,6 +132,7 @@ fn service(program: &str, arguments: &[&str], name: &str) -> Result<Child> {
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
+        .map(Service)
         .with_context(|| format!("run {program}"))
 }
 
@@ -172,14 +185,7 @@ pub(crate) fn write_kubeconfig(server: &ApiServer) -> Result<()> {
 fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
     write_kubeconfig(server)?;
     let systemd = has_systemd();
-    for directory in [
-        "/etc/containerd",
-        "/etc/cni/net.d",
-        "/var/log",
-        "/var/lib/kubelet",
-    ] {
-        fs::create_dir_all(directory)?;
-    }
+    fs::create_dir_all("/var/lib/kubelet")?;
     let mut kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -194,7 +200,17 @@ fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
     for (key, value) in more.as_object().into_iter().flatten() {
         kubelet[key] = value.clone();
     }
-    fs::write("/etc/kubernetes/kubelet.yaml", kubelet.to_string())?;
+    Ok(fs::write(
+        "/etc/kubernetes/kubelet.yaml",
+        kubelet.to_string(),
+    )?)
+}
+
+fn configure_containerd() -> Result<()> {
+    let systemd = has_systemd();
+    for directory in ["/etc/containerd", "/etc/cni/net.d", "/var/log"] {
+        fs::create_dir_all(directory)?;
+    }
     let containerd = format!(
         "version = 3\n\
          [plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '{IMAGE}'\n\

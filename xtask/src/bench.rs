@@ -29,6 +29,7 @@ pub(crate) enum Name {
     Thrash,
     Build,
     ExecCli,
+    ContainerBursts,
     PodBursts,
     PodBuild,
     PodEdges,
@@ -42,6 +43,11 @@ pub(crate) enum Name {
 }
 
 impl Name {
+    /// Whether it needs a machine that runs containers.
+    const fn needs_containerd(self) -> bool {
+        self.needs_node() || matches!(self, Self::ContainerBursts)
+    }
+
     /// Whether it needs a kubelet and an API server.
     const fn needs_node(self) -> bool {
         matches!(
@@ -281,7 +287,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         binaries,
         memory_mib: 4096,
         disk: disk(options)?,
-        node: control.is_some(),
+        node: options.name.needs_containerd(),
         systemd: options.systemd,
         counts_instructions: options.name == Name::HookCost,
         files: build_sources()?,
@@ -347,7 +353,7 @@ fn disk(options: &Options) -> Result<Option<PathBuf>> {
     match options.name {
         Name::PageCache | Name::Thrash => guest::empty_disk().map(Some),
         Name::Bursts if options.swap.is_some() => guest::empty_disk().map(Some),
-        name if name.needs_node() => {
+        name if name.needs_containerd() => {
             let kubelet = kubernetes::binaries()?.kubelet;
             debian::root_image(
                 "node",

@@ -42,9 +42,15 @@ enum Command {
     },
     /// Build the kernel programs into target/ebpf/bellows.o.
     BuildEbpf,
+    /// Generate what is checked in and not written by hand: the runtime's interface.
+    Codegen {
+        /// Only tell whether it is up to date.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run the checks: all tiers, or the named ones.
     Test {
-        /// unit, kernel or pod.
+        /// unit, kernel, node or pod.
         tiers: Vec<test::Tier>,
         /// Run only the benches whose check has this in its name, such as 5.10.
         #[arg(long)]
@@ -59,6 +65,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
+        Command::Codegen { check } => codegen(check),
         Command::Demo { pod } => demo::run(pod),
         Command::Test { tiers, only } => test::run(&tiers, only),
         Command::Bench(options) => bench::command(&options),
@@ -72,6 +79,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The generator is a program of its own: whoever does not need it does not compile it.
+fn codegen(check: bool) -> Result<bool> {
+    let mut command = std::process::Command::new("cargo");
+    command.args(["run", "--quiet", "--locked", "-p", "bellows-codegen", "--"]);
+    command.args(check.then_some("--check"));
+    Ok(command.current_dir(root()?).status()?.success())
 }
 
 /// The root of the repository.

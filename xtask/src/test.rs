@@ -24,11 +24,13 @@ pub(crate) enum Tier {
     Unit,
     /// Real kernels in guests.
     Kernel,
+    /// A real containerd, without Kubernetes.
+    Node,
     /// A real kubelet and API server.
     Pod,
 }
 
-const ALL: [Tier; 3] = [Tier::Unit, Tier::Kernel, Tier::Pod];
+const ALL: [Tier; 4] = [Tier::Unit, Tier::Kernel, Tier::Node, Tier::Pod];
 
 /// Runs tiers; returns whether all checks passed.
 pub(crate) fn run(tiers: &[Tier], only: Option<String>) -> Result<bool> {
@@ -38,6 +40,7 @@ pub(crate) fn run(tiers: &[Tier], only: Option<String>) -> Result<bool> {
         let result = match tier {
             Tier::Unit => unit(&mut checks),
             Tier::Kernel => kernel(&mut checks),
+            Tier::Node => node(&mut checks),
             Tier::Pod => pod(&mut checks),
         };
         if let Err(error) = result {
@@ -60,6 +63,9 @@ fn unit(checks: &mut Checks) -> Result<()> {
             "--workspace",
             "--exclude",
             "bellows-ebpf",
+            // See its own documentation.
+            "--exclude",
+            "bellows-codegen",
         ])
     });
     checks.check("unit tests", tests);
@@ -70,6 +76,8 @@ fn unit(checks: &mut Checks) -> Result<()> {
             "--workspace",
             "--exclude",
             "bellows-ebpf",
+            "--exclude",
+            "bellows-codegen",
             "--all-targets",
             "--",
             "-D",
@@ -319,6 +327,34 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "bellows_kills", 0.0)
         },
     );
+}
+
+fn node(checks: &mut Checks) -> Result<()> {
+    tools::packages()?;
+    let binaries = build::binaries()?;
+    for (driver, systemd, n, seed) in [("cgroupfs", false, 3, 11), ("systemd", true, 2, 12)] {
+        let bursts = bench::Options {
+            systemd,
+            ..options(Name::ContainerBursts, "6.12", Some(n), seed)
+        };
+        judge(
+            checks,
+            &binaries,
+            &format!("bursts in containers survive while their runtime raises them ({driver})"),
+            &bursts,
+            |summary| {
+                let all = n as f64;
+                at_least(summary, "bursts", all)?;
+                at_least(summary, "kills_without", all)?;
+                at_most(summary, "kills_with", 0.0)?;
+                at_most(summary, "kills_unlimited", 0.0)?;
+                at_least(summary, "restored", all)?;
+                at_most(summary, "raises_max", 5.0)?;
+                at_most(summary, "stall_vs_cri_max", 3.0)
+            },
+        );
+    }
+    Ok(())
 }
 
 fn pod(checks: &mut Checks) -> Result<()> {

@@ -12,6 +12,7 @@
 pub mod action;
 pub mod brake;
 pub mod decide;
+pub mod elastic;
 pub mod history;
 pub mod patience;
 pub mod pod;

@@ -35,6 +35,39 @@ pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
         .find(|path| is_container(&name(path), container_id))
 }
 
+/// The cgroup directory of a container, from a process in it. A container may have cgroups of its own, so the
+/// process may be further below.
+#[must_use]
+pub fn of_process(root: &Path, process: u32, container_id: &str) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+    above(root, &text, container_id)
+}
+
+fn above(root: &Path, text: &str, container_id: &str) -> Option<PathBuf> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    // `..` stands for what is above our own cgroup namespace, and names nothing here.
+    let path = Path::new(path);
+    let is_plain = |path: &Path| !path.components().any(|part| part.as_os_str() == "..");
+    let mut above = path.ancestors().filter(|path| is_plain(path));
+    let found = above.find(|path| is_container(&name(path), container_id))?;
+    Some(root.join(found))
+}
+
+/// The cgroup directory of a container whose pod is not known: ids are unique.
+#[must_use]
+pub fn find_container(root: &Path, container_id: &str) -> Option<PathBuf> {
+    below(root, container_id, DEPTH)
+}
+
+fn below(directory: &Path, id: &str, depth: u32) -> Option<PathBuf> {
+    let depth = depth.checked_sub(1)?;
+    let entries = directories(directory);
+    let found = entries.iter().find(|path| is_container(&name(path), id));
+    found
+        .cloned()
+        .or_else(|| entries.iter().find_map(|path| below(path, id, depth)))
+}
+
 /// Whether a directory of this name in a pod's is the container's. cgroupfs: the id; systemd:
 /// `cri-containerd-ID.scope`, `crio-ID.scope`, `docker-ID.scope`.
 #[must_use]
@@ -112,10 +145,31 @@ mod tests {
             fs::create_dir_all(&path).unwrap();
             fs::create_dir_all(path.with_file_name("crio-conmon-abcdef0123.scope")).unwrap();
             fs::create_dir_all(path.with_file_name("other")).unwrap();
-            assert_eq!(find(&root, UID, ID), Some(path));
+            assert_eq!(find(&root, UID, ID), Some(path.clone()));
+            assert_eq!(find_container(&root, ID), Some(path));
+            assert_eq!(find_container(&root, "fff"), None);
             assert_eq!(find(&root, UID, "fff"), None);
             assert_eq!(find(&root, "0f8c-11ab", ID), None);
             fs::remove_dir_all(&root).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_process_may_be_in_a_cgroup_of_its_containers_own() {
+        let root = Path::new("/sys/fs/cgroup");
+        let container = root.join("kubepods.slice/cri-containerd-abcdef0123.scope");
+        for below in ["", "/init.scope", "/system.slice/docker-77.scope"] {
+            let text = format!("0::/kubepods.slice/cri-containerd-abcdef0123.scope{below}\n");
+            assert_eq!(above(root, &text, ID), Some(container.clone()));
+        }
+        for text in [
+            "",
+            "0::/",
+            "1:name=systemd:/a",
+            "0::/../abcdef0123",
+            "0::/kubepods/other",
+        ] {
+            assert_eq!(above(root, text, ID), None, "{text}");
         }
     }
 

@@ -2,39 +2,50 @@
 //!
 //! Composition: a parent that releases ([`supervisor`]) starts the agent. There, what a predecessor
 //! left is released; the kernel programs, the reflex and the
-//! controller start; then the pods of this node are watched and those that opt in are handed to the
-//! controller. The controller lives on a thread of its own and never waits for the API.
+//! controller start; then the pods of this node are watched in the API, or its containers in their runtime, and
+//! those that are to be guarded are handed to the controller. The controller lives on a thread of its own and never
+//! waits for the API or the runtime.
 
+mod containers;
 mod events;
 mod lock;
 pub mod supervisor;
 mod watch;
 
 use std::{
+    collections::BTreeMap,
     env,
+    future::Future,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, mpsc},
-    thread,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Receiver, SyncSender},
+    },
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
-use bellows_core::{Actuation, Nanos};
+use bellows_core::{Actuation, CgroupId, Nanos, Signals, elastic::ElasticPolicy};
 use kube::Client;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 use tokio::{
-    runtime,
+    runtime::{self, Handle},
     signal::unix::{SignalKind, signal},
 };
 
 pub use lock::release_after_agents;
 
 use crate::{
-    actuate::{reflex::Reflex, resize::Resizer},
+    actuate::{reflex::Reflex, resize::Resizer, update::Updater},
+    cri::{self, Runtime, RuntimeError},
     doctor::{self, hooks},
     explain::LEDGER,
-    guard::{self, Controller, Input},
+    guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
+    originals,
+    policies::{self, PolicyFileError},
     recover::recover,
     signal::{
         files::Files,
@@ -47,17 +58,40 @@ use lock::AgentLock;
 /// What `bellows run` is asked to do.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The node whose pods are guarded.
-    pub node: String,
-    /// Quiet time after which a raised limit is lowered again.
-    pub shrink_after: Nanos,
+    /// Whose containers are guarded.
+    pub of: Of,
     /// Works from cgroup files, without even trying to load kernel programs.
     pub without_bpf: bool,
+}
+
+/// Whose containers are guarded, and who is asked for their limits.
+#[derive(Clone, Debug)]
+pub enum Of {
+    /// A node's pods, which opt in by annotations; the Kubernetes API is asked.
+    Node {
+        /// Its name.
+        name: String,
+        /// Quiet time after which a raised limit is lowered again.
+        shrink_after: Nanos,
+    },
+    /// What policies select; the container runtime is asked.
+    Machine {
+        /// The file with the policies.
+        policies: PathBuf,
+        /// The runtime's socket; looked for if it is not named.
+        endpoint: Option<PathBuf>,
+    },
 }
 
 /// Why the agent cannot run.
 #[derive(Debug, Error)]
 pub enum RunError {
+    /// The policies.
+    #[error(transparent)]
+    Policies(#[from] PolicyFileError),
+    /// The container runtime.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
     /// Not root.
     #[error("bellows run needs root, for cgroups and BPF: run it as a privileged DaemonSet")]
     NotRoot,
@@ -83,6 +117,8 @@ pub enum RunError {
 /// What the time of a resize is taken for before one was measured (90th percentile of 60 resizes
 /// of an emulated 1.37 node; native ones are faster).
 const ASSUMED_P95: Nanos = Nanos::millis(1500);
+/// The same of an update by the runtime (45 to 370 ms on an emulated node).
+const ASSUMED_UPDATE_P95: Nanos = Nanos::millis(500);
 
 /// The agent itself: runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay.
 ///
@@ -102,52 +138,151 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         recover(&ledger_path).map_err(|error| RunError::System("cannot read the ledger", error))?;
     tracing::info!(?recovered, "released what a predecessor held");
     allow_files();
-    let (kernel, source) = signals(options)?;
-    let signals = source.signals();
-    let ledger = open_ledger(&ledger_path)?;
-    let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
-    let another = ledger
-        .another()
-        .map_err(|error| RunError::System("cannot open the ledger", error))?;
-    let reflex = Reflex::start(source, another, guard::sink(inputs.clone()))
-        .map_err(|error| RunError::System("cannot start the reflex thread", error))?;
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| RunError::System("cannot start the runtime", error))?;
-    let client = runtime.block_on(async {
-        let config = kube::Config::infer().await.map_err(RunError::Config)?;
-        Ok::<_, RunError>(Client::try_from(config)?)
-    })?;
-    let targets = Arc::new(Mutex::new(Default::default()));
-    let resizer = Resizer::new(
-        client.clone(),
-        runtime.handle().clone(),
-        Arc::clone(&targets),
-        inputs.clone(),
-    );
-    let controller = Controller::new(kernel, reflex, ledger, (inputs.clone(), receiver), resizer);
-    let controller = thread::Builder::new()
-        .name("controller".to_owned())
-        .spawn(move || controller.run())
-        .map_err(|error| RunError::System("cannot start the controller thread", error))?;
-    let context = watch::Context {
-        client,
-        node: options.node.clone(),
-        inputs: inputs.clone(),
-        targets,
-        cpus: thread::available_parallelism()
-            .map_or(1, |cpus| u64::try_from(cpus.get()).unwrap_or(1)),
-        actuation: Actuation::Requested { p95: ASSUMED_P95 },
-        signals,
-        shrink_after: options.shrink_after,
+    let (inputs, controller, watch) = match &options.of {
+        Of::Node { name, shrink_after } => {
+            let client = runtime.block_on(async {
+                let config = kube::Config::infer().await.map_err(RunError::Config)?;
+                Ok::<_, RunError>(Client::try_from(config)?)
+            })?;
+            Fast::start(options, &ledger_path)?.of_node(
+                client,
+                runtime.handle(),
+                name,
+                *shrink_after,
+            )?
+        }
+        Of::Machine { policies, endpoint } => {
+            let read = policies::read(policies)?;
+            let socket = endpoint.clone().map_or_else(cri::find_socket, Ok)?;
+            let _context = runtime.enter();
+            let containers = Runtime::at(&socket)?;
+            let fast = Fast::start(options, &ledger_path)?;
+            fast.of_machine(containers, runtime.handle(), policies, read)?
+        }
     };
-    let result = runtime.block_on(until_stopped(context));
+    let result = runtime.block_on(until_stopped(watch));
     if inputs.send(Input::Stop).is_err() || controller.join().is_err() {
         return result.and(Err(RunError::Ended("the controller")));
     }
     result
+}
+
+type Watch = Pin<Box<dyn Future<Output = ()>>>;
+type Running = JoinHandle<BTreeMap<CgroupId, Report>>;
+
+/// What reacts at once, before anybody is asked: programs, reflex and ledger.
+struct Fast {
+    kernel: Option<Kernel>,
+    reflex: Reflex,
+    ledger: Ledger,
+    inputs: SyncSender<Input>,
+    receiver: Receiver<Input>,
+    signals: Signals,
+    cpus: u64,
+}
+
+impl Fast {
+    fn start(options: &Options, ledger: &Path) -> Result<Self, RunError> {
+        let (kernel, source) = signals(options)?;
+        let signals = source.signals();
+        let ledger = open_ledger(ledger)?;
+        let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
+        let another = ledger
+            .another()
+            .map_err(|error| RunError::System("cannot open the ledger", error))?;
+        let reflex = Reflex::start(source, another, guard::sink(inputs.clone()))
+            .map_err(|error| RunError::System("cannot start the reflex thread", error))?;
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            kernel,
+            reflex,
+            ledger,
+            inputs,
+            receiver,
+            signals,
+            cpus: u64::try_from(cpus).unwrap_or(1),
+        })
+    }
+
+    /// Starts the controller, which asks for limits through `requester`.
+    fn control<R: Requester + Send + 'static>(self, requester: R) -> Result<Running, RunError> {
+        let inputs = (self.inputs, self.receiver);
+        let controller = Controller::new(self.kernel, self.reflex, self.ledger, inputs, requester);
+        thread::Builder::new()
+            .name("controller".to_owned())
+            .spawn(move || controller.run())
+            .map_err(|error| RunError::System("cannot start the controller thread", error))
+    }
+
+    fn of_node(
+        self,
+        client: Client,
+        tasks: &Handle,
+        node: &str,
+        shrink_after: Nanos,
+    ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
+        let targets = Arc::new(Mutex::new(BTreeMap::new()));
+        let inputs = self.inputs.clone();
+        let resizer = Resizer::new(
+            client.clone(),
+            tasks.clone(),
+            Arc::clone(&targets),
+            inputs.clone(),
+        );
+        let context = watch::Context {
+            client,
+            node: node.to_owned(),
+            inputs: inputs.clone(),
+            targets,
+            cpus: self.cpus,
+            actuation: Actuation::Requested { p95: ASSUMED_P95 },
+            signals: self.signals,
+            shrink_after,
+        };
+        Ok((
+            inputs,
+            self.control(resizer)?,
+            Box::pin(watch::pods(context)),
+        ))
+    }
+
+    fn of_machine(
+        self,
+        containers: Runtime,
+        tasks: &Handle,
+        policies: &Path,
+        read: Vec<ElasticPolicy>,
+    ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
+        let targets = Arc::new(Mutex::new(BTreeMap::new()));
+        let inputs = self.inputs.clone();
+        let originals = PathBuf::from(originals::DIRECTORY);
+        let updater = Updater::new(
+            containers.clone(),
+            tasks.clone(),
+            Arc::clone(&targets),
+            inputs.clone(),
+            originals.clone(),
+        );
+        let context = containers::Context {
+            runtime: containers,
+            policies: policies.to_owned(),
+            inputs: inputs.clone(),
+            targets,
+            actuation: Actuation::Requested {
+                p95: ASSUMED_UPDATE_P95,
+            },
+            cpus: self.cpus,
+            signals: self.signals,
+            originals,
+        };
+        let watch = containers::watch(context, read);
+        Ok((inputs, self.control(updater)?, Box::pin(watch)))
+    }
 }
 
 /// Lets this process have enough open files for as many containers as the programs can watch: each takes
@@ -216,7 +351,7 @@ fn open_ledger(path: &Path) -> Result<Ledger, RunError> {
         .map_err(|error| RunError::System("cannot open the ledger in /run/bellows", error))
 }
 
-async fn until_stopped(context: watch::Context) -> Result<(), RunError> {
+async fn until_stopped(watch: Watch) -> Result<(), RunError> {
     let install =
         |kind| signal(kind).map_err(|error| RunError::System("cannot take signals", error));
     let (mut term, mut int) = (
@@ -224,7 +359,7 @@ async fn until_stopped(context: watch::Context) -> Result<(), RunError> {
         install(SignalKind::interrupt())?,
     );
     tokio::select! {
-        () = watch::pods(context) => Err(RunError::Ended("the pod watch")),
+        () = watch => Err(RunError::Ended("the watch of pods or containers")),
         _ = term.recv() => Ok(()),
         _ = int.recv() => Ok(()),
     }

@@ -5,6 +5,7 @@ mod build;
 mod bursts;
 mod bystander;
 mod ceiling;
+mod container_bursts;
 mod deaths;
 mod exec_cli;
 mod hook_cost;
@@ -50,6 +51,8 @@ pub(crate) enum Bench {
     Build(build::Options),
     /// Bursts in pods on a real kubelet, raised through the API.
     PodBursts(pod_bursts::Options),
+    /// Bursts in containers on a real containerd, raised through it.
+    ContainerBursts(container_bursts::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
     /// What `bellows run` promises at its edges: Events, and changes by others.
@@ -86,6 +89,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Thrash(options) => thrash::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
+        Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
@@ -108,6 +112,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "thrash" => thrash::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "container-bursts" => container_bursts::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),

@@ -1,0 +1,133 @@
+//! The memory limit of a pod's own cgroup, which holds whatever its containers have.
+//!
+//! The kubelet sets it to the sum of the containers' limits where each has one, and no runtime touches it
+//! (containerd's UpdatePodSandboxResources stores values only: internal/cri/server/sandbox_update_resources.go,
+//! 2.1). A container that is raised below it gains nothing. So the pod goes up first, and down last; otherwise
+//! the container would be killed by its pod.
+//!
+//! Where systemd made the cgroup, a value that was only written is forgotten at its next `daemon-reload`: there
+//! the limit is set as a property of the slice. Setting one may reset what others have written into the slice
+//! behind systemd's back (seen: any hand-written value); those are read before and put back after.
+
+use std::{io, path::Path, process::Command};
+
+use bellows_core::Bytes;
+use thiserror::Error;
+
+use crate::cgroup::{Cgroup, CgroupError, Limit};
+
+/// What others may have written into a slice, with what an empty one has.
+const OTHERS: [&str; 6] = [
+    "memory.min",
+    "memory.low",
+    "memory.high",
+    "memory.swap.max",
+    "cpu.max",
+    "cpu.weight",
+];
+
+/// Why a pod's limit was not set.
+#[derive(Debug, Error)]
+pub enum PodCgroupError {
+    /// A cgroup file.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// systemd could not be asked.
+    #[error(
+        "cannot run systemctl ({0}): the limit of a slice is systemd's to set; install systemd's tools"
+    )]
+    Systemctl(#[source] io::Error),
+    /// systemd refused.
+    #[error("systemctl set-property {unit} MemoryMax={limit}: {said}")]
+    Refused {
+        /// The slice.
+        unit: String,
+        /// The limit.
+        limit: u64,
+        /// What it printed.
+        said: String,
+    },
+    /// It is not what was set.
+    #[error(
+        "the limit of {path} is {found} after it was set to {wanted}: does something else set it?"
+    )]
+    NotKept {
+        /// The cgroup.
+        path: String,
+        /// What was set.
+        wanted: Bytes,
+        /// What was read back.
+        found: Bytes,
+    },
+}
+
+/// Who owns a cgroup's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Whoever writes.
+    Files,
+    /// systemd.
+    Systemd,
+}
+
+impl Owner {
+    /// The owner of a cgroup, by what made it: only systemd names directories after units.
+    #[must_use]
+    pub fn of(path: &Path) -> Self {
+        let is_unit = path.extension().is_some_and(|unit| unit == "slice");
+        if is_unit && Path::new("/run/systemd/system").is_dir() {
+            Self::Systemd
+        } else {
+            Self::Files
+        }
+    }
+}
+
+/// Sets the memory limit of a pod's cgroup, and reads it back. Lowering reclaims in here, so usage must be below
+/// the limit; may block for as long as systemd takes.
+///
+/// # Errors
+///
+/// [`PodCgroupError`]; the limit may have been set all the same.
+pub fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
+    match Owner::of(pod.path()) {
+        Owner::Files => pod.set_limit("memory.max", Limit::At(limit))?,
+        Owner::Systemd => set_property(pod, limit)?,
+    }
+    let found = pod.limit("memory.max")?.bytes();
+    if found == limit.page_floor() {
+        Ok(())
+    } else {
+        Err(PodCgroupError::NotKept {
+            path: pod.path().display().to_string(),
+            wanted: limit,
+            found,
+        })
+    }
+}
+
+fn set_property(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
+    let unit = pod.path().file_name().unwrap_or_default();
+    let before = OTHERS.map(|file| (file, pod.read(file).ok()));
+    let output = Command::new("systemctl")
+        .args(["set-property", "--runtime"])
+        .arg(unit)
+        .arg(format!("MemoryMax={}", limit.0))
+        .output()
+        .map_err(PodCgroupError::Systemctl)?;
+    if !output.status.success() {
+        return Err(PodCgroupError::Refused {
+            unit: unit.to_string_lossy().into_owned(),
+            limit: limit.0,
+            said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        });
+    }
+    for (file, before) in before {
+        if let Some(before) = before
+            && pod.read(file).is_ok_and(|after| after != before)
+        {
+            pod.write(file, before.trim())?;
+        }
+    }
+    Ok(())
+}

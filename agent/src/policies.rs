@@ -1,0 +1,523 @@
+//! Policies from a file: the fields of an `ElasticPolicy` object, one or several in one YAML file.
+//!
+//! [`EXAMPLE`] has every field.
+//!
+//! A policy that is half understood is worse than none: it acts on the wrong containers, or lets them grow
+//! further than somebody meant. So a file is taken as a whole or not at all, each error names its line and
+//! what to write instead, and whoever has a good one already keeps it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use bellows_core::{
+    Bytes, Nanos,
+    elastic::{ContainerRules, ElasticPolicy, MemoryRules, Mode, Selector},
+    quantity,
+};
+use serde::Deserialize;
+use serde_saphyr::{Location, Spanned};
+use thiserror::Error;
+
+/// A file, for `bellows check --help`.
+pub const EXAMPLE: &str = "\
+A policy:
+  apiVersion: bellows.dev/v1alpha1
+  kind: ElasticPolicy
+  metadata:
+    name: workspaces
+  spec:
+    mode: Act              # Off, Observe (the default), Recommend, Act
+    selector:
+      namespaces: [dev]    # all, if left out
+      matchLabels:         # of the pod
+        app: workspace
+    containers:
+    - name: ide            # every container, if left out
+      memory:
+        max: 4Gi           # never more than this
+        floor: 128Mi       # the limit at rest; the container's own, if left out
+        shrinkAfter: 5s    # 5s, if left out
+";
+const API_VERSION: &str = "bellows.dev/v1alpha1";
+const KIND: &str = "ElasticPolicy";
+/// Quiet time before a raised limit is lowered, where a policy says none.
+const SHRINK_AFTER: Nanos = Nanos::millis(5000);
+/// A limit below this starts no process.
+const LEAST: Bytes = Bytes::mib(1);
+
+/// Why a file holds no policies.
+#[derive(Debug, Error)]
+pub enum PolicyFileError {
+    /// It cannot be read.
+    #[error("{path}: {source}: name a file that can be read")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its content is wrong.
+    #[error("{path}:{problem}")]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// The first thing that is wrong.
+        problem: Box<Problem>,
+    },
+}
+
+/// What is wrong in a file, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The line, from 1 on; 0 where there is none.
+    pub line: u64,
+    /// The column, from 1 on.
+    pub column: u64,
+    /// What is wrong, and what to write instead.
+    pub what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, column, what } = self;
+        write!(formatter, "{line}:{column}: {what}")
+    }
+}
+
+/// The policies in a file.
+///
+/// # Errors
+///
+/// [`PolicyFileError`]; its text says what to do.
+pub fn read(path: &Path) -> Result<Vec<ElasticPolicy>, PolicyFileError> {
+    let text = fs::read_to_string(path).map_err(|source| PolicyFileError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    parse(&text).map_err(|problem| PolicyFileError::Wrong {
+        path: path.to_owned(),
+        problem: Box::new(problem),
+    })
+}
+
+/// The policies in a text.
+///
+/// # Errors
+///
+/// The first thing that is wrong.
+pub fn parse(text: &str) -> Result<Vec<ElasticPolicy>, Problem> {
+    let documents: Vec<Document> = serde_saphyr::from_multiple(text).map_err(|error| {
+        let location = error.location().unwrap_or(Location::UNKNOWN);
+        problem(location, explained(&error))
+    })?;
+    let mut names = BTreeSet::new();
+    documents
+        .into_iter()
+        .map(|document| {
+            let name = &document.metadata.name;
+            if !names.insert(name.value.clone()) {
+                let what = format!(
+                    "a second policy is named `{}`: give it another name",
+                    name.value
+                );
+                return Err(problem(name.referenced, what));
+            }
+            document.policy()
+        })
+        .collect()
+}
+
+/// What policies say, for people: one line for each rule.
+#[must_use]
+pub fn told(policies: &[ElasticPolicy]) -> String {
+    let mut text = String::new();
+    for policy in policies {
+        let Selector { namespaces, labels } = &policy.selector;
+        let mut whose = if namespaces.is_empty() {
+            "every namespace".to_owned()
+        } else {
+            namespaces.join(", ")
+        };
+        for (key, value) in labels {
+            whose += &format!(", {key}={value}");
+        }
+        for ContainerRules { name, memory } in &policy.containers {
+            let container = name.as_deref().unwrap_or("every container");
+            let memory = memory.map_or_else(
+                || "memory is left alone".to_owned(),
+                |MemoryRules { max, floor, .. }| {
+                    let floor =
+                        floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
+                    format!("memory up to {max}{floor}")
+                },
+            );
+            let ElasticPolicy { name, mode, .. } = policy;
+            text += &format!("{name} ({mode:?}): {whose}: {container}: {memory}\n");
+        }
+    }
+    if text.is_empty() {
+        text += "no policies: nothing is guarded\n";
+    }
+    text
+}
+
+fn problem(location: Location, what: String) -> Problem {
+    Problem {
+        line: location.line(),
+        column: location.column(),
+        what,
+    }
+}
+
+/// What a parser's error says, with the word that was probably meant.
+fn explained(error: &serde_saphyr::Error) -> String {
+    let (kind, word, known) = match error.without_snippet() {
+        serde_saphyr::Error::SerdeUnknownField {
+            field, expected, ..
+        } => ("field", field, expected),
+        serde_saphyr::Error::SerdeUnknownVariant {
+            variant, expected, ..
+        } => ("value", variant, expected),
+        other => {
+            let text = other.to_string();
+            // The place is told before it.
+            let text = text.split(" at line ").next().unwrap_or_default();
+            return format!("{text}: see `bellows check --help` for what a policy has");
+        }
+    };
+    let alike = known
+        .iter()
+        .map(|known| {
+            (
+                strsim::jaro(&word.to_lowercase(), &known.to_lowercase()),
+                known,
+            )
+        })
+        .filter(|&(likeness, _)| likeness > 0.7)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b));
+    let known = known.join(", ");
+    match alike {
+        Some((_, meant)) => {
+            format!("unknown {kind} `{word}`: did you mean `{meant}`? There are {known}")
+        }
+        None => format!("unknown {kind} `{word}`: there are {known}"),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Document {
+    api_version: Spanned<String>,
+    kind: Spanned<String>,
+    metadata: Metadata,
+    spec: Specification,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Specification {
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    selector: SelectorText,
+    containers: Spanned<Vec<Rules>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct SelectorText {
+    namespaces: Vec<String>,
+    match_labels: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rules {
+    name: Option<Spanned<String>>,
+    memory: Option<Memory>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Memory {
+    max: Spanned<String>,
+    floor: Option<Spanned<String>>,
+    shrink_after: Option<Spanned<String>>,
+}
+
+impl Document {
+    fn policy(self) -> Result<ElasticPolicy, Problem> {
+        let Self {
+            api_version,
+            kind,
+            metadata: Metadata { name },
+            spec,
+        } = self;
+        for (field, said, known) in [
+            ("apiVersion", &api_version, API_VERSION),
+            ("kind", &kind, KIND),
+        ] {
+            if said.value != known {
+                let what = format!("{field} is `{}`: write {known}", said.value);
+                return Err(problem(said.referenced, what));
+            }
+        }
+        if name.value.trim().is_empty() {
+            return Err(problem(name.referenced, "a policy needs a name".to_owned()));
+        }
+        let Spanned {
+            value: containers,
+            referenced,
+            ..
+        } = spec.containers;
+        if containers.is_empty() {
+            let what = "no rules: write one for every container (`- memory: {max: 4Gi}`)";
+            return Err(problem(referenced, what.to_owned()));
+        }
+        let mut names = BTreeSet::new();
+        let containers = containers.into_iter().map(|rules| {
+            let name = rules.name.as_ref();
+            let location = name.map_or(referenced, |name| name.referenced);
+            let name = name.map(|name| name.value.clone());
+            if names.insert(name) {
+                rules.checked()
+            } else {
+                let what = "two rules for the same container: only the first would hold";
+                Err(problem(location, what.to_owned()))
+            }
+        });
+        Ok(ElasticPolicy {
+            name: name.value,
+            mode: spec.mode,
+            containers: containers.collect::<Result<_, _>>()?,
+            selector: Selector {
+                namespaces: spec.selector.namespaces,
+                labels: spec.selector.match_labels,
+            },
+        })
+    }
+}
+
+impl Rules {
+    fn checked(self) -> Result<ContainerRules, Problem> {
+        Ok(ContainerRules {
+            name: self.name.map(|name| name.value),
+            memory: self.memory.map(|memory| memory.checked()).transpose()?,
+        })
+    }
+}
+
+impl Memory {
+    fn checked(&self) -> Result<MemoryRules, Problem> {
+        let max = size(&self.max)?;
+        let floor = self.floor.as_ref().map(size).transpose()?;
+        if let (Some(floor), Some(text)) = (floor, &self.floor)
+            && floor > max
+        {
+            let what =
+                format!("floor is {floor}, above max, which is {max}: lower it, or raise max");
+            return Err(problem(text.referenced, what));
+        }
+        Ok(MemoryRules {
+            max,
+            floor,
+            shrink_after: self
+                .shrink_after
+                .as_ref()
+                .map_or(Ok(SHRINK_AFTER), duration)?,
+        })
+    }
+}
+
+fn size(text: &Spanned<String>) -> Result<Bytes, Problem> {
+    let size = quantity::parse(&text.value);
+    let size = size.map_err(|error| problem(text.referenced, error.to_string()))?;
+    if size < LEAST {
+        let what = format!("{size} is too small to start a process: use at least 1Mi");
+        return Err(problem(text.referenced, what));
+    }
+    Ok(size)
+}
+
+/// A time of a second to a day.
+fn duration(text: &Spanned<String>) -> Result<Nanos, Problem> {
+    let wrong = |why: String| {
+        let what = format!(
+            "`{}` is no time ({why}): write one such as 5s or 2m",
+            text.value
+        );
+        problem(text.referenced, what)
+    };
+    let parsed: jiff::SignedDuration = text
+        .value
+        .parse()
+        .map_err(|error: jiff::Error| wrong(error.to_string()))?;
+    match u64::try_from(parsed.as_millis()) {
+        Ok(milliseconds @ 1000..=86_400_000) => Ok(Nanos::millis(milliseconds)),
+        _ => Err(wrong("it must be from 1s to 24h".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "\
+apiVersion: bellows.dev/v1alpha1
+kind: ElasticPolicy
+metadata:
+  name: workspaces
+spec:
+  mode: Act
+  selector:
+    namespaces: [dev]
+    matchLabels:
+      app: workspace
+  containers:
+  - name: ide
+    memory:
+      max: 4Gi
+      floor: 128Mi
+      shrinkAfter: 1m30s
+  - memory: {max: 1073741824}
+";
+
+    /// Where and why a file with one change is refused.
+    fn refused(from: &str, to: &str) -> (u64, String) {
+        assert!(GOOD.contains(from), "{from}");
+        let problem = parse(&GOOD.replacen(from, to, 1)).expect_err(to);
+        (problem.line, problem.what)
+    }
+
+    #[test]
+    fn reads_what_it_documents() {
+        let policies = parse(GOOD).unwrap();
+        let [policy] = &policies[..] else {
+            panic!("{policies:?}")
+        };
+        assert_eq!(
+            (policy.name.as_str(), policy.mode),
+            ("workspaces", Mode::Act)
+        );
+        assert_eq!(policy.selector.namespaces, ["dev"]);
+        assert_eq!(policy.selector.labels["app"], "workspace");
+        let [named, every] = &policy.containers[..] else {
+            panic!("{policy:?}")
+        };
+        assert_eq!(named.name.as_deref(), Some("ide"));
+        let memory = MemoryRules {
+            max: Bytes::mib(4096),
+            floor: Some(Bytes::mib(128)),
+            shrink_after: Nanos::millis(90_000),
+        };
+        assert_eq!(named.memory, Some(memory));
+        let memory = every.memory.unwrap();
+        assert_eq!(
+            (memory.max, memory.shrink_after),
+            (Bytes::mib(1024), SHRINK_AFTER)
+        );
+    }
+
+    #[test]
+    fn the_example_is_one() {
+        let text: String = EXAMPLE
+            .lines()
+            .skip(1)
+            .map(|line| format!("{}\n", line.strip_prefix("  ").unwrap_or(line)))
+            .collect();
+        let policies = parse(&text).unwrap();
+        assert_eq!(
+            told(&policies),
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB\n"
+        );
+    }
+
+    #[test]
+    fn several_stand_in_one_file_and_observe_is_the_default() {
+        let second = GOOD
+            .replace("workspaces", "others")
+            .replace("  mode: Act\n", "");
+        let policies = parse(&format!("{GOOD}---\n{second}")).unwrap();
+        assert_eq!(policies.len(), 2);
+        assert_eq!(policies[1].mode, Mode::Observe);
+        let problem = parse(&format!("{GOOD}---\n{GOOD}")).unwrap_err();
+        assert_eq!(problem.line, 22);
+        assert!(problem.what.contains("second policy"), "{problem}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line_and_what_to_write() {
+        for (from, to, line, words) in [
+            ("floor:", "flor:", 15, "did you mean `floor`"),
+            ("selector:", "selectors:", 7, "did you mean `selector`"),
+            (
+                "matchLabels",
+                "matchlabels",
+                9,
+                "did you mean `matchLabels`",
+            ),
+            ("mode: Act", "mode: act", 6, "did you mean `Act`"),
+            ("max: 4Gi", "max: 4GB", 14, "unknown unit `GB`"),
+            ("max: 4Gi", "max: -4Gi", 14, "no memory size"),
+            ("max: 4Gi", "max: 100m", 14, "too small"),
+            ("max: 4Gi", "max: 64Mi", 15, "above max"),
+            ("shrinkAfter: 1m30s", "shrinkAfter: soon", 16, "such as 5s"),
+            (
+                "shrinkAfter: 1m30s",
+                "shrinkAfter: 0s",
+                16,
+                "from 1s to 24h",
+            ),
+            (
+                "shrinkAfter: 1m30s",
+                "shrinkAfter: -5s",
+                16,
+                "from 1s to 24h",
+            ),
+            ("v1alpha1", "v1", 1, "write bellows.dev/v1alpha1"),
+            ("kind: ElasticPolicy", "kind: Pod", 2, "write ElasticPolicy"),
+            ("name: workspaces", "name: ''", 4, "needs a name"),
+            (
+                "- memory:",
+                "- name: ide\n    memory:",
+                17,
+                "only the first",
+            ),
+        ] {
+            let (at, what) = refused(from, to);
+            assert_eq!(at, line, "{to}: {what}");
+            assert!(what.contains(words), "{to}: {what}");
+        }
+        let text = GOOD.split("  containers:").next().unwrap();
+        let problem = parse(&format!("{text}  containers: []\n")).unwrap_err();
+        assert_eq!(problem.line, 11);
+        assert!(parse(text).unwrap_err().what.contains("containers"));
+    }
+
+    #[test]
+    fn whatever_is_no_policy_is_an_error_and_no_panic() {
+        for text in [
+            "{",
+            "a",
+            "- - -",
+            "\u{0}",
+            "a: *b",
+            "&a [*a]",
+            "? :",
+            "!!binary x",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+        // Nothing is no policy, and nothing wrong.
+        assert_eq!(parse("").unwrap(), []);
+    }
+}

@@ -1,0 +1,313 @@
+//! `container-bursts`: bursts in containers on a real containerd without Kubernetes; every raise goes through the
+//! runtime (CRI).
+
+use std::{thread, time::Duration};
+
+use anyhow::Result;
+use bellows::{
+    cgroup::{Cgroup, Limit},
+    clock::now,
+    cri::memory_limit,
+    ledger::Record as LedgerRecord,
+};
+use bellows_core::{Action, Bytes, Nanos};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
+    pod_bursts::ledger_of,
+    record::{Records, parsed, percentile, rounded},
+    runner::{HugePages, Probe, set_thp},
+};
+use crate::{
+    containers::{Machine, Spec, Standalone, Started, policy},
+    load::BurstResult,
+    sampler::Sample,
+};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Cases.
+    #[arg(long, default_value_t = 20)]
+    n: u64,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Which cases run with transparent huge pages.
+    #[arg(long, value_enum, default_value_t)]
+    thp: HugePages,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Case {
+    index: u64,
+    seed: u64,
+    limit: Bytes,
+    peak: Bytes,
+    max: Bytes,
+    threads: u64,
+    thp: bool,
+}
+
+/// How one container went.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Outcome {
+    exit_code: Option<i32>,
+    pub(super) oom_kill: u64,
+    sleeps: u64,
+    wall_ms: u64,
+    /// What its burst said of itself.
+    said: Option<BurstResult>,
+    samples: Vec<Sample>,
+    /// How long after its burst its limit was the original again, in its cgroup, in its pod's and for its runtime.
+    restored_after_ms: Option<u64>,
+    ledger: Vec<LedgerRecord>,
+}
+
+impl Outcome {
+    pub(super) fn killed(&self) -> bool {
+        self.oom_kill > 0 || self.exit_code.is_some_and(|code| code != 0)
+    }
+
+    fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
+        self.ledger.iter().filter_map(|record| match record {
+            LedgerRecord::Intend {
+                at,
+                action: Action::Raise { to, .. },
+                ..
+            } => Some((*at, *to)),
+            _ => None,
+        })
+    }
+
+    /// Microseconds from each raise that was asked for to its limit in force.
+    fn answers(&self) -> Vec<u64> {
+        self.raises()
+            .filter_map(|(at, to)| {
+                let at = at.0 / 1000;
+                let mut after = self.samples.iter().filter(|sample| sample.at_us >= at);
+                Some(after.find(|sample| sample.limit == to.0)?.at_us - at)
+            })
+            .collect()
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    case: Case,
+    unlimited: Outcome,
+    fixed: Outcome,
+    bellows: Outcome,
+}
+
+/// A container that takes longer is taken for stuck.
+const LONGEST: Nanos = Nanos::millis(180_000);
+/// The same for a limit that does not come down.
+const RESTORE_LIMIT: Nanos = Nanos::millis(60_000);
+/// The label of those that are guarded.
+const GUARDED: &str = "bursts";
+
+fn cases(options: &Options) -> Vec<Case> {
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    let thp = random.bool();
+    (0..options.n)
+        .map(|index| {
+            let limit = mib(log_uniform(&mut random, 32.0, 192.0));
+            let growth = log_uniform(&mut random, 2.0, 12.0);
+            let peak = limit.per_mille(thousandths(growth)).min(Bytes::mib(1024));
+            Case {
+                index,
+                seed: options.seed,
+                limit,
+                peak,
+                max: Bytes::mib(2048),
+                threads: random.u64(1..=8),
+                thp: options.thp.in_turn(index, thp),
+            }
+        })
+        .collect()
+}
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let mut machine = Machine::start()?;
+    let mut agent = Standalone::start(&policy(GUARDED, Bytes::mib(2048)))?;
+    let probe = Probe::start()?;
+    for case in cases(options) {
+        set_thp(case.thp)?;
+        agent.check()?;
+        let record = run_case(&mut machine, &probe, case)?;
+        eprintln!(
+            "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} raises, {:?} ms, {} sleeps, restored {:?})",
+            case.index,
+            case.limit,
+            case.peak,
+            case.threads,
+            case.thp,
+            if record.fixed.killed() {
+                "killed"
+            } else {
+                "alive"
+            },
+            if record.bellows.killed() {
+                "KILLED"
+            } else {
+                "alive"
+            },
+            record.bellows.raises().count(),
+            record
+                .bellows
+                .answers()
+                .iter()
+                .map(|us| us / 1000)
+                .collect::<Vec<_>>(),
+            record.bellows.sleeps,
+            record.bellows.restored_after_ms,
+        );
+        records.write(&record)?;
+    }
+    Ok(())
+}
+
+fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> {
+    let mut variant = |name: &str, limit: Bytes, is_guarded: bool| {
+        let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
+        // Time for the agent to adopt it.
+        let rest = ["--rest-ms", "2000"].map(str::to_owned);
+        let mut command: Vec<String> = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+        command.extend(words.into_iter().chain(rest));
+        let mut labels = Vec::new();
+        if is_guarded {
+            labels.push(("guard".to_owned(), GUARDED.to_owned()));
+            command.extend(["--after-ms", "120000"].map(str::to_owned));
+        }
+        let spec = Spec {
+            name: format!("{name}-{}", case.index),
+            limit: Some(limit),
+            command,
+            host: false,
+            labels,
+        };
+        observe(machine, probe, &spec, is_guarded)
+    };
+    Ok(Record {
+        unlimited: variant("unlimited", case.max, false)?,
+        fixed: variant("fixed", case.limit, false)?,
+        bellows: variant("bellows", case.limit, true)?,
+        case,
+    })
+}
+
+/// Runs a container to its end or, a guarded one, until its limit is the original again, and observes it from
+/// outside.
+pub(super) fn observe(
+    machine: &mut Machine,
+    probe: &Probe,
+    spec: &Spec,
+    is_guarded: bool,
+) -> Result<Outcome> {
+    let started = machine.run(spec)?;
+    let watched = started.cgroup.clone();
+    let sampler = probe.sample(move || Some(watched.clone()));
+    let start = now();
+    let (exit_code, restored_after_ms) = wait_end(machine, &started, spec, is_guarded)?;
+    let wall_ms = now().since(start).as_millis();
+    let track = sampler.finish();
+    let outcome = Outcome {
+        exit_code,
+        oom_kill: track.oom_kill,
+        sleeps: track.sleeps,
+        wall_ms,
+        said: said(&started),
+        samples: track.samples,
+        restored_after_ms,
+        ledger: if is_guarded {
+            ledger_of(started.cgroup.id())
+        } else {
+            Vec::new()
+        },
+    };
+    machine.remove(&started)?;
+    Ok(outcome)
+}
+
+fn said(started: &Started) -> Option<BurstResult> {
+    let mut values = Machine::said(started).into_iter();
+    values.find_map(|value| serde_json::from_value(value).ok())
+}
+
+fn wait_end(
+    machine: &Machine,
+    started: &Started,
+    spec: &Spec,
+    is_guarded: bool,
+) -> Result<(Option<i32>, Option<u64>)> {
+    let start = now();
+    while now().since(start) < LONGEST {
+        thread::sleep(Duration::from_millis(100));
+        if let Some(code) = machine.exit_code(started)? {
+            return Ok((Some(code), None));
+        }
+        let Some(said) = said(started).filter(|_| is_guarded) else {
+            continue;
+        };
+        let after = now().since(Nanos(said.end_ns));
+        if is_at_rest(machine, started, spec.limit)? {
+            return Ok((None, Some(after.as_millis())));
+        }
+        if after > RESTORE_LIMIT {
+            return Ok((None, None));
+        }
+    }
+    Ok((None, None))
+}
+
+/// Whether cgroup, pod and runtime all have the limit that the container was made with.
+fn is_at_rest(machine: &Machine, started: &Started, limit: Option<Bytes>) -> Result<bool> {
+    let resources = machine.status(started)?.resources;
+    let said = resources.and_then(|resources| memory_limit(&resources.linux?));
+    let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok();
+    Ok([of(&started.cgroup), of(&started.pod), said] == [limit; 3])
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let records: Vec<Record> = parsed(records)?;
+    let count =
+        |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
+    let (mut stalls, mut answers, mut overgrants) = (Vec::new(), Vec::new(), Vec::new());
+    for Record {
+        case,
+        unlimited,
+        bellows,
+        ..
+    } in &records
+    {
+        let took = bellows.answers();
+        answers.extend(took.iter().map(|&us| us as f64 / 1e6));
+        overgrants.extend(overgrant(&bellows.samples, case.limit));
+        let gap = |outcome: &Outcome| outcome.said.map(|said| said.longest_gap_us);
+        if let (Some(with), Some(without), Some(&slowest)) =
+            (gap(bellows), gap(unlimited), took.iter().max())
+        {
+            stalls.push(with.saturating_sub(without) as f64 / slowest.max(1) as f64);
+        }
+    }
+    let raises = records.iter().map(|record| record.bellows.raises().count());
+    let sleeps = records.iter().map(|record| record.bellows.sleeps);
+    let p = |values: &[f64], percent| rounded(percentile(values, percent));
+    Ok(json!({
+        "bursts": records.len(),
+        "kills_without": count(&|record| record.fixed.killed()),
+        "kills_with": count(&|record| record.bellows.killed()),
+        "kills_unlimited": count(&|record| record.unlimited.killed()),
+        "raises_max": raises.max(),
+        "sleeps_max": sleeps.max(),
+        "stall_vs_cri_p50": p(&stalls, 50.0),
+        "stall_vs_cri_max": p(&stalls, 100.0),
+        "cri_seconds_p50": p(&answers, 50.0),
+        "cri_seconds_max": p(&answers, 100.0),
+        "restored": count(&|record| record.bellows.restored_after_ms.is_some()),
+        "overgrant_p50": p(&overgrants, 50.0),
+    }))
+}

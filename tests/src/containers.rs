@@ -1,0 +1,327 @@
+//! Containers of the benches on a real containerd, without a kubelet: its part is played here, through the same
+//! interface (CRI), with the cgroups and limits that it would give a pod.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bellows::{
+    attribution::{self, CGROUP_ROOT},
+    cgroup::{Cgroup, Limit},
+    cri::api::{
+        ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
+        ContainerStatusRequest, CreateContainerRequest, ImageSpec, LinuxContainerConfig,
+        LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+        LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
+        PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+        StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
+    },
+};
+use bellows_core::Bytes;
+use serde_json::Value;
+use tokio::runtime::Runtime;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::node::{self, Containerd, has_systemd, shell, wait};
+
+const NAMESPACE: &str = "dev";
+const CONTAINER: &str = "load";
+const LOGS: &str = "/var/log/pods";
+
+/// A machine that runs containers.
+pub(crate) struct Machine {
+    tasks: Runtime,
+    client: RuntimeServiceClient<Channel>,
+    _containerd: Containerd,
+    /// Pods made so far.
+    pods: u64,
+}
+
+/// What a container should be.
+#[derive(Clone, Debug)]
+pub(crate) struct Spec {
+    pub(crate) name: String,
+    pub(crate) limit: Option<Bytes>,
+    pub(crate) command: Vec<String>,
+    /// Mounts the machine's root at /host.
+    pub(crate) host: bool,
+    /// Labels of its pod.
+    pub(crate) labels: Vec<(String, String)>,
+}
+
+/// A container, and its pod.
+pub(crate) struct Started {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) pod: Cgroup,
+    sandbox: String,
+}
+
+impl Machine {
+    pub(crate) fn start() -> Result<Self> {
+        let containerd = Containerd::start()?;
+        let tasks = Runtime::new()?;
+        let client = {
+            let _context = tasks.enter();
+            let endpoint = Endpoint::from_shared(format!("unix://{}", node::CONTAINERD_SOCKET))?;
+            RuntimeServiceClient::new(endpoint.connect_lazy())
+        };
+        if !has_systemd() {
+            hand_out(&[])?;
+        }
+        Ok(Self {
+            tasks,
+            client,
+            _containerd: containerd,
+            pods: 0,
+        })
+    }
+
+    /// Starts a container in a pod of its own, whose limit is the container's.
+    pub(crate) fn run(&mut self, spec: &Spec) -> Result<Started> {
+        self.pods += 1;
+        let uid = format!("4d0e7f00-0000-4000-8000-{:012}", self.pods);
+        let parent = pod_cgroup(&uid, spec.limit)?;
+        let sandbox_config = sandbox(spec, &uid, &parent);
+        let container_config = container(spec);
+        let mut client = self.client.clone();
+        let (sandbox, id) = self.tasks.block_on(async {
+            let request = RunPodSandboxRequest {
+                config: Some(sandbox_config.clone()),
+                ..RunPodSandboxRequest::default()
+            };
+            let sandbox = client.run_pod_sandbox(request).await?.into_inner();
+            let sandbox = sandbox.pod_sandbox_id;
+            let request = CreateContainerRequest {
+                pod_sandbox_id: sandbox.clone(),
+                config: Some(container_config),
+                sandbox_config: Some(sandbox_config),
+            };
+            let id = client.create_container(request).await?.into_inner();
+            let id = id.container_id;
+            // systemd makes the slice with the first scope in it.
+            if let (true, Some(limit)) = (has_systemd(), spec.limit) {
+                shell(&format!(
+                    "systemctl set-property --runtime {parent} MemoryMax={}",
+                    limit.0
+                ))?;
+            }
+            let request = StartContainerRequest {
+                container_id: id.clone(),
+            };
+            client.start_container(request).await?;
+            Ok::<_, anyhow::Error>((sandbox, id))
+        })?;
+        let root = Path::new(CGROUP_ROOT);
+        let path = attribution::find(root, &uid, &id).context("the container has no cgroup")?;
+        let pod = path.parent().context("a cgroup has a parent")?;
+        Ok(Started {
+            cgroup: Cgroup::open(&path)?,
+            pod: Cgroup::open(pod)?,
+            id,
+            name: spec.name.clone(),
+            sandbox,
+        })
+    }
+
+    /// What the runtime says of it.
+    pub(crate) fn status(&self, started: &Started) -> Result<ContainerStatus> {
+        let request = ContainerStatusRequest {
+            container_id: started.id.clone(),
+            verbose: false,
+        };
+        let mut client = self.client.clone();
+        let answer = self.tasks.block_on(client.container_status(request))?;
+        answer.into_inner().status.context("no status")
+    }
+
+    /// The exit code, once it has ended.
+    pub(crate) fn exit_code(&self, started: &Started) -> Result<Option<i32>> {
+        let status = self.status(started)?;
+        let has_ended = status.state() == ContainerState::ContainerExited;
+        Ok(has_ended.then_some(status.exit_code))
+    }
+
+    /// What it has printed that is JSON, one value a line.
+    pub(crate) fn said(started: &Started) -> Vec<Value> {
+        let path = log_directory(&started.name).join("log");
+        let text = fs::read_to_string(path).unwrap_or_default();
+        // The CRI log format: time, stream, tag, text.
+        let lines = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
+        lines
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect()
+    }
+
+    /// Ends it and its pod.
+    pub(crate) fn remove(&self, started: &Started) -> Result<()> {
+        let mut client = self.client.clone();
+        let pod_sandbox_id = started.sandbox.clone();
+        self.tasks.block_on(async {
+            let stop = StopPodSandboxRequest {
+                pod_sandbox_id: pod_sandbox_id.clone(),
+            };
+            client.stop_pod_sandbox(stop).await?;
+            let remove = RemovePodSandboxRequest { pod_sandbox_id };
+            client.remove_pod_sandbox(remove).await
+        })?;
+        if !has_systemd() {
+            let pod = started.pod.path();
+            // A cgroup lives on until its last process is gone.
+            wait("the pod's cgroup is empty", Duration::from_secs(10), || {
+                Ok(fs::remove_dir(pod).is_ok() || !pod.exists())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn log_directory(name: &str) -> PathBuf {
+    Path::new(LOGS).join(name)
+}
+
+/// Makes the cgroup of a pod with its limit, as a kubelet does; returns what the runtime calls it.
+fn pod_cgroup(uid: &str, limit: Option<Bytes>) -> Result<String> {
+    if has_systemd() {
+        let uid = uid.replace('-', "_");
+        return Ok(format!("kubepods-burstable-pod{uid}.slice"));
+    }
+    let pod = format!("pod{uid}");
+    let path = hand_out(&["kubepods", "burstable", &pod])?;
+    if let Some(limit) = limit {
+        Cgroup::open(&path)?.set_limit("memory.max", Limit::At(limit))?;
+    }
+    Ok(format!("/kubepods/burstable/{pod}"))
+}
+
+/// Makes cgroups below each other that hand out their controllers.
+fn hand_out(names: &[&str]) -> Result<PathBuf> {
+    let mut path = PathBuf::from(CGROUP_ROOT);
+    let controllers = "+cpu +cpuset +io +memory +pids";
+    fs::write(path.join("cgroup.subtree_control"), controllers)?;
+    for name in names {
+        path.push(name);
+        fs::create_dir_all(&path)?;
+        fs::write(path.join("cgroup.subtree_control"), controllers)?;
+    }
+    Ok(path)
+}
+
+fn sandbox(spec: &Spec, uid: &str, parent: &str) -> PodSandboxConfig {
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: spec.name.clone(),
+            uid: uid.to_owned(),
+            namespace: NAMESPACE.to_owned(),
+            attempt: 0,
+        }),
+        log_directory: log_directory(&spec.name).to_string_lossy().into_owned(),
+        labels: spec.labels.iter().cloned().collect(),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent: parent.to_owned(),
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(host_network()),
+                ..LinuxSandboxSecurityContext::default()
+            }),
+            ..LinuxPodSandboxConfig::default()
+        }),
+        ..PodSandboxConfig::default()
+    }
+}
+
+fn host_network() -> NamespaceOption {
+    NamespaceOption {
+        network: NamespaceMode::Node.into(),
+        ..NamespaceOption::default()
+    }
+}
+
+fn container(spec: &Spec) -> ContainerConfig {
+    let limit = spec.limit.and_then(|limit| i64::try_from(limit.0).ok());
+    let host = Mount {
+        container_path: "/host".to_owned(),
+        host_path: "/".to_owned(),
+        ..Mount::default()
+    };
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: CONTAINER.to_owned(),
+            attempt: 0,
+        }),
+        image: Some(ImageSpec {
+            image: node::IMAGE.to_owned(),
+            ..ImageSpec::default()
+        }),
+        command: spec.command.clone(),
+        mounts: if spec.host { vec![host] } else { Vec::new() },
+        log_path: "log".to_owned(),
+        linux: Some(LinuxContainerConfig {
+            resources: Some(LinuxContainerResources {
+                memory_limit_in_bytes: limit.unwrap_or(0),
+                ..LinuxContainerResources::default()
+            }),
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(host_network()),
+                ..LinuxContainerSecurityContext::default()
+            }),
+        }),
+        ..ContainerConfig::default()
+    }
+}
+
+/// `bellows run --standalone` with policies, as a service of the machine.
+pub(crate) struct Standalone(Child);
+
+impl Standalone {
+    /// Starts it with these policies.
+    pub(crate) fn start(policies: &str) -> Result<Self> {
+        fs::create_dir_all("/etc/bellows")?;
+        let file = "/etc/bellows/policies.yaml";
+        fs::write(file, policies)?;
+        let log = node::log("bellows")?;
+        let child = Command::new("/usr/local/bin/bellows")
+            .args(["run", "--standalone", "--policies", file])
+            .env("BELLOWS_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("run bellows run --standalone")?;
+        Ok(Self(child))
+    }
+
+    /// Fails if it has ended.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        ensure!(
+            self.0.try_wait()?.is_none(),
+            "bellows run --standalone has ended:\n{}",
+            node::log_tail("bellows", 40)
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Standalone {
+    fn drop(&mut self) {
+        // One that has ended already needs neither.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A policy for the containers of the pods with the label `guard: NAME`.
+pub(crate) fn policy(name: &str, max: Bytes) -> String {
+    format!(
+        "apiVersion: bellows.dev/v1alpha1\n\
+         kind: ElasticPolicy\n\
+         metadata: {{name: {name}}}\n\
+         spec:\n  mode: Act\n  selector:\n    namespaces: [{NAMESPACE}]\n    matchLabels: {{guard: {name}}}\n  \
+         containers:\n  - memory: {{max: {}}}\n",
+        max.0
+    )
+}
