@@ -29,6 +29,12 @@ pub enum Command {
         /// The file.
         file: PathBuf,
     },
+    /// Put the containers that `run --standalone` has guarded back to the limits that they had.
+    Restore {
+        /// The runtime's socket [default: where containerd or CRI-O have theirs].
+        #[arg(long, value_name = "PATH")]
+        runtime_endpoint: Option<PathBuf>,
+    },
     /// Stay beside `bellows run` and lift brakes and holds when it dies (a second container).
     Releaser,
     /// Tell what works on this machine, what does not, and what to do.

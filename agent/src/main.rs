@@ -63,6 +63,18 @@ fn main() -> ExitCode {
                 .map(|read| print!("{}", policies::told(&read)))
                 .map_err(|error| error.to_string()),
         ),
+        Command::Restore { runtime_endpoint } => match run::restore(runtime_endpoint) {
+            Ok((lines, is_whole)) => {
+                for line in &lines {
+                    println!("{line}");
+                }
+                if lines.is_empty() {
+                    println!("nothing is left to put back");
+                }
+                ExitCode::from(u8::from(!is_whole))
+            }
+            Err(error) => report(Err(error.to_string())),
+        },
         Command::Releaser => {
             report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }

@@ -16,12 +16,14 @@ use bellows::{
         ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
         ContainerStatusRequest, CreateContainerRequest, ImageSpec, LinuxContainerConfig,
         LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-        LinuxSandboxSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
-        PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-        StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
+        LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount, NamespaceMode, NamespaceOption,
+        PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
+        StartContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
+        runtime_service_client::RuntimeServiceClient,
     },
 };
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Nanos};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -36,7 +38,8 @@ const LOGS: &str = "/var/log/pods";
 pub(crate) struct Machine {
     tasks: Runtime,
     client: RuntimeServiceClient<Channel>,
-    _containerd: Containerd,
+    /// `None` while it is killed.
+    containerd: Option<Containerd>,
     /// Pods made so far.
     pods: u64,
 }
@@ -77,7 +80,7 @@ impl Machine {
         Ok(Self {
             tasks,
             client,
-            _containerd: containerd,
+            containerd: Some(containerd),
             pods: 0,
         })
     }
@@ -156,6 +159,44 @@ impl Machine {
         lines
             .filter_map(|line| serde_json::from_str(line).ok())
             .collect()
+    }
+
+    /// Sets its limit, as somebody else might.
+    pub(crate) fn update(&self, started: &Started, limit: Bytes) -> Result<()> {
+        let resources = LinuxContainerResources {
+            memory_limit_in_bytes: i64::try_from(limit.0)?,
+            ..LinuxContainerResources::default()
+        };
+        let request = UpdateContainerResourcesRequest {
+            container_id: started.id.clone(),
+            linux: Some(resources),
+            ..UpdateContainerResourcesRequest::default()
+        };
+        let mut client = self.client.clone();
+        self.tasks
+            .block_on(client.update_container_resources(request))?;
+        Ok(())
+    }
+
+    /// SIGKILL of the runtime; its containers live on.
+    pub(crate) fn kill_containerd(&mut self) -> Result<()> {
+        self.containerd
+            .take()
+            .context("no containerd runs")
+            .map(drop)
+    }
+
+    /// Starts the runtime again.
+    pub(crate) fn start_containerd(&mut self) -> Result<()> {
+        self.containerd = Some(Containerd::start_again()?);
+        wait("containerd answers", Duration::from_secs(60), || {
+            let mut client = self.client.clone();
+            let request = ListPodSandboxRequest::default();
+            Ok(self
+                .tasks
+                .block_on(client.list_pod_sandbox(request))
+                .is_ok())
+        })
     }
 
     /// Ends it and its pod.
@@ -274,18 +315,20 @@ fn container(spec: &Spec) -> ContainerConfig {
     }
 }
 
-/// `bellows run --standalone` with policies, as a service of the machine.
+/// The file with the agent's policies.
+pub(crate) const POLICIES: &str = "/etc/bellows/policies.yaml";
+
+/// `bellows run --standalone` with policies, as a service of the machine: a parent and its child.
 pub(crate) struct Standalone(Child);
 
 impl Standalone {
     /// Starts it with these policies.
     pub(crate) fn start(policies: &str) -> Result<Self> {
         fs::create_dir_all("/etc/bellows")?;
-        let file = "/etc/bellows/policies.yaml";
-        fs::write(file, policies)?;
+        fs::write(POLICIES, policies)?;
         let log = node::log("bellows")?;
         let child = Command::new("/usr/local/bin/bellows")
-            .args(["run", "--standalone", "--policies", file])
+            .args(["run", "--standalone", "--policies", POLICIES])
             .env("BELLOWS_LOG", "info")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -293,6 +336,19 @@ impl Standalone {
             .spawn()
             .context("run bellows run --standalone")?;
         Ok(Self(child))
+    }
+
+    /// SIGKILL of both of its processes, the agent first: its parent would let it end.
+    pub(crate) fn kill_all(mut self) -> Result<()> {
+        let parent = self.0.id();
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
+        for child in children.split_whitespace() {
+            let child = Pid::from_raw(child.parse()?).context("no process")?;
+            kill_process(child, Signal::KILL)?;
+        }
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
     }
 
     /// Fails if it has ended.
@@ -316,12 +372,18 @@ impl Drop for Standalone {
 
 /// A policy for the containers of the pods with the label `guard: NAME`.
 pub(crate) fn policy(name: &str, max: Bytes) -> String {
+    policy_with(name, max, Nanos::millis(5000))
+}
+
+/// The same with the quiet time before a shrink.
+pub(crate) fn policy_with(name: &str, max: Bytes, shrink_after: Nanos) -> String {
+    let seconds = shrink_after.as_millis() / 1000;
     format!(
         "apiVersion: bellows.dev/v1alpha1\n\
          kind: ElasticPolicy\n\
          metadata: {{name: {name}}}\n\
          spec:\n  mode: Act\n  selector:\n    namespaces: [{NAMESPACE}]\n    matchLabels: {{guard: {name}}}\n  \
-         containers:\n  - memory: {{max: {}}}\n",
+         containers:\n  - memory: {{max: {}, shrinkAfter: {seconds}s}}\n",
         max.0
     )
 }

@@ -50,6 +50,14 @@ pub(crate) struct Containerd(Service);
 impl Containerd {
     pub(crate) fn start() -> Result<Self> {
         configure_containerd()?;
+        let containerd = Self::start_again()?;
+        import_image()?;
+        Ok(containerd)
+    }
+
+    /// Starts one that has been configured.
+    pub(crate) fn start_again() -> Result<Self> {
+        drop(fs::remove_file(CONTAINERD_SOCKET));
         let containerd = service(
             "containerd",
             &["--config", "/etc/containerd/bellows.toml"],
@@ -58,7 +66,6 @@ impl Containerd {
         wait("containerd's socket", Duration::from_secs(90), || {
             Ok(Path::new(CONTAINERD_SOCKET).exists())
         })?;
-        import_image()?;
         Ok(Self(containerd))
     }
 }

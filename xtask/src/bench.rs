@@ -30,6 +30,8 @@ pub(crate) enum Name {
     Build,
     ExecCli,
     ContainerBursts,
+    ContainerBuild,
+    ContainerEdges,
     PodBursts,
     PodBuild,
     PodEdges,
@@ -45,7 +47,11 @@ pub(crate) enum Name {
 impl Name {
     /// Whether it needs a machine that runs containers.
     const fn needs_containerd(self) -> bool {
-        self.needs_node() || matches!(self, Self::ContainerBursts)
+        self.needs_node()
+            || matches!(
+                self,
+                Self::ContainerBursts | Self::ContainerBuild | Self::ContainerEdges
+            )
     }
 
     /// Whether it needs a kubelet and an API server.

@@ -354,6 +354,12 @@ fn node(checks: &mut Checks) -> Result<()> {
             },
         );
     }
+    edges(
+        checks,
+        &binaries,
+        &bench::Options::of(Name::ContainerEdges),
+        "bellows run --standalone",
+    );
     Ok(())
 }
 

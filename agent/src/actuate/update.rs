@@ -5,6 +5,10 @@
 //! is held meanwhile, as for the API. Only the memory limit is sent; swap goes with it where the runtime
 //! would take it away.
 //!
+//! A runtime that is away or late does not cost a container its life: the raise is written by hand then, within what
+//! the policy allows, and the runtime told until it knows. A call that is late may still be carried out, so nothing
+//! further is asked for a pod before it has ended: an old limit that arrives late is then no lower than the latest.
+//!
 //! The pod's own limit moves by as much, before a raise and after a lowering. It is computed from what it was when
 //! the first of the pod's containers was adopted, never from what it is: an update that was cut short is mended
 //! by the next.
@@ -12,20 +16,33 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
+    time::Duration,
 };
 
 use bellows_core::{Bytes, CgroupId};
-use tokio::{runtime::Handle, sync::Mutex as AsyncMutex, task::spawn_blocking};
+use tokio::{
+    runtime::Handle,
+    sync::Mutex as AsyncMutex,
+    task::spawn_blocking,
+    time::{sleep, timeout},
+};
 
 use super::pod_cgroup;
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Limit},
     cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory},
     guard::{Input, Refused, Requester},
     ledger::Record,
     originals::{self, Original},
 };
+
+/// An update that takes longer is late. On a busy emulated node they take up to 0.8 s.
+const LATE: Duration = Duration::from_millis(1500);
+/// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
+const SETTLE: Duration = Duration::from_millis(500);
+const LONGEST_SETTLE: Duration = Duration::from_secs(10);
 
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
@@ -76,15 +93,22 @@ impl Updater {
     fn send(&self, cgroup: &Cgroup, to: Bytes) {
         let (this, cgroup) = (self.clone(), cgroup.clone());
         self.tasks.spawn(async move {
-            let result = this.update(&cgroup, to).await;
-            let answer = Input::Answered {
-                cgroup: cgroup.id(),
-                to,
-                result,
+            let order = this.target(cgroup.id(), |target| Arc::clone(&target.order));
+            let done = match order {
+                Ok(order) => {
+                    let _turn = order.lock().await;
+                    this.update(&cgroup, to).await
+                }
+                Err(refused) => Err(refused),
             };
-            // A controller that has ended needs no answer.
-            drop(this.inputs.try_send(answer));
+            this.answer(&cgroup, to, done);
         });
+    }
+
+    fn answer(&self, cgroup: &Cgroup, to: Bytes, result: Result<(), Refused>) {
+        let cgroup = cgroup.id();
+        // A controller that has ended needs no answer.
+        drop(self.inputs.try_send(Input::Answered { cgroup, to, result }));
     }
 
     fn target<T>(
@@ -113,13 +137,34 @@ impl Updater {
     }
 
     async fn update(&self, cgroup: &Cgroup, to: Bytes) -> Result<(), Refused> {
-        let order = self.target(cgroup.id(), |target| Arc::clone(&target.order))?;
-        let _turn = order.lock().await;
+        let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
+        let is_ours = self.target(cgroup.id(), |target| target.original.is_ours(limit))?;
+        if to < limit && !is_ours {
+            let why = format!("somebody else has set the limit to {limit}, which is not lowered");
+            return Err(refused(&why, false));
+        }
         let target = self.ask(cgroup.id(), to)?;
         // The pod goes up before the container does.
         self.raise_pod(&target).await?;
         let resources = with_memory(to, &target.said);
-        let updated = self.runtime.update(&target.original.id, resources).await;
+        let mut call = pin!(self.runtime.update(&target.original.id, resources));
+        let mut updated = match timeout(LATE, &mut call).await {
+            Ok(updated) => updated,
+            Err(_elapsed) => {
+                if fall_back(cgroup, to)? {
+                    self.answer(cgroup, to, Ok(()));
+                }
+                call.await
+            }
+        };
+        if let Err(error) = &updated
+            && !error.is_gone()
+            && fall_back(cgroup, to)?
+        {
+            tracing::warn!(path = %cgroup.path().display(), %to, %error, "the limit is raised without its runtime, which is told later");
+            self.settle_later(cgroup);
+            updated = Ok(());
+        }
         if let Err(error) = &updated
             && !error.is_uncertain()
         {
@@ -130,6 +175,34 @@ impl Updater {
         let lowered = self.lower_pod(cgroup).await;
         updated.map_err(refusal)?;
         lowered
+    }
+
+    /// Tells the runtime of a limit that it did not take, again and again: with its next update of anything else
+    /// it would set the one that it remembers.
+    fn settle_later(&self, cgroup: &Cgroup) {
+        let (this, cgroup) = (self.clone(), cgroup.clone());
+        self.tasks.spawn(async move {
+            let mut wait = SETTLE;
+            loop {
+                sleep(wait).await;
+                let Ok(order) = this.target(cgroup.id(), |target| Arc::clone(&target.order)) else {
+                    return;
+                };
+                let _turn = order.lock().await;
+                let Ok(target) = this.target(cgroup.id(), |target| target.clone()) else {
+                    return;
+                };
+                // Whatever was asked for last; a later request may have told it already.
+                let Some(&latest) = target.original.asked.first() else {
+                    return;
+                };
+                let resources = with_memory(latest, &target.said);
+                match this.runtime.update(&target.original.id, resources).await {
+                    Err(error) if !error.is_gone() => wait = (wait * 2).min(LONGEST_SETTLE),
+                    _ => return,
+                }
+            }
+        });
     }
 
     /// The limit that a pod must have for what its containers have been asked to have.
@@ -168,6 +241,19 @@ impl Updater {
         }
         Ok(())
     }
+}
+
+/// Raises the limit by writing it, where the runtime is late or fails: its container would be killed. The
+/// policy allows the limit, and it is written down as ours. Returns whether it is in force.
+fn fall_back(cgroup: &Cgroup, to: Bytes) -> Result<bool, Refused> {
+    let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
+    if limit < to {
+        // Usage is below a limit that is raised: nothing is reclaimed here.
+        cgroup
+            .set_limit("memory.max", Limit::At(to))
+            .map_err(text)?;
+    }
+    Ok(limit <= to)
 }
 
 async fn set_pod(pod: Cgroup, limit: Bytes) -> Result<(), Refused> {

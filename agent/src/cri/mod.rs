@@ -19,7 +19,9 @@ mod v1;
 
 use std::{
     collections::BTreeMap,
+    fs,
     future::Future,
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -72,6 +74,12 @@ pub enum RuntimeError {
         SOCKETS.join(", ")
     )]
     NoSocket,
+    /// There is something else.
+    #[error("{path} is no socket: name the one of the container runtime, such as {}", SOCKETS[0])]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
     /// The path cannot be an address.
     #[error("`{path}` is no address of a socket ({source}): use a path such as {}", SOCKETS[0])]
     Address {
@@ -122,7 +130,10 @@ impl RuntimeError {
                 status.code(),
                 Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded
             ),
-            Self::NoSocket | Self::Address { .. } | Self::Lacking { .. } => false,
+            Self::NoSocket
+            | Self::NotASocket { .. }
+            | Self::Address { .. }
+            | Self::Lacking { .. } => false,
         }
     }
 
@@ -159,14 +170,17 @@ pub fn find_socket() -> Result<PathBuf, RuntimeError> {
 
 impl Runtime {
     /// A runtime at a socket (a path, or `unix://` and a path). Connects with the first call, and again after
-    /// a connection broke. Must be called within a tokio runtime.
+    /// a connection broke. One that is not there yet is waited for. Must be called within a tokio runtime.
     ///
     /// # Errors
     ///
-    /// [`RuntimeError::Address`] when the path cannot be an address.
+    /// [`RuntimeError::NotASocket`] or [`RuntimeError::Address`] when the path cannot be an address.
     pub fn at(socket: &Path) -> Result<Self, RuntimeError> {
         let text = socket.to_string_lossy();
         let path = PathBuf::from(text.strip_prefix("unix://").unwrap_or(&text));
+        if fs::metadata(&path).is_ok_and(|there| !there.file_type().is_socket()) {
+            return Err(RuntimeError::NotASocket { path });
+        }
         let endpoint = Endpoint::from_shared(format!("unix://{}", path.display()));
         let endpoint = endpoint.map_err(|source| RuntimeError::Address {
             path: path.clone(),

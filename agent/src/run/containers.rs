@@ -58,10 +58,6 @@ struct Known {
     policy: Option<Policy>,
     /// Why it is not guarded.
     refusal: Option<String>,
-    /// A limit that is none of ours, seen once.
-    foreign: Option<Bytes>,
-    /// Whether it is guarded only until its limit is at rest again.
-    leaves: bool,
 }
 
 /// Watches for ever. A change of the policies is taken over when the tick sees it.
@@ -312,11 +308,8 @@ impl Watch {
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
         let target = self.targets(|targets| targets.get(&cgroup.id()).cloned());
         let mut original = target.ok_or("it is not known any more")?.original;
-        let known = self.known.get_mut(id).ok_or("it is not known any more")?;
-        let foreign = (!original.is_ours(limit)).then_some(limit);
-        let is_foreign = foreign.is_some() && known.foreign == foreign;
-        known.foreign = foreign;
-        if is_foreign {
+        // What we ask for is written down before it is asked for.
+        if !original.is_ours(limit) {
             self.take_over(cgroup, &mut original, limit).await?;
         }
         let wanted = match memory {
@@ -339,7 +332,6 @@ impl Watch {
         let Some(known) = self.known.get_mut(id) else {
             return Ok(());
         };
-        known.leaves = memory.is_none();
         if known.policy != Some(wanted) {
             known.policy = Some(wanted);
             self.send(Input::Policy(cgroup.id(), wanted));

@@ -9,6 +9,7 @@
 mod containers;
 mod events;
 mod lock;
+mod restore;
 pub mod supervisor;
 mod watch;
 
@@ -36,6 +37,7 @@ use tokio::{
 };
 
 pub use lock::release_after_agents;
+pub use restore::restore;
 
 use crate::{
     actuate::{reflex::Reflex, resize::Resizer, update::Updater},

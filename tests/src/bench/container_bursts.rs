@@ -53,9 +53,9 @@ struct Case {
 
 /// How one container went.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Outcome {
+struct Outcome {
     exit_code: Option<i32>,
-    pub(super) oom_kill: u64,
+    oom_kill: u64,
     sleeps: u64,
     wall_ms: u64,
     /// What its burst said of itself.
@@ -67,7 +67,7 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
-    pub(super) fn killed(&self) -> bool {
+    fn killed(&self) -> bool {
         self.oom_kill > 0 || self.exit_code.is_some_and(|code| code != 0)
     }
 
@@ -201,12 +201,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
 
 /// Runs a container to its end or, a guarded one, until its limit is the original again, and observes it from
 /// outside.
-pub(super) fn observe(
-    machine: &mut Machine,
-    probe: &Probe,
-    spec: &Spec,
-    is_guarded: bool,
-) -> Result<Outcome> {
+fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) -> Result<Outcome> {
     let started = machine.run(spec)?;
     let watched = started.cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
@@ -232,7 +227,8 @@ pub(super) fn observe(
     Ok(outcome)
 }
 
-fn said(started: &Started) -> Option<BurstResult> {
+/// What its burst has said, when it is over.
+pub(super) fn said(started: &Started) -> Option<BurstResult> {
     let mut values = Machine::said(started).into_iter();
     values.find_map(|value| serde_json::from_value(value).ok())
 }
@@ -264,7 +260,11 @@ fn wait_end(
 }
 
 /// Whether cgroup, pod and runtime all have the limit that the container was made with.
-fn is_at_rest(machine: &Machine, started: &Started, limit: Option<Bytes>) -> Result<bool> {
+pub(super) fn is_at_rest(
+    machine: &Machine,
+    started: &Started,
+    limit: Option<Bytes>,
+) -> Result<bool> {
     let resources = machine.status(started)?.resources;
     let said = resources.and_then(|resources| memory_limit(&resources.linux?));
     let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok();

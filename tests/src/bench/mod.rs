@@ -5,7 +5,9 @@ mod build;
 mod bursts;
 mod bystander;
 mod ceiling;
+mod container_build;
 mod container_bursts;
+mod container_edges;
 mod deaths;
 mod exec_cli;
 mod hook_cost;
@@ -53,6 +55,10 @@ pub(crate) enum Bench {
     PodBursts(pod_bursts::Options),
     /// Bursts in containers on a real containerd, raised through it.
     ContainerBursts(container_bursts::Options),
+    /// What `bellows run --standalone` promises at its edges.
+    ContainerEdges,
+    /// The C++ build in containers on a real containerd, without and with Bellows.
+    ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
     /// What `bellows run` promises at its edges: Events, and changes by others.
@@ -90,6 +96,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
+        Bench::ContainerEdges => container_edges::run(&mut records),
+        Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
@@ -113,10 +121,11 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "container-bursts" => container_bursts::summarize(&read(path)?),
+        "container-build" => container_build::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
-        "exec-cli" | "pod-edges" => exec_cli::summarize(&read(path)?),
+        "exec-cli" | "pod-edges" | "container-edges" => exec_cli::summarize(&read(path)?),
         "reaction" => reaction::summarize(&read(path)?),
         "hook-cost" => hook_cost::summarize(&read(path)?),
         "idle" => idle::summarize(&read(path)?),

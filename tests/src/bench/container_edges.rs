@@ -1,0 +1,307 @@
+//! `container-edges`: what `bellows run --standalone` promises at its edges, one record a promise.
+
+use std::{fs, path::Path, process::Command, thread, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use bellows::{
+    cgroup::Limit,
+    originals::{self, Original},
+};
+use bellows_core::Bytes;
+
+use super::{
+    bursts::burst_words,
+    container_bursts::{is_at_rest, said},
+    exec_cli::Record,
+    record::Records,
+};
+use crate::{
+    containers::{Machine, POLICIES, Spec, Standalone, Started, policy},
+    node::{log_tail, wait},
+};
+
+/// What a failure tells of the agent's log.
+const LOG_LINES: usize = 60;
+const LIMIT: Bytes = Bytes::mib(64);
+const PEAK: Bytes = Bytes::mib(220);
+const MAX: Bytes = Bytes::mib(1024);
+/// The label of those that are guarded.
+const GUARD: &str = "edges";
+/// The agent looks at who is there every 10 s where the runtime tells of them itself.
+const LOOKED: Duration = Duration::from_secs(40);
+const RESTORED: Duration = Duration::from_secs(90);
+
+/// The machine, and the agent under test.
+struct Bed {
+    machine: Machine,
+    agent: Option<Standalone>,
+}
+
+type Case = (&'static str, fn(&mut Bed) -> Result<()>);
+
+const CASES: [Case; 10] = [
+    ("a container from before the agent is guarded", earlier),
+    (
+        "a limit that somebody else has set is the new original",
+        foreign,
+    ),
+    (
+        "what a killed agent has raised is brought down by the next",
+        killed,
+    ),
+    ("policies that are changed are followed", followed),
+    (
+        "a container that ends while it is raised ends nothing else",
+        vanished,
+    ),
+    ("a container without a limit is left alone", without_limit),
+    (
+        "a runtime that is killed in the middle of a burst costs no life",
+        runtime_killed,
+    ),
+    ("restore puts limits back", restored),
+    ("a path that is no socket is told", no_socket),
+    (
+        "policies that are wrong are told with their line",
+        wrong_policies,
+    ),
+];
+
+pub(crate) fn run(records: &mut Records) -> Result<()> {
+    let mut bed = Bed {
+        machine: Machine::start()?,
+        agent: Some(Standalone::start(&policy(GUARD, MAX))?),
+    };
+    for (name, case) in CASES {
+        let failure = case(&mut bed).err().map(|error| {
+            let log = log_tail("bellows", LOG_LINES);
+            format!("{error:#}; the agent's log:\n{log}")
+        });
+        let told = if failure.is_some() { "FAILED" } else { "ok" };
+        eprintln!("case {name}: {told}");
+        records.write(&Record {
+            case: name.to_owned(),
+            failure,
+        })?;
+    }
+    Ok(())
+}
+
+impl Bed {
+    /// A container that grows to [`PEAK`] after a rest, and then stays.
+    fn burst(&mut self, name: &str, guard: &str, rest_ms: u64) -> Result<Started> {
+        let words = burst_words(LIMIT.per_mille(500), PEAK, 2).to_vec();
+        let rest = rest_ms.to_string();
+        let more = ["--rest-ms", &rest, "--after-ms", "300000"].map(str::to_owned);
+        let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+        command.extend(words.into_iter().chain(more));
+        self.machine.run(&Spec {
+            name: name.to_owned(),
+            limit: Some(LIMIT),
+            command,
+            host: false,
+            labels: vec![("guard".to_owned(), guard.to_owned())],
+        })
+    }
+
+    /// Waits for the end of its burst, which it must survive.
+    fn survives(&self, started: &Started) -> Result<()> {
+        wait("its burst is over", Duration::from_secs(60), || {
+            let code = self.machine.exit_code(started)?;
+            ensure!(code.is_none(), "it has ended with {code:?}");
+            Ok(said(started).is_some())
+        })?;
+        let kills = started.cgroup.events()?.oom_kill;
+        ensure!(kills == 0, "{kills} of its processes were killed");
+        Ok(())
+    }
+
+    fn rests(&self, started: &Started, limit: Bytes) -> Result<()> {
+        wait("its limit is at rest again", RESTORED, || {
+            is_at_rest(&self.machine, started, Some(limit))
+        })
+    }
+
+    fn start_agent(&mut self) -> Result<()> {
+        self.agent = Some(Standalone::start(&policy(GUARD, MAX))?);
+        Ok(())
+    }
+}
+
+fn recorded(started: &Started) -> Option<Original> {
+    originals::read(Path::new(originals::DIRECTORY), &started.id)
+}
+
+fn is_raised(started: &Started) -> Result<bool> {
+    Ok(started.cgroup.limit("memory.max")?.bytes() > LIMIT)
+}
+
+fn wait_raised(started: &Started) -> Result<()> {
+    wait("its limit is raised", Duration::from_secs(60), || {
+        is_raised(started)
+    })
+}
+
+fn wait_guarded(started: &Started) -> Result<()> {
+    wait("it is guarded", LOOKED, || Ok(recorded(started).is_some()))
+}
+
+fn earlier(bed: &mut Bed) -> Result<()> {
+    bed.agent = None;
+    let started = bed.burst("earlier", GUARD, 8000)?;
+    bed.start_agent()?;
+    bed.survives(&started)?;
+    ensure!(is_raised(&started)?, "it was not raised");
+    bed.rests(&started, LIMIT)?;
+    bed.machine.remove(&started)
+}
+
+fn foreign(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("foreign", GUARD, 60_000)?;
+    wait_guarded(&started)?;
+    let theirs = Bytes::mib(96);
+    started.pod.set_limit("memory.max", Limit::At(theirs))?;
+    bed.machine.update(&started, theirs)?;
+    wait("the new original is recorded", LOOKED, || {
+        Ok(recorded(&started).is_some_and(|original| original.limit == theirs))
+    })?;
+    bed.survives(&started)?;
+    bed.rests(&started, theirs)?;
+    bed.machine.remove(&started)
+}
+
+fn killed(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("killed", GUARD, 3000)?;
+    wait_raised(&started)?;
+    bed.survives(&started)?;
+    // Both of its processes, by SIGKILL.
+    bed.agent.take().context("no agent")?.kill_all()?;
+    ensure!(is_raised(&started)?, "it is at rest already");
+    bed.start_agent()?;
+    bed.rests(&started, LIMIT)?;
+    bed.machine.remove(&started)
+}
+
+fn followed(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("followed", "late", 1_000_000)?;
+    thread::sleep(Duration::from_secs(12));
+    ensure!(
+        recorded(&started).is_none(),
+        "it is guarded without a policy"
+    );
+    let late = format!("{}---\n{}", policy(GUARD, MAX), policy("late", MAX));
+    fs::write(POLICIES, &late)?;
+    wait_guarded(&started)?;
+    fs::write(POLICIES, late.replace("max:", "maximum:"))?;
+    thread::sleep(Duration::from_secs(12));
+    ensure!(recorded(&started).is_some(), "wrong policies were followed");
+    let log = log_tail("bellows", LOG_LINES);
+    ensure!(
+        log.contains("did you mean `max`"),
+        "the mistake is not told"
+    );
+    fs::write(POLICIES, policy(GUARD, MAX))?;
+    wait("it is guarded no more", LOOKED, || {
+        Ok(recorded(&started).is_none())
+    })?;
+    bed.machine.remove(&started)
+}
+
+fn vanished(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("vanished", GUARD, 3000)?;
+    wait_raised(&started)?;
+    bed.machine.remove(&started)?;
+    wait("its record is removed", LOOKED, || {
+        Ok(recorded(&started).is_none())
+    })?;
+    let next = bed.burst("next", GUARD, 3000)?;
+    bed.survives(&next)?;
+    bed.agent.as_mut().context("no agent")?.check()?;
+    bed.machine.remove(&next)
+}
+
+fn without_limit(bed: &mut Bed) -> Result<()> {
+    let started = bed.machine.run(&Spec {
+        name: "unlimited".to_owned(),
+        limit: None,
+        command: ["/bellows-guest", "load", "pause"]
+            .map(str::to_owned)
+            .to_vec(),
+        host: false,
+        labels: vec![("guard".to_owned(), GUARD.to_owned())],
+    })?;
+    wait("it is told", LOOKED, || {
+        Ok(log_tail("bellows", LOG_LINES).contains("nothing to raise"))
+    })?;
+    ensure!(recorded(&started).is_none(), "it is guarded");
+    bed.machine.remove(&started)
+}
+
+fn runtime_killed(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("runtime-killed", GUARD, 5000)?;
+    wait_guarded(&started)?;
+    thread::sleep(Duration::from_secs(1));
+    bed.machine.kill_containerd()?;
+    wait(
+        "its limit is raised by hand",
+        Duration::from_secs(60),
+        || is_raised(&started),
+    )?;
+    thread::sleep(Duration::from_secs(2));
+    bed.machine.start_containerd()?;
+    bed.survives(&started)?;
+    bed.rests(&started, LIMIT)?;
+    bed.machine.remove(&started)
+}
+
+fn restored(bed: &mut Bed) -> Result<()> {
+    let started = bed.burst("restored", GUARD, 3000)?;
+    bed.survives(&started)?;
+    ensure!(is_raised(&started)?, "it is at rest already");
+    let refused = bellows(&["restore"])?;
+    ensure!(refused.1.contains("another `bellows run`"), "{refused:?}");
+    bed.agent.take().context("no agent")?.kill_all()?;
+    let done = bellows(&["restore"])?;
+    ensure!(done.0 && done.1.contains("as it was"), "{done:?}");
+    ensure!(
+        is_at_rest(&bed.machine, &started, Some(LIMIT))?,
+        "it is not at rest"
+    );
+    ensure!(recorded(&started).is_none(), "its record is left");
+    bed.start_agent()?;
+    bed.machine.remove(&started)
+}
+
+fn no_socket(bed: &mut Bed) -> Result<()> {
+    bed.agent.take().context("no agent")?.kill_all()?;
+    let words = ["run", "--standalone", "--policies", POLICIES];
+    let told = bellows(&[&words[..], &["--runtime-endpoint", "/etc/passwd"]].concat())?;
+    ensure!(
+        !told.0 && told.1.contains("/etc/passwd is no socket"),
+        "{told:?}"
+    );
+    bed.start_agent()
+}
+
+fn wrong_policies(_bed: &mut Bed) -> Result<()> {
+    let file = "/tmp/wrong.yaml";
+    fs::write(file, policy("wrong", MAX).replace("mode: Act", "mode: act"))?;
+    let told = bellows(&["check", file])?;
+    ensure!(
+        !told.0 && told.1.contains("/tmp/wrong.yaml:5:") && told.1.contains("did you mean `Act`"),
+        "{told:?}"
+    );
+    let told = bellows(&["check", POLICIES])?;
+    ensure!(told.0 && told.1.contains("memory up to 1 GiB"), "{told:?}");
+    Ok(())
+}
+
+/// Whether it succeeded, and what it printed.
+fn bellows(words: &[&str]) -> Result<(bool, String)> {
+    let output = Command::new("bellows").args(words).output()?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((
+        output.status.success(),
+        String::from_utf8_lossy(&text).into_owned(),
+    ))
+}
