@@ -155,6 +155,11 @@ pub fn told(policies: &[ElasticPolicy]) -> String {
                 },
             );
             let ElasticPolicy { name, mode, .. } = policy;
+            let memory = if *mode == Mode::Act {
+                memory
+            } else {
+                "left alone".to_owned()
+            };
             text += &format!("{name} ({mode:?}): {whose}: {container}: {memory}\n");
         }
     }

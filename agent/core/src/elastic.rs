@@ -15,12 +15,12 @@ use crate::units::{Bytes, Nanos};
 /// What is done with what is decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mode {
-    /// Nothing is even watched.
+    /// Left alone, whatever another policy says that has fewer conditions.
     Off,
-    /// Growth is watched, nothing is changed.
+    /// Nothing is changed. (Nor is anything watched yet.)
     #[default]
     Observe,
-    /// What would be done is told, nothing is changed.
+    /// Nothing is changed. (Nor is anything told yet.)
     Recommend,
     /// Limits are changed.
     Act,

@@ -7,11 +7,11 @@
 //!
 //! A runtime that is away or late does not cost a container its life: the raise is written by hand then, within what
 //! the policy allows, and the runtime told until it knows. A call that is late may still be carried out, so nothing
-//! further is asked for a pod before it has ended: an old limit that arrives late is then no lower than the latest.
+//! further is asked for a pod before it has ended, or its deadline has passed: then an old limit may still arrive
+//! late, which nobody can prevent who does not own the runtime.
 //!
-//! The pod's own limit moves by as much, before a raise and after a lowering. It is computed from what it was when
-//! the first of the pod's containers was adopted, never from what it is: an update that was cut short is mended
-//! by the next.
+//! The pod's own limit moves by as much, before a raise and after a lowering. It is computed from what it was with
+//! all of the pod's containers at rest, so that an update that was cut short is mended by the next.
 
 use std::{
     collections::BTreeMap,
@@ -40,6 +40,8 @@ use crate::{
 
 /// An update that takes longer is late. On a busy emulated node they take up to 0.8 s.
 const LATE: Duration = Duration::from_millis(1500);
+/// A limit that is fuller than this is not set: the container may grow while `runc` is on its way.
+const FULL_PER_MILLE: u64 = 970;
 /// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
 const SETTLE: Duration = Duration::from_millis(500);
 const LONGEST_SETTLE: Duration = Duration::from_secs(10);
@@ -53,6 +55,8 @@ pub struct Target {
     pub said: LinuxContainerResources,
     /// The cgroup of its pod, where that has a limit.
     pub pod: Option<Cgroup>,
+    /// Requests so far: one that waits its turn while another is made is not carried out.
+    pub requests: u64,
     /// One request at a time for a pod: a raise must not overtake the lowering that it answers.
     pub order: Arc<AsyncMutex<()>>,
 }
@@ -92,11 +96,19 @@ impl Updater {
 
     fn send(&self, cgroup: &Cgroup, to: Bytes) {
         let (this, cgroup) = (self.clone(), cgroup.clone());
+        let asked = self.target(cgroup.id(), |target| {
+            target.requests += 1;
+            (target.requests, Arc::clone(&target.order))
+        });
         self.tasks.spawn(async move {
-            let order = this.target(cgroup.id(), |target| Arc::clone(&target.order));
-            let done = match order {
-                Ok(order) => {
+            let done = match asked {
+                Ok((number, order)) => {
                     let _turn = order.lock().await;
+                    let latest = this.target(cgroup.id(), |target| target.requests);
+                    if latest.is_ok_and(|latest| latest != number) {
+                        // Whoever asked has asked for something else meanwhile.
+                        return;
+                    }
                     this.update(&cgroup, to).await
                 }
                 Err(refused) => Err(refused),
@@ -143,6 +155,9 @@ impl Updater {
             let why = format!("somebody else has set the limit to {limit}, which is not lowered");
             return Err(refused(&why, false));
         }
+        if to < limit && !fits(cgroup, to)? {
+            return Err(refused("usage has grown meanwhile", false));
+        }
         let target = self.ask(cgroup.id(), to)?;
         // The pod goes up before the container does.
         self.raise_pod(&target).await?;
@@ -172,9 +187,10 @@ impl Updater {
             self.ask(cgroup.id(), limit)?;
         }
         // And down after it, whether or not it did.
-        let lowered = self.lower_pod(cgroup).await;
-        updated.map_err(refusal)?;
-        lowered
+        if let Err(Refused { why, .. }) = self.lower_pod(cgroup).await {
+            tracing::warn!(path = %cgroup.path().display(), why, "the pod's limit stays for now");
+        }
+        updated.map_err(refusal)
     }
 
     /// Tells the runtime of a limit that it did not take, again and again: with its next update of anything else
@@ -196,6 +212,10 @@ impl Updater {
                 let Some(&latest) = target.original.asked.first() else {
                     return;
                 };
+                if !fits(&cgroup, latest).unwrap_or(false) {
+                    // A lower limit that is about to be taken back.
+                    continue;
+                }
                 let resources = with_memory(latest, &target.said);
                 match this.runtime.update(&target.original.id, resources).await {
                     Err(error) if !error.is_gone() => wait = (wait * 2).min(LONGEST_SETTLE),
@@ -241,6 +261,11 @@ impl Updater {
         }
         Ok(())
     }
+}
+
+/// Whether usage fits below a limit: the runtime does not look before it lowers one, and the kernel kills.
+fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, Refused> {
+    Ok(cgroup.usage().map_err(text)? <= limit.per_mille(FULL_PER_MILLE))
 }
 
 /// Raises the limit by writing it, where the runtime is late or fails: its container would be killed. The

@@ -35,13 +35,13 @@ use tonic::{
 };
 
 pub use v1::{
-    CgroupDriver, Container, ContainerEventResponse, ContainerState, ContainerStatus,
-    LinuxContainerResources, PodSandbox,
+    Container, ContainerEventResponse, ContainerState, ContainerStatus, LinuxContainerResources,
+    PodSandbox,
 };
 use v1::{
     ContainerFilter, ContainerStateValue, ContainerStatusRequest, GetEventsRequest,
-    ListContainersRequest, ListPodSandboxRequest, RuntimeConfigRequest,
-    UpdateContainerResourcesRequest, VersionRequest, runtime_service_client::RuntimeServiceClient,
+    ListContainersRequest, ListPodSandboxRequest, UpdateContainerResourcesRequest, VersionRequest,
+    runtime_service_client::RuntimeServiceClient,
 };
 
 /// All of the interface, for those who play a kubelet or a runtime.
@@ -142,12 +142,6 @@ impl RuntimeError {
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Refused { status, .. } if status.code() == Code::NotFound)
     }
-
-    /// Whether the runtime does not know the call.
-    #[must_use]
-    pub fn is_unknown_call(&self) -> bool {
-        matches!(self, Self::Refused { status, .. } if status.code() == Code::Unimplemented)
-    }
 }
 
 /// A runtime; clones share the connection.
@@ -189,12 +183,6 @@ impl Runtime {
         let channel = endpoint.connect_timeout(QUESTION).connect_lazy();
         let client = RuntimeServiceClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE);
         Ok(Self { client, path })
-    }
-
-    /// Its socket.
-    #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.path
     }
 
     async fn call<T>(
@@ -239,21 +227,6 @@ impl Runtime {
             return Err(self.lacking("Version", "a name"));
         }
         Ok((said.runtime_name, said.runtime_version))
-    }
-
-    /// Who owns its cgroups; `None` where it does not say (containerd before 2.0 does not know the call).
-    ///
-    /// # Errors
-    ///
-    /// [`RuntimeError`].
-    pub async fn cgroup_driver(&self) -> Result<Option<CgroupDriver>, RuntimeError> {
-        let mut client = self.client.clone();
-        let answer = client.runtime_config(RuntimeConfigRequest {});
-        match self.call("RuntimeConfig", QUESTION, answer).await {
-            Ok(said) => Ok(said.linux.map(|linux| linux.cgroup_driver())),
-            Err(error) if error.is_unknown_call() => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// The containers that run.

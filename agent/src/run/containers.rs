@@ -51,13 +51,31 @@ pub(super) struct Context {
     pub(super) originals: PathBuf,
 }
 
-/// A container that was looked at.
-#[derive(Debug, Default)]
+/// A container that runs.
+#[derive(Debug)]
 struct Known {
+    /// How policies see it: a container's names and its pod's labels do not change.
+    subject: Subject,
+    /// The uid of its pod.
+    uid: String,
+    /// `None` while it is not guarded.
     cgroup: Option<Cgroup>,
     policy: Option<Policy>,
     /// Why it is not guarded.
     refusal: Option<String>,
+}
+
+impl Known {
+    fn new(container: &Container, pod: Option<&PodSandbox>) -> Self {
+        let uid = pod.and_then(|pod| Some(pod.metadata.as_ref()?.uid.clone()));
+        Self {
+            subject: subject(container, pod),
+            uid: uid.unwrap_or_default(),
+            cgroup: None,
+            policy: None,
+            refusal: None,
+        }
+    }
 }
 
 /// Watches for ever. A change of the policies is taken over when the tick sees it.
@@ -149,22 +167,16 @@ impl Watch {
             Ok(policies) => {
                 tracing::info!(policies = policies.len(), "policies were read again");
                 self.policies = policies;
-                // Who was refused may be allowed now.
-                self.known.retain(|_, known| known.cgroup.is_some());
             }
             Err(error) => tracing::error!(%error, "the policies stay as they were"),
         }
     }
 
     async fn look(&mut self) {
-        match self.seen().await {
-            Ok(seen) => {
+        match self.look_around().await {
+            Ok(()) => {
                 if std::mem::take(&mut self.is_silent) {
                     tracing::info!("the runtime answers again");
-                }
-                self.forget_all_but(&seen);
-                for (container, pod) in &seen {
-                    self.apply(container, pod.as_ref()).await;
                 }
             }
             Err(error) => {
@@ -175,58 +187,68 @@ impl Watch {
         }
     }
 
-    /// The containers that run, with their pods.
-    async fn seen(&self) -> Result<Vec<(Container, Option<PodSandbox>)>, RuntimeError> {
+    async fn look_around(&mut self) -> Result<(), RuntimeError> {
         let running = self.context.runtime.running().await?;
+        self.forget_all_but(&running);
         let is_new = |container: &Container| !self.known.contains_key(&container.id);
-        let pods = if running.iter().any(is_new) || !self.policies.is_empty() {
+        let pods = if running.iter().any(is_new) {
             self.context.runtime.pods().await?
         } else {
             BTreeMap::new()
         };
-        let with_pod = running.into_iter().map(|container| {
-            let pod = pods.get(&container.pod_sandbox_id).cloned();
-            (container, pod)
-        });
-        Ok(with_pod.collect())
+        for container in running {
+            let pod = pods.get(&container.pod_sandbox_id);
+            let known = self.known.entry(container.id.clone());
+            known.or_insert_with(|| Known::new(&container, pod));
+            self.apply(&container.id).await;
+        }
+        Ok(())
     }
 
-    fn forget_all_but(&mut self, seen: &[(Container, Option<PodSandbox>)]) {
-        let seen: BTreeSet<&str> = seen.iter().map(|(seen, _)| seen.id.as_str()).collect();
+    fn forget_all_but(&mut self, running: &[Container]) {
+        let running: BTreeSet<&str> = running.iter().map(|one| one.id.as_str()).collect();
         let gone: Vec<String> = self
             .known
             .keys()
-            .filter(|id| !seen.contains(id.as_str()))
+            .filter(|id| !running.contains(id.as_str()))
             .cloned()
             .collect();
         for id in gone {
-            self.forget(&id);
-            originals::remove(&self.context.originals, &id);
+            let known = self.known.remove(&id);
+            let cgroup = known.and_then(|known| known.cgroup);
+            self.let_go(cgroup.as_ref());
+            // A runtime may lose sight of a container that lives on, and see it again later.
+            let lives = cgroup.is_some_and(|cgroup| cgroup.populated().unwrap_or(false));
+            if !lives {
+                originals::remove(&self.context.originals, &id);
+            }
         }
     }
 
-    fn forget(&mut self, id: &str) {
-        if let Some(cgroup) = self.known.remove(id).and_then(|known| known.cgroup) {
+    fn let_go(&self, cgroup: Option<&Cgroup>) {
+        if let Some(cgroup) = cgroup {
             self.targets(|targets| drop(targets.remove(&cgroup.id())));
             self.send(Input::Forget(cgroup.id()));
         }
     }
 
-    async fn apply(&mut self, container: &Container, pod: Option<&PodSandbox>) {
-        let subject = subject(container, pod);
+    async fn apply(&mut self, id: &str) {
+        let Some(known) = self.known.get(id) else {
+            return;
+        };
+        let (subject, cgroup) = (known.subject.clone(), known.cgroup.clone());
         let memory = elastic::rules(&self.policies, &subject)
             .filter(|(policy, _)| policy.mode == Mode::Act)
             .and_then(|(_, rules)| rules.memory);
-        let known = self.known.entry(container.id.clone()).or_default();
-        let done = match (known.cgroup.clone(), memory) {
-            (Some(cgroup), memory) => self.follow(&container.id, &cgroup, memory).await,
-            (None, Some(memory)) => self.adopt(container, pod, &subject, memory).await,
+        let done = match (cgroup, memory) {
+            (Some(cgroup), memory) => self.follow(id, &cgroup, memory).await,
+            (None, Some(memory)) => self.adopt(id, &subject, memory).await,
             (None, None) => Ok(()),
         };
-        let Some(known) = self.known.get_mut(&container.id) else {
+        let refusal = done.err();
+        let Some(known) = self.known.get_mut(id) else {
             return;
         };
-        let refusal = done.err();
         if refusal.is_some() && known.refusal != refusal {
             let name = name(&subject);
             tracing::warn!(
@@ -240,12 +262,10 @@ impl Watch {
 
     async fn adopt(
         &mut self,
-        container: &Container,
-        pod: Option<&PodSandbox>,
+        id: &str,
         subject: &Subject,
         memory: MemoryRules,
     ) -> Result<(), String> {
-        let id = &container.id;
         let (status, process) = self.context.runtime.status(id).await.map_err(text)?;
         let root = Path::new(CGROUP_ROOT);
         let path = process.and_then(|process| attribution::of_process(root, process, id));
@@ -256,13 +276,13 @@ impl Watch {
         };
         let said = status.resources.and_then(|resources| resources.linux);
         let said = said.unwrap_or_default();
-        let uid = pod.and_then(|pod| Some(pod.metadata.as_ref()?.uid.as_str()));
+        let uid = self.known.get(id).map(|known| known.uid.as_str());
         let (pod, pod_limit) = self.pod_of(&cgroup, uid.unwrap_or_default());
         let recorded = originals::read(&self.context.originals, id);
         // A limit that is none of ours was set by somebody else while nobody looked.
         let recorded = recorded.filter(|original| original.is_ours(limit));
         let original = recorded.unwrap_or_else(|| Original {
-            id: id.clone(),
+            id: id.to_owned(),
             name: name(subject),
             limit,
             asked: Vec::new(),
@@ -284,15 +304,14 @@ impl Watch {
             original,
             said,
             pod,
+            requests: 0,
             order,
         };
         self.targets(|targets| drop(targets.insert(target_id, target)));
-        let known = Known {
-            cgroup: Some(cgroup.clone()),
-            policy: Some(policy),
-            ..Known::default()
-        };
-        self.known.insert(id.clone(), known);
+        if let Some(known) = self.known.get_mut(id) {
+            known.cgroup = Some(cgroup.clone());
+            known.policy = Some(policy);
+        }
         tracing::info!(container = full_name, limit = %policy.original, max = %policy.ceiling, "guarded");
         self.send(Input::Adopt(cgroup, policy, full_name));
         Ok(())
@@ -316,7 +335,9 @@ impl Watch {
             Some(memory) => self.policy(original.limit, memory)?,
             // Nobody selects it any more: it is brought to rest and left.
             None if limit == original.limit => {
-                self.forget(id);
+                let known = self.known.get_mut(id);
+                let cgroup = known.and_then(|known| known.cgroup.take());
+                self.let_go(cgroup.as_ref());
                 originals::remove(&self.context.originals, id);
                 return Ok(());
             }
