@@ -9,4 +9,5 @@ pub mod pod_cgroup;
 pub mod reflex;
 pub mod resize;
 pub mod shrink;
+pub mod targets;
 pub mod update;

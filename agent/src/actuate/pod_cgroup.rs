@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
-/// What others may have written into a slice, with what an empty one has.
+/// What others may have written into a slice.
 const OTHERS: [&str; 6] = [
     "memory.min",
     "memory.low",
@@ -61,26 +61,10 @@ pub enum PodCgroupError {
     },
 }
 
-/// Who owns a cgroup's files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// Whoever writes.
-    Files,
-    /// systemd.
-    Systemd,
-}
-
-impl Owner {
-    /// The owner of a cgroup, by what made it: only systemd names directories after units.
-    #[must_use]
-    pub fn of(path: &Path) -> Self {
-        let is_unit = path.extension().is_some_and(|unit| unit == "slice");
-        if is_unit && Path::new("/run/systemd/system").is_dir() {
-            Self::Systemd
-        } else {
-            Self::Files
-        }
-    }
+/// Whether systemd owns a cgroup: only it names directories after units.
+fn is_systemds(path: &Path) -> bool {
+    let is_unit = path.extension().is_some_and(|unit| unit == "slice");
+    is_unit && Path::new("/run/systemd/system").is_dir()
 }
 
 /// Sets the memory limit of a pod's cgroup, and reads it back. Lowering reclaims in here, so usage must be below
@@ -90,9 +74,10 @@ impl Owner {
 ///
 /// [`PodCgroupError`]; the limit may have been set all the same.
 pub fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
-    match Owner::of(pod.path()) {
-        Owner::Files => pod.set_limit("memory.max", Limit::At(limit))?,
-        Owner::Systemd => set_property(pod, limit)?,
+    if is_systemds(pod.path()) {
+        set_property(pod, limit)?;
+    } else {
+        pod.set_limit("memory.max", Limit::At(limit))?;
     }
     let found = pod.limit("memory.max")?.bytes();
     if found == limit.page_floor() {

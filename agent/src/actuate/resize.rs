@@ -6,8 +6,7 @@
 //! force is seen in the cgroup, which is why success is not answered here.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
+    sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
 
@@ -23,6 +22,7 @@ use kube::{
 };
 use tokio::runtime::Handle;
 
+use super::targets::Targets;
 use crate::{
     attribution::{
         api::Pod,
@@ -55,15 +55,12 @@ pub struct Target {
     pub order: Arc<tokio::sync::Mutex<()>>,
 }
 
-/// The targets, shared between the pod watch and the requests.
-pub type Targets = Arc<Mutex<BTreeMap<CgroupId, Target>>>;
-
 /// Sends resizes.
 #[derive(Clone)]
 pub struct Resizer {
     client: Client,
     runtime: Handle,
-    targets: Targets,
+    targets: Targets<Target>,
     inputs: SyncSender<Input>,
 }
 
@@ -79,7 +76,7 @@ impl Resizer {
     pub const fn new(
         client: Client,
         runtime: Handle,
-        targets: Targets,
+        targets: Targets<Target>,
         inputs: SyncSender<Input>,
     ) -> Self {
         Self {
@@ -115,12 +112,10 @@ impl Resizer {
         cgroup: CgroupId,
         change: impl FnOnce(&mut Target) -> T,
     ) -> Result<T, Refused> {
-        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = || Refused {
+        self.targets.of(cgroup, change).ok_or_else(|| Refused {
             why: "the pod is gone".to_owned(),
             uncertain: false,
-        };
-        targets.get_mut(&cgroup).map(change).ok_or_else(gone)
+        })
     }
 
     async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {

@@ -14,10 +14,9 @@
 //! all of the pod's containers at rest, so that an update that was cut short is mended by the next.
 
 use std::{
-    collections::BTreeMap,
     path::PathBuf,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
+    sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
 
@@ -29,7 +28,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::pod_cgroup;
+use super::{pod_cgroup, targets::Targets};
 use crate::{
     cgroup::{Cgroup, Limit},
     cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory},
@@ -61,15 +60,12 @@ pub struct Target {
     pub order: Arc<AsyncMutex<()>>,
 }
 
-/// The targets, shared between who watches containers and the requests.
-pub type Targets = Arc<Mutex<BTreeMap<CgroupId, Target>>>;
-
 /// Sends updates.
 #[derive(Clone, Debug)]
 pub struct Updater {
     runtime: Runtime,
     tasks: Handle,
-    targets: Targets,
+    targets: Targets<Target>,
     inputs: SyncSender<Input>,
     /// Where originals are kept.
     directory: PathBuf,
@@ -81,7 +77,7 @@ impl Updater {
     pub const fn new(
         runtime: Runtime,
         tasks: Handle,
-        targets: Targets,
+        targets: Targets<Target>,
         inputs: SyncSender<Input>,
         directory: PathBuf,
     ) -> Self {
@@ -128,10 +124,8 @@ impl Updater {
         cgroup: CgroupId,
         change: impl FnOnce(&mut Target) -> T,
     ) -> Result<T, Refused> {
-        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-        let target = targets.get_mut(&cgroup);
-        target
-            .map(change)
+        self.targets
+            .of(cgroup, change)
             .ok_or_else(|| refused("the container is gone", false))
     }
 
@@ -228,11 +222,12 @@ impl Updater {
     /// The limit that a pod must have for what its containers have been asked to have.
     fn pod_limit(&self, target: &Target) -> Option<(Cgroup, Bytes)> {
         let (pod, at_rest) = (target.pod.clone()?, target.original.pod_limit?);
-        let targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |target: &&Target| target.pod.as_ref() == Some(&pod);
-        let raised = targets.values().filter(same);
-        let raised = raised.map(|target| target.original.raised_by());
-        let limit = raised.fold(at_rest, Bytes::plus);
+        let limit = self.targets.with(|targets| {
+            let same = targets.values();
+            let same = same.filter(|target| target.pod.as_ref() == Some(&pod));
+            let raised = same.map(|target| target.original.raised_by());
+            raised.fold(at_rest, Bytes::plus)
+        });
         Some((pod, limit))
     }
 

@@ -10,12 +10,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, mpsc::SyncSender},
+    sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
 
 use bellows_core::{
-    Actuation, Bytes, CgroupId, Patience, Policy, Signals, WHOLE,
+    Actuation, Bytes, Patience, Policy, Signals, WHOLE,
     elastic::{self, ElasticPolicy, MemoryRules, Mode, Subject},
 };
 use tokio::{
@@ -24,8 +24,9 @@ use tokio::{
 };
 use tonic::Streaming;
 
+use super::text;
 use crate::{
-    actuate::update::{Target, Targets},
+    actuate::{targets::Targets, update::Target},
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, Limit},
     cri::{Container, ContainerEventResponse, PodSandbox, Runtime, RuntimeError, memory_limit},
@@ -44,7 +45,7 @@ pub(super) struct Context {
     pub(super) runtime: Runtime,
     pub(super) policies: PathBuf,
     pub(super) inputs: SyncSender<Input>,
-    pub(super) targets: Targets,
+    pub(super) targets: Targets<Target>,
     pub(super) actuation: Actuation,
     pub(super) cpus: u64,
     pub(super) signals: Signals,
@@ -227,7 +228,9 @@ impl Watch {
 
     fn let_go(&self, cgroup: Option<&Cgroup>) {
         if let Some(cgroup) = cgroup {
-            self.targets(|targets| drop(targets.remove(&cgroup.id())));
+            self.context
+                .targets
+                .with(|targets| drop(targets.remove(&cgroup.id())));
             self.send(Input::Forget(cgroup.id()));
         }
     }
@@ -307,7 +310,9 @@ impl Watch {
             requests: 0,
             order,
         };
-        self.targets(|targets| drop(targets.insert(target_id, target)));
+        self.context
+            .targets
+            .with(|targets| drop(targets.insert(target_id, target)));
         if let Some(known) = self.known.get_mut(id) {
             known.cgroup = Some(cgroup.clone());
             known.policy = Some(policy);
@@ -325,8 +330,11 @@ impl Watch {
         memory: Option<MemoryRules>,
     ) -> Result<(), String> {
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-        let target = self.targets(|targets| targets.get(&cgroup.id()).cloned());
-        let mut original = target.ok_or("it is not known any more")?.original;
+        let original = self
+            .context
+            .targets
+            .of(cgroup.id(), |target| target.original.clone());
+        let mut original = original.ok_or("it is not known any more")?;
         // What we ask for is written down before it is asked for.
         if !original.is_ours(limit) {
             self.take_over(cgroup, &mut original, limit).await?;
@@ -377,22 +385,18 @@ impl Watch {
         original.limit = limit;
         original.asked.clear();
         let changed = original.clone();
-        let pod = self.targets(|targets| {
-            let target = targets.get_mut(&cgroup.id())?;
+        let pod = self.context.targets.of(cgroup.id(), |target| {
             target.original = changed;
             let said = status.resources.and_then(|resources| resources.linux);
             target.said = said.unwrap_or_default();
             target.pod.clone()
         });
         // What the pod has now, it has with all at rest but the others.
-        if let Some(pod) = pod {
+        if let Some(pod) = pod.flatten() {
             original.pod_limit = self.pod_at_rest(&pod);
-            let changed = original.clone();
-            self.targets(|targets| {
-                if let Some(target) = targets.get_mut(&cgroup.id()) {
-                    target.original = changed;
-                }
-            });
+            let limit = original.pod_limit;
+            let targets = &self.context.targets;
+            targets.of(cgroup.id(), |target| target.original.pod_limit = limit);
         }
         originals::write(&self.context.originals, original).map_err(text)
     }
@@ -432,7 +436,7 @@ impl Watch {
         let Ok(Limit::At(limit)) = pod.limit("memory.max") else {
             return None;
         };
-        let raised = self.targets(|targets| {
+        let raised = self.context.targets.with(|targets| {
             let same = targets
                 .values()
                 .filter(|target| target.pod.as_ref() == Some(pod));
@@ -444,7 +448,7 @@ impl Watch {
 
     /// One order for all containers of a pod: each request moves the pod's limit too.
     fn order_of(&self, pod: Option<&Cgroup>) -> Arc<AsyncMutex<()>> {
-        self.targets(|targets| {
+        self.context.targets.with(|targets| {
             let mut same = targets.values();
             let same = same.find(|target| pod.is_some() && target.pod.as_ref() == pod);
             same.map(|target| Arc::clone(&target.order))
@@ -452,21 +456,11 @@ impl Watch {
         })
     }
 
-    fn targets<T>(&self, change: impl FnOnce(&mut BTreeMap<CgroupId, Target>) -> T) -> T {
-        let targets = self.context.targets.lock();
-        change(&mut targets.unwrap_or_else(PoisonError::into_inner))
-    }
-
     fn send(&self, input: Input) {
         if self.context.inputs.send(input).is_err() {
             tracing::error!("the controller has ended");
         }
     }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
-fn text(error: impl ToString) -> String {
-    error.to_string()
 }
 
 /// A container as policies look at it. What a kubelet has written into its labels comes before what the sandbox

@@ -19,10 +19,7 @@ use std::{
     future::Future,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{
-        Arc, Mutex,
-        mpsc::{self, Receiver, SyncSender},
-    },
+    sync::mpsc::{self, Receiver, SyncSender},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -40,7 +37,7 @@ pub use lock::release_after_agents;
 pub use restore::restore;
 
 use crate::{
-    actuate::{reflex::Reflex, resize::Resizer, update::Updater},
+    actuate::{reflex::Reflex, resize::Resizer, targets::Targets, update::Updater},
     cri::{self, Runtime, RuntimeError},
     doctor::{self, hooks},
     explain::LEDGER,
@@ -228,12 +225,12 @@ impl Fast {
         node: &str,
         shrink_after: Nanos,
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
-        let targets = Arc::new(Mutex::new(BTreeMap::new()));
+        let targets = Targets::default();
         let inputs = self.inputs.clone();
         let resizer = Resizer::new(
             client.clone(),
             tasks.clone(),
-            Arc::clone(&targets),
+            targets.clone(),
             inputs.clone(),
         );
         let context = watch::Context {
@@ -260,13 +257,13 @@ impl Fast {
         policies: &Path,
         read: Vec<ElasticPolicy>,
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
-        let targets = Arc::new(Mutex::new(BTreeMap::new()));
+        let targets = Targets::default();
         let inputs = self.inputs.clone();
         let originals = PathBuf::from(originals::DIRECTORY);
         let updater = Updater::new(
             containers.clone(),
             tasks.clone(),
-            Arc::clone(&targets),
+            targets.clone(),
             inputs.clone(),
             originals.clone(),
         );
@@ -371,4 +368,9 @@ async fn until_stopped(watch: Watch) -> Result<(), RunError> {
 #[must_use]
 pub fn node_from_environment() -> Option<String> {
     env::var("NODE_NAME").ok().filter(|name| !name.is_empty())
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
+fn text(error: impl ToString) -> String {
+    error.to_string()
 }

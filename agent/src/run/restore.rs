@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use bellows_core::{Actuation, Bytes, Nanos, Patience, Policy, Signals, WHOLE};
 use tokio::runtime;
 
-use super::{RunError, lock::AgentLock};
+use super::{RunError, lock::AgentLock, text};
 use crate::{
     actuate::{pod_cgroup, shrink},
     cgroup::{Cgroup, Limit},
@@ -134,9 +134,4 @@ fn rest(limit: Bytes) -> Policy {
         shrink_after: Nanos(0),
         usable_per_mille: WHOLE,
     }
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
-fn text(error: impl ToString) -> String {
-    error.to_string()
 }

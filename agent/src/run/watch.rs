@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     path::Path,
     pin::pin,
-    sync::{Arc, PoisonError, mpsc::SyncSender},
+    sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
 
@@ -23,7 +23,10 @@ use tokio::time::MissedTickBehavior;
 
 use super::events::Events;
 use crate::{
-    actuate::resize::{TIMEOUT, Target, Targets, limit_patch, parameters},
+    actuate::{
+        resize::{TIMEOUT, Target, limit_patch, parameters},
+        targets::Targets,
+    },
     attribution::{self, CGROUP_ROOT, api::Pod, pods::convert},
     cgroup::Cgroup,
     guard::Input,
@@ -34,7 +37,7 @@ pub(super) struct Context {
     pub(super) client: Client,
     pub(super) node: String,
     pub(super) inputs: SyncSender<Input>,
-    pub(super) targets: Targets,
+    pub(super) targets: Targets<Target>,
     pub(super) cpus: u64,
     pub(super) actuation: Actuation,
     pub(super) signals: Signals,
@@ -179,7 +182,9 @@ impl Watch {
             original: (policy.original, wish.original_text.clone()),
             order: Arc::default(),
         };
-        self.targets(|targets| drop(targets.insert(cgroup.id(), target)));
+        self.context
+            .targets
+            .with(|targets| drop(targets.insert(cgroup.id(), target)));
         let known = Known {
             cgroup: Some(cgroup.id()),
             containers: wish.running.clone(),
@@ -219,11 +224,9 @@ impl Watch {
             self.events.guarded(pod, note);
         }
         // Only now: a change that could not be recorded must be seen as one again.
-        self.targets(|targets| {
-            if let Some(target) = targets.get_mut(&cgroup) {
-                target.limit.clone_from(&wish.limit_text);
-                target.original = (wanted.original, wish.original_text.clone());
-            }
+        self.context.targets.of(cgroup, |target| {
+            target.limit.clone_from(&wish.limit_text);
+            target.original = (wanted.original, wish.original_text.clone());
         });
         if wanted != policy {
             if let Some(known) = self.known.get_mut(&seen.uid) {
@@ -252,16 +255,6 @@ impl Watch {
                 Err("its original limit cannot be recorded: the API does not answer".to_owned())
             }
         }
-    }
-
-    fn targets<T>(&self, change: impl FnOnce(&mut BTreeMap<CgroupId, Target>) -> T) -> T {
-        change(
-            &mut self
-                .context
-                .targets
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
     }
 
     fn send(&self, input: Input) {
@@ -300,7 +293,9 @@ impl Watch {
             .get_mut(uid)
             .and_then(|known| known.cgroup.take())
         {
-            self.targets(|targets| drop(targets.remove(&cgroup)));
+            self.context
+                .targets
+                .with(|targets| drop(targets.remove(&cgroup)));
             self.send(Input::Forget(cgroup));
         }
     }
