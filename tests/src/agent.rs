@@ -15,7 +15,7 @@ use bellows_core::Bytes;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
-use crate::node::{self, wait};
+use crate::node::{self, Service, wait};
 
 /// A way in which the agent can die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,29 +154,16 @@ impl Drop for Agent {
 }
 
 /// `bellows releaser`, as the second container of the agent's pod; ends when dropped.
-pub(crate) struct Releaser(Child);
+pub(crate) struct Releaser(Service);
 
 impl Releaser {
     pub(crate) fn start() -> Result<Self> {
-        Ok(Self(logged(&["releaser"])?.spawn()?))
+        Ok(Self(Service(logged(&["releaser"])?.spawn()?)))
     }
 
     /// Fails if it has ended: whoever dies next would have nobody.
     pub(crate) fn check(&mut self) -> Result<()> {
-        ensure!(
-            self.0.try_wait()?.is_none(),
-            "bellows releaser has ended:\n{}",
-            node::log_tail("bellows", 40)
-        );
-        Ok(())
-    }
-}
-
-impl Drop for Releaser {
-    fn drop(&mut self) {
-        // One that has ended already needs neither.
-        drop(self.0.kill());
-        drop(self.0.wait());
+        self.0.check("bellows releaser", "bellows")
     }
 }
 
@@ -188,7 +175,7 @@ fn spawn(cgroup: &Cgroup) -> Result<Child> {
 }
 
 /// The agent's binary, with what it prints going to its log.
-fn logged(arguments: &[&str]) -> Result<Command> {
+pub(crate) fn logged(arguments: &[&str]) -> Result<Command> {
     let log = node::log("bellows")?;
     let mut command = Command::new(AGENT);
     command

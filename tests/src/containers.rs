@@ -4,22 +4,24 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use bellows::{
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, Limit},
-    cri::api::{
-        ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
-        ContainerStatusRequest, CreateContainerRequest, ImageSpec, LinuxContainerConfig,
-        LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-        LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount, NamespaceMode, NamespaceOption,
-        PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
-        StartContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
-        runtime_service_client::RuntimeServiceClient,
+    cri::{
+        api::{
+            ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
+            ContainerStatusRequest, CreateContainerRequest, ImageSpec, LinuxContainerConfig,
+            LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+            LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount, NamespaceMode,
+            NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest,
+            RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+            UpdateContainerResourcesRequest, runtime_service_client::RuntimeServiceClient,
+        },
+        with_memory,
     },
 };
 use bellows_core::{Bytes, Nanos};
@@ -28,7 +30,10 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::node::{self, Containerd, has_systemd, shell, wait};
+use crate::{
+    agent::logged,
+    node::{self, Containerd, Service, has_systemd, shell, wait},
+};
 
 const NAMESPACE: &str = "dev";
 const CONTAINER: &str = "load";
@@ -154,19 +159,12 @@ impl Machine {
     pub(crate) fn said(started: &Started) -> Vec<Value> {
         let path = log_directory(&started.name).join("log");
         let text = fs::read_to_string(path).unwrap_or_default();
-        // The CRI log format: time, stream, tag, text.
-        let lines = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
-        lines
-            .filter_map(|line| serde_json::from_str(line).ok())
-            .collect()
+        node::said_in(&text)
     }
 
     /// Sets its limit, as somebody else might.
     pub(crate) fn update(&self, started: &Started, limit: Bytes) -> Result<()> {
-        let resources = LinuxContainerResources {
-            memory_limit_in_bytes: i64::try_from(limit.0)?,
-            ..LinuxContainerResources::default()
-        };
+        let resources = with_memory(limit, &LinuxContainerResources::default());
         let request = UpdateContainerResourcesRequest {
             container_id: started.id.clone(),
             linux: Some(resources),
@@ -319,54 +317,33 @@ fn container(spec: &Spec) -> ContainerConfig {
 pub(crate) const POLICIES: &str = "/etc/bellows/policies.yaml";
 
 /// `bellows run --standalone` with policies, as a service of the machine: a parent and its child.
-pub(crate) struct Standalone(Child);
+pub(crate) struct Standalone(Service);
 
 impl Standalone {
     /// Starts it with these policies.
     pub(crate) fn start(policies: &str) -> Result<Self> {
         fs::create_dir_all("/etc/bellows")?;
         fs::write(POLICIES, policies)?;
-        let log = node::log("bellows")?;
-        let child = Command::new("/usr/local/bin/bellows")
-            .args(["run", "--standalone", "--policies", POLICIES])
-            .env("BELLOWS_LOG", "info")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("run bellows run --standalone")?;
-        Ok(Self(child))
+        let mut command = logged(&["run", "--standalone", "--policies", POLICIES])?;
+        let child = command.spawn().context("run bellows run --standalone")?;
+        Ok(Self(Service(child)))
     }
 
     /// SIGKILL of both of its processes, the agent first: its parent would let it end.
-    pub(crate) fn kill_all(mut self) -> Result<()> {
-        let parent = self.0.id();
+    pub(crate) fn kill_all(self) -> Result<()> {
+        let parent = self.0.0.id();
         let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
         for child in children.split_whitespace() {
             let child = Pid::from_raw(child.parse()?).context("no process")?;
             kill_process(child, Signal::KILL)?;
         }
-        self.0.kill()?;
-        self.0.wait()?;
+        drop(self);
         Ok(())
     }
 
     /// Fails if it has ended.
     pub(crate) fn check(&mut self) -> Result<()> {
-        ensure!(
-            self.0.try_wait()?.is_none(),
-            "bellows run --standalone has ended:\n{}",
-            node::log_tail("bellows", 40)
-        );
-        Ok(())
-    }
-}
-
-impl Drop for Standalone {
-    fn drop(&mut self) {
-        // One that has ended already needs neither.
-        drop(self.0.kill());
-        drop(self.0.wait());
+        self.0.check("bellows run --standalone", "bellows")
     }
 }
 

@@ -34,7 +34,17 @@ pub(crate) struct ApiServer {
 }
 
 /// A process that ends with its owner.
-struct Service(Child);
+pub(crate) struct Service(pub(crate) Child);
+
+impl Service {
+    /// Fails if it has ended, with the end of its log.
+    pub(crate) fn check(&mut self, what: &str, log: &str) -> Result<()> {
+        if let Some(status) = self.0.try_wait()? {
+            bail!("{what} has ended ({status}):\n{}", log_tail(log, 40));
+        }
+        Ok(())
+    }
+}
 
 impl Drop for Service {
     fn drop(&mut self) {
@@ -104,15 +114,8 @@ impl Node {
 
     /// Fails if one of its processes has ended.
     pub(crate) fn check(&mut self) -> Result<()> {
-        for (name, child) in [
-            ("kubelet", &mut self.kubelet),
-            ("containerd", &mut self.containerd.0),
-        ] {
-            if let Some(status) = child.0.try_wait()? {
-                bail!("{name} has ended ({status}):\n{}", log_tail(name, 40));
-            }
-        }
-        Ok(())
+        self.kubelet.check("kubelet", "kubelet")?;
+        self.containerd.0.check("containerd", "containerd")
     }
 }
 
@@ -121,6 +124,14 @@ pub(crate) fn log_tail(name: &str, lines: usize) -> String {
     let text = fs::read_to_string(format!("/var/log/{name}.log")).unwrap_or_default();
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// What the log of a container has that is JSON, one value a line. (The CRI log format: time, stream, tag, text.)
+pub(crate) fn said_in(log: &str) -> Vec<Value> {
+    let lines = log.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
+    lines
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
 }
 
 /// The log of a service.

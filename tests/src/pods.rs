@@ -249,11 +249,7 @@ impl Cluster {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             text += &fs::read_to_string(entry.path()).unwrap_or_default();
         }
-        // The CRI log format: time, stream, tag, text.
-        let lines = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
-        Ok(lines
-            .filter_map(|line| serde_json::from_str(line).ok())
-            .collect())
+        Ok(node::said_in(&text))
     }
 
     /// Deletes it and waits until it is gone.

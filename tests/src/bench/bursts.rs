@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    record::{Records, parsed, percentile, rounded},
+    record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Outcome, Runner, set_thp},
     swap::Swap,
 };
@@ -174,16 +174,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             case.peak,
             case.threads,
             case.thp,
-            if record.fixed.killed() {
-                "killed"
-            } else {
-                "alive"
-            },
-            if record.bellows.killed() {
-                "KILLED"
-            } else {
-                "alive"
-            },
+            fate(record.fixed.killed(), "killed"),
+            fate(record.bellows.killed(), "KILLED"),
             record.bellows.sleeps,
             record.bellows.stderr,
         );

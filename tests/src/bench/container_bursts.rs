@@ -10,15 +10,15 @@ use bellows::{
     cri::memory_limit,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, Nanos};
+use bellows_core::{Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
-    pod_bursts::ledger_of,
-    record::{Records, parsed, percentile, rounded},
+    pod_bursts::{answers, ledger_of, raises},
+    record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
 };
 use crate::{
@@ -72,25 +72,12 @@ impl Outcome {
     }
 
     fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
-        self.ledger.iter().filter_map(|record| match record {
-            LedgerRecord::Intend {
-                at,
-                action: Action::Raise { to, .. },
-                ..
-            } => Some((*at, *to)),
-            _ => None,
-        })
+        raises(&self.ledger)
     }
 
-    /// Microseconds from each raise that was asked for to its limit in force.
+    /// What its raises took, in microseconds.
     fn answers(&self) -> Vec<u64> {
-        self.raises()
-            .filter_map(|(at, to)| {
-                let at = at.0 / 1000;
-                let mut after = self.samples.iter().filter(|sample| sample.at_us >= at);
-                Some(after.find(|sample| sample.limit == to.0)?.at_us - at)
-            })
-            .collect()
+        answers(self.raises(), &self.samples)
     }
 }
 
@@ -145,16 +132,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             case.peak,
             case.threads,
             case.thp,
-            if record.fixed.killed() {
-                "killed"
-            } else {
-                "alive"
-            },
-            if record.bellows.killed() {
-                "KILLED"
-            } else {
-                "alive"
-            },
+            fate(record.fixed.killed(), "killed"),
+            fate(record.bellows.killed(), "KILLED"),
             record.bellows.raises().count(),
             record
                 .bellows

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{Kinds, burst_words, log_uniform, mib, overgrant, parse_kinds, thousandths},
-    record::{Records, parsed, percentile, rounded},
+    record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
 };
 use crate::{
@@ -112,14 +112,7 @@ impl Outcome {
     }
 
     pub(super) fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
-        self.ledger.iter().filter_map(|record| match record {
-            LedgerRecord::Intend {
-                at,
-                action: Action::Raise { to, .. },
-                ..
-            } => Some((*at, *to)),
-            _ => None,
-        })
+        raises(&self.ledger)
     }
 
     /// Raises of the first burst.
@@ -143,19 +136,38 @@ impl Outcome {
         &self.samples[..if after { lowered } else { burst }]
     }
 
-    /// For each raise of the first burst, microseconds from its patch to the new `memory.max` as seen from outside.
+    /// What the raises of the first burst took, in microseconds.
     fn api_times(&self) -> Vec<u64> {
-        self.first_raises()
-            .filter_map(|(at, to)| {
-                let asked = at.0 / 1000;
-                let seen = self
-                    .samples
-                    .iter()
-                    .find(|sample| sample.at_us >= asked && sample.limit >= to.page_floor().0)?;
-                Some(seen.at_us - asked)
-            })
-            .collect()
+        answers(self.first_raises(), &self.samples)
     }
+}
+
+/// The raises in a ledger, and when they were asked for.
+pub(super) fn raises(ledger: &[LedgerRecord]) -> impl Iterator<Item = (Nanos, Bytes)> {
+    ledger.iter().filter_map(|record| match record {
+        LedgerRecord::Intend {
+            at,
+            action: Action::Raise { to, .. },
+            ..
+        } => Some((*at, *to)),
+        _ => None,
+    })
+}
+
+/// For each raise, microseconds from its request to the new `memory.max` as seen from outside.
+pub(super) fn answers(
+    raises: impl Iterator<Item = (Nanos, Bytes)>,
+    samples: &[Sample],
+) -> Vec<u64> {
+    raises
+        .filter_map(|(at, to)| {
+            let asked = at.0 / 1000;
+            let seen = samples
+                .iter()
+                .find(|sample| sample.at_us >= asked && sample.limit >= to.page_floor().0)?;
+            Some(seen.at_us - asked)
+        })
+        .collect()
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -223,16 +235,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             "case {index}: {kind:?}, limit {limit}, peak {peak}, {} threads, thp {}: fixed {}, bellows {}, {} patches of {:?} ms, again after {} ms with {} more, restored after {:?} ms",
             case.threads,
             case.thp,
-            if record.fixed.killed() {
-                "killed"
-            } else {
-                "alive"
-            },
-            if record.bellows.killed() {
-                "KILLED"
-            } else {
-                "alive"
-            },
+            fate(record.fixed.killed(), "killed"),
+            fate(record.bellows.killed(), "KILLED"),
             record.bellows.first_raises().count(),
             record
                 .bellows

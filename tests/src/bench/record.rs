@@ -36,6 +36,11 @@ pub(crate) fn parsed<T: DeserializeOwned>(records: &[Value]) -> Result<Vec<T>> {
     Ok(parsed)
 }
 
+/// How a burst ended, for people: `killed` in the word given.
+pub(super) const fn fate(is_killed: bool, killed: &'static str) -> &'static str {
+    if is_killed { killed } else { "alive" }
+}
+
 /// The value at a percentile (nearest rank); `NaN`-free input, 0 for none.
 pub(crate) fn percentile(values: &[f64], percent: f64) -> f64 {
     let mut sorted = values.to_vec();
