@@ -148,6 +148,9 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::HoldExpired => "no raise came in time",
         Reason::BurstOver => "the burst is over",
         Reason::GrewWhileShrinking => "grew again while the limit was being lowered",
+        Reason::Throttled => "was throttled",
+        Reason::Unused => "does not use its quota",
+        Reason::BelowRest => "has less than at rest",
         Reason::Ended => "the guard ends",
     };
     match action {

@@ -36,7 +36,6 @@ use crate::{
 };
 
 const NAMESPACE: &str = "dev";
-const CONTAINER: &str = "load";
 const LOGS: &str = "/var/log/pods";
 
 /// A machine that runs containers.
@@ -54,6 +53,8 @@ pub(crate) struct Machine {
 pub(crate) struct Spec {
     pub(crate) name: String,
     pub(crate) limit: Option<Bytes>,
+    /// What its pod may have where that is not the same.
+    pub(crate) pod_limit: Option<Bytes>,
     pub(crate) command: Vec<String>,
     /// Mounts the machine's root at /host.
     pub(crate) host: bool,
@@ -67,7 +68,15 @@ pub(crate) struct Started {
     pub(crate) name: String,
     pub(crate) cgroup: Cgroup,
     pub(crate) pod: Cgroup,
-    sandbox: String,
+    sandbox: Sandbox,
+}
+
+/// A pod's sandbox.
+#[derive(Clone)]
+struct Sandbox {
+    id: String,
+    uid: String,
+    config: PodSandboxConfig,
 }
 
 impl Machine {
@@ -90,43 +99,54 @@ impl Machine {
         })
     }
 
-    /// Starts a container in a pod of its own, whose limit is the container's.
+    /// Starts a container in a pod of its own.
     pub(crate) fn run(&mut self, spec: &Spec) -> Result<Started> {
         self.pods += 1;
         let uid = format!("4d0e7f00-0000-4000-8000-{:012}", self.pods);
-        let parent = pod_cgroup(&uid, spec.limit)?;
-        let sandbox_config = sandbox(spec, &uid, &parent);
-        let container_config = container(spec);
+        let limit = spec.pod_limit.or(spec.limit);
+        let parent = pod_cgroup(&uid, limit)?;
+        let config = sandbox(spec, &uid, &parent);
         let mut client = self.client.clone();
-        let (sandbox, id) = self.tasks.block_on(async {
-            let request = RunPodSandboxRequest {
-                config: Some(sandbox_config.clone()),
-                ..RunPodSandboxRequest::default()
-            };
-            let sandbox = client.run_pod_sandbox(request).await?.into_inner();
-            let sandbox = sandbox.pod_sandbox_id;
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            ..RunPodSandboxRequest::default()
+        };
+        let sandbox = self.tasks.block_on(client.run_pod_sandbox(request))?;
+        let id = sandbox.into_inner().pod_sandbox_id;
+        // systemd makes the slice with the first scope in it.
+        if let (true, Some(limit)) = (has_systemd(), limit) {
+            shell(&format!(
+                "systemctl set-property --runtime {parent} MemoryMax={}",
+                limit.0
+            ))?;
+        }
+        self.start_in(Sandbox { id, uid, config }, spec)
+    }
+
+    /// Starts a container in the pod of another.
+    pub(crate) fn run_beside(&self, other: &Started, spec: &Spec) -> Result<Started> {
+        self.start_in(other.sandbox.clone(), spec)
+    }
+
+    fn start_in(&self, sandbox: Sandbox, spec: &Spec) -> Result<Started> {
+        let mut client = self.client.clone();
+        let id = self.tasks.block_on(async {
             let request = CreateContainerRequest {
-                pod_sandbox_id: sandbox.clone(),
-                config: Some(container_config),
-                sandbox_config: Some(sandbox_config),
+                pod_sandbox_id: sandbox.id.clone(),
+                config: Some(container(spec)),
+                sandbox_config: Some(sandbox.config.clone()),
             };
             let id = client.create_container(request).await?.into_inner();
             let id = id.container_id;
-            // systemd makes the slice with the first scope in it.
-            if let (true, Some(limit)) = (has_systemd(), spec.limit) {
-                shell(&format!(
-                    "systemctl set-property --runtime {parent} MemoryMax={}",
-                    limit.0
-                ))?;
-            }
             let request = StartContainerRequest {
                 container_id: id.clone(),
             };
             client.start_container(request).await?;
-            Ok::<_, anyhow::Error>((sandbox, id))
+            Ok::<_, anyhow::Error>(id)
         })?;
         let root = Path::new(CGROUP_ROOT);
-        let path = attribution::find(root, &uid, &id).context("the container has no cgroup")?;
+        let path =
+            attribution::find(root, &sandbox.uid, &id).context("the container has no cgroup")?;
         let pod = path.parent().context("a cgroup has a parent")?;
         Ok(Started {
             cgroup: Cgroup::open(&path)?,
@@ -157,7 +177,7 @@ impl Machine {
 
     /// What it has printed that is JSON, one value a line.
     pub(crate) fn said(started: &Started) -> Vec<Value> {
-        let path = log_directory(&started.name).join("log");
+        let path = Path::new(&started.sandbox.config.log_directory).join(log_of(&started.name));
         let text = fs::read_to_string(path).unwrap_or_default();
         node::said_in(&text)
     }
@@ -184,6 +204,13 @@ impl Machine {
             .map(drop)
     }
 
+    /// Stops the runtime (SIGSTOP), or lets it go on: it takes what it is asked, and does not answer.
+    pub(crate) fn freeze_containerd(&self, frozen: bool) -> Result<()> {
+        let containerd = self.containerd.as_ref().context("no containerd runs")?;
+        let signal = if frozen { Signal::STOP } else { Signal::CONT };
+        Ok(kill_process(containerd.process()?, signal)?)
+    }
+
     /// Starts the runtime again.
     pub(crate) fn start_containerd(&mut self) -> Result<()> {
         self.containerd = Some(Containerd::start_again()?);
@@ -200,7 +227,7 @@ impl Machine {
     /// Ends it and its pod.
     pub(crate) fn remove(&self, started: &Started) -> Result<()> {
         let mut client = self.client.clone();
-        let pod_sandbox_id = started.sandbox.clone();
+        let pod_sandbox_id = started.sandbox.id.clone();
         self.tasks.block_on(async {
             let stop = StopPodSandboxRequest {
                 pod_sandbox_id: pod_sandbox_id.clone(),
@@ -220,8 +247,9 @@ impl Machine {
     }
 }
 
-fn log_directory(name: &str) -> PathBuf {
-    Path::new(LOGS).join(name)
+/// The log of a container in its pod's directory.
+fn log_of(name: &str) -> String {
+    format!("{name}.log")
 }
 
 /// Makes the cgroup of a pod with its limit, as a kubelet does; returns what the runtime calls it.
@@ -259,7 +287,7 @@ fn sandbox(spec: &Spec, uid: &str, parent: &str) -> PodSandboxConfig {
             namespace: NAMESPACE.to_owned(),
             attempt: 0,
         }),
-        log_directory: log_directory(&spec.name).to_string_lossy().into_owned(),
+        log_directory: format!("{LOGS}/{}", spec.name),
         labels: spec.labels.iter().cloned().collect(),
         linux: Some(LinuxPodSandboxConfig {
             cgroup_parent: parent.to_owned(),
@@ -289,7 +317,7 @@ fn container(spec: &Spec) -> ContainerConfig {
     };
     ContainerConfig {
         metadata: Some(ContainerMetadata {
-            name: CONTAINER.to_owned(),
+            name: spec.name.clone(),
             attempt: 0,
         }),
         image: Some(ImageSpec {
@@ -298,7 +326,7 @@ fn container(spec: &Spec) -> ContainerConfig {
         }),
         command: spec.command.clone(),
         mounts: if spec.host { vec![host] } else { Vec::new() },
-        log_path: "log".to_owned(),
+        log_path: log_of(&spec.name),
         linux: Some(LinuxContainerConfig {
             resources: Some(LinuxContainerResources {
                 memory_limit_in_bytes: limit.unwrap_or(0),

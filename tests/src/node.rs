@@ -13,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Pid;
 use serde_json::{Value, json};
 
 /// The node's name in the API.
@@ -63,6 +64,11 @@ impl Containerd {
         let containerd = Self::start_again()?;
         import_image()?;
         Ok(containerd)
+    }
+
+    /// Its process.
+    pub(crate) fn process(&self) -> Result<Pid> {
+        Pid::from_raw(self.0.0.id().try_into()?).context("no process")
     }
 
     /// Starts one that has been configured.

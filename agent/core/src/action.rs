@@ -24,6 +24,12 @@ pub enum Reason {
     BurstOver,
     /// Demand rose again while the limit was being lowered.
     GrewWhileShrinking,
+    /// A CPU quota was used up before its period was over.
+    Throttled,
+    /// A CPU quota is not used.
+    Unused,
+    /// A CPU quota is below the one at rest.
+    BelowRest,
     /// The guard ends.
     Ended,
 }

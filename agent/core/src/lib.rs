@@ -11,9 +11,11 @@
 
 pub mod action;
 pub mod brake;
+pub mod cpu;
 pub mod decide;
 pub mod elastic;
 pub mod history;
+pub mod moved;
 pub mod patience;
 pub mod pod;
 pub mod policy;
@@ -31,4 +33,4 @@ pub use policy::{Actuation, Policy, Signals, WHOLE};
 pub use reflex::{Reaction, Rung};
 pub use thrash::Thrash;
 pub use thresholds::{Thresholds, Watermark};
-pub use units::{Bytes, CgroupId, Nanos};
+pub use units::{Amount, Bytes, CgroupId, Cpu, Nanos};

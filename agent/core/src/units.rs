@@ -103,6 +103,105 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// What can be moved, counted and given to somebody: memory, or CPU time. Arithmetic saturates.
+pub trait Amount: Copy + Ord {
+    /// Nothing.
+    const ZERO: Self;
+
+    /// The sum.
+    #[must_use]
+    fn plus(self, other: Self) -> Self;
+
+    /// The difference, at least zero.
+    #[must_use]
+    fn minus(self, other: Self) -> Self;
+}
+
+impl Amount for Bytes {
+    const ZERO: Self = Self::ZERO;
+
+    fn plus(self, other: Self) -> Self {
+        self.plus(other)
+    }
+
+    fn minus(self, other: Self) -> Self {
+        self.minus(other)
+    }
+}
+
+/// CPU time per time, in millionths of a CPU: fine enough that every quota of the kernel's, in microseconds of a
+/// period of at most a second, is one again when it is written back.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Cpu(pub u64);
+
+/// Millionths of a CPU in one.
+const MILLIONTHS: u64 = 1_000_000;
+
+impl Cpu {
+    /// Thousandths of a CPU, as Kubernetes counts.
+    #[must_use]
+    pub const fn millis(n: u64) -> Self {
+        Self(n.saturating_mul(1000))
+    }
+
+    /// What a quota in a period is, both in microseconds; `None` for a period that is none.
+    #[must_use]
+    pub fn of_quota(quota: u64, period: u64) -> Option<Self> {
+        let scaled =
+            (u128::from(quota) * u128::from(MILLIONTHS)).checked_div(u128::from(period))?;
+        Some(Self(u64::try_from(scaled).unwrap_or(u64::MAX)))
+    }
+
+    /// The quota in a period, both in microseconds, rounded up.
+    #[must_use]
+    pub fn quota(self, period: u64) -> u64 {
+        let quota = (u128::from(self.0) * u128::from(period)).div_ceil(u128::from(MILLIONTHS));
+        u64::try_from(quota).unwrap_or(u64::MAX)
+    }
+
+    /// The rate at which CPU time was used.
+    #[must_use]
+    pub fn of_usage(used: Nanos, window: Nanos) -> Self {
+        let scaled =
+            (u128::from(used.0) * u128::from(MILLIONTHS)).checked_div(u128::from(window.0));
+        Self(scaled.map_or(0, |rate| u64::try_from(rate).unwrap_or(u64::MAX)))
+    }
+
+    /// `self` times `numerator / denominator`, rounded down. A zero denominator gives zero.
+    #[must_use]
+    pub fn scaled(self, numerator: u64, denominator: u64) -> Self {
+        Self(Bytes(self.0).scaled(numerator, denominator).0)
+    }
+
+    /// `self` times `per_mille / 1000`, rounded down.
+    #[must_use]
+    pub fn per_mille(self, per_mille: u64) -> Self {
+        self.scaled(per_mille, 1000)
+    }
+}
+
+impl Amount for Cpu {
+    const ZERO: Self = Self(0);
+
+    fn plus(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+
+    fn minus(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl fmt::Display for Cpu {
+    /// Thousandths, rounded: `250m`.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}m", self.0.saturating_add(500) / 1000)
+    }
+}
+
 /// A point on `CLOCK_MONOTONIC`, or a length of time, in nanoseconds.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -144,6 +243,23 @@ pub struct CgroupId(pub u64);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_quota_is_itself_again() {
+        for period in [1000, 10_000, 33_333, 50_000, 100_000, 1_000_000] {
+            for quota in [1000, 1001, 2500, 33_333, 99_999, 100_000, 1_234_567] {
+                let cpu = Cpu::of_quota(quota, period).unwrap();
+                assert_eq!(cpu.quota(period), quota, "{quota} of {period}");
+            }
+        }
+        assert_eq!(Cpu::of_quota(1, 0), None);
+        assert_eq!(Cpu::of_quota(25_000, 100_000), Some(Cpu::millis(250)));
+        let half = Cpu::of_usage(Nanos::millis(50), Nanos::millis(100));
+        assert_eq!(
+            (half, half.to_string()),
+            (Cpu::millis(500), "500m".to_owned())
+        );
+    }
 
     #[test]
     fn prints_binary_units() {

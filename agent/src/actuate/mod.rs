@@ -3,8 +3,9 @@
 //! [`reflex`] raises, brakes and holds, in microseconds, from a table armed beforehand;
 //! [`shrink`] lowers, which reclaims in the writer and may take long. What somebody else owns is asked
 //! for: of the API by [`resize`], of the container runtime by [`update`], which moves the pod's own limit
-//! ([`pod_cgroup`]) too. Nothing here decides what a limit should be.
+//! ([`pod`]) too. Nothing here decides what a limit should be.
 
+pub mod pod;
 pub mod pod_cgroup;
 pub mod reflex;
 pub mod resize;

@@ -9,12 +9,16 @@
 //! the limit is set as a property of the slice. Setting one may reset what others have written into the slice
 //! behind systemd's back (seen: any hand-written value); those are read before and put back after.
 
-use std::{io, path::Path, process::Command};
+use std::{io, path::Path, time::Duration};
 
 use bellows_core::Bytes;
 use thiserror::Error;
+use tokio::{process::Command, task::spawn_blocking, time::timeout};
 
 use crate::cgroup::{Cgroup, CgroupError, Limit};
+
+/// How long systemd may take: a `daemon-reload` of a large machine takes a few seconds, in which it answers nobody.
+const SYSTEMD: Duration = Duration::from_secs(10);
 
 /// What others may have written into a slice.
 const OTHERS: [&str; 6] = [
@@ -37,6 +41,15 @@ pub enum PodCgroupError {
         "cannot run systemctl ({0}): the limit of a slice is systemd's to set; install systemd's tools"
     )]
     Systemctl(#[source] io::Error),
+    /// systemd does not answer.
+    #[error("systemctl set-property {unit}: no answer within {} s", SYSTEMD.as_secs())]
+    Silent {
+        /// The slice.
+        unit: String,
+    },
+    /// A thread.
+    #[error("no thread can be had to set a limit: {0}")]
+    Thread(#[from] tokio::task::JoinError),
     /// systemd refused.
     #[error("systemctl set-property {unit} MemoryMax={limit}: {said}")]
     Refused {
@@ -68,16 +81,17 @@ fn is_systemds(path: &Path) -> bool {
 }
 
 /// Sets the memory limit of a pod's cgroup, and reads it back. Lowering reclaims in here, so usage must be below
-/// the limit; may block for as long as systemd takes.
+/// the limit.
 ///
 /// # Errors
 ///
 /// [`PodCgroupError`]; the limit may have been set all the same.
-pub fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
+pub async fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
     if is_systemds(pod.path()) {
-        set_property(pod, limit)?;
+        set_property(pod, limit).await?;
     } else {
-        pod.set_limit("memory.max", Limit::At(limit))?;
+        let pod = pod.clone();
+        spawn_blocking(move || pod.set_limit("memory.max", Limit::At(limit))).await??;
     }
     let found = pod.limit("memory.max")?.bytes();
     if found == limit.page_floor() {
@@ -91,18 +105,23 @@ pub fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
     }
 }
 
-fn set_property(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
-    let unit = pod.path().file_name().unwrap_or_default();
+async fn set_property(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
+    let name = pod.path().file_name().unwrap_or_default();
+    let unit = name.to_string_lossy().into_owned();
     let before = OTHERS.map(|file| (file, pod.read(file).ok()));
-    let output = Command::new("systemctl")
+    let mut command = Command::new("systemctl");
+    command
         .args(["set-property", "--runtime"])
-        .arg(unit)
+        .arg(name)
         .arg(format!("MemoryMax={}", limit.0))
-        .output()
-        .map_err(PodCgroupError::Systemctl)?;
+        .kill_on_drop(true);
+    let output = match timeout(SYSTEMD, command.output()).await {
+        Ok(output) => output.map_err(PodCgroupError::Systemctl)?,
+        Err(_elapsed) => return Err(PodCgroupError::Silent { unit }),
+    };
     if !output.status.success() {
         return Err(PodCgroupError::Refused {
-            unit: unit.to_string_lossy().into_owned(),
+            unit,
             limit: limit.0,
             said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         });

@@ -10,6 +10,9 @@ use bellows_core::{Bytes, Policy, Thresholds};
 
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
+/// A limit that is fuller than this is not set: more may be charged while it is.
+pub const FULL_PER_MILLE: u64 = 970;
+
 /// Brings usage under the watermark of `to`; returns whether that succeeded. The caller arms the
 /// reflex afterwards, which puts the brake back where it belongs; a brake that is somebody else's is not
 /// moved.
@@ -30,15 +33,38 @@ pub fn make_room(
     }
     let excess = stat.usage.minus(target.watermark);
     if excess > Bytes::ZERO {
-        // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
-        if cgroup.has("memory.reclaim")
-            && let Err(error) = cgroup.write("memory.reclaim", &excess.0.to_string())
-        {
-            tracing::debug!(%error, "reclaimed less than asked for");
-        }
+        reclaim(cgroup, excess);
         if !foreign_brake {
             cgroup.set_limit("memory.high", Limit::At(target.high))?;
         }
     }
     Ok(cgroup.usage()? <= target.watermark)
+}
+
+/// The same for a cgroup that nobody guards and whose brake is not ours: brings usage below a share of `to` that
+/// leaves room for what is charged meanwhile.
+///
+/// # Errors
+///
+/// [`CgroupError`] when a file cannot be read.
+pub fn make_room_in(cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
+    let target = to.per_mille(FULL_PER_MILLE);
+    let stat = cgroup.stat()?;
+    if stat.demand() > target {
+        return Ok(false);
+    }
+    let excess = stat.usage.minus(target);
+    if excess > Bytes::ZERO {
+        reclaim(cgroup, excess);
+    }
+    Ok(cgroup.usage()? <= target)
+}
+
+fn reclaim(cgroup: &Cgroup, excess: Bytes) {
+    // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
+    if cgroup.has("memory.reclaim")
+        && let Err(error) = cgroup.write("memory.reclaim", &excess.0.to_string())
+    {
+        tracing::debug!(%error, "reclaimed less than asked for");
+    }
 }

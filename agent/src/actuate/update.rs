@@ -6,41 +6,50 @@
 //! would take it away.
 //!
 //! A runtime that is away or late does not cost a container its life: the raise is written by hand then, within what
-//! the policy allows, and the runtime told until it knows. A call that is late may still be carried out, so nothing
-//! further is asked for a pod before it has ended, or its deadline has passed: then an old limit may still arrive
-//! late, which nobody can prevent who does not own the runtime.
+//! the policy allows, and the runtime told until it knows. One task for each container tells it, one value at a
+//! time, always the latest; while the runtime is known to be late, raises are written first. A call that is late is
+//! given up for a newer value. What it asked for may still arrive (`runc` is not stopped by that), which nobody can
+//! prevent who does not own the runtime.
 //!
-//! The pod's own limit moves by as much, before a raise and after a lowering. It is computed from what it was with
-//! all of the pod's containers at rest, so that an update that was cut short is mended by the next.
+//! The pod's own limit moves by as much, before a raise and after a lowering ([`Pod`]).
 
 use std::{
-    path::PathBuf,
+    collections::BTreeSet,
     pin::pin,
-    sync::{Arc, mpsc::SyncSender},
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::SyncSender,
+    },
     time::Duration,
 };
 
 use bellows_core::{Bytes, CgroupId};
 use tokio::{
     runtime::Handle,
-    sync::Mutex as AsyncMutex,
-    task::spawn_blocking,
+    select,
+    sync::Notify,
     time::{sleep, timeout},
 };
 
-use super::{pod_cgroup, targets::Targets};
+use super::{
+    pod::{May, Pod, Who},
+    shrink::FULL_PER_MILLE,
+    targets::Targets,
+};
 use crate::{
     cgroup::{Cgroup, Limit},
     cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory},
     guard::{Input, Refused, Requester},
     ledger::Record,
-    originals::{self, Original},
+    originals::{Original, PodOriginal, Records},
 };
 
 /// An update that takes longer is late. On a busy emulated node they take up to 0.8 s.
 const LATE: Duration = Duration::from_millis(1500);
-/// A limit that is fuller than this is not set: the container may grow while `runc` is on its way.
-const FULL_PER_MILLE: u64 = 970;
+/// A lowering that takes longer is given up: the controller waits no longer, and guards the old limit then.
+const LOWERING: Duration = Duration::from_secs(5);
 /// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
 const SETTLE: Duration = Duration::from_millis(500);
 const LONGEST_SETTLE: Duration = Duration::from_secs(10);
@@ -48,73 +57,122 @@ const LONGEST_SETTLE: Duration = Duration::from_secs(10);
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
 pub struct Target {
+    /// Its cgroup.
+    pub cgroup: Cgroup,
     /// What it had, and what we have asked for.
     pub original: Original,
     /// What the runtime said of its resources when it was looked at last: what may swap is kept.
     pub said: LinuxContainerResources,
-    /// The cgroup of its pod, where that has a limit.
-    pub pod: Option<Cgroup>,
-    /// Requests so far: one that waits its turn while another is made is not carried out.
-    pub requests: u64,
-    /// One request at a time for a pod: a raise must not overtake the lowering that it answers.
-    pub order: Arc<AsyncMutex<()>>,
+    /// Its pod.
+    pub pod: Option<Arc<Pod>>,
+    /// What is asked for and not yet on its way.
+    wanted: Option<Bytes>,
+    /// Whether a task tells the runtime, which [`Target::changed`] wakes.
+    is_telling: bool,
+    changed: Arc<Notify>,
 }
 
-/// Sends updates.
+impl Target {
+    /// One that nothing was asked for yet.
+    #[must_use]
+    pub fn new(
+        cgroup: Cgroup,
+        original: Original,
+        said: LinuxContainerResources,
+        pod: Option<Arc<Pod>>,
+    ) -> Self {
+        Self {
+            cgroup,
+            original,
+            said,
+            pod,
+            wanted: None,
+            is_telling: false,
+            changed: Arc::default(),
+        }
+    }
+
+    /// Whether something is asked for that the runtime does not know yet.
+    #[must_use]
+    pub const fn is_telling(&self) -> bool {
+        self.is_telling
+    }
+}
+
+/// How telling the runtime of a limit ended.
+enum Told {
+    /// It knows, or there is nothing to know.
+    Known,
+    /// The limit is in force, and it must be told again.
+    Untold(Bytes),
+    /// Something else is asked for meanwhile.
+    Overtaken,
+}
+
+/// Sends updates; clones share what they know.
 #[derive(Clone, Debug)]
 pub struct Updater {
     runtime: Runtime,
     tasks: Handle,
     targets: Targets<Target>,
     inputs: SyncSender<Input>,
-    /// Where originals are kept.
-    directory: PathBuf,
+    records: Records<Original>,
+    /// Whether the runtime was late when it was asked last.
+    is_late: Arc<AtomicBool>,
 }
 
 impl Updater {
     /// A requester for what a runtime runs.
     #[must_use]
-    pub const fn new(
+    pub fn new(
         runtime: Runtime,
         tasks: Handle,
-        targets: Targets<Target>,
         inputs: SyncSender<Input>,
-        directory: PathBuf,
+        records: Records<Original>,
     ) -> Self {
         Self {
             runtime,
             tasks,
-            targets,
+            targets: Targets::default(),
             inputs,
-            directory,
+            records,
+            is_late: Arc::default(),
         }
     }
 
-    fn send(&self, cgroup: &Cgroup, to: Bytes) {
-        let (this, cgroup) = (self.clone(), cgroup.clone());
-        let asked = self.target(cgroup.id(), |target| {
-            target.requests += 1;
-            (target.requests, Arc::clone(&target.order))
-        });
-        self.tasks.spawn(async move {
-            let done = match asked {
-                Ok((number, order)) => {
-                    let _turn = order.lock().await;
-                    let latest = this.target(cgroup.id(), |target| target.requests);
-                    if latest.is_ok_and(|latest| latest != number) {
-                        // Whoever asked has asked for something else meanwhile.
-                        return;
-                    }
-                    this.update(&cgroup, to).await
-                }
-                Err(refused) => Err(refused),
-            };
-            this.answer(&cgroup, to, done);
-        });
+    /// What may be asked for.
+    #[must_use]
+    pub const fn targets(&self) -> &Targets<Target> {
+        &self.targets
     }
 
-    fn answer(&self, cgroup: &Cgroup, to: Bytes, result: Result<(), Refused>) {
-        let cgroup = cgroup.id();
+    /// The runtime that is asked.
+    #[must_use]
+    pub const fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Where originals are kept.
+    #[must_use]
+    pub const fn records(&self) -> &Records<Original> {
+        &self.records
+    }
+
+    /// Asks for a limit, in place of whatever is asked for and not yet on its way.
+    pub fn send(&self, cgroup: CgroupId, to: Bytes) {
+        let starts = self.target(cgroup, |target| {
+            target.wanted = Some(to);
+            target.changed.notify_one();
+            !std::mem::replace(&mut target.is_telling, true)
+        });
+        match starts {
+            Ok(true) => drop(self.tasks.spawn(self.clone().tell(cgroup))),
+            Ok(false) => {}
+            Err(refused) => self.answer(cgroup, to, Err(refused)),
+        }
+    }
+
+    fn answer(&self, cgroup: CgroupId, to: Bytes, result: Result<(), Refused>) {
         // A controller that has ended needs no answer.
         drop(self.inputs.try_send(Input::Answered { cgroup, to, result }));
     }
@@ -129,133 +187,214 @@ impl Updater {
             .ok_or_else(|| refused("the container is gone", false))
     }
 
-    /// Writes down what will be asked for, before it is.
-    fn ask(&self, cgroup: CgroupId, to: Bytes) -> Result<Target, Refused> {
-        let target = self.target(cgroup, |target| {
-            target.original.ask(to);
-            target.clone()
-        })?;
-        originals::write(&self.directory, &target.original).map_err(|error| {
-            let why = format!("{}: {error}; free memory on /run", self.directory.display());
-            refused(&why, false)
-        })?;
-        Ok(target)
+    /// Tells the runtime what is asked for until it knows the latest. With its next update of anything else it would
+    /// set the limit that it remembers.
+    async fn tell(self, id: CgroupId) {
+        let (mut untold, mut wait) = (None, SETTLE);
+        loop {
+            let next = self.target(id, |target| {
+                let wanted = target.wanted.take();
+                target.is_telling = wanted.is_some() || untold.is_some();
+                (wanted, target.clone())
+            });
+            let told = match (next, untold) {
+                (Ok((Some(to), target)), _) => {
+                    wait = SETTLE;
+                    let told = self.update(&target, to).await;
+                    told.unwrap_or_else(|refused| {
+                        self.answer(id, to, Err(refused));
+                        Told::Known
+                    })
+                }
+                (Ok((None, target)), Some(to)) => {
+                    select! {
+                        () = target.changed.notified() => continue,
+                        () = sleep(wait) => {}
+                    }
+                    wait = (wait * 2).min(LONGEST_SETTLE);
+                    self.tell_again(&target, to).await
+                }
+                (Ok((None, _)), None) | (Err(_), _) => return,
+            };
+            untold = match told {
+                Told::Known => None,
+                Told::Untold(to) => Some(to),
+                Told::Overtaken => untold,
+            };
+        }
     }
 
-    async fn update(&self, cgroup: &Cgroup, to: Bytes) -> Result<(), Refused> {
+    async fn tell_again(&self, target: &Target, to: Bytes) -> Told {
+        if !fits(&target.cgroup, to).unwrap_or(false) {
+            // Whatever grew is raised again.
+            return Told::Untold(to);
+        }
+        let resources = with_memory(to, &target.said);
+        match self.runtime.update(&target.original.id, resources).await {
+            Err(error) if !error.is_gone() => Told::Untold(to),
+            _ => Told::Known,
+        }
+    }
+
+    /// Writes down what will be asked for, before it is.
+    fn ask(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
+        let original = self.target(cgroup, |target| {
+            target.original.limit.ask(to);
+            target.original.clone()
+        })?;
+        self.records.write(&original).map_err(text)
+    }
+
+    async fn update(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+        let (cgroup, id) = (&target.cgroup, target.cgroup.id());
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-        let is_ours = self.target(cgroup.id(), |target| target.original.is_ours(limit))?;
-        if to < limit && !is_ours {
+        if to < limit && !target.original.limit.is_ours(limit) {
             let why = format!("somebody else has set the limit to {limit}, which is not lowered");
             return Err(refused(&why, false));
         }
         if to < limit && !fits(cgroup, to)? {
             return Err(refused("usage has grown meanwhile", false));
         }
-        let target = self.ask(cgroup.id(), to)?;
+        self.ask(id, to)?;
         // The pod goes up before the container does.
-        self.raise_pod(&target).await?;
-        let resources = with_memory(to, &target.said);
-        let mut call = pin!(self.runtime.update(&target.original.id, resources));
-        let mut updated = match timeout(LATE, &mut call).await {
-            Ok(updated) => updated,
-            Err(_elapsed) => {
-                if fall_back(cgroup, to)? {
-                    self.answer(cgroup, to, Ok(()));
-                }
-                call.await
-            }
+        self.settle_pod(target.pod.as_deref(), May::Rise).await?;
+        let told = if to < limit {
+            self.lower(target, to).await
+        } else {
+            self.raise(target, to).await
         };
-        if let Err(error) = &updated
-            && !error.is_gone()
-            && fall_back(cgroup, to)?
-        {
-            tracing::warn!(path = %cgroup.path().display(), %to, %error, "the limit is raised without its runtime, which is told later");
-            self.settle_later(cgroup);
-            updated = Ok(());
-        }
-        if let Err(error) = &updated
-            && !error.is_uncertain()
-        {
-            let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-            self.ask(cgroup.id(), limit)?;
-        }
         // And down after it, whether or not it did.
-        if let Err(Refused { why, .. }) = self.lower_pod(cgroup).await {
+        if let Err(Refused { why, .. }) = self.settle_pod(target.pod.as_deref(), May::Fall).await {
             tracing::warn!(path = %cgroup.path().display(), why, "the pod's limit stays for now");
         }
-        updated.map_err(refusal)
+        told
     }
 
-    /// Tells the runtime of a limit that it did not take, again and again: with its next update of anything else
-    /// it would set the one that it remembers.
-    fn settle_later(&self, cgroup: &Cgroup) {
-        let (this, cgroup) = (self.clone(), cgroup.clone());
-        self.tasks.spawn(async move {
-            let mut wait = SETTLE;
-            loop {
-                sleep(wait).await;
-                let Ok(order) = this.target(cgroup.id(), |target| Arc::clone(&target.order)) else {
-                    return;
-                };
-                let _turn = order.lock().await;
-                let Ok(target) = this.target(cgroup.id(), |target| target.clone()) else {
-                    return;
-                };
-                // Whatever was asked for last; a later request may have told it already.
-                let Some(&latest) = target.original.asked.first() else {
-                    return;
-                };
-                if !fits(&cgroup, latest).unwrap_or(false) {
-                    // A lower limit that is about to be taken back.
-                    continue;
+    async fn lower(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+        let resources = with_memory(to, &target.said);
+        let call = self.runtime.update(&target.original.id, resources);
+        match timeout(LOWERING, call).await {
+            Ok(Ok(())) => Ok(Told::Known),
+            Ok(Err(error)) => {
+                self.failed(target, &error)?;
+                Err(refusal(&error))
+            }
+            Err(_elapsed) => {
+                let why = format!("no answer within {} s", LOWERING.as_secs());
+                Err(refused(&why, true))
+            }
+        }
+    }
+
+    async fn raise(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+        let cgroup = &target.cgroup;
+        let resources = with_memory(to, &target.said);
+        let mut call = pin!(self.runtime.update(&target.original.id, resources));
+        // A call that was not polled is not sent: it is under way when the raise is written first.
+        let patience = if self.is_late.load(Ordering::Relaxed) {
+            Duration::ZERO
+        } else {
+            LATE
+        };
+        let updated = match timeout(patience, &mut call).await {
+            Ok(updated) => updated,
+            Err(_elapsed) => {
+                self.is_late.store(true, Ordering::Relaxed);
+                if fall_back(cgroup, to)? {
+                    self.answer(cgroup.id(), to, Ok(()));
                 }
-                let resources = with_memory(latest, &target.said);
-                match this.runtime.update(&target.original.id, resources).await {
-                    Err(error) if !error.is_gone() => wait = (wait * 2).min(LONGEST_SETTLE),
-                    _ => return,
+                loop {
+                    select! {
+                        updated = &mut call => break updated,
+                        () = target.changed.notified() => {}
+                    }
+                    // An older change may have left its mark.
+                    if self.target(cgroup.id(), |target| target.wanted.is_some())? {
+                        return Ok(Told::Overtaken);
+                    }
                 }
             }
-        });
+        };
+        let Err(error) = updated else {
+            self.is_late.store(false, Ordering::Relaxed);
+            return Ok(Told::Known);
+        };
+        if !error.is_gone() && fall_back(cgroup, to)? {
+            tracing::warn!(path = %cgroup.path().display(), %to, %error, "the limit is raised without its runtime, which is told later");
+            return Ok(Told::Untold(to));
+        }
+        self.failed(target, &error)?;
+        Err(refusal(&error))
     }
 
-    /// The limit that a pod must have for what its containers have been asked to have.
-    fn pod_limit(&self, target: &Target) -> Option<(Cgroup, Bytes)> {
-        let (pod, at_rest) = (target.pod.clone()?, target.original.pod_limit?);
-        let limit = self.targets.with(|targets| {
-            let same = targets.values();
-            let same = same.filter(|target| target.pod.as_ref() == Some(&pod));
-            let raised = same.map(|target| target.original.raised_by());
-            raised.fold(at_rest, Bytes::plus)
-        });
-        Some((pod, limit))
+    /// What was asked for will not come.
+    fn failed(&self, target: &Target, error: &RuntimeError) -> Result<(), Refused> {
+        if error.is_uncertain() {
+            return Ok(());
+        }
+        let limit = target.cgroup.limit("memory.max").map_err(text)?.bytes();
+        self.ask(target.cgroup.id(), limit)
     }
 
-    async fn raise_pod(&self, target: &Target) -> Result<(), Refused> {
-        let Some((pod, wanted)) = self.pod_limit(target) else {
+    /// Brings the limit of a pod to where its containers need it.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`].
+    pub async fn settle_pod(&self, pod: Option<&Pod>, may: May) -> Result<(), Refused> {
+        let Some(pod) = pod else {
             return Ok(());
         };
-        let limit = pod.limit("memory.max").map_err(text)?.bytes();
-        if limit < wanted {
-            set_pod(pod, wanted).await?;
-        }
-        Ok(())
+        let raised = |who| self.raised_in(pod, who);
+        pod.settle(&raised, may).await.map_err(text)
     }
 
-    /// Lowers the pod as far as the limit allows that its container has come to.
-    async fn lower_pod(&self, cgroup: &Cgroup) -> Result<(), Refused> {
-        let target = self.target(cgroup.id(), |target| target.clone())?;
-        let Some((pod, wanted)) = self.pod_limit(&target) else {
-            return Ok(());
-        };
-        let limit = pod.limit("memory.max").map_err(text)?.bytes();
-        let in_force = cgroup.limit("memory.max").map_err(text)?.bytes();
-        let Original { limit: at_rest, .. } = target.original;
-        if limit > wanted && in_force <= at_rest.plus(target.original.raised_by()) {
-            set_pod(pod, wanted).await?;
+    /// By how much each container of a pod is raised.
+    fn raised_in(&self, pod: &Pod, who: Who) -> Vec<Bytes> {
+        let (mut limits, mut known): (Vec<_>, BTreeSet<_>) = self.targets.with(|targets| {
+            let is_same =
+                |target: &&Target| target.pod.as_deref().is_some_and(|own| ptr::eq(own, pod));
+            let same = targets.values().filter(is_same);
+            let same = same.map(|target| {
+                let Target {
+                    cgroup, original, ..
+                } = target;
+                (
+                    (Some(cgroup.clone()), original.limit.clone()),
+                    original.id.clone(),
+                )
+            });
+            same.unzip()
+        });
+        if who == Who::All {
+            let left = self.records.all().into_iter();
+            let left = left.filter(|left| {
+                left.path.parent() == Some(pod.cgroup().path()) && known.insert(left.id.clone())
+            });
+            limits.extend(left.map(|left| (Cgroup::open(&left.path).ok(), left.limit)));
         }
-        Ok(())
+        let raised = limits.iter().filter_map(|(cgroup, limit)| {
+            let in_force = cgroup.as_ref()?.limit("memory.max").ok()?;
+            Some(limit.raised_by(in_force.bytes()))
+        });
+        raised.collect()
     }
+}
+
+/// Removes what is written down of pods that are gone; returns those that live.
+#[must_use]
+pub fn recorded_pods(records: &Records<PodOriginal>) -> Vec<Pod> {
+    let recorded = records.all().into_iter();
+    let living = recorded.filter_map(|recorded| match Cgroup::open(&recorded.path) {
+        Ok(cgroup) => Some(Pod::new(cgroup, records.clone())),
+        Err(error) => {
+            if error.is_gone() {
+                records.remove(crate::originals::key_of(&recorded.path));
+            }
+            None
+        }
+    });
+    living.collect()
 }
 
 /// Whether usage fits below a limit: the runtime does not look before it lowers one, and the kernel kills.
@@ -276,13 +415,6 @@ fn fall_back(cgroup: &Cgroup, to: Bytes) -> Result<bool, Refused> {
     Ok(limit <= to)
 }
 
-async fn set_pod(pod: Cgroup, limit: Bytes) -> Result<(), Refused> {
-    match spawn_blocking(move || pod_cgroup::set_limit(&pod, limit)).await {
-        Ok(set) => set.map_err(text),
-        Err(error) => Err(text(error)),
-    }
-}
-
 fn refused(why: &str, uncertain: bool) -> Refused {
     Refused {
         why: why.to_owned(),
@@ -294,22 +426,21 @@ fn text(error: impl std::fmt::Display) -> Refused {
     refused(&error.to_string(), false)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
-fn refusal(error: RuntimeError) -> Refused {
+fn refusal(error: &RuntimeError) -> Refused {
     refused(&error.to_string(), error.is_uncertain())
 }
 
 impl Requester for Updater {
     fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup, to);
+        self.send(cgroup.id(), to);
     }
 
     fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup, to);
+        self.send(cgroup.id(), to);
     }
 
     fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
-        self.send(cgroup, limit);
+        self.send(cgroup.id(), limit);
     }
 
     fn record(&mut self, cgroup: &Cgroup, record: &Record) {

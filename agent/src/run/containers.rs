@@ -9,29 +9,31 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, mpsc::SyncSender},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bellows_core::{
-    Actuation, Bytes, Patience, Policy, Signals, WHOLE,
+    Actuation, Bytes, Nanos, Patience, Policy, Signals, WHOLE,
     elastic::{self, ElasticPolicy, MemoryRules, Mode, Subject},
+    moved::MovedLimit,
 };
-use tokio::{
-    sync::Mutex as AsyncMutex,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Streaming;
 
 use super::text;
 use crate::{
-    actuate::{targets::Targets, update::Target},
+    actuate::{
+        pod::{May, Pod},
+        update::{Target, Updater, recorded_pods},
+    },
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, Limit},
     cri::{Container, ContainerEventResponse, PodSandbox, Runtime, RuntimeError, memory_limit},
     guard::Input,
-    originals::{self, Original},
+    originals::{Original, PodOriginal, Records},
 };
 
 /// How often the runtime is asked where it tells of containers by itself, and where it does not.
@@ -40,16 +42,19 @@ const OFTEN: Duration = Duration::from_secs(1);
 /// After this long without an event the runtime is asked: what starts together is looked at together.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// How soon a container is looked at again that could not be guarded, and how seldom at last.
+const AGAIN: Duration = Duration::from_secs(1);
+const SELDOM_AGAIN: Duration = Duration::from_secs(60);
+
 /// What the watch needs.
 pub(super) struct Context {
-    pub(super) runtime: Runtime,
+    pub(super) updater: Updater,
     pub(super) policies: PathBuf,
     pub(super) inputs: SyncSender<Input>,
-    pub(super) targets: Targets<Target>,
     pub(super) actuation: Actuation,
     pub(super) cpus: u64,
     pub(super) signals: Signals,
-    pub(super) originals: PathBuf,
+    pub(super) pods: Records<PodOriginal>,
 }
 
 /// A container that runs.
@@ -64,10 +69,14 @@ struct Known {
     policy: Option<Policy>,
     /// Why it is not guarded.
     refusal: Option<String>,
+    /// When that is looked at again, and how long it was waited for.
+    again: Option<(Instant, Duration)>,
+    /// Whether a predecessor has left it, and may have raised it.
+    is_left: bool,
 }
 
 impl Known {
-    fn new(container: &Container, pod: Option<&PodSandbox>) -> Self {
+    fn new(container: &Container, pod: Option<&PodSandbox>, is_left: bool) -> Self {
         let uid = pod.and_then(|pod| Some(pod.metadata.as_ref()?.uid.clone()));
         Self {
             subject: subject(container, pod),
@@ -75,7 +84,21 @@ impl Known {
             cgroup: None,
             policy: None,
             refusal: None,
+            again: None,
+            is_left,
         }
+    }
+
+    /// Takes note of how guarding it went; returns whether there is something new to tell.
+    fn went(&mut self, refusal: Option<String>) -> bool {
+        let is_new = refusal.is_some() && self.refusal != refusal;
+        self.again = refusal.as_ref().map(|_| {
+            let before = self.again.filter(|_| !is_new);
+            let wait = before.map_or(AGAIN, |(_, wait)| (wait * 2).min(SELDOM_AGAIN));
+            (Instant::now() + wait, wait)
+        });
+        self.refusal = refusal;
+        is_new
     }
 }
 
@@ -83,20 +106,30 @@ impl Known {
 pub(super) async fn watch(context: Context, policies: Vec<ElasticPolicy>) {
     let mut watch = Watch {
         policies,
-        policies_changed: modified(&context.policies),
+        policies_changed: stamp(&context.policies),
         known: BTreeMap::new(),
+        pods: Vec::new(),
         is_silent: false,
+        has_begun: false,
         context,
     };
-    let mut events = watch.events().await;
+    let mut events = Events::Untried;
     loop {
         watch.reload();
         watch.look().await;
-        let wait = if events.is_some() { SELDOM } else { OFTEN };
-        let next = Instant::now() + wait;
-        let Some(stream) = &mut events else {
-            sleep_until(next).await;
+        if watch.is_silent {
+            // Who answers next may be another version.
+            events = Events::Untried;
+        } else if matches!(events, Events::Untried) {
             events = watch.events().await;
+        }
+        let wait = match events {
+            Events::Told(_) => SELDOM,
+            Events::Untried | Events::Others => OFTEN,
+        };
+        let next = Instant::now() + wait;
+        let Events::Told(stream) = &mut events else {
+            sleep_until(next).await;
             continue;
         };
         tokio::select! {
@@ -104,11 +137,21 @@ pub(super) async fn watch(context: Context, policies: Vec<ElasticPolicy>) {
             event = settled(stream) => {
                 if !event {
                     tracing::info!("the runtime's events have ended; it is asked instead");
-                    events = None;
+                    events = Events::Untried;
                 }
             }
         }
     }
+}
+
+/// What is known of a runtime's events.
+enum Events {
+    /// Nothing yet.
+    Untried,
+    /// They belong to somebody else.
+    Others,
+    /// They are read.
+    Told(Box<Streaming<ContainerEventResponse>>),
 }
 
 /// Waits for an event, and then until none comes for a moment; returns whether more may come.
@@ -123,51 +166,77 @@ async fn settled(stream: &mut Streaming<ContainerEventResponse>) -> bool {
     false
 }
 
-fn modified(path: &Path) -> Option<std::time::SystemTime> {
-    std::fs::metadata(path)
-        .and_then(|meta| meta.modified())
-        .ok()
+/// What changes when a file is written or replaced.
+fn stamp(path: &Path) -> Option<(SystemTime, u64, u64)> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.modified().ok()?, meta.len(), meta.ino()))
 }
 
 struct Watch {
     context: Context,
     policies: Vec<ElasticPolicy>,
-    policies_changed: Option<std::time::SystemTime>,
+    policies_changed: Option<(SystemTime, u64, u64)>,
     /// By the runtime's id.
     known: BTreeMap<String, Known>,
+    /// Pods whose limit was moved or may have to be.
+    pods: Vec<Arc<Pod>>,
     /// Whether the runtime did not answer the last time.
     is_silent: bool,
+    /// Whether all containers were looked at once.
+    has_begun: bool,
 }
 
 impl Watch {
+    const fn runtime(&self) -> &Runtime {
+        self.context.updater.runtime()
+    }
+
+    const fn records(&self) -> &Records<Original> {
+        self.context.updater.records()
+    }
+
     /// The runtime's own events, where a second reader takes them from nobody.
-    async fn events(&self) -> Option<Streaming<ContainerEventResponse>> {
-        let (name, version) = self.context.runtime.version().await.ok()?;
+    async fn events(&self) -> Events {
+        let Ok((name, version)) = self.runtime().version().await else {
+            return Events::Untried;
+        };
         let version = version.trim_start_matches('v');
         let major = version
             .split('.')
             .next()
             .and_then(|major| major.parse().ok());
         if name != "containerd" || major.is_none_or(|major: u32| major < 2) {
-            return None;
+            return Events::Others;
         }
-        let events = self.context.runtime.events().await;
-        events
-            .inspect_err(|error| tracing::debug!(%error, "no events"))
-            .ok()
+        match self.runtime().events().await {
+            Ok(stream) => Events::Told(Box::new(stream)),
+            Err(error) => {
+                tracing::debug!(%error, "no events");
+                Events::Untried
+            }
+        }
     }
 
-    /// Takes over policies that were changed; those that cannot be read change nothing.
+    /// Takes over policies that were changed; those that cannot be read change nothing, and nor does a file that is
+    /// empty: it is being written.
     fn reload(&mut self) {
-        let changed = modified(&self.context.policies);
+        let changed = stamp(&self.context.policies);
         if changed == self.policies_changed {
             return;
         }
         self.policies_changed = changed;
         match crate::policies::read(&self.context.policies) {
+            Ok(policies) if policies.is_empty() && !self.policies.is_empty() => {
+                tracing::error!(
+                    "the file of the policies is empty: they stay as they were; to guard nothing, give them mode Off"
+                );
+            }
             Ok(policies) => {
                 tracing::info!(policies = policies.len(), "policies were read again");
                 self.policies = policies;
+                for known in self.known.values_mut() {
+                    known.again = None;
+                }
             }
             Err(error) => tracing::error!(%error, "the policies stay as they were"),
         }
@@ -189,21 +258,64 @@ impl Watch {
     }
 
     async fn look_around(&mut self) -> Result<(), RuntimeError> {
-        let running = self.context.runtime.running().await?;
+        let running = self.runtime().running().await?;
         self.forget_all_but(&running);
-        let is_new = |container: &Container| !self.known.contains_key(&container.id);
-        let pods = if running.iter().any(is_new) {
-            self.context.runtime.pods().await?
+        let mut known: BTreeSet<String> = self.known.keys().cloned().collect();
+        let pods = if running
+            .iter()
+            .any(|container| !known.contains(&container.id))
+        {
+            self.runtime().pods().await?
         } else {
             BTreeMap::new()
         };
         for container in running {
             let pod = pods.get(&container.pod_sandbox_id);
-            let known = self.known.entry(container.id.clone());
-            known.or_insert_with(|| Known::new(&container, pod));
+            if known.insert(container.id.clone()) {
+                let is_left = self.records().read(&container.id).is_some();
+                let known = Known::new(&container, pod, is_left);
+                self.known.insert(container.id.clone(), known);
+            }
             self.apply(&container.id).await;
         }
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.begin();
+        }
+        self.settle_pods().await;
         Ok(())
+    }
+
+    /// What a predecessor has left: pods that it raised, and records of what is gone.
+    fn begin(&mut self) {
+        for pod in recorded_pods(&self.context.pods) {
+            let is_known = |known: &Arc<Pod>| known.cgroup() == pod.cgroup();
+            if !self.pods.iter().any(is_known) {
+                self.pods.push(Arc::new(pod));
+            }
+        }
+        for original in self.records().all() {
+            if !self.known.contains_key(&original.id) && !original.path.exists() {
+                self.records().remove(&original.id);
+            }
+        }
+    }
+
+    /// Brings pods to where their containers need them: containers end while they are raised, and others set limits.
+    async fn settle_pods(&mut self) {
+        let mut kept = Vec::new();
+        for pod in std::mem::take(&mut self.pods) {
+            let settled = self.context.updater.settle_pod(Some(&pod), May::Fall).await;
+            // Whoever has it beside us is one of its containers.
+            if Arc::strong_count(&pod) == 1 && pod.is_left().await {
+                continue;
+            }
+            if let Err(refused) = settled {
+                let (path, why) = (pod.cgroup().path().display(), refused.why);
+                tracing::warn!(%path, why, "the limit of a pod is not what it should be");
+            }
+            kept.push(pod);
+        }
+        self.pods = kept;
     }
 
     fn forget_all_but(&mut self, running: &[Container]) {
@@ -221,16 +333,15 @@ impl Watch {
             // A runtime may lose sight of a container that lives on, and see it again later.
             let lives = cgroup.is_some_and(|cgroup| cgroup.populated().unwrap_or(false));
             if !lives {
-                originals::remove(&self.context.originals, &id);
+                self.records().remove(&id);
             }
         }
     }
 
     fn let_go(&self, cgroup: Option<&Cgroup>) {
         if let Some(cgroup) = cgroup {
-            self.context
-                .targets
-                .with(|targets| drop(targets.remove(&cgroup.id())));
+            let targets = self.context.updater.targets();
+            targets.with(|targets| drop(targets.remove(&cgroup.id())));
             self.send(Input::Forget(cgroup.id()));
         }
     }
@@ -239,37 +350,38 @@ impl Watch {
         let Some(known) = self.known.get(id) else {
             return;
         };
+        let is_early = known.again.is_some_and(|(again, _)| Instant::now() < again);
+        if known.cgroup.is_none() && is_early {
+            return;
+        }
+        let is_left = known.is_left;
         let (subject, cgroup) = (known.subject.clone(), known.cgroup.clone());
         let memory = elastic::rules(&self.policies, &subject)
             .filter(|(policy, _)| policy.mode == Mode::Act)
             .and_then(|(_, rules)| rules.memory);
         let done = match (cgroup, memory) {
             (Some(cgroup), memory) => self.follow(id, &cgroup, memory).await,
-            (None, Some(memory)) => self.adopt(id, &subject, memory).await,
+            (None, Some(memory)) => self.adopt(id, &subject, Some(memory)).await,
+            // Nobody selects it, but a predecessor may have raised it for somebody who did.
+            (None, None) if is_left => self.adopt(id, &subject, None).await,
             (None, None) => Ok(()),
         };
-        let refusal = done.err();
         let Some(known) = self.known.get_mut(id) else {
             return;
         };
-        if refusal.is_some() && known.refusal != refusal {
-            let name = name(&subject);
-            tracing::warn!(
-                container = name,
-                why = refusal,
-                "a container is not guarded as it should be"
-            );
+        if known.went(done.err()) {
+            let (container, why) = (name(&subject), &known.refusal);
+            tracing::warn!(container, why, "a container is not guarded as it should be");
         }
-        known.refusal = refusal;
     }
 
     async fn adopt(
         &mut self,
         id: &str,
         subject: &Subject,
-        memory: MemoryRules,
+        memory: Option<MemoryRules>,
     ) -> Result<(), String> {
-        let (status, process) = self.context.runtime.status(id).await.map_err(text)?;
+        let (status, process) = self.runtime().status(id).await.map_err(text)?;
         let root = Path::new(CGROUP_ROOT);
         let path = process.and_then(|process| attribution::of_process(root, process, id));
         let path = path.or_else(|| attribution::find_container(root, id));
@@ -279,40 +391,30 @@ impl Watch {
         };
         let said = status.resources.and_then(|resources| resources.linux);
         let said = said.unwrap_or_default();
-        let uid = self.known.get(id).map(|known| known.uid.as_str());
-        let (pod, pod_limit) = self.pod_of(&cgroup, uid.unwrap_or_default());
-        let recorded = originals::read(&self.context.originals, id);
+        let recorded = self.records().read(id);
         // A limit that is none of ours was set by somebody else while nobody looked.
-        let recorded = recorded.filter(|original| original.is_ours(limit));
+        let recorded = recorded.filter(|original| original.limit.is_ours(limit));
         let original = recorded.unwrap_or_else(|| Original {
             id: id.to_owned(),
             name: name(subject),
-            limit,
-            asked: Vec::new(),
-            pod_limit,
+            limit: MovedLimit::new(limit),
             path: cgroup.path().to_owned(),
         });
-        if memory_limit(&said).is_some_and(|said| !original.is_ours(said.page_floor())) {
+        if memory_limit(&said).is_some_and(|said| !original.limit.is_ours(said.page_floor())) {
             let what = "its runtime has another limit than its cgroup";
             tracing::warn!(container = original.name, ?said, %limit, what);
         }
-        let policy = self.policy(original.limit, memory)?;
-        originals::write(&self.context.originals, &original).map_err(|error| {
-            let directory = self.context.originals.display();
-            format!("its limit cannot be written down in {directory}: {error}")
-        })?;
-        let order = self.order_of(pod.as_ref());
-        let (target_id, full_name) = (cgroup.id(), original.name.clone());
-        let target = Target {
-            original,
-            said,
-            pod,
-            requests: 0,
-            order,
-        };
-        self.context
-            .targets
-            .with(|targets| drop(targets.insert(target_id, target)));
+        let policy = self.policy(original.limit.at_rest, memory)?;
+        self.records().write(&original).map_err(text)?;
+        let uid = self.known.get(id).map(|known| known.uid.clone());
+        let pod = self.pod_of(&cgroup, &uid.unwrap_or_default());
+        if let Some(pod) = &pod {
+            pod.adopt().await.map_err(text)?;
+        }
+        let full_name = original.name.clone();
+        let target = Target::new(cgroup.clone(), original, said, pod);
+        let targets = self.context.updater.targets();
+        targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
         if let Some(known) = self.known.get_mut(id) {
             known.cgroup = Some(cgroup.clone());
             known.policy = Some(policy);
@@ -330,32 +432,33 @@ impl Watch {
         memory: Option<MemoryRules>,
     ) -> Result<(), String> {
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-        let original = self
-            .context
-            .targets
-            .of(cgroup.id(), |target| target.original.clone());
-        let mut original = original.ok_or("it is not known any more")?;
-        // What we ask for is written down before it is asked for.
-        if !original.is_ours(limit) {
-            self.take_over(cgroup, &mut original, limit).await?;
+        // What we ask for is written down before it is asked for: this is read after the limit.
+        let targets = self.context.updater.targets();
+        let known = targets.of(cgroup.id(), |target| {
+            (target.original.limit.clone(), target.is_telling())
+        });
+        let (mut moved, is_telling) = known.ok_or("it is not known any more")?;
+        // What is on its way may be ours, or replace theirs: that is seen when it has arrived.
+        if !moved.is_ours(limit) && !is_telling {
+            moved = self.take_over(id, cgroup, limit).await?;
         }
-        let wanted = match memory {
-            Some(memory) => self.policy(original.limit, memory)?,
-            // Nobody selects it any more: it is brought to rest and left.
-            None if limit == original.limit => {
-                let known = self.known.get_mut(id);
-                let cgroup = known.and_then(|known| known.cgroup.take());
-                self.let_go(cgroup.as_ref());
-                originals::remove(&self.context.originals, id);
-                return Ok(());
-            }
-            None => {
-                let rest = MemoryRules {
-                    max: original.limit,
-                    floor: None,
-                    shrink_after: bellows_core::Nanos::millis(1000),
-                };
-                self.policy(original.limit, rest)?
+        if memory.is_none() && limit == moved.at_rest {
+            // Nobody selects it any more, and it is at rest.
+            self.leave(id);
+            return Ok(());
+        }
+        if memory.is_none() && limit < moved.at_rest && !is_telling {
+            // It had less at rest by a policy's rules, which are gone.
+            self.context.updater.send(cgroup.id(), moved.at_rest);
+        }
+        let wanted = match self.policy(moved.at_rest, memory) {
+            Ok(wanted) => wanted,
+            Err(why) => {
+                // Somebody else has set more than the policy allows.
+                if limit == moved.at_rest {
+                    self.leave(id);
+                }
+                return Err(why);
             }
         };
         let Some(known) = self.known.get_mut(id) else {
@@ -368,46 +471,51 @@ impl Watch {
         Ok(())
     }
 
+    /// Leaves a container alone that is at rest.
+    fn leave(&mut self, id: &str) {
+        let cgroup = self.known.get_mut(id).and_then(|known| {
+            known.is_left = false;
+            known.cgroup.take()
+        });
+        self.let_go(cgroup.as_ref());
+        self.records().remove(id);
+    }
+
     /// Somebody else has set a limit, which is the new original.
     async fn take_over(
         &self,
+        id: &str,
         cgroup: &Cgroup,
-        original: &mut Original,
         limit: Bytes,
-    ) -> Result<(), String> {
-        tracing::info!(container = original.name, %limit, "the limit was changed by somebody else, which is the new original");
-        let (status, _) = self
-            .context
-            .runtime
-            .status(&original.id)
-            .await
-            .map_err(text)?;
-        original.limit = limit;
-        original.asked.clear();
-        let changed = original.clone();
-        let pod = self.context.targets.of(cgroup.id(), |target| {
-            target.original = changed;
-            let said = status.resources.and_then(|resources| resources.linux);
+    ) -> Result<MovedLimit<Bytes>, String> {
+        let (status, _) = self.runtime().status(id).await.map_err(text)?;
+        let said = status.resources.and_then(|resources| resources.linux);
+        let moved = MovedLimit::new(limit);
+        let targets = self.context.updater.targets();
+        let original = targets.of(cgroup.id(), |target| {
             target.said = said.unwrap_or_default();
-            target.pod.clone()
+            target.original.limit = moved.clone();
+            target.original.clone()
         });
-        // What the pod has now, it has with all at rest but the others.
-        if let Some(pod) = pod.flatten() {
-            original.pod_limit = self.pod_at_rest(&pod);
-            let limit = original.pod_limit;
-            let targets = &self.context.targets;
-            targets.of(cgroup.id(), |target| target.original.pod_limit = limit);
-        }
-        originals::write(&self.context.originals, original).map_err(text)
+        let original = original.ok_or("it is not known any more")?;
+        tracing::info!(container = original.name, %limit, "the limit was changed by somebody else, which is the new original");
+        self.records().write(&original).map_err(text)?;
+        Ok(moved)
     }
 
-    fn policy(&self, original: Bytes, memory: MemoryRules) -> Result<Policy, String> {
+    /// The rules for a container whose limit at rest is `original`; without any it is brought there.
+    fn policy(&self, original: Bytes, memory: Option<MemoryRules>) -> Result<Policy, String> {
         let Context {
             actuation,
             cpus,
             signals,
             ..
         } = &self.context;
+        let memory = memory.unwrap_or(MemoryRules {
+            max: original,
+            floor: None,
+            shrink_after: Nanos::millis(1000),
+        });
         let policy = Policy {
             original: memory.floor.map_or(original, |floor| floor.min(original)),
             ceiling: memory.max,
@@ -421,39 +529,20 @@ impl Watch {
         policy.validate().map_err(text)
     }
 
-    /// The cgroup of a container's pod if that has a limit, and what that is with all at rest.
-    fn pod_of(&self, cgroup: &Cgroup, uid: &str) -> (Option<Cgroup>, Option<Bytes>) {
-        let pod = cgroup.path().parent().filter(|path| {
+    /// A container's pod, one for all of its containers: each moves its limit.
+    fn pod_of(&mut self, cgroup: &Cgroup, uid: &str) -> Option<Arc<Pod>> {
+        let path = cgroup.path().parent().filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             attribution::is_pod(&name, uid)
-        });
-        let pod = pod.and_then(|path| Cgroup::open(path).ok());
-        let at_rest = pod.as_ref().and_then(|pod| self.pod_at_rest(pod));
-        (pod.filter(|_| at_rest.is_some()), at_rest)
-    }
-
-    fn pod_at_rest(&self, pod: &Cgroup) -> Option<Bytes> {
-        let Ok(Limit::At(limit)) = pod.limit("memory.max") else {
-            return None;
-        };
-        let raised = self.context.targets.with(|targets| {
-            let same = targets
-                .values()
-                .filter(|target| target.pod.as_ref() == Some(pod));
-            let raised = same.map(|target| target.original.raised_by());
-            raised.fold(Bytes::ZERO, Bytes::plus)
-        });
-        Some(limit.minus(raised))
-    }
-
-    /// One order for all containers of a pod: each request moves the pod's limit too.
-    fn order_of(&self, pod: Option<&Cgroup>) -> Arc<AsyncMutex<()>> {
-        self.context.targets.with(|targets| {
-            let mut same = targets.values();
-            let same = same.find(|target| pod.is_some() && target.pod.as_ref() == pod);
-            same.map(|target| Arc::clone(&target.order))
-                .unwrap_or_default()
-        })
+        })?;
+        let known = self.pods.iter().find(|pod| pod.cgroup().path() == path);
+        if let Some(known) = known {
+            return Some(Arc::clone(known));
+        }
+        let cgroup = Cgroup::open(path).ok()?;
+        let pod = Arc::new(Pod::new(cgroup, self.context.pods.clone()));
+        self.pods.push(Arc::clone(&pod));
+        Some(pod)
     }
 
     fn send(&self, input: Input) {

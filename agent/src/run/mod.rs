@@ -43,7 +43,7 @@ use crate::{
     explain::LEDGER,
     guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
-    originals,
+    originals::Records,
     policies::{self, PolicyFileError},
     recover::recover,
     signal::{
@@ -257,27 +257,23 @@ impl Fast {
         policies: &Path,
         read: Vec<ElasticPolicy>,
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
-        let targets = Targets::default();
         let inputs = self.inputs.clone();
-        let originals = PathBuf::from(originals::DIRECTORY);
         let updater = Updater::new(
-            containers.clone(),
+            containers,
             tasks.clone(),
-            targets.clone(),
             inputs.clone(),
-            originals.clone(),
+            Records::containers(),
         );
         let context = containers::Context {
-            runtime: containers,
+            updater: updater.clone(),
             policies: policies.to_owned(),
             inputs: inputs.clone(),
-            targets,
             actuation: Actuation::Requested {
                 p95: ASSUMED_UPDATE_P95,
             },
             cpus: self.cpus,
             signals: self.signals,
-            originals,
+            pods: Records::pods(),
         };
         let watch = containers::watch(context, read);
         Ok((inputs, self.control(updater)?, Box::pin(watch)))

@@ -5,16 +5,19 @@
 
 use std::path::{Path, PathBuf};
 
-use bellows_core::{Actuation, Bytes, Nanos, Patience, Policy, Signals, WHOLE};
+use bellows_core::{
+    Actuation, Bytes, Nanos, Patience, Policy, Signals, WHOLE,
+    moved::{PodStep, pod_step},
+};
 use tokio::runtime;
 
 use super::{RunError, lock::AgentLock, text};
 use crate::{
     actuate::{pod_cgroup, shrink},
-    cgroup::{Cgroup, Limit},
+    cgroup::{Cgroup, CgroupError, Limit},
     cri::{self, Runtime, with_memory},
     explain::LEDGER,
-    originals::{self, Original},
+    originals::{Original, PodOriginal, Recorded as _, Records},
     recover::recover,
 };
 
@@ -29,9 +32,9 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
         .ok_or(RunError::AnotherAgent)?;
     recover(Path::new(LEDGER))
         .map_err(|error| RunError::System("cannot read the ledger", error))?;
-    let directory = Path::new(originals::DIRECTORY);
-    let all = originals::all(directory);
-    if all.is_empty() {
+    let (records, pods) = (Records::containers(), Records::pods());
+    let (all, pods_left) = (records.all(), pods.all());
+    if all.is_empty() && pods_left.is_empty() {
         return Ok((Vec::new(), true));
     }
     let socket = endpoint.map_or_else(cri::find_socket, Ok)?;
@@ -43,15 +46,27 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
         let containers = Runtime::at(&socket)?;
         let (mut lines, mut is_whole) = (Vec::new(), true);
         for original in all {
-            let Original { id, name, .. } = &original;
+            let name = &original.name;
             match back(&containers, &original).await {
                 Ok(what) => {
-                    originals::remove(directory, id);
+                    records.remove(original.key());
                     lines.push(format!("{name}: {what}"));
                 }
                 Err(why) => {
                     is_whole = false;
                     lines.push(format!("{name} is left as it is: {why}"));
+                }
+            }
+        }
+        let left = records.all();
+        for pod in pods_left {
+            match lower_pod(&pod, &left).await {
+                Ok(true) => pods.remove(pod.key()),
+                Ok(false) => {}
+                Err(why) => {
+                    is_whole = false;
+                    let path = pod.path.display();
+                    lines.push(format!("the pod {path} is left as it is: {why}"));
                 }
             }
         }
@@ -66,14 +81,14 @@ async fn back(containers: &Runtime, original: &Original) -> Result<String, Strin
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
-    let at_rest = original.limit;
+    let at_rest = original.limit.at_rest;
     let cgroup = match Cgroup::open(&original.path) {
         Ok(cgroup) => cgroup,
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
     let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-    if !original.is_ours(limit) {
+    if !original.limit.is_ours(limit) {
         return Ok(format!(
             "somebody else has set its limit to {limit}, which stays"
         ));
@@ -92,34 +107,48 @@ async fn back(containers: &Runtime, original: &Original) -> Result<String, Strin
                 "it uses {usage}, too much for its limit of {at_rest}: stop what it runs, and try again"
             ));
         }
+    }
+    // Also where a policy had it below what it was given.
+    if limit != at_rest {
         let resources = with_memory(at_rest, &said.unwrap_or_default());
         containers
             .update(&original.id, resources)
             .await
             .map_err(text)?;
     }
-    if let Some(at_rest) = original.pod_limit {
-        lower_pod(&cgroup, at_rest)?;
-    }
     Ok(format!("limit {at_rest} as it was"))
 }
 
-/// Lowers a pod's limit once all of its containers are at rest: those that are not keep what they have of it.
-fn lower_pod(cgroup: &Cgroup, at_rest: Bytes) -> Result<(), String> {
-    let Some(path) = cgroup.path().parent() else {
-        return Ok(());
+/// Lowers a pod's limit to what its containers have that are not at rest; returns whether that is none.
+async fn lower_pod(pod: &PodOriginal, left: &[Original]) -> Result<bool, String> {
+    let cgroup = match Cgroup::open(&pod.path) {
+        Ok(cgroup) => cgroup,
+        Err(error) if error.is_gone() => return Ok(true),
+        Err(error) => return Err(error.to_string()),
     };
-    let pod = Cgroup::open(path).map_err(text)?;
-    let others = originals::all(Path::new(originals::DIRECTORY));
-    let others = others.iter().filter(|other| {
-        let is_same = other.path.parent() == Some(path) && other.path != cgroup.path();
-        let limit = Cgroup::open(&other.path).and_then(|other| other.limit("memory.max"));
-        is_same && limit.is_ok_and(|limit| limit.bytes() > other.limit)
+    let left = left.iter();
+    let own = left.filter(|left| left.path.parent() == Some(&pod.path));
+    let raised = own.map(|own| {
+        let in_force = Cgroup::open(&own.path)?.limit("memory.max")?;
+        Ok::<Bytes, CgroupError>(own.limit.raised_by(in_force.bytes()))
     });
-    if others.count() == 0 && pod.limit("memory.max").map_err(text)?.bytes() > at_rest {
-        pod_cgroup::set_limit(&pod, at_rest).map_err(text)?;
+    let raised: Vec<Bytes> = raised.collect::<Result<_, _>>().map_err(text)?;
+    let Limit::At(in_force) = cgroup.limit("memory.max").map_err(text)? else {
+        return Ok(true);
+    };
+    match pod_step(&pod.limit, in_force, raised.iter().copied()) {
+        // Somebody else's stays, and what its containers need too.
+        PodStep::Foreign(_) | PodStep::Keep | PodStep::Raise(_) => {}
+        PodStep::Lower(to) => {
+            if !shrink::make_room_in(&cgroup, to).map_err(text)? {
+                return Err(format!(
+                    "it uses too much for a limit of {to}: stop what it runs, and try again"
+                ));
+            }
+            pod_cgroup::set_limit(&cgroup, to).await.map_err(text)?;
+        }
     }
-    Ok(())
+    Ok(raised.is_empty())
 }
 
 /// The rules of a limit that nobody raises.

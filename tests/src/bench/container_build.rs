@@ -141,6 +141,7 @@ impl Bench {
         let spec = Spec {
             name: name.to_owned(),
             limit: Some(limit),
+            pod_limit: None,
             command,
             host: true,
             labels: labels.into_iter().collect(),

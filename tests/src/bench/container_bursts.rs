@@ -164,6 +164,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
         let spec = Spec {
             name: format!("{name}-{}", case.index),
             limit: Some(limit),
+            pod_limit: None,
             command,
             host: false,
             labels,

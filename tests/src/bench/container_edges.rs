@@ -1,11 +1,11 @@
 //! `container-edges`: what `bellows run --standalone` promises at its edges, one record a promise.
 
-use std::{fs, path::Path, process::Command, thread, time::Duration};
+use std::{fs, process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
-    cgroup::Limit,
-    originals::{self, Original},
+    cgroup::{Cgroup, Limit},
+    originals::{Original, Records as Originals},
 };
 use bellows_core::Bytes;
 
@@ -39,7 +39,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 13] = [
     ("a container from before the agent is guarded", earlier),
     (
         "a limit that somebody else has set is the new original",
@@ -59,6 +59,15 @@ const CASES: [Case; 10] = [
         "a runtime that is killed in the middle of a burst costs no life",
         runtime_killed,
     ),
+    (
+        "a runtime that hangs costs no life, however often a burst must be raised",
+        runtime_frozen,
+    ),
+    (
+        "a pod comes to rest whose containers were raised side by side",
+        side_by_side,
+    ),
+    ("a limit at rest goes with its policy", floor_undone),
     ("restore puts limits back", restored),
     ("a path that is no socket is told", no_socket),
     (
@@ -90,18 +99,7 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
 impl Bed {
     /// A container that grows to [`PEAK`] after a rest, and then stays.
     fn burst(&mut self, name: &str, guard: &str, rest_ms: u64) -> Result<Started> {
-        let words = burst_words(LIMIT.per_mille(500), PEAK, 2).to_vec();
-        let rest = rest_ms.to_string();
-        let more = ["--rest-ms", &rest, "--after-ms", "300000"].map(str::to_owned);
-        let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
-        command.extend(words.into_iter().chain(more));
-        self.machine.run(&Spec {
-            name: name.to_owned(),
-            limit: Some(LIMIT),
-            command,
-            host: false,
-            labels: vec![("guard".to_owned(), guard.to_owned())],
-        })
+        self.machine.run(&burst(name, guard, rest_ms, PEAK))
     }
 
     /// Waits for the end of its burst, which it must survive.
@@ -128,8 +126,24 @@ impl Bed {
     }
 }
 
+fn burst(name: &str, guard: &str, rest_ms: u64, peak: Bytes) -> Spec {
+    let words = burst_words(LIMIT.per_mille(500), peak, 2).to_vec();
+    let rest = rest_ms.to_string();
+    let more = ["--rest-ms", &rest, "--after-ms", "300000"].map(str::to_owned);
+    let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+    command.extend(words.into_iter().chain(more));
+    Spec {
+        name: name.to_owned(),
+        limit: Some(LIMIT),
+        pod_limit: None,
+        command,
+        host: false,
+        labels: vec![("guard".to_owned(), guard.to_owned())],
+    }
+}
+
 fn recorded(started: &Started) -> Option<Original> {
-    originals::read(Path::new(originals::DIRECTORY), &started.id)
+    Originals::containers().read(&started.id)
 }
 
 fn is_raised(started: &Started) -> Result<bool> {
@@ -163,10 +177,20 @@ fn foreign(bed: &mut Bed) -> Result<()> {
     started.pod.set_limit("memory.max", Limit::At(theirs))?;
     bed.machine.update(&started, theirs)?;
     wait("the new original is recorded", LOOKED, || {
-        Ok(recorded(&started).is_some_and(|original| original.limit == theirs))
+        Ok(recorded(&started).is_some_and(|original| original.limit.at_rest == theirs))
     })?;
     bed.survives(&started)?;
     bed.rests(&started, theirs)?;
+    // More than the policy allows: there is nothing to guard.
+    bed.machine.update(&started, MAX.plus(MAX))?;
+    wait("it is guarded no more", LOOKED, || {
+        Ok(recorded(&started).is_none())
+    })?;
+    let log = log_tail("bellows", LOG_LINES);
+    ensure!(
+        log.contains("is below the limit of 2 GiB"),
+        "it is not told"
+    );
     bed.machine.remove(&started)
 }
 
@@ -224,6 +248,7 @@ fn without_limit(bed: &mut Bed) -> Result<()> {
     let started = bed.machine.run(&Spec {
         name: "unlimited".to_owned(),
         limit: None,
+        pod_limit: None,
         command: ["/bellows-guest", "load", "pause"]
             .map(str::to_owned)
             .to_vec(),
@@ -251,6 +276,67 @@ fn runtime_killed(bed: &mut Bed) -> Result<()> {
     bed.machine.start_containerd()?;
     bed.survives(&started)?;
     bed.rests(&started, LIMIT)?;
+    bed.machine.remove(&started)
+}
+
+/// Three raises are needed, and none is answered.
+fn runtime_frozen(bed: &mut Bed) -> Result<()> {
+    let peak = MAX.per_mille(800);
+    let started = bed.machine.run(&burst("frozen", GUARD, 6000, peak))?;
+    wait_guarded(&started)?;
+    bed.machine.freeze_containerd(true)?;
+    let grown = wait("it has grown", Duration::from_secs(16), || {
+        Ok(started.cgroup.usage()? >= peak)
+    });
+    bed.machine.freeze_containerd(false)?;
+    grown?;
+    bed.survives(&started)?;
+    bed.rests(&started, LIMIT)?;
+    bed.machine.remove(&started)
+}
+
+/// One ends while it is raised, and the agent dies.
+fn side_by_side(bed: &mut Bed) -> Result<()> {
+    let pod_limit = LIMIT.plus(LIMIT);
+    let mut ending = burst("ending", GUARD, 4000, PEAK);
+    ending.pod_limit = Some(pod_limit);
+    ending.command.truncate(ending.command.len() - 2);
+    let ending = bed.machine.run(&ending)?;
+    let other = bed
+        .machine
+        .run_beside(&ending, &burst("other", GUARD, 2000, PEAK))?;
+    wait("the first has ended", Duration::from_secs(60), || {
+        let code = bed.machine.exit_code(&ending)?;
+        ensure!(
+            code.is_none_or(|code| code == 0),
+            "it has ended with {code:?}"
+        );
+        Ok(code.is_some())
+    })?;
+    bed.survives(&other)?;
+    ensure!(is_raised(&other)?, "it is at rest already");
+    bed.agent.take().context("no agent")?.kill_all()?;
+    bed.start_agent()?;
+    wait("pod and container are at rest", RESTORED, || {
+        let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes);
+        Ok(of(&other.cgroup)? == LIMIT && of(&other.pod)? == pod_limit)
+    })?;
+    bed.machine.remove(&other)
+}
+
+fn floor_undone(bed: &mut Bed) -> Result<()> {
+    let floor = LIMIT.per_mille(750);
+    let with_floor = policy("floor", MAX).replace("max:", &format!("floor: {}, max:", floor.0));
+    fs::write(POLICIES, format!("{}---\n{with_floor}", policy(GUARD, MAX)))?;
+    let started = bed.burst("floor", "floor", 1_000_000)?;
+    wait("it has less at rest", LOOKED, || {
+        Ok(started.cgroup.limit("memory.max")? == Limit::At(floor))
+    })?;
+    fs::write(POLICIES, policy(GUARD, MAX))?;
+    bed.rests(&started, LIMIT)?;
+    wait("it is guarded no more", LOOKED, || {
+        Ok(recorded(&started).is_none())
+    })?;
     bed.machine.remove(&started)
 }
 
