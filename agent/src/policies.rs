@@ -13,8 +13,8 @@ use std::{
 };
 
 use bellows_core::{
-    Bytes, Nanos,
-    elastic::{ContainerRules, ElasticPolicy, MemoryRules, Mode, Selector},
+    Bytes, Cpu, Nanos,
+    elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Selector},
     quantity,
 };
 use serde::Deserialize;
@@ -40,11 +40,16 @@ A policy:
         max: 4Gi           # never more than this
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
+      cpu:
+        max: 2             # never more than this; 500m is half a CPU
+        throttleTarget: 0% # the share of periods that may be throttled; none, if left out
 ";
 const API_VERSION: &str = "bellows.dev/v1alpha1";
 const KIND: &str = "ElasticPolicy";
 /// Quiet time before a raised limit is lowered, where a policy says none.
 const SHRINK_AFTER: Nanos = Nanos::millis(5000);
+/// The kernel's smallest quota is a millisecond, of periods of 100 ms (`min_cfs_quota_period`, kernel/sched/core.c).
+const LEAST_CPU: Cpu = Cpu::millis(10);
 /// A limit below this starts no process.
 const LEAST: Bytes = Bytes::mib(1);
 
@@ -144,29 +149,38 @@ pub fn told(policies: &[ElasticPolicy]) -> String {
         for (key, value) in labels {
             whose += &format!(", {key}={value}");
         }
-        for ContainerRules { name, memory } in &policy.containers {
-            let container = name.as_deref().unwrap_or("every container");
-            let memory = memory.map_or_else(
-                || "memory is left alone".to_owned(),
-                |MemoryRules { max, floor, .. }| {
-                    let floor =
-                        floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
-                    format!("memory up to {max}{floor}")
-                },
-            );
+        for rules in &policy.containers {
+            let container = rules.name.as_deref().unwrap_or("every container");
             let ElasticPolicy { name, mode, .. } = policy;
-            let memory = if *mode == Mode::Act {
-                memory
+            let what = if *mode == Mode::Act {
+                allowed(rules)
             } else {
                 "left alone".to_owned()
             };
-            text += &format!("{name} ({mode:?}): {whose}: {container}: {memory}\n");
+            text += &format!("{name} ({mode:?}): {whose}: {container}: {what}\n");
         }
     }
     if text.is_empty() {
         text += "no policies: nothing is guarded\n";
     }
     text
+}
+
+/// What a container may have.
+fn allowed(rules: &ContainerRules) -> String {
+    let memory = rules.memory.map(|MemoryRules { max, floor, .. }| {
+        let floor = floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
+        format!("memory up to {max}{floor}")
+    });
+    let cpu = rules
+        .cpu
+        .map(|CpuRules { max, .. }| format!("CPU up to {max}"));
+    let allowed: Vec<String> = memory.into_iter().chain(cpu).collect();
+    if allowed.is_empty() {
+        "left alone".to_owned()
+    } else {
+        allowed.join("; ")
+    }
 }
 
 fn problem(location: Location, what: String) -> Problem {
@@ -249,6 +263,14 @@ struct SelectorText {
 struct Rules {
     name: Option<Spanned<String>>,
     memory: Option<Memory>,
+    cpu: Option<CpuText>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct CpuText {
+    max: Spanned<String>,
+    throttle_target: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -317,6 +339,7 @@ impl Rules {
         Ok(ContainerRules {
             name: self.name.map(|name| name.value),
             memory: self.memory.map(|memory| memory.checked()).transpose()?,
+            cpu: self.cpu.map(|cpu| cpu.checked()).transpose()?,
         })
     }
 }
@@ -341,6 +364,42 @@ impl Memory {
                 .map_or(Ok(SHRINK_AFTER), duration)?,
         })
     }
+}
+
+impl CpuText {
+    fn checked(&self) -> Result<CpuRules, Problem> {
+        let max = quantity::parse_cpu(&self.max.value);
+        let max = max.map_err(|what| problem(self.max.referenced, what))?;
+        if max < LEAST_CPU {
+            let what = format!("{max} is less than the kernel can share out: use at least 10m");
+            return Err(problem(self.max.referenced, what));
+        }
+        Ok(CpuRules {
+            max,
+            throttled_per_mille: self.throttle_target.as_ref().map_or(Ok(0), share)?,
+        })
+    }
+}
+
+/// A share such as `5%` or `0.5%`, in thousandths.
+fn share(text: &Spanned<String>) -> Result<u64, Problem> {
+    let wrong = || {
+        let what = format!(
+            "`{}` is no share of periods: write one of 0% to 50%, such as 5%",
+            text.value
+        );
+        problem(text.referenced, what)
+    };
+    let percent = text.value.strip_suffix('%').ok_or_else(wrong)?;
+    // A hundredth is a thousand thousandths of a hundredth, as a CPU is of thousandths.
+    let share = quantity::parse_cpu(percent)
+        .ok()
+        .filter(|_| !percent.ends_with('m'));
+    let share = share.ok_or_else(wrong)?.0 / 100_000;
+    if share > 500 {
+        return Err(wrong());
+    }
+    Ok(share)
 }
 
 fn size(text: &Spanned<String>) -> Result<Bytes, Problem> {
@@ -393,6 +452,7 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
+    cpu: {max: 1.5, throttleTarget: 2.5%}
   - memory: {max: 1073741824}
 ";
 
@@ -425,6 +485,11 @@ spec:
             shrink_after: Nanos::millis(90_000),
         };
         assert_eq!(named.memory, Some(memory));
+        let cpu = CpuRules {
+            max: Cpu::millis(1500),
+            throttled_per_mille: 25,
+        };
+        assert_eq!((named.cpu, every.cpu), (Some(cpu), None));
         let memory = every.memory.unwrap();
         assert_eq!(
             (memory.max, memory.shrink_after),
@@ -442,7 +507,7 @@ spec:
         let policies = parse(&text).unwrap();
         assert_eq!(
             told(&policies),
-            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB\n"
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB; CPU up to 2000m\n"
         );
     }
 
@@ -455,7 +520,7 @@ spec:
         assert_eq!(policies.len(), 2);
         assert_eq!(policies[1].mode, Mode::Observe);
         let problem = parse(&format!("{GOOD}---\n{GOOD}")).unwrap_err();
-        assert_eq!(problem.line, 22);
+        assert_eq!(problem.line, 23);
         assert!(problem.what.contains("second policy"), "{problem}");
     }
 
@@ -488,13 +553,23 @@ spec:
                 16,
                 "from 1s to 24h",
             ),
+            ("max: 1.5", "max: 1.5x", 17, "such as 2 or 250m"),
+            ("max: 1.5", "max: 1m", 17, "at least 10m"),
+            ("2.5%", "2.5", 17, "such as 5%"),
+            ("2.5%", "60%", 17, "0% to 50%"),
+            (
+                "throttleTarget",
+                "throttledTarget",
+                17,
+                "did you mean `throttleTarget`",
+            ),
             ("v1alpha1", "v1", 1, "write bellows.dev/v1alpha1"),
             ("kind: ElasticPolicy", "kind: Pod", 2, "write ElasticPolicy"),
             ("name: workspaces", "name: ''", 4, "needs a name"),
             (
                 "- memory:",
                 "- name: ide\n    memory:",
-                17,
+                18,
                 "only the first",
             ),
         ] {

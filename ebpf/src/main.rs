@@ -20,6 +20,7 @@ mod life;
 mod maps;
 mod memcg;
 mod offsets;
+mod quota;
 mod reclaim;
 mod task;
 mod writes;

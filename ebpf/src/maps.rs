@@ -42,6 +42,15 @@ pub(crate) static MEMORY_EVENTS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0
 #[map]
 pub(crate) static LIFE_EVENTS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 
+/// Cgroup id → when it was told of last that it is throttled. Written by the agent, which inserts zero, and by the
+/// programs.
+#[map]
+pub(crate) static QUOTAS: HashMap<u64, u64> = HashMap::with_max_entries(8192, 0);
+
+/// Throttled cgroups ([`bellows_ebpf_common::LifeEvent`]). Full: counted, sent again when it is throttled next.
+#[map]
+pub(crate) static THROTTLES: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+
 /// Slot of [`loss`] → count, per CPU. Written by the programs.
 #[map]
 pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(loss::SLOTS, 0);

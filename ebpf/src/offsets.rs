@@ -51,6 +51,10 @@ globals! {
     OFF_TASK_VOLUNTARY,
     /// `pt_regs.orig_ax` (x86) or `pt_regs.syscallno` (arm64), or [`ABSENT`].
     OFF_REGS_SYSCALL,
+    /// `cfs_rq.tg`, or [`ABSENT`].
+    OFF_CFS_RQ_GROUP,
+    /// `task_group.css` plus `cgroup_subsys_state.cgroup`, or [`ABSENT`].
+    OFF_GROUP_CGROUP,
     /// Zones of a node (`MAX_NR_ZONES`): not an offset, but as much a matter of the build.
     ZONES,
     /// NUMA nodes to sum over.

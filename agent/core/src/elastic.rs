@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Nanos};
+use crate::units::{Bytes, Cpu, Nanos};
 
 /// What is done with what is decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +55,17 @@ pub struct ContainerRules {
     pub name: Option<String>,
     /// What it may have of memory; `None` leaves its limit alone.
     pub memory: Option<MemoryRules>,
+    /// What it may have of CPU; `None` leaves its quota alone.
+    pub cpu: Option<CpuRules>,
+}
+
+/// What a container may have of CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuRules {
+    /// The quota that is never exceeded.
+    pub max: Cpu,
+    /// The share of periods that may be throttled, in thousandths.
+    pub throttled_per_mille: u64,
 }
 
 /// What a container may have of memory.
@@ -136,6 +147,7 @@ mod tests {
                 floor: None,
                 shrink_after: Nanos::millis(5000),
             }),
+            cpu: None,
         };
         ElasticPolicy {
             name: name.to_owned(),

@@ -9,7 +9,7 @@
 
 use thiserror::Error;
 
-use crate::units::Bytes;
+use crate::units::{Bytes, Cpu};
 
 /// Why a text is no memory size.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -63,6 +63,36 @@ fn exponent(suffix: &str) -> Option<(u128, u128)> {
     let scale = 10_u128.checked_pow(power.unsigned_abs())?;
     Some(if power < 0 { (1, scale) } else { (scale, 1) })
 }
+
+/// Parses an amount of CPU: `250m`, `1.5`, `2`.
+///
+/// # Errors
+///
+/// A text that says what to write instead. Kubernetes allows nothing finer than a thousandth
+/// (`ValidateResourceQuantityValue` of cpu), so that is refused too.
+pub fn parse_cpu(text: &str) -> Result<Cpu, String> {
+    let trimmed = text.trim();
+    let (number, numerator) = match trimmed.strip_suffix('m') {
+        Some(number) => (number, 1),
+        None => (trimmed, 1000),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let digits = |text: &str| text.chars().all(|c| c.is_ascii_digit());
+    let is_number = digits(whole) && digits(fraction) && !(whole.is_empty() && fraction.is_empty());
+    // Thousandths of thousandths: none may be left.
+    let millionths = scale(whole, fraction, numerator * 1000, 1).filter(|_| is_number);
+    match millionths.and_then(|millionths| u64::try_from(millionths).ok()) {
+        Some(millionths) if millionths % 1000 == 0 && millionths <= LARGEST_CPU => {
+            Ok(Cpu(millionths))
+        }
+        _ => Err(format!(
+            "`{text}` is no amount of CPU: write CPUs or thousandths, such as 2 or 250m"
+        )),
+    }
+}
+
+/// A million CPUs.
+const LARGEST_CPU: u64 = 1_000_000_000_000;
 
 /// Parses a memory size.
 ///
@@ -121,6 +151,36 @@ pub fn format(bytes: Bytes) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_of_cpu() {
+        for (text, millis) in [
+            ("2", 2000),
+            ("250m", 250),
+            (" 1.5 ", 1500),
+            ("0.001", 1),
+            (".5", 500),
+            ("1.", 1000),
+        ] {
+            assert_eq!(parse_cpu(text), Ok(Cpu::millis(millis)), "{text}");
+        }
+        for text in [
+            "",
+            "m",
+            ".",
+            "-1",
+            "+1",
+            "1e3",
+            "0.5m",
+            "0.0001",
+            "1k",
+            "1 m",
+            "2Mi",
+            "99999999999999999999999",
+        ] {
+            assert!(parse_cpu(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn reads_what_kubernetes_reads() {

@@ -54,6 +54,8 @@ const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
 const NO_WRITES: &str =
     "a limit or brake that somebody else moves is not put right before the next raise";
 const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
+const NO_THROTTLES: &str =
+    "a CPU quota that is used up is seen at the next look at its counters only, up to 100 ms later";
 const NO_HOLDS: &str = "sleeps are not counted in full";
 
 pub(super) const GUARD_PROGRAMS: &[Spec] = &[
@@ -67,6 +69,7 @@ pub(super) const GUARD_PROGRAMS: &[Spec] = &[
         &["memory_high_write"],
         NO_WRITES,
     ),
+    spec("throttled", Hook::Entry, &["throttle_cfs_rq"], NO_THROTTLES),
     spec("exec", Hook::Tracepoint, &["sched_process_exec"], NO_LIFE),
     spec("exit", Hook::Tracepoint, &["sched_process_exit"], NO_EXIT),
     spec(

@@ -10,3 +10,4 @@ pub mod guards;
 pub mod offsets;
 pub mod programs;
 pub mod source;
+pub mod throttles;

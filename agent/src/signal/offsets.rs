@@ -71,6 +71,11 @@ impl Offsets {
                     .filter(|_| btf.has_function("bpf_task_pt_regs"))
                     .unwrap_or(ABSENT),
             ),
+            ("OFF_CFS_RQ_GROUP", offset("cfs_rq", "tg").unwrap_or(ABSENT)),
+            (
+                "OFF_GROUP_CGROUP",
+                offset("task_group", "css.cgroup").unwrap_or(ABSENT),
+            ),
             ("ZONES", zones),
             ("NODES", nodes.max(1)),
         ];

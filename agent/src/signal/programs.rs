@@ -24,6 +24,7 @@ use super::{
     btf::{Btf, BtfError},
     guards::Guards,
     offsets::Offsets,
+    throttles::Throttles,
 };
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without it.
@@ -210,6 +211,15 @@ impl Kernel {
             missing,
         };
         Ok((kernel, Reflexes { ring, guards }))
+    }
+
+    /// The ring of throttled cgroups, once.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] the second time.
+    pub fn take_throttles(&mut self) -> Result<Throttles, LoadError> {
+        Throttles::of(&mut self.programs)
     }
 
     /// Programs that could not be attached.

@@ -31,6 +31,9 @@ pub const KIND_RECLAIM: u32 = 7;
 /// Somebody writes a tracked cgroup's `memory.max` or `memory.high`.
 pub const KIND_WRITTEN: u32 = 8;
 
+/// A tracked cgroup has used its CPU quota up (`throttle_cfs_rq`): sent through a ring of its own, which wakes.
+pub const KIND_THROTTLED: u32 = 9;
+
 /// It is not known how the task that is charged for came into the kernel.
 pub const ENTRY_UNKNOWN: u32 = 0;
 /// By a page fault: it is back in user mode, where it can be frozen, as soon as that is served.
@@ -80,7 +83,7 @@ pub struct MemoryEvent {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct LifeEvent {
     /// [`KIND_EXEC`], [`KIND_EXIT`], [`KIND_CGROUP_CREATED`], [`KIND_CGROUP_REMOVED`],
-    /// [`KIND_RECLAIM`] or [`KIND_WRITTEN`].
+    /// [`KIND_RECLAIM`], [`KIND_WRITTEN`] or [`KIND_THROTTLED`].
     pub kind: u32,
     /// Thread group id; 0 for cgroup events.
     pub pid: u32,
@@ -172,8 +175,10 @@ pub mod loss {
     pub const LIFE_RING_FULL: u32 = 1;
     /// A kernel read failed where it should not.
     pub const READ_FAILED: u32 = 2;
+    /// A throttled cgroup found its ring full.
+    pub const THROTTLE_RING_FULL: u32 = 3;
     /// Number of slots.
-    pub const SLOTS: u32 = 3;
+    pub const SLOTS: u32 = 4;
 }
 
 const _: () = {
