@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! kernel ─ring─▶ signal ─▶ guard (history → decide, pure in core) ─▶ ledger ─▶ actuate ─▶ verify
-//!    └──────────▶ actuate::reflex (table armed beforehand) ──verdicts──▲
+//!    ├──────────▶ actuate::reflex (table armed beforehand) ──verdicts──▲
+//!    └──────────▶ quota (throttled → decide) ─▶ actuate::quota
 //! ```
 //!
 //! A stage does not import the stages after it; `exec` and `run` are the composition roots
@@ -21,6 +22,7 @@ pub mod guard;
 pub mod ledger;
 pub mod originals;
 pub mod policies;
+pub mod quota;
 pub mod recover;
 pub mod run;
 pub mod signal;

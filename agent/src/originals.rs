@@ -10,8 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Bytes, moved::MovedLimit};
+use bellows_core::{Bytes, Cpu, moved::MovedLimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::cgroup::quota::Quota;
 
 /// A container as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,10 +22,50 @@ pub struct Original {
     pub id: String,
     /// The name, for people.
     pub name: String,
-    /// Its memory limit.
-    pub limit: MovedLimit<Bytes>,
+    /// Its memory limit, where that is moved.
+    pub limit: Option<MovedLimit<Bytes>>,
+    /// Its CPU quota, where that is moved.
+    pub quota: Option<MovedQuota>,
     /// Its cgroup.
     pub path: PathBuf,
+}
+
+/// A CPU quota that is moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedQuota {
+    /// The quota.
+    pub cpu: MovedLimit<Cpu>,
+    /// Its period in microseconds, which is never changed.
+    pub period: u64,
+    /// What the runtime knows: it sets that again with whatever else it is asked for.
+    pub told: Cpu,
+}
+
+impl MovedQuota {
+    /// One that was never moved.
+    #[must_use]
+    pub const fn new(quota: Quota) -> Self {
+        Self {
+            cpu: MovedLimit::new(quota.cpu),
+            period: quota.period,
+            told: quota.cpu,
+        }
+    }
+
+    /// Whether a quota is one that we have set or may have set, or that the runtime has set again.
+    #[must_use]
+    pub fn is_ours(&self, quota: Quota) -> bool {
+        quota.period == self.period && (self.cpu.is_ours(quota.cpu) || quota.cpu == self.told)
+    }
+
+    /// What it is meant to be now.
+    #[must_use]
+    pub fn latest(&self) -> Quota {
+        Quota {
+            cpu: *self.cpu.asked.first().unwrap_or(&self.cpu.at_rest),
+            period: self.period,
+        }
+    }
 }
 
 /// A pod's cgroup as it was with all of its containers at rest.
@@ -31,6 +73,15 @@ pub struct Original {
 pub struct PodOriginal {
     /// Its memory limit.
     pub limit: MovedLimit<Bytes>,
+    /// The cgroup.
+    pub path: PathBuf,
+}
+
+/// The CPU quota of a pod's cgroup with all of its containers at rest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodQuota {
+    /// Its quota.
+    pub quota: MovedQuota,
     /// The cgroup.
     pub path: PathBuf,
 }
@@ -48,6 +99,12 @@ impl Recorded for Original {
 }
 
 impl Recorded for PodOriginal {
+    fn key(&self) -> &str {
+        key_of(&self.path)
+    }
+}
+
+impl Recorded for PodQuota {
     fn key(&self) -> &str {
         key_of(&self.path)
     }
@@ -86,6 +143,14 @@ impl Records<PodOriginal> {
     #[must_use]
     pub fn pods() -> Self {
         Self::at(PathBuf::from("/run/bellows/pods"))
+    }
+}
+
+impl Records<PodQuota> {
+    /// Those of the CPU quotas of pods.
+    #[must_use]
+    pub fn pod_quotas() -> Self {
+        Self::at(PathBuf::from("/run/bellows/pod-quotas"))
     }
 }
 
@@ -194,7 +259,11 @@ mod tests {
         let original = Original {
             id: "abc-1".to_owned(),
             name: "dev/workspace/ide".to_owned(),
-            limit,
+            limit: Some(limit),
+            quota: Some(MovedQuota::new(Quota {
+                cpu: Cpu::millis(250),
+                period: 100_000,
+            })),
             path: PathBuf::from("/sys/fs/cgroup/kubepods/podx/abc-1"),
         };
         records.write(&original).unwrap();
@@ -205,6 +274,29 @@ mod tests {
         records.remove("abc-1");
         assert_eq!(records.read("abc-1"), None);
         fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_quota_that_the_runtime_sets_again_is_ours() {
+        let quota = |millis| Quota {
+            cpu: Cpu::millis(millis),
+            period: 100_000,
+        };
+        let mut moved = MovedQuota::new(quota(250));
+        assert_eq!(moved.latest(), quota(250));
+        for millis in [1000, 900, 800, 700, 600] {
+            moved.cpu.ask(Cpu::millis(millis));
+        }
+        moved.told = Cpu::millis(1000);
+        let ours = [250, 600, 900, 1000].map(|millis| moved.is_ours(quota(millis)));
+        assert_eq!(ours, [true, true, true, true]);
+        assert!(!moved.is_ours(quota(500)));
+        let other_period = Quota {
+            period: 50_000,
+            ..quota(250)
+        };
+        assert!(!moved.is_ours(other_period));
+        assert_eq!(moved.latest(), quota(600));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use bellows::{
     attribution::{self, CGROUP_ROOT},
-    cgroup::{Cgroup, Limit},
+    cgroup::{Cgroup, Limit, quota::Quota},
     cri::{
         api::{
             ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
@@ -21,10 +21,10 @@ use bellows::{
             RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
             UpdateContainerResourcesRequest, runtime_service_client::RuntimeServiceClient,
         },
-        with_memory,
+        with_memory, with_quota,
     },
 };
-use bellows_core::{Bytes, Nanos};
+use bellows_core::{Bytes, Cpu, Nanos};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -36,6 +36,8 @@ use crate::{
 };
 
 const NAMESPACE: &str = "dev";
+/// Microseconds of a period of a CPU quota, as the kubelet has it.
+const PERIOD: u64 = 100_000;
 const LOGS: &str = "/var/log/pods";
 
 /// A machine that runs containers.
@@ -55,11 +57,28 @@ pub(crate) struct Spec {
     pub(crate) limit: Option<Bytes>,
     /// What its pod may have where that is not the same.
     pub(crate) pod_limit: Option<Bytes>,
+    /// Its CPU limit, and its pod's.
+    pub(crate) cpu: Option<Cpu>,
     pub(crate) command: Vec<String>,
     /// Mounts the machine's root at /host.
     pub(crate) host: bool,
     /// Labels of its pod.
     pub(crate) labels: Vec<(String, String)>,
+}
+
+impl Spec {
+    /// A container without limits or labels.
+    pub(crate) fn of(name: &str, command: Vec<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            limit: None,
+            pod_limit: None,
+            cpu: None,
+            command,
+            host: false,
+            labels: Vec::new(),
+        }
+    }
 }
 
 /// A container, and its pod.
@@ -104,7 +123,7 @@ impl Machine {
         self.pods += 1;
         let uid = format!("4d0e7f00-0000-4000-8000-{:012}", self.pods);
         let limit = spec.pod_limit.or(spec.limit);
-        let parent = pod_cgroup(&uid, limit)?;
+        let parent = pod_cgroup(&uid, limit, spec.cpu)?;
         let config = sandbox(spec, &uid, &parent);
         let mut client = self.client.clone();
         let request = RunPodSandboxRequest {
@@ -114,11 +133,15 @@ impl Machine {
         let sandbox = self.tasks.block_on(client.run_pod_sandbox(request))?;
         let id = sandbox.into_inner().pod_sandbox_id;
         // systemd makes the slice with the first scope in it.
-        if let (true, Some(limit)) = (has_systemd(), limit) {
-            shell(&format!(
-                "systemctl set-property --runtime {parent} MemoryMax={}",
-                limit.0
-            ))?;
+        if has_systemd() {
+            let memory = limit.map(|limit| format!("MemoryMax={}", limit.0));
+            // Per cent, as systemd has it.
+            let cpu = spec.cpu.map(|cpu| format!("CPUQuota={}%", cpu.0 / 10_000));
+            for property in memory.into_iter().chain(cpu) {
+                shell(&format!(
+                    "systemctl set-property --runtime {parent} {property}"
+                ))?;
+            }
         }
         self.start_in(Sandbox { id, uid, config }, spec)
     }
@@ -185,9 +208,20 @@ impl Machine {
     /// Sets its limit, as somebody else might.
     pub(crate) fn update(&self, started: &Started, limit: Bytes) -> Result<()> {
         let resources = with_memory(limit, &LinuxContainerResources::default());
+        self.update_resources(started, resources)
+    }
+
+    /// Sets its CPU limit, as somebody else might.
+    pub(crate) fn update_cpu(&self, started: &Started, cpu: Cpu) -> Result<()> {
+        let period = PERIOD;
+        let resources = with_quota(LinuxContainerResources::default(), Quota { cpu, period });
+        self.update_resources(started, resources)
+    }
+
+    fn update_resources(&self, started: &Started, linux: LinuxContainerResources) -> Result<()> {
         let request = UpdateContainerResourcesRequest {
             container_id: started.id.clone(),
-            linux: Some(resources),
+            linux: Some(linux),
             ..UpdateContainerResourcesRequest::default()
         };
         let mut client = self.client.clone();
@@ -253,7 +287,7 @@ fn log_of(name: &str) -> String {
 }
 
 /// Makes the cgroup of a pod with its limit, as a kubelet does; returns what the runtime calls it.
-fn pod_cgroup(uid: &str, limit: Option<Bytes>) -> Result<String> {
+fn pod_cgroup(uid: &str, limit: Option<Bytes>, cpu: Option<Cpu>) -> Result<String> {
     if has_systemd() {
         let uid = uid.replace('-', "_");
         return Ok(format!("kubepods-burstable-pod{uid}.slice"));
@@ -262,6 +296,10 @@ fn pod_cgroup(uid: &str, limit: Option<Bytes>) -> Result<String> {
     let path = hand_out(&["kubepods", "burstable", &pod])?;
     if let Some(limit) = limit {
         Cgroup::open(&path)?.set_limit("memory.max", Limit::At(limit))?;
+    }
+    if let Some(cpu) = cpu {
+        let period = PERIOD;
+        Cgroup::open(&path)?.set_quota(Quota { cpu, period })?;
     }
     Ok(format!("/kubepods/burstable/{pod}"))
 }
@@ -310,6 +348,7 @@ fn host_network() -> NamespaceOption {
 
 fn container(spec: &Spec) -> ContainerConfig {
     let limit = spec.limit.and_then(|limit| i64::try_from(limit.0).ok());
+    let quota = spec.cpu.map(|cpu| cpu.quota(PERIOD).cast_signed());
     let host = Mount {
         container_path: "/host".to_owned(),
         host_path: "/".to_owned(),
@@ -330,6 +369,8 @@ fn container(spec: &Spec) -> ContainerConfig {
         linux: Some(LinuxContainerConfig {
             resources: Some(LinuxContainerResources {
                 memory_limit_in_bytes: limit.unwrap_or(0),
+                cpu_quota: quota.unwrap_or(0),
+                cpu_period: quota.map_or(0, |_| PERIOD.cast_signed()),
                 ..LinuxContainerResources::default()
             }),
             security_context: Some(LinuxContainerSecurityContext {
@@ -383,12 +424,29 @@ pub(crate) fn policy(name: &str, max: Bytes) -> String {
 /// The same with the quiet time before a shrink.
 pub(crate) fn policy_with(name: &str, max: Bytes, shrink_after: Nanos) -> String {
     let seconds = shrink_after.as_millis() / 1000;
+    policy_of(
+        name,
+        &format!("memory: {{max: {}, shrinkAfter: {seconds}s}}", max.0),
+    )
+}
+
+/// What their runtime says of their CPU limit.
+pub(crate) fn said_cpu(status: ContainerStatus) -> Option<Cpu> {
+    let linux = status.resources?.linux?;
+    Cpu::of_quota(linux.cpu_quota.try_into().ok()?, PERIOD)
+}
+
+/// A policy for their CPU.
+pub(crate) fn cpu_policy(name: &str, max: Cpu) -> String {
+    policy_of(name, &format!("cpu: {{max: {max}}}"))
+}
+
+fn policy_of(name: &str, rules: &str) -> String {
     format!(
         "apiVersion: bellows.dev/v1alpha1\n\
          kind: ElasticPolicy\n\
          metadata: {{name: {name}}}\n\
          spec:\n  mode: Act\n  selector:\n    namespaces: [{NAMESPACE}]\n    matchLabels: {{guard: {name}}}\n  \
-         containers:\n  - memory: {{max: {}, shrinkAfter: {seconds}s}}\n",
-        max.0
+         containers:\n  - {rules}\n"
     )
 }

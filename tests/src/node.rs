@@ -125,9 +125,14 @@ impl Node {
     }
 }
 
+/// A service's log.
+pub(crate) fn log_text(name: &str) -> String {
+    fs::read_to_string(format!("/var/log/{name}.log")).unwrap_or_default()
+}
+
 /// The end of a service's log.
 pub(crate) fn log_tail(name: &str, lines: usize) -> String {
-    let text = fs::read_to_string(format!("/var/log/{name}.log")).unwrap_or_default();
+    let text = log_text(name);
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
 }

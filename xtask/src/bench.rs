@@ -30,6 +30,7 @@ pub(crate) enum Name {
     Build,
     ExecCli,
     ContainerBursts,
+    Throttle,
     ContainerBuild,
     ContainerEdges,
     PodBursts,
@@ -50,7 +51,10 @@ impl Name {
         self.needs_node()
             || matches!(
                 self,
-                Self::ContainerBursts | Self::ContainerBuild | Self::ContainerEdges
+                Self::ContainerBursts
+                    | Self::ContainerBuild
+                    | Self::ContainerEdges
+                    | Self::Throttle
             )
     }
 
@@ -96,7 +100,7 @@ pub(crate) struct Options {
     /// Milliseconds by which each raise is held back.
     #[arg(long)]
     pub(crate) actuation_delay_ms: Option<u64>,
-    /// Seconds at each limit (plateau) or size (idle).
+    /// Seconds at each limit (plateau) or size (idle), or of each container (throttle).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
     /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel and nested (both bursts only), or all

@@ -332,7 +332,7 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
 fn node(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    for (driver, systemd, n, seed) in [("cgroupfs", false, 3, 11), ("systemd", true, 2, 12)] {
+    for (driver, systemd, n, seed) in [("cgroupfs", false, 2, 11), ("systemd", true, 1, 12)] {
         let bursts = bench::Options {
             systemd,
             ..options(Name::ContainerBursts, "6.12", Some(n), seed)
@@ -354,6 +354,22 @@ fn node(checks: &mut Checks) -> Result<()> {
             },
         );
     }
+    let throttle = bench::Options {
+        n: Some(1),
+        seconds: Some(20),
+        ..bench::Options::of(Name::Throttle)
+    };
+    judge(
+        checks,
+        &binaries,
+        "a CPU limit at the mean throttles nobody",
+        &throttle,
+        |summary| {
+            at_most(summary, "throttled_vs_fixed", 0.1)?;
+            at_most(summary, "throttled_vs_burst", 0.2)?;
+            at_least(summary, "restored", 1.0)
+        },
+    );
     edges(
         checks,
         &binaries,

@@ -31,7 +31,7 @@ const FORGET: Nanos = Nanos::millis(10_000);
 /// The quota goes to so much of what is needed.
 const MARGIN_PER_MILLE: u64 = 1500;
 /// A quota that would be lowered to more than this share stays.
-const WORTH_PER_MILLE: u64 = 900;
+const WORTH_PER_MILLE: u64 = 800;
 /// Nothing is lowered for so long after a throttled period.
 const CALM: Nanos = Nanos::millis(1000);
 /// The share of throttled periods is taken over so many at least.

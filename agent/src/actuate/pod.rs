@@ -2,9 +2,18 @@
 //!
 //! The steps are core's ([`pod_step`]); here they are taken, one at a time for each pod. A step that fails is taken
 //! again by whoever comes next: nothing depends on who began it.
+//!
+//! Memory goes through systemd where that owns the slice ([`pod_cgroup`]). A CPU quota is written: it must be there
+//! within a millisecond, and when systemd sets its own again, the next throttled period brings ours back.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::{Mutex as SyncMutex, PoisonError},
+};
 
 use bellows_core::{
-    Bytes,
+    Bytes, Cpu,
     moved::{MovedLimit, PodStep, pod_step},
 };
 use thiserror::Error;
@@ -16,7 +25,7 @@ use super::{
 };
 use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
-    originals::{PodOriginal, Records},
+    originals::{MovedQuota, PodOriginal, PodQuota, Records, key_of},
 };
 
 /// Why a pod's limit is not what it should be.
@@ -63,17 +72,56 @@ pub struct Pod {
     cgroup: Cgroup,
     /// `None` while it has no limit.
     limit: Mutex<Option<MovedLimit<Bytes>>>,
-    records: Records<PodOriginal>,
+    /// The same.
+    quota: SyncMutex<Option<MovedQuota>>,
+    records: PodRecords,
+}
+
+/// Where pods are written down.
+#[derive(Clone, Debug)]
+pub struct PodRecords {
+    /// Their memory limits.
+    pub limits: Records<PodOriginal>,
+    /// Their CPU quotas.
+    pub quotas: Records<PodQuota>,
+}
+
+impl PodRecords {
+    /// Those that live, of all that are written down; those that are gone are removed.
+    #[must_use]
+    pub fn living(&self) -> Vec<Pod> {
+        let limits = self.limits.all().into_iter().map(|pod| pod.path);
+        let quotas = self.quotas.all().into_iter().map(|pod| pod.path);
+        let paths: BTreeSet<PathBuf> = limits.chain(quotas).collect();
+        let living = paths.iter().filter_map(|path| match Cgroup::open(path) {
+            Ok(cgroup) => Some(Pod::new(cgroup, self.clone())),
+            Err(error) => {
+                if error.is_gone() {
+                    self.remove(path);
+                }
+                None
+            }
+        });
+        living.collect()
+    }
+
+    fn remove(&self, pod: &Path) {
+        self.limits.remove(key_of(pod));
+        self.quotas.remove(key_of(pod));
+    }
 }
 
 impl Pod {
     /// A pod, with what is written down of it.
     #[must_use]
-    pub fn new(cgroup: Cgroup, records: Records<PodOriginal>) -> Self {
-        let recorded = records.read(crate::originals::key_of(cgroup.path()));
+    pub fn new(cgroup: Cgroup, records: PodRecords) -> Self {
+        let key = key_of(cgroup.path());
+        let limit = records.limits.read(key).map(|recorded| recorded.limit);
+        let quota = records.quotas.read(key).map(|recorded| recorded.quota);
         Self {
             cgroup,
-            limit: Mutex::new(recorded.map(|recorded| recorded.limit)),
+            limit: Mutex::new(limit),
+            quota: SyncMutex::new(quota),
             records,
         }
     }
@@ -142,24 +190,65 @@ impl Pod {
     }
 
     fn write(&self, limit: &MovedLimit<Bytes>) -> std::io::Result<()> {
-        self.records.write(&PodOriginal {
+        self.records.limits.write(&PodOriginal {
             limit: limit.clone(),
             path: self.cgroup.path().to_owned(),
         })
     }
 
+    /// Brings the CPU quota to where it must be for containers that are raised by so much each. Microseconds.
+    ///
+    /// # Errors
+    ///
+    /// [`PodError`].
+    pub fn settle_quota(&self, raised: &[Cpu], may: May) -> Result<(), PodError> {
+        let mut known = self.quota.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(in_force) = self.cgroup.quota()? else {
+            *known = None;
+            return Ok(());
+        };
+        let quota = known.get_or_insert_with(|| MovedQuota::new(in_force));
+        if quota.period != in_force.period || !quota.cpu.is_ours(in_force.cpu) {
+            *quota = MovedQuota::new(in_force);
+        }
+        let to = match pod_step(&quota.cpu, in_force.cpu, raised.iter().copied()) {
+            PodStep::Raise(to) => to,
+            PodStep::Lower(to) if may == May::Fall => to,
+            PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => return Ok(()),
+        };
+        let wanted = in_force.with(to);
+        quota.cpu.ask(wanted.cpu);
+        self.records.quotas.write(&PodQuota {
+            quota: quota.clone(),
+            path: self.cgroup.path().to_owned(),
+        })?;
+        Ok(self.cgroup.set_quota(wanted)?)
+    }
+
     /// Forgets a pod none of whose containers is guarded, once it is at rest or gone; returns whether it is.
     pub async fn is_left(&self) -> bool {
+        let is_left = self.has_limit_at_rest().await && self.has_quota_at_rest();
+        if is_left {
+            self.records.remove(self.cgroup.path());
+        }
+        is_left
+    }
+
+    async fn has_limit_at_rest(&self) -> bool {
         let known = self.limit.lock().await;
-        let at_rest = match (self.cgroup.limit("memory.max"), &*known) {
+        match (self.cgroup.limit("memory.max"), &*known) {
             (Ok(Limit::At(in_force)), Some(limit)) => in_force == limit.at_rest,
             (Ok(_), _) => true,
             (Err(error), _) => error.is_gone(),
-        };
-        if at_rest {
-            self.records
-                .remove(crate::originals::key_of(self.cgroup.path()));
         }
-        at_rest
+    }
+
+    fn has_quota_at_rest(&self) -> bool {
+        let known = self.quota.lock().unwrap_or_else(PoisonError::into_inner);
+        match (self.cgroup.quota(), &*known) {
+            (Ok(Some(in_force)), Some(quota)) => in_force.cpu == quota.cpu.at_rest,
+            // Without the controller there is no quota.
+            (Ok(_) | Err(_), _) => true,
+        }
     }
 }

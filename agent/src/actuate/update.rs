@@ -2,8 +2,9 @@
 //!
 //! The runtime remembers what it was asked for and sends all of it to the kernel with every later update, so
 //! what is set behind its back is lost by the next change of the CPU. It is slow (it runs `runc`), so a container
-//! is held meanwhile, as for the API. Only the memory limit is sent; swap goes with it where the runtime
-//! would take it away.
+//! is held meanwhile, as for the API. The memory limit is sent, with swap where the runtime would take it away and
+//! the CPU quota where that is moved ([`super::quota`]): one call at a time for each container, because a call that
+//! carries what was true before the last would undo it.
 //!
 //! A runtime that is away or late does not cost a container its life: the raise is written by hand then, within what
 //! the policy allows, and the runtime told until it knows. One task for each container tells it, one value at a
@@ -30,7 +31,7 @@ use tokio::{
     runtime::Handle,
     select,
     sync::Notify,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -40,16 +41,19 @@ use super::{
 };
 use crate::{
     cgroup::{Cgroup, Limit},
-    cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory},
+    cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory, with_quota},
     guard::{Input, Refused, Requester},
     ledger::Record,
-    originals::{Original, PodOriginal, Records},
+    originals::{MovedQuota, Original, Records},
 };
 
 /// An update that takes longer is late. On a busy emulated node they take up to 0.8 s.
 const LATE: Duration = Duration::from_millis(1500);
 /// A lowering that takes longer is given up: the controller waits no longer, and guards the old limit then.
 const LOWERING: Duration = Duration::from_secs(5);
+/// How long a CPU quota must have been moved before the runtime is told of it, and how often it is at most.
+const QUOTA_AFTER: Duration = Duration::from_secs(1);
+const QUOTA_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
 const SETTLE: Duration = Duration::from_millis(500);
 const LONGEST_SETTLE: Duration = Duration::from_secs(10);
@@ -67,6 +71,8 @@ pub struct Target {
     pub pod: Option<Arc<Pod>>,
     /// What is asked for and not yet on its way.
     wanted: Option<Bytes>,
+    /// When the runtime was told of a CPU quota last.
+    pub(super) quota_told: Option<Instant>,
     /// Whether a task tells the runtime, which [`Target::changed`] wakes.
     is_telling: bool,
     changed: Arc<Notify>,
@@ -87,6 +93,7 @@ impl Target {
             said,
             pod,
             wanted: None,
+            quota_told: None,
             is_telling: false,
             changed: Arc::default(),
         }
@@ -96,6 +103,22 @@ impl Target {
     #[must_use]
     pub const fn is_telling(&self) -> bool {
         self.is_telling
+    }
+
+    /// Whether it is one of a pod's.
+    #[must_use]
+    pub fn is_in(&self, pod: &Pod) -> bool {
+        self.pod.as_deref().is_some_and(|own| ptr::eq(own, pod))
+    }
+
+    /// In how long the runtime is to be told of the CPU quota; `None` if it knows.
+    fn quota_due(&self) -> Option<Duration> {
+        let quota = self.original.quota.as_ref()?;
+        let waited = self.quota_told.map(|told| told.elapsed());
+        let rest = waited.map_or(Duration::ZERO, |waited| {
+            QUOTA_INTERVAL.saturating_sub(waited)
+        });
+        (quota.latest().cpu != quota.told).then(|| rest.max(QUOTA_AFTER))
     }
 }
 
@@ -160,16 +183,26 @@ impl Updater {
 
     /// Asks for a limit, in place of whatever is asked for and not yet on its way.
     pub fn send(&self, cgroup: CgroupId, to: Bytes) {
+        if let Err(refused) = self.wake(cgroup, |target| target.wanted = Some(to)) {
+            self.answer(cgroup, to, Err(refused));
+        }
+    }
+
+    /// Changes what the runtime must be told of a container, and sees to it that it is.
+    pub(super) fn wake(
+        &self,
+        cgroup: CgroupId,
+        change: impl FnOnce(&mut Target),
+    ) -> Result<(), Refused> {
         let starts = self.target(cgroup, |target| {
-            target.wanted = Some(to);
+            change(target);
             target.changed.notify_one();
             !std::mem::replace(&mut target.is_telling, true)
-        });
-        match starts {
-            Ok(true) => drop(self.tasks.spawn(self.clone().tell(cgroup))),
-            Ok(false) => {}
-            Err(refused) => self.answer(cgroup, to, Err(refused)),
+        })?;
+        if starts {
+            drop(self.tasks.spawn(self.clone().tell(cgroup)));
         }
+        Ok(())
     }
 
     fn answer(&self, cgroup: CgroupId, to: Bytes, result: Result<(), Refused>) {
@@ -177,7 +210,7 @@ impl Updater {
         drop(self.inputs.try_send(Input::Answered { cgroup, to, result }));
     }
 
-    fn target<T>(
+    pub(super) fn target<T>(
         &self,
         cgroup: CgroupId,
         change: impl FnOnce(&mut Target) -> T,
@@ -194,11 +227,15 @@ impl Updater {
         loop {
             let next = self.target(id, |target| {
                 let wanted = target.wanted.take();
-                target.is_telling = wanted.is_some() || untold.is_some();
-                (wanted, target.clone())
+                let quota_due = target.quota_due();
+                target.is_telling = wanted.is_some() || untold.is_some() || quota_due.is_some();
+                (wanted, quota_due, target.clone())
             });
-            let told = match (next, untold) {
-                (Ok((Some(to), target)), _) => {
+            let Ok((wanted, quota_due, target)) = next else {
+                return;
+            };
+            let told = match (wanted, untold, quota_due) {
+                (Some(to), _, _) => {
                     wait = SETTLE;
                     let told = self.update(&target, to).await;
                     told.unwrap_or_else(|refused| {
@@ -206,7 +243,7 @@ impl Updater {
                         Told::Known
                     })
                 }
-                (Ok((None, target)), Some(to)) => {
+                (None, Some(to), _) => {
                     select! {
                         () = target.changed.notified() => continue,
                         () = sleep(wait) => {}
@@ -214,7 +251,14 @@ impl Updater {
                     wait = (wait * 2).min(LONGEST_SETTLE);
                     self.tell_again(&target, to).await
                 }
-                (Ok((None, _)), None) | (Err(_), _) => return,
+                (None, None, Some(due)) => {
+                    select! {
+                        () = target.changed.notified() => continue,
+                        () = sleep(due) => {}
+                    }
+                    self.tell_quota(&target).await
+                }
+                (None, None, None) => return,
             };
             untold = match told {
                 Told::Known => None,
@@ -229,17 +273,73 @@ impl Updater {
             // Whatever grew is raised again.
             return Told::Untold(to);
         }
-        let resources = with_memory(to, &target.said);
-        match self.runtime.update(&target.original.id, resources).await {
+        match self.call(target, Some(to)).await {
             Err(error) if !error.is_gone() => Told::Untold(to),
             _ => Told::Known,
         }
     }
 
+    /// Asks the runtime for a memory limit, and for the CPU quota where that is moved.
+    async fn call(&self, target: &Target, memory: Option<Bytes>) -> Result<(), RuntimeError> {
+        let id = target.cgroup.id();
+        let quota = self.target(id, |target| {
+            target.original.quota.as_ref().map(MovedQuota::latest)
+        });
+        let quota = quota.ok().flatten();
+        let resources = memory.map(|memory| with_memory(memory, &target.said));
+        let resources = resources.unwrap_or_default();
+        let resources = match quota {
+            Some(quota) => with_quota(resources, quota),
+            None => resources,
+        };
+        self.runtime.update(&target.original.id, resources).await?;
+        if let Some(told) = quota {
+            self.quota_is_told(target, told);
+        }
+        Ok(())
+    }
+
+    /// Tells the runtime of the CPU quota, with the memory limit that is in force: it would set the one that it
+    /// remembers, which may be below usage.
+    async fn tell_quota(&self, target: &Target) -> Told {
+        let id = target.cgroup.id();
+        let memory = match (&target.original.limit, target.cgroup.limit("memory.max")) {
+            (Some(_), Ok(Limit::At(limit))) => Some(limit),
+            _ => None,
+        };
+        let began = Instant::now();
+        let mut call = pin!(self.call(target, memory));
+        let called = loop {
+            select! {
+                called = &mut call => break called,
+                () = target.changed.notified() => {}
+            }
+            // A raise of memory waits for it: what arrives after the raise would undo it.
+            let is_wanted = self.target(id, |target| target.wanted.is_some());
+            if is_wanted.unwrap_or(true) {
+                match timeout(LATE.saturating_sub(began.elapsed()), &mut call).await {
+                    Ok(called) => break called,
+                    Err(_elapsed) => {
+                        self.is_late.store(true, Ordering::Relaxed);
+                        return Told::Overtaken;
+                    }
+                }
+            }
+        };
+        if let Err(error) = called {
+            tracing::warn!(path = %target.cgroup.path().display(), %error, "the runtime does not know the CPU quota yet");
+        }
+        // Known or not, it is not asked again at once.
+        drop(self.target(id, |target| target.quota_told = Some(Instant::now())));
+        Told::Known
+    }
+
     /// Writes down what will be asked for, before it is.
     fn ask(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
         let original = self.target(cgroup, |target| {
-            target.original.limit.ask(to);
+            if let Some(limit) = &mut target.original.limit {
+                limit.ask(to);
+            }
             target.original.clone()
         })?;
         self.records.write(&original).map_err(text)
@@ -248,7 +348,8 @@ impl Updater {
     async fn update(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
         let (cgroup, id) = (&target.cgroup, target.cgroup.id());
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-        if to < limit && !target.original.limit.is_ours(limit) {
+        let moved = target.original.limit.as_ref();
+        if to < limit && !moved.is_some_and(|moved| moved.is_ours(limit)) {
             let why = format!("somebody else has set the limit to {limit}, which is not lowered");
             return Err(refused(&why, false));
         }
@@ -271,9 +372,7 @@ impl Updater {
     }
 
     async fn lower(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
-        let resources = with_memory(to, &target.said);
-        let call = self.runtime.update(&target.original.id, resources);
-        match timeout(LOWERING, call).await {
+        match timeout(LOWERING, self.call(target, Some(to))).await {
             Ok(Ok(())) => Ok(Told::Known),
             Ok(Err(error)) => {
                 self.failed(target, &error)?;
@@ -288,8 +387,7 @@ impl Updater {
 
     async fn raise(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
         let cgroup = &target.cgroup;
-        let resources = with_memory(to, &target.said);
-        let mut call = pin!(self.runtime.update(&target.original.id, resources));
+        let mut call = pin!(self.call(target, Some(to)));
         // A call that was not polled is not sent: it is under way when the raise is written first.
         let patience = if self.is_late.load(Ordering::Relaxed) {
             Duration::ZERO
@@ -352,9 +450,7 @@ impl Updater {
     /// By how much each container of a pod is raised.
     fn raised_in(&self, pod: &Pod, who: Who) -> Vec<Bytes> {
         let (mut limits, mut known): (Vec<_>, BTreeSet<_>) = self.targets.with(|targets| {
-            let is_same =
-                |target: &&Target| target.pod.as_deref().is_some_and(|own| ptr::eq(own, pod));
-            let same = targets.values().filter(is_same);
+            let same = targets.values().filter(|target| target.is_in(pod));
             let same = same.map(|target| {
                 let Target {
                     cgroup, original, ..
@@ -375,26 +471,10 @@ impl Updater {
         }
         let raised = limits.iter().filter_map(|(cgroup, limit)| {
             let in_force = cgroup.as_ref()?.limit("memory.max").ok()?;
-            Some(limit.raised_by(in_force.bytes()))
+            Some(limit.as_ref()?.raised_by(in_force.bytes()))
         });
         raised.collect()
     }
-}
-
-/// Removes what is written down of pods that are gone; returns those that live.
-#[must_use]
-pub fn recorded_pods(records: &Records<PodOriginal>) -> Vec<Pod> {
-    let recorded = records.all().into_iter();
-    let living = recorded.filter_map(|recorded| match Cgroup::open(&recorded.path) {
-        Ok(cgroup) => Some(Pod::new(cgroup, records.clone())),
-        Err(error) => {
-            if error.is_gone() {
-                records.remove(crate::originals::key_of(&recorded.path));
-            }
-            None
-        }
-    });
-    living.collect()
 }
 
 /// Whether usage fits below a limit: the runtime does not look before it lowers one, and the kernel kills.

@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
 
 mod control;
+pub mod quota;
 
 pub use control::Control;
 

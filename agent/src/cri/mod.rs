@@ -34,6 +34,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use crate::cgroup::quota::Quota;
 pub use v1::{
     Container, ContainerEventResponse, ContainerState, ContainerStatus, LinuxContainerResources,
     PodSandbox,
@@ -334,6 +335,17 @@ pub fn pid(info: &str) -> Option<u32> {
 pub fn memory_limit(resources: &LinuxContainerResources) -> Option<Bytes> {
     let limit = u64::try_from(resources.memory_limit_in_bytes).ok()?;
     (limit > 0).then_some(Bytes(limit))
+}
+
+/// The same update with a CPU quota: a runtime would set the one that it remembers.
+#[must_use]
+pub fn with_quota(resources: LinuxContainerResources, quota: Quota) -> LinuxContainerResources {
+    let signed = |value| i64::try_from(value).unwrap_or(i64::MAX);
+    LinuxContainerResources {
+        cpu_quota: signed(quota.cpu.quota(quota.period)),
+        cpu_period: signed(quota.period),
+        ..resources
+    }
 }
 
 /// An update of the memory limit. containerd takes a swap limit of zero for "none beyond memory" and takes the

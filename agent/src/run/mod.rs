@@ -37,7 +37,10 @@ pub use lock::release_after_agents;
 pub use restore::restore;
 
 use crate::{
-    actuate::{reflex::Reflex, resize::Resizer, targets::Targets, update::Updater},
+    actuate::{
+        pod::PodRecords, reflex::Reflex, resize::Resizer, targets::Targets, update::Updater,
+    },
+    attribution::CGROUP_ROOT,
     cri::{self, Runtime, RuntimeError},
     doctor::{self, hooks},
     explain::LEDGER,
@@ -45,10 +48,11 @@ use crate::{
     ledger::Ledger,
     originals::Records,
     policies::{self, PolicyFileError},
+    quota::Quotas,
     recover::recover,
     signal::{
         files::Files,
-        programs::{Kernel, Purpose, Reflexes},
+        programs::{Kernel, LoadError, Purpose, Reflexes},
         source::Source,
     },
 };
@@ -105,6 +109,9 @@ pub enum RunError {
     /// The API client cannot be made.
     #[error("cannot talk to the Kubernetes API: {0}")]
     Client(#[from] kube::Error),
+    /// A map of the kernel programs.
+    #[error(transparent)]
+    Kernel(#[from] LoadError),
     /// Something of the operating system.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
@@ -264,19 +271,36 @@ impl Fast {
             inputs.clone(),
             Records::containers(),
         );
+        let mut fast = self;
+        // Without the programs counters are looked at.
+        let throttles = match fast.kernel.as_mut().map(Kernel::take_throttles) {
+            Some(taken) => Some(taken.map_err(RunError::Kernel)?),
+            None => None,
+        };
+        let (quotas, _ends_with_us) = Quotas::start(
+            throttles,
+            updater.clone(),
+            fast.cpus,
+            PathBuf::from(CGROUP_ROOT),
+        )
+        .map_err(|error| RunError::System("cannot start the quotas thread", error))?;
         let context = containers::Context {
             updater: updater.clone(),
+            quotas,
             policies: policies.to_owned(),
             inputs: inputs.clone(),
             actuation: Actuation::Requested {
                 p95: ASSUMED_UPDATE_P95,
             },
-            cpus: self.cpus,
-            signals: self.signals,
-            pods: Records::pods(),
+            cpus: fast.cpus,
+            signals: fast.signals,
+            pods: PodRecords {
+                limits: Records::pods(),
+                quotas: Records::pod_quotas(),
+            },
         };
         let watch = containers::watch(context, read);
-        Ok((inputs, self.control(updater)?, Box::pin(watch)))
+        Ok((inputs, fast.control(updater)?, Box::pin(watch)))
     }
 }
 

@@ -6,8 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use bellows_core::{
-    Actuation, Bytes, Nanos, Patience, Policy, Signals, WHOLE,
-    moved::{PodStep, pod_step},
+    Actuation, Bytes, Cpu, Nanos, Patience, Policy, Signals, WHOLE,
+    moved::{MovedLimit, PodStep, pod_step},
 };
 use tokio::runtime;
 
@@ -15,9 +15,9 @@ use super::{RunError, lock::AgentLock, text};
 use crate::{
     actuate::{pod_cgroup, shrink},
     cgroup::{Cgroup, CgroupError, Limit},
-    cri::{self, Runtime, with_memory},
+    cri::{self, LinuxContainerResources, Runtime, with_memory, with_quota},
     explain::LEDGER,
-    originals::{Original, PodOriginal, Recorded as _, Records},
+    originals::{MovedQuota, Original, PodOriginal, PodQuota, Recorded as _, Records},
     recover::recover,
 };
 
@@ -59,6 +59,20 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
             }
         }
         let left = records.all();
+        let quotas = Records::pod_quotas();
+        for pod in quotas.all() {
+            match lower_pod_quota(&pod, &left) {
+                Ok(true) => quotas.remove(pod.key()),
+                Ok(false) => {}
+                Err(why) => {
+                    is_whole = false;
+                    let path = pod.path.display();
+                    lines.push(format!(
+                        "the CPU limit of the pod {path} is left as it is: {why}"
+                    ));
+                }
+            }
+        }
         for pod in pods_left {
             match lower_pod(&pod, &left).await {
                 Ok(true) => pods.remove(pod.key()),
@@ -81,22 +95,42 @@ async fn back(containers: &Runtime, original: &Original) -> Result<String, Strin
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
-    let at_rest = original.limit.at_rest;
     let cgroup = match Cgroup::open(&original.path) {
         Ok(cgroup) => cgroup,
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
+    let said = said.unwrap_or_default();
+    let memory = match &original.limit {
+        Some(limit) => memory_back(containers, original, limit, &cgroup, &said).await?,
+        None => None,
+    };
+    let quota = match &original.quota {
+        Some(quota) => quota_back(containers, original, quota, &cgroup, &said).await?,
+        None => None,
+    };
+    let what: Vec<String> = memory.into_iter().chain(quota).collect();
+    Ok(what.join("; "))
+}
+
+async fn memory_back(
+    containers: &Runtime,
+    original: &Original,
+    moved: &MovedLimit<Bytes>,
+    cgroup: &Cgroup,
+    said: &LinuxContainerResources,
+) -> Result<Option<String>, String> {
+    let at_rest = moved.at_rest;
     let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
-    if !original.limit.is_ours(limit) {
-        return Ok(format!(
+    if !moved.is_ours(limit) {
+        return Ok(Some(format!(
             "somebody else has set its limit to {limit}, which stays"
-        ));
+        )));
     }
     if limit > at_rest {
         // Ours was lifted above.
         let is_foreign = cgroup.limit("memory.high").map_err(text)? != Limit::Max;
-        let has_room = shrink::make_room(&cgroup, at_rest, &rest(at_rest), is_foreign);
+        let has_room = shrink::make_room(cgroup, at_rest, &rest(at_rest), is_foreign);
         if !is_foreign {
             // Whatever it took, nobody stays braked.
             cgroup.set_limit("memory.high", Limit::Max).map_err(text)?;
@@ -110,13 +144,72 @@ async fn back(containers: &Runtime, original: &Original) -> Result<String, Strin
     }
     // Also where a policy had it below what it was given.
     if limit != at_rest {
-        let resources = with_memory(at_rest, &said.unwrap_or_default());
+        let resources = with_memory(at_rest, said);
         containers
             .update(&original.id, resources)
             .await
             .map_err(text)?;
     }
-    Ok(format!("limit {at_rest} as it was"))
+    Ok(Some(format!("limit {at_rest} as it was")))
+}
+
+async fn quota_back(
+    containers: &Runtime,
+    original: &Original,
+    moved: &MovedQuota,
+    cgroup: &Cgroup,
+    said: &LinuxContainerResources,
+) -> Result<Option<String>, String> {
+    let at_rest = moved.cpu.at_rest;
+    let Some(quota) = cgroup.quota().map_err(text)? else {
+        return Ok(None);
+    };
+    if !moved.is_ours(quota) {
+        let cpu = quota.cpu;
+        return Ok(Some(format!(
+            "somebody else has set its CPU limit to {cpu}, which stays"
+        )));
+    }
+    if quota.cpu != at_rest || moved.told != at_rest {
+        // The runtime sends what it remembers of memory too, which may be old: it is told what is in force.
+        let memory = match (&original.limit, cgroup.limit("memory.max").map_err(text)?) {
+            (Some(_), Limit::At(limit)) => with_memory(limit, said),
+            _ => LinuxContainerResources::default(),
+        };
+        let resources = with_quota(memory, quota.with(at_rest));
+        containers
+            .update(&original.id, resources)
+            .await
+            .map_err(text)?;
+    }
+    Ok(Some(format!("CPU limit {at_rest} as it was")))
+}
+
+/// Lowers a pod's CPU quota to what its containers have that are not at rest; returns whether that is none.
+fn lower_pod_quota(pod: &PodQuota, left: &[Original]) -> Result<bool, String> {
+    let cgroup = match Cgroup::open(&pod.path) {
+        Ok(cgroup) => cgroup,
+        Err(error) if error.is_gone() => return Ok(true),
+        Err(error) => return Err(error.to_string()),
+    };
+    let Some(in_force) = cgroup.quota().map_err(text)? else {
+        return Ok(true);
+    };
+    if in_force.period != pod.quota.period {
+        return Ok(true);
+    }
+    let left = left.iter();
+    let own = left.filter(|left| left.path.parent() == Some(&pod.path));
+    let raised = own.filter_map(|own| {
+        let in_force = Cgroup::open(&own.path).ok()?.quota().ok()??;
+        Some(own.quota.as_ref()?.cpu.raised_by(in_force.cpu))
+    });
+    let raised: Vec<Cpu> = raised.collect();
+    let step = pod_step(&pod.quota.cpu, in_force.cpu, raised.iter().copied());
+    if let PodStep::Lower(to) = step {
+        cgroup.set_quota(in_force.with(to)).map_err(text)?;
+    }
+    Ok(raised.is_empty())
 }
 
 /// Lowers a pod's limit to what its containers have that are not at rest; returns whether that is none.
@@ -130,7 +223,9 @@ async fn lower_pod(pod: &PodOriginal, left: &[Original]) -> Result<bool, String>
     let own = left.filter(|left| left.path.parent() == Some(&pod.path));
     let raised = own.map(|own| {
         let in_force = Cgroup::open(&own.path)?.limit("memory.max")?;
-        Ok::<Bytes, CgroupError>(own.limit.raised_by(in_force.bytes()))
+        let limit = own.limit.as_ref();
+        let raised = limit.map_or(Bytes::ZERO, |limit| limit.raised_by(in_force.bytes()));
+        Ok::<Bytes, CgroupError>(raised)
     });
     let raised: Vec<Bytes> = raised.collect::<Result<_, _>>().map_err(text)?;
     let Limit::At(in_force) = cgroup.limit("memory.max").map_err(text)? else {

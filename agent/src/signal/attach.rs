@@ -55,7 +55,7 @@ const NO_WRITES: &str =
     "a limit or brake that somebody else moves is not put right before the next raise";
 const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
 const NO_THROTTLES: &str =
-    "a CPU quota that is used up is seen at the next look at its counters only, up to 100 ms later";
+    "a CPU quota that is used up is seen at the next look at its counters only, up to 250 ms later";
 const NO_HOLDS: &str = "sleeps are not counted in full";
 
 pub(super) const GUARD_PROGRAMS: &[Spec] = &[

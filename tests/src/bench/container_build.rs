@@ -142,6 +142,7 @@ impl Bench {
             name: name.to_owned(),
             limit: Some(limit),
             pod_limit: None,
+            cpu: None,
             command,
             host: true,
             labels: labels.into_iter().collect(),

@@ -165,6 +165,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
             name: format!("{name}-{}", case.index),
             limit: Some(limit),
             pod_limit: None,
+            cpu: None,
             command,
             host: false,
             labels,

@@ -4,19 +4,20 @@ use std::{fs, process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
-    cgroup::{Cgroup, Limit},
+    cgroup::{Cgroup, Limit, quota::Quota},
     originals::{Original, Records as Originals},
 };
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Cpu};
 
 use super::{
     bursts::burst_words,
     container_bursts::{is_at_rest, said},
     exec_cli::Record,
     record::Records,
+    throttle::has_cpu,
 };
 use crate::{
-    containers::{Machine, POLICIES, Spec, Standalone, Started, policy},
+    containers::{Machine, POLICIES, Spec, Standalone, Started, cpu_policy, policy},
     node::{log_tail, wait},
 };
 
@@ -39,7 +40,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     ("a container from before the agent is guarded", earlier),
     (
         "a limit that somebody else has set is the new original",
@@ -68,6 +69,10 @@ const CASES: [Case; 13] = [
         side_by_side,
     ),
     ("a limit at rest goes with its policy", floor_undone),
+    (
+        "a CPU limit that was raised outlives neither its agent nor somebody else's",
+        quota,
+    ),
     ("restore puts limits back", restored),
     ("a path that is no socket is told", no_socket),
     (
@@ -136,6 +141,7 @@ fn burst(name: &str, guard: &str, rest_ms: u64, peak: Bytes) -> Spec {
         name: name.to_owned(),
         limit: Some(LIMIT),
         pod_limit: None,
+        cpu: None,
         command,
         host: false,
         labels: vec![("guard".to_owned(), guard.to_owned())],
@@ -177,7 +183,8 @@ fn foreign(bed: &mut Bed) -> Result<()> {
     started.pod.set_limit("memory.max", Limit::At(theirs))?;
     bed.machine.update(&started, theirs)?;
     wait("the new original is recorded", LOOKED, || {
-        Ok(recorded(&started).is_some_and(|original| original.limit.at_rest == theirs))
+        Ok(recorded(&started)
+            .is_some_and(|original| original.limit.is_some_and(|limit| limit.at_rest == theirs)))
     })?;
     bed.survives(&started)?;
     bed.rests(&started, theirs)?;
@@ -249,6 +256,7 @@ fn without_limit(bed: &mut Bed) -> Result<()> {
         name: "unlimited".to_owned(),
         limit: None,
         pod_limit: None,
+        cpu: None,
         command: ["/bellows-guest", "load", "pause"]
             .map(str::to_owned)
             .to_vec(),
@@ -334,6 +342,52 @@ fn floor_undone(bed: &mut Bed) -> Result<()> {
     })?;
     fs::write(POLICIES, policy(GUARD, MAX))?;
     bed.rests(&started, LIMIT)?;
+    wait("it is guarded no more", LOOKED, || {
+        Ok(recorded(&started).is_none())
+    })?;
+    bed.machine.remove(&started)
+}
+
+fn quota(bed: &mut Bed) -> Result<()> {
+    let cpu = Cpu::millis(200);
+    let policies = format!(
+        "{}---\n{}",
+        policy(GUARD, MAX),
+        cpu_policy("cpu", Cpu::millis(2000))
+    );
+    fs::write(POLICIES, &policies)?;
+    let words = "/bellows-guest load pulse --cycles 1 --rest-seconds 0 --work-seconds 15 --after-ms 1000000";
+    let started = bed.machine.run(&Spec {
+        cpu: Some(cpu),
+        labels: vec![("guard".to_owned(), "cpu".to_owned())],
+        ..Spec::of("cpu", words.split(' ').map(str::to_owned).collect())
+    })?;
+    let quota =
+        |cgroup: &Cgroup| -> Result<Option<Cpu>> { Ok(cgroup.quota()?.map(|quota| quota.cpu)) };
+    wait("it has room to work", LOOKED, || {
+        let enough = Some(Cpu::millis(800));
+        Ok(quota(&started.cgroup)? >= enough && quota(&started.pod)? >= enough)
+    })?;
+    bed.agent.take().context("no agent")?.kill_all()?;
+    bed.agent = Some(Standalone::start(&policies)?);
+    wait("it is at rest again", RESTORED, || {
+        has_cpu(&bed.machine, &started, cpu)
+    })?;
+    let theirs = Cpu::millis(300);
+    let record = || Originals::containers().read(&started.id)?.quota;
+    started.pod.set_quota(Quota {
+        cpu: theirs,
+        period: 100_000,
+    })?;
+    bed.machine.update_cpu(&started, theirs)?;
+    wait("the new original is recorded", LOOKED, || {
+        Ok(record().is_some_and(|quota| quota.cpu.at_rest == theirs))
+    })?;
+    ensure!(
+        has_cpu(&bed.machine, &started, theirs)?,
+        "it was changed again"
+    );
+    fs::write(POLICIES, policy(GUARD, MAX))?;
     wait("it is guarded no more", LOOKED, || {
         Ok(recorded(&started).is_none())
     })?;

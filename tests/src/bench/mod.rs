@@ -24,6 +24,7 @@ mod runner;
 mod smoke;
 mod swap;
 mod thrash;
+mod throttle;
 
 use std::{
     fs::{self, File},
@@ -57,6 +58,8 @@ pub(crate) enum Bench {
     ContainerBursts(container_bursts::Options),
     /// What `bellows run --standalone` promises at its edges.
     ContainerEdges,
+    /// A service with a CPU limit at its mean: fixed, with cpu.max.burst, with Bellows.
+    Throttle(throttle::Options),
     /// The C++ build in containers on a real containerd, without and with Bellows.
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
@@ -98,6 +101,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::ContainerEdges => container_edges::run(&mut records),
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
+        Bench::Throttle(options) => throttle::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
@@ -122,6 +126,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "container-bursts" => container_bursts::summarize(&read(path)?),
         "container-build" => container_build::summarize(&read(path)?),
+        "throttle" => throttle::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),

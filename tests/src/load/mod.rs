@@ -3,6 +3,7 @@
 mod burst;
 mod growth;
 mod hot;
+mod pulse;
 mod tick;
 
 use std::{
@@ -25,6 +26,7 @@ pub(crate) use burst::BurstResult;
 pub(crate) use growth::Kind;
 use growth::Mapping;
 pub(crate) use hot::HotResult;
+pub(crate) use pulse::{Pieces, PulseEnd, PulseStart};
 pub(crate) use tick::Ticks;
 
 #[derive(Subcommand)]
@@ -49,6 +51,8 @@ pub(crate) enum Load {
     },
     /// Wake at fixed times, do a little work, and say how late it was.
     Tick(tick::Tick),
+    /// Work a little at fixed times, and now and then without a pause.
+    Pulse(pulse::Pulse),
     /// Wait for ever: the sandbox of a pod.
     Pause,
     /// Read a file again and again.
@@ -106,6 +110,7 @@ pub(crate) fn run(load: &Load) -> Result<()> {
             Err(Command::new(program).args(arguments).exec().into())
         }
         Load::Tick(tick) => tick::run(tick),
+        Load::Pulse(pulse) => pulse::run(pulse),
         Load::Pause => loop {
             thread::sleep(Duration::from_secs(3600));
         },
