@@ -79,6 +79,8 @@ impl CpuHistory {
         let Some((before, last)) = self.last else {
             self.last = Some((at, counters));
             self.windows = [counters; 2];
+            // Nothing is known of what it uses: nothing is taken away for a moment.
+            self.throttled_at = at;
             return;
         };
         if counters.throttled > last.throttled {
@@ -323,6 +325,16 @@ mod tests {
         assert_eq!(model.quota, Cpu::millis(1000));
         // A maximum below what it has at rest takes nothing away.
         assert_eq!(model.decide(false), None);
+    }
+
+    #[test]
+    fn who_is_seen_for_the_first_time_keeps_what_it_uses() {
+        let mut model = Model::new();
+        model.quota = Cpu::millis(4000);
+        for _ in 0..30 {
+            model.period(Cpu::millis(2000));
+            assert!(model.quota >= Cpu::millis(3000), "{}", model.quota);
+        }
     }
 
     #[test]

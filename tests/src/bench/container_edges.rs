@@ -356,7 +356,8 @@ fn quota(bed: &mut Bed) -> Result<()> {
         cpu_policy("cpu", Cpu::millis(2000))
     );
     fs::write(POLICIES, &policies)?;
-    let words = "/bellows-guest load pulse --cycles 1 --rest-seconds 0 --work-seconds 15 --after-ms 1000000";
+    let words =
+        "/bellows-guest load pulse --cycles 1 --rest-seconds 0 --work-seconds 8 --after-ms 1000000";
     let started = bed.machine.run(&Spec {
         cpu: Some(cpu),
         labels: vec![("guard".to_owned(), "cpu".to_owned())],
