@@ -39,6 +39,8 @@ pub struct MovedQuota {
     pub period: u64,
     /// What the runtime knows: it sets that again with whatever else it is asked for.
     pub told: Cpu,
+    /// What it was asked for last without an answer that is certain.
+    pub telling: Option<Cpu>,
 }
 
 impl MovedQuota {
@@ -49,13 +51,23 @@ impl MovedQuota {
             cpu: MovedLimit::new(quota.cpu),
             period: quota.period,
             told: quota.cpu,
+            telling: None,
         }
     }
 
     /// Whether a quota is one that we have set or may have set, or that the runtime has set again.
     #[must_use]
     pub fn is_ours(&self, quota: Quota) -> bool {
-        quota.period == self.period && (self.cpu.is_ours(quota.cpu) || quota.cpu == self.told)
+        let is_told = quota.cpu == self.told || Some(quota.cpu) == self.telling;
+        quota.period == self.period && (self.cpu.is_ours(quota.cpu) || is_told)
+    }
+
+    /// Whether the runtime knows that it is at rest, and nothing is under way.
+    #[must_use]
+    pub fn is_settled(&self, quota: Quota) -> bool {
+        [quota.cpu, self.told] == [self.cpu.at_rest; 2]
+            && self.telling.is_none()
+            && self.latest().cpu == self.cpu.at_rest
     }
 
     /// What it is meant to be now.
@@ -255,7 +267,7 @@ mod tests {
         let directory = env::temp_dir().join(format!("bellows-records-{}", process::id()));
         let records = Records::at(directory.clone());
         let mut limit = MovedLimit::new(Bytes::mib(64));
-        limit.ask(Bytes::mib(128));
+        limit.ask(Bytes::mib(128), Bytes::mib(64));
         let original = Original {
             id: "abc-1".to_owned(),
             name: "dev/workspace/ide".to_owned(),
@@ -285,12 +297,14 @@ mod tests {
         let mut moved = MovedQuota::new(quota(250));
         assert_eq!(moved.latest(), quota(250));
         for millis in [1000, 900, 800, 700, 600] {
-            moved.cpu.ask(Cpu::millis(millis));
+            moved.cpu.ask(Cpu::millis(millis), Cpu::millis(250));
         }
+        assert!(!moved.is_ours(quota(1000)) && !moved.is_ours(quota(500)));
         moved.told = Cpu::millis(1000);
-        let ours = [250, 600, 900, 1000].map(|millis| moved.is_ours(quota(millis)));
-        assert_eq!(ours, [true, true, true, true]);
-        assert!(!moved.is_ours(quota(500)));
+        moved.telling = Some(Cpu::millis(500));
+        let ours = [250, 500, 600, 900, 1000].map(|millis| moved.is_ours(quota(millis)));
+        assert_eq!(ours, [true; 5]);
+        assert!(!moved.is_ours(quota(400)));
         let other_period = Quota {
             period: 50_000,
             ..quota(250)

@@ -395,11 +395,11 @@ fn share(text: &Spanned<String>) -> Result<u64, Problem> {
     let share = quantity::parse_cpu(percent)
         .ok()
         .filter(|_| !percent.ends_with('m'));
-    let share = share.ok_or_else(wrong)?.0 / 100_000;
-    if share > 500 {
+    let share = share.ok_or_else(wrong)?.0;
+    if share > 50_000_000 || share % 100_000 != 0 {
         return Err(wrong());
     }
-    Ok(share)
+    Ok(share / 100_000)
 }
 
 fn size(text: &Spanned<String>) -> Result<Bytes, Problem> {
@@ -557,6 +557,7 @@ spec:
             ("max: 1.5", "max: 1m", 17, "at least 10m"),
             ("2.5%", "2.5", 17, "such as 5%"),
             ("2.5%", "60%", 17, "0% to 50%"),
+            ("2.5%", "0.05%", 17, "0% to 50%"),
             (
                 "throttleTarget",
                 "throttledTarget",

@@ -135,8 +135,10 @@ impl Machine {
         // systemd makes the slice with the first scope in it.
         if has_systemd() {
             let memory = limit.map(|limit| format!("MemoryMax={}", limit.0));
-            // Per cent, as systemd has it.
-            let cpu = spec.cpu.map(|cpu| format!("CPUQuota={}%", cpu.0 / 10_000));
+            // Per cent, as systemd has it, and rounded up as a kubelet does.
+            let cpu = spec
+                .cpu
+                .map(|cpu| format!("CPUQuota={}%", cpu.0.div_ceil(10_000)));
             for property in memory.into_iter().chain(cpu) {
                 shell(&format!(
                     "systemctl set-property --runtime {parent} {property}"

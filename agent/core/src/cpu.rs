@@ -36,6 +36,11 @@ const WORTH_PER_MILLE: u64 = 800;
 const CALM: Nanos = Nanos::millis(1000);
 /// The share of throttled periods is taken over so many at least.
 const WINDOW_PERIODS: u64 = 100;
+/// What was counted before a pause of so long tells nothing of now.
+const STALE: Nanos = Nanos::millis(10_000);
+/// Quotas between rest and maximum are whole hundredths of a CPU: systemd rounds others up (CPUQuota= in per cent),
+/// and what is read back must be what was asked for.
+const GRAIN: u64 = 10_000;
 
 /// The rules for one container's quota.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +92,9 @@ impl CpuHistory {
             self.throttled_at = self.throttled_at.max(at);
         }
         let window = at.since(before);
+        if window > STALE {
+            self.windows = [counters; 2];
+        }
         if window < SHORTEST_LOOK {
             return;
         }
@@ -150,22 +158,36 @@ pub fn decide(snapshot: &CpuSnapshot) -> Option<(Cpu, Reason)> {
         // Left behind by somebody, or the rules have changed.
         return Some((at_rest, Reason::BelowRest));
     }
+    let max = max.max(at_rest);
+    if quota > max {
+        return Some((max, Reason::Unused));
+    }
     if is_throttled {
-        if history.throttled_per_mille() <= policy.throttled_per_mille {
+        let allowed = policy.throttled_per_mille;
+        if allowed > 0 && history.throttled_per_mille() <= allowed {
             return None;
         }
         // What it used before it was throttled may be long ago: it has its quota at least.
         let there_is = history.used.max(quota).plus(idle);
-        let to = quota.scaled(STEP, 1).min(max).min(there_is);
+        let to = quota.scaled(STEP, 1).min(there_is);
+        let to = if to >= max {
+            max
+        } else {
+            Cpu(to.0 - to.0 % GRAIN)
+        };
         return (to > quota).then_some((to, Reason::Throttled));
     }
     let is_calm = now.since(history.throttled_at) >= CALM;
-    let needed = history.needed.per_mille(MARGIN_PER_MILLE).max(at_rest);
+    let needed = history.needed.per_mille(MARGIN_PER_MILLE);
+    let to = Cpu(needed.0.div_ceil(GRAIN).saturating_mul(GRAIN));
+    let to = if needed <= at_rest {
+        at_rest
+    } else {
+        to.min(max)
+    };
     // The one at rest is always worth it: what is near to it would otherwise stay raised for ever.
-    let is_worth = needed == at_rest || needed <= quota.per_mille(WORTH_PER_MILLE);
-    let to = needed.min(max.max(at_rest));
-    ((quota > max.max(at_rest)) || (is_calm && is_worth && to < quota))
-        .then_some((to, Reason::Unused))
+    let is_worth = to == at_rest || to <= quota.per_mille(WORTH_PER_MILLE);
+    (is_calm && is_worth && to < quota).then_some((to, Reason::Unused))
 }
 
 #[cfg(test)]
@@ -309,6 +331,39 @@ mod tests {
             model.period(Cpu::millis(300));
         }
         assert!(raised(&model));
+    }
+
+    #[test]
+    fn a_burst_after_a_long_quiet_time_is_raised_at_once() {
+        for allowed in [0, 5] {
+            let mut model = Model::new();
+            model.policy.throttled_per_mille = allowed;
+            model.history.look(model.at, model.counters);
+            for quiet in [5000, 100_000] {
+                // It runs, and nobody looks.
+                model.at.0 += quiet * TICK.0;
+                model.counters.periods += quiet;
+                model.history.throttled(model.at);
+                model.history.look(model.at, model.counters);
+                assert_eq!(model.decide(true), Some(Reason::Throttled), "{quiet}");
+                model.quota = model.policy.at_rest;
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_set_between_rest_and_maximum_is_whole() {
+        let mut model = Model::new();
+        model.policy.at_rest = Cpu(333_333);
+        model.policy.max = Cpu(3_333_333);
+        model.quota = Cpu(333_333);
+        for period in 0..300 {
+            model.period(Cpu::millis(if period < 50 { 2000 } else { 40 }));
+            let is_whole = model.quota.0.is_multiple_of(GRAIN);
+            let ends = [model.policy.at_rest, model.policy.max];
+            assert!(is_whole || ends.contains(&model.quota), "{:?}", model.quota);
+        }
+        assert_eq!(model.quota, model.policy.at_rest);
     }
 
     #[test]

@@ -39,10 +39,22 @@ impl<T: Amount> MovedLimit<T> {
         limit == self.at_rest || self.asked.contains(&limit)
     }
 
-    /// Takes note of a value that is asked for.
-    pub fn ask(&mut self, limit: T) {
+    /// Takes note of a value that is asked for while another is in force. That stays ours if it is, however often
+    /// what is asked for does not come.
+    pub fn ask(&mut self, limit: T, in_force: T) {
+        let is_ours = self.is_ours(in_force);
+        self.asked.retain(|&asked| asked != limit);
         self.asked.insert(0, limit);
         self.asked.truncate(ASKED);
+        if is_ours && !self.is_ours(in_force) {
+            self.asked.truncate(ASKED - 1);
+            self.asked.push(in_force);
+        }
+    }
+
+    /// It is at rest, and nothing is under way: whoever sets a value now that we have set before is somebody else.
+    pub fn rest(&mut self) {
+        self.asked.clear();
     }
 
     /// By how much it is above the one at rest, or may be at any moment: what was asked for last may not be in force
@@ -93,21 +105,29 @@ mod tests {
     #[test]
     fn the_latest_values_are_ours_and_the_one_at_rest() {
         let mut limit = MovedLimit::new(Bytes::mib(64));
-        for mib in [128, 256, 512, 1024, 64] {
-            limit.ask(Bytes::mib(mib));
+        let at_rest = limit.at_rest;
+        for mib in [128, 256, 512, 1024, 512, 64] {
+            limit.ask(Bytes::mib(mib), at_rest);
         }
         let ours = [64, 256, 512, 1024].map(|mib| limit.is_ours(Bytes::mib(mib)));
         assert_eq!(ours, [true; 4]);
         assert!(!limit.is_ours(Bytes::mib(128)) && !limit.is_ours(Bytes::mib(65)));
+        // What is in force is not forgotten for what does not come.
+        for mib in 600..700 {
+            limit.ask(Bytes::mib(mib), Bytes::mib(512));
+            assert!(limit.is_ours(Bytes::mib(512)) && limit.is_ours(Bytes::mib(mib)));
+        }
+        limit.rest();
+        assert!(!limit.is_ours(Bytes::mib(512)) && limit.is_ours(Bytes::mib(64)));
     }
 
     #[test]
     fn what_is_on_its_way_counts_as_raised_and_so_does_what_has_not_come_down() {
         let mut limit = MovedLimit::new(Bytes::mib(64));
         assert_eq!(limit.raised_by(Bytes::mib(64)), Bytes::ZERO);
-        limit.ask(Bytes::mib(96));
+        limit.ask(Bytes::mib(96), Bytes::mib(64));
         assert_eq!(limit.raised_by(Bytes::mib(64)), Bytes::mib(32));
-        limit.ask(Bytes::mib(64));
+        limit.ask(Bytes::mib(64), Bytes::mib(96));
         assert_eq!(limit.raised_by(Bytes::mib(96)), Bytes::mib(32));
         assert_eq!(limit.raised_by(Bytes::mib(64)), Bytes::ZERO);
         // At rest below what the container was given: nothing is taken from the pod.
@@ -147,7 +167,7 @@ mod tests {
                 PodStep::Keep => {}
                 PodStep::Lower(_) if !may_lower => {}
                 PodStep::Raise(to) | PodStep::Lower(to) => {
-                    pod.ask(to);
+                    pod.ask(to, *in_force);
                     *in_force = to;
                 }
                 PodStep::Foreign(limit) => {
@@ -160,7 +180,8 @@ mod tests {
         fn take(&mut self, step: Step) {
             match step {
                 Step::Ask(which, mib) => {
-                    self.containers[which].0.ask(Bytes::mib(mib));
+                    let (limit, in_force) = &mut self.containers[which];
+                    limit.ask(Bytes::mib(mib), *in_force);
                     self.settle(false);
                 }
                 Step::Arrive(which) => {

@@ -12,4 +12,5 @@ pub mod reflex;
 pub mod resize;
 pub mod shrink;
 pub mod targets;
+mod tell;
 pub mod update;

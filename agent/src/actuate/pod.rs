@@ -9,7 +9,7 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
-    sync::{Mutex as SyncMutex, PoisonError},
+    sync::{Mutex as SyncMutex, MutexGuard, PoisonError},
 };
 
 use bellows_core::{
@@ -70,8 +70,10 @@ pub type Raised<'a> = &'a (dyn Fn(Who) -> Vec<Bytes> + Send + Sync);
 #[derive(Debug)]
 pub struct Pod {
     cgroup: Cgroup,
+    /// One at a time: what is set takes its time.
+    order: Mutex<()>,
     /// `None` while it has no limit.
-    limit: Mutex<Option<MovedLimit<Bytes>>>,
+    limit: SyncMutex<Option<MovedLimit<Bytes>>>,
     /// The same.
     quota: SyncMutex<Option<MovedQuota>>,
     records: PodRecords,
@@ -120,7 +122,8 @@ impl Pod {
         let quota = records.quotas.read(key).map(|recorded| recorded.quota);
         Self {
             cgroup,
-            limit: Mutex::new(limit),
+            order: Mutex::new(()),
+            limit: SyncMutex::new(limit),
             quota: SyncMutex::new(quota),
             records,
         }
@@ -137,12 +140,16 @@ impl Pod {
     /// # Errors
     ///
     /// [`PodError`].
-    pub async fn adopt(&self) -> Result<(), PodError> {
-        let mut known = self.limit.lock().await;
+    pub fn adopt(&self) -> Result<(), PodError> {
+        let mut known = self.limit();
         if let (None, Limit::At(limit)) = (&*known, self.cgroup.limit("memory.max")?) {
             self.write(known.insert(MovedLimit::new(limit)))?;
         }
         Ok(())
+    }
+
+    fn limit(&self) -> MutexGuard<'_, Option<MovedLimit<Bytes>>> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Brings the limit to where it must be for what its containers are raised by. Usage that is too high
@@ -152,11 +159,40 @@ impl Pod {
     ///
     /// [`PodError`].
     pub async fn settle(&self, raised: Raised<'_>, may: May) -> Result<(), PodError> {
-        let mut known = self.limit.lock().await;
+        if let PodStep::Lower(to) = self.step(raised, may)? {
+            // Without the order: a raise must not wait for it.
+            if !self.make_room(to).await? {
+                return Ok(());
+            }
+        }
+        let _turn = self.order.lock().await;
+        match self.step(raised, may)? {
+            PodStep::Raise(to) => self.set(to).await,
+            PodStep::Lower(to) if shrink::fits(&self.cgroup, to)? => self.set(to).await,
+            PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => Ok(()),
+        }
+    }
+
+    /// Raises the limit by writing it, in nobody's order: where systemd is late a container must not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// [`PodError`].
+    pub fn raise_by_hand(&self, raised: Raised<'_>) -> Result<(), PodError> {
+        if let PodStep::Raise(to) = self.step(raised, May::Rise)? {
+            self.ask(to)?;
+            self.cgroup.set_limit("memory.max", Limit::At(to))?;
+        }
+        Ok(())
+    }
+
+    /// What is to be done now; what somebody else has set is taken over.
+    fn step(&self, raised: Raised<'_>, may: May) -> Result<PodStep<Bytes>, PodError> {
+        let mut known = self.limit();
         let Limit::At(in_force) = self.cgroup.limit("memory.max")? else {
             // Whatever it was: it holds everything now.
             *known = None;
-            return Ok(());
+            return Ok(PodStep::Keep);
         };
         let limit = known.get_or_insert_with(|| MovedLimit::new(in_force));
         let mut step = pod_step(limit, in_force, raised(Who::Guarded));
@@ -166,21 +202,32 @@ impl Pod {
             self.write(limit)?;
             step = pod_step(limit, in_force, raised(Who::Guarded));
         }
-        if may == May::Fall && matches!(step, PodStep::Lower(_)) {
+        if step == PodStep::Keep && in_force == limit.at_rest && !limit.asked.is_empty() {
+            limit.rest();
+            self.write(limit)?;
+        }
+        if matches!(step, PodStep::Lower(_)) {
+            if may == May::Rise {
+                return Ok(PodStep::Keep);
+            }
             step = pod_step(limit, in_force, raised(Who::All));
         }
-        match step {
-            PodStep::Raise(to) => self.set(limit, to).await,
-            PodStep::Lower(to) if may == May::Fall && self.make_room(to).await? => {
-                self.set(limit, to).await
-            }
-            PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => Ok(()),
-        }
+        Ok(step)
     }
 
-    async fn set(&self, limit: &mut MovedLimit<Bytes>, to: Bytes) -> Result<(), PodError> {
-        limit.ask(to);
-        self.write(limit)?;
+    /// Writes down what will be asked for, before it is.
+    fn ask(&self, to: Bytes) -> Result<(), PodError> {
+        let mut known = self.limit();
+        let in_force = self.cgroup.limit("memory.max")?.bytes();
+        if let Some(limit) = &mut *known {
+            limit.ask(to, in_force);
+            self.write(limit)?;
+        }
+        Ok(())
+    }
+
+    async fn set(&self, to: Bytes) -> Result<(), PodError> {
+        self.ask(to)?;
         Ok(pod_cgroup::set_limit(&self.cgroup, to).await?)
     }
 
@@ -201,7 +248,11 @@ impl Pod {
     /// # Errors
     ///
     /// [`PodError`].
-    pub fn settle_quota(&self, raised: &[Cpu], may: May) -> Result<(), PodError> {
+    pub fn settle_quota(
+        &self,
+        raised: impl FnOnce() -> Vec<Cpu>,
+        may: May,
+    ) -> Result<(), PodError> {
         let mut known = self.quota.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(in_force) = self.cgroup.quota()? else {
             *known = None;
@@ -211,13 +262,13 @@ impl Pod {
         if quota.period != in_force.period || !quota.cpu.is_ours(in_force.cpu) {
             *quota = MovedQuota::new(in_force);
         }
-        let to = match pod_step(&quota.cpu, in_force.cpu, raised.iter().copied()) {
+        let to = match pod_step(&quota.cpu, in_force.cpu, raised()) {
             PodStep::Raise(to) => to,
             PodStep::Lower(to) if may == May::Fall => to,
             PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => return Ok(()),
         };
         let wanted = in_force.with(to);
-        quota.cpu.ask(wanted.cpu);
+        quota.cpu.ask(wanted.cpu, in_force.cpu);
         self.records.quotas.write(&PodQuota {
             quota: quota.clone(),
             path: self.cgroup.path().to_owned(),
@@ -226,16 +277,16 @@ impl Pod {
     }
 
     /// Forgets a pod none of whose containers is guarded, once it is at rest or gone; returns whether it is.
-    pub async fn is_left(&self) -> bool {
-        let is_left = self.has_limit_at_rest().await && self.has_quota_at_rest();
+    pub fn is_left(&self) -> bool {
+        let is_left = self.has_limit_at_rest() && self.has_quota_at_rest();
         if is_left {
             self.records.remove(self.cgroup.path());
         }
         is_left
     }
 
-    async fn has_limit_at_rest(&self) -> bool {
-        let known = self.limit.lock().await;
+    fn has_limit_at_rest(&self) -> bool {
+        let known = self.limit();
         match (self.cgroup.limit("memory.max"), &*known) {
             (Ok(Limit::At(in_force)), Some(limit)) => in_force == limit.at_rest,
             (Ok(_), _) => true,

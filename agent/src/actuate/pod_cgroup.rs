@@ -20,13 +20,13 @@ use crate::cgroup::{Cgroup, CgroupError, Limit};
 /// How long systemd may take: a `daemon-reload` of a large machine takes a few seconds, in which it answers nobody.
 const SYSTEMD: Duration = Duration::from_secs(10);
 
-/// What others may have written into a slice.
-const OTHERS: [&str; 6] = [
+/// What others may have written into a slice. The CPU quota is not among them: it may be moved while systemd answers,
+/// and whoever moves it puts it back.
+const OTHERS: [&str; 5] = [
     "memory.min",
     "memory.low",
     "memory.high",
     "memory.swap.max",
-    "cpu.max",
     "cpu.weight",
 ];
 

@@ -7,7 +7,8 @@
 //!
 //! A quota that somebody else has set is not moved: the watch of containers takes it over first.
 
-use bellows_core::{Amount as _, Cpu, Reason};
+use bellows_core::{Amount as _, CgroupId, Cpu, Reason};
+use tokio::time::Instant;
 
 use super::{
     pod::{May, Pod},
@@ -15,38 +16,47 @@ use super::{
 };
 use crate::{
     cgroup::{Cgroup, quota::Quota},
+    cri::RuntimeError,
     quota::Setter,
 };
 
 impl Setter for Updater {
     fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
-        let in_force = cgroup
-            .quota()
-            .map_err(text)?
-            .ok_or("it has no CPU limit (any more)")?;
+        let in_force = cgroup.quota().map_err(text)?;
+        let in_force = in_force.ok_or("it has no CPU limit (any more)")?;
         let wanted = in_force.with(to);
-        let asked = self.target(cgroup.id(), |target| {
-            let quota = target.original.quota.as_mut()?;
-            if !quota.is_ours(in_force) {
-                return None;
-            }
-            quota.cpu.ask(wanted.cpu);
-            Some((target.original.clone(), target.pod.clone()))
+        let known = self.target(cgroup.id(), |target| {
+            let quota = target.original.quota.as_ref();
+            let is_ours = quota.is_some_and(|quota| quota.is_ours(in_force));
+            is_ours.then(|| (target.original.name.clone(), target.pod.clone()))
         });
-        let asked = asked.map_err(|refused| refused.why)?;
-        let (original, pod) = asked.ok_or("somebody else has set it")?;
-        self.records().write(&original).map_err(text)?;
+        let known = known.map_err(|refused| refused.why)?;
+        let (container, pod) = known.ok_or("somebody else has set it")?;
+        let asked = self.change(cgroup.id(), |original| {
+            if let Some(quota) = &mut original.quota {
+                quota.cpu.ask(wanted.cpu, in_force.cpu);
+            }
+        });
+        asked.map_err(|refused| refused.why)?;
         let pod = pod.as_deref();
         if to > in_force.cpu {
             self.settle_pod_quota(pod, May::Rise)?;
         }
         cgroup.set_quota(wanted).map_err(text)?;
-        tracing::info!(container = original.name, from = %in_force.cpu, %to, ?reason, "CPU quota");
+        tracing::info!(container, from = %in_force.cpu, %to, ?reason, "CPU quota");
         if to < in_force.cpu {
             self.settle_pod_quota(pod, May::Fall)?;
         }
-        self.wake(cgroup.id(), |_| {})
-            .map_err(|refused| refused.why)
+        let woken = self.wake(cgroup.id(), |target| {
+            target.quota_moved.get_or_insert_with(Instant::now);
+        });
+        woken.map_err(|refused| refused.why)
+    }
+
+    fn settle(&self, cgroup: &Cgroup) -> Result<(), String> {
+        let pod = self.target(cgroup.id(), |target| target.pod.clone());
+        let pod = pod.map_err(|refused| refused.why)?;
+        self.settle_pod_quota(pod.as_deref(), May::Rise)
     }
 }
 
@@ -65,25 +75,53 @@ impl Updater {
             let in_force = target.cgroup.quota().ok()??;
             Some(quota.cpu.raised_by(in_force.cpu))
         };
-        let raised: Vec<Cpu> = self.targets().with(|targets| {
-            let own = targets.values().filter(|target| target.is_in(pod));
-            own.map(|target| of_target(target).unwrap_or(Cpu::ZERO))
-                .collect()
-        });
-        pod.settle_quota(&raised, may).map_err(text)
+        let raised = || {
+            self.targets().with(|targets| {
+                let own = targets.values().filter(|target| target.is_in(pod));
+                own.map(|target| of_target(target).unwrap_or(Cpu::ZERO))
+                    .collect()
+            })
+        };
+        pod.settle_quota(raised, may).map_err(text)
     }
 
-    /// The runtime knows a quota.
-    pub(super) fn quota_is_told(&self, target: &Target, told: Quota) {
-        let original = self.target(target.cgroup.id(), |target| {
-            target.quota_told = Some(tokio::time::Instant::now());
-            target.original.quota.as_mut()?.told = told.cpu;
-            Some(target.original.clone())
+    /// The quota of which the runtime is told with whatever it is asked for; that it may set it is written down.
+    pub(super) fn quota_to_tell(&self, id: CgroupId) -> Option<Quota> {
+        let noted = self.change(id, |original| {
+            let quota = original.quota.as_mut()?;
+            let latest = quota.latest();
+            quota.telling = Some(latest.cpu);
+            Some(latest)
         });
-        if let Ok(Some(original)) = original
-            && let Err(error) = self.records().write(&original)
-        {
-            tracing::warn!(container = original.name, %error, "a CPU quota is not written down");
+        noted.ok().flatten()
+    }
+
+    /// The runtime was told of a quota.
+    pub(super) fn quota_is_told(
+        &self,
+        id: CgroupId,
+        told: Quota,
+        answer: &Result<(), RuntimeError>,
+    ) {
+        if answer.as_ref().is_err_and(RuntimeError::is_uncertain) {
+            return;
+        }
+        let noted = self.change(id, |original| {
+            if let Some(quota) = &mut original.quota {
+                quota.telling = None;
+                if answer.is_ok() {
+                    quota.told = told.cpu;
+                }
+            }
+        });
+        let noted = noted.and_then(|()| {
+            self.target(id, |target| {
+                target.quota_told = Some(Instant::now());
+                target.quota_moved = None;
+            })
+        });
+        if let Err(refused) = noted {
+            tracing::debug!(why = refused.why, "a CPU quota that was told is not noted");
         }
     }
 }

@@ -11,7 +11,7 @@ use bellows_core::{Bytes, Policy, Thresholds};
 use crate::cgroup::{Cgroup, CgroupError, Limit};
 
 /// A limit that is fuller than this is not set: more may be charged while it is.
-pub const FULL_PER_MILLE: u64 = 970;
+const FULL_PER_MILLE: u64 = 970;
 
 /// Brings usage under the watermark of `to`; returns whether that succeeded. The caller arms the
 /// reflex afterwards, which puts the brake back where it belongs; a brake that is somebody else's is not
@@ -58,6 +58,16 @@ pub fn make_room_in(cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
         reclaim(cgroup, excess);
     }
     Ok(cgroup.usage()? <= target)
+}
+
+/// Whether usage leaves room for what is charged while a limit is set: nobody looks before it is lowered, and the
+/// kernel kills.
+///
+/// # Errors
+///
+/// [`CgroupError`] when usage cannot be read.
+pub fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, CgroupError> {
+    Ok(cgroup.usage()? <= limit.per_mille(FULL_PER_MILLE))
 }
 
 fn reclaim(cgroup: &Cgroup, excess: Bytes) {

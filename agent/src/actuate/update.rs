@@ -7,56 +7,44 @@
 //! carries what was true before the last would undo it.
 //!
 //! A runtime that is away or late does not cost a container its life: the raise is written by hand then, within what
-//! the policy allows, and the runtime told until it knows. One task for each container tells it, one value at a
-//! time, always the latest; while the runtime is known to be late, raises are written first. A call that is late is
-//! given up for a newer value. What it asked for may still arrive (`runc` is not stopped by that), which nobody can
-//! prevent who does not own the runtime.
+//! the policy allows, and the runtime told until it knows ([`super::tell`]).
 //!
 //! The pod's own limit moves by as much, before a raise and after a lowering ([`Pod`]).
 
 use std::{
     collections::BTreeSet,
-    pin::pin,
     ptr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::SyncSender,
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool, mpsc::SyncSender},
     time::Duration,
 };
 
 use bellows_core::{Bytes, CgroupId};
 use tokio::{
     runtime::Handle,
-    select,
     sync::Notify,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 
 use super::{
     pod::{May, Pod, Who},
-    shrink::FULL_PER_MILLE,
+    shrink,
     targets::Targets,
+    tell::{Delivered, Told},
 };
 use crate::{
     cgroup::{Cgroup, Limit},
-    cri::{LinuxContainerResources, Runtime, RuntimeError, with_memory, with_quota},
+    cri::{LinuxContainerResources, Runtime, RuntimeError},
     guard::{Input, Refused, Requester},
     ledger::Record,
-    originals::{MovedQuota, Original, Records},
+    originals::{Original, Records},
 };
 
 /// An update that takes longer is late. On a busy emulated node they take up to 0.8 s.
-const LATE: Duration = Duration::from_millis(1500);
+pub(super) const LATE: Duration = Duration::from_millis(1500);
 /// A lowering that takes longer is given up: the controller waits no longer, and guards the old limit then.
 const LOWERING: Duration = Duration::from_secs(5);
-/// How long a CPU quota must have been moved before the runtime is told of it, and how often it is at most.
-const QUOTA_AFTER: Duration = Duration::from_secs(1);
-const QUOTA_INTERVAL: Duration = Duration::from_secs(10);
-/// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
-const SETTLE: Duration = Duration::from_millis(500);
-const LONGEST_SETTLE: Duration = Duration::from_secs(10);
+/// A raise that is in force already is not waited for any longer: it is told again.
+const RAISE: Duration = Duration::from_secs(15);
 
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
@@ -70,12 +58,15 @@ pub struct Target {
     /// Its pod.
     pub pod: Option<Arc<Pod>>,
     /// What is asked for and not yet on its way.
-    wanted: Option<Bytes>,
-    /// When the runtime was told of a CPU quota last.
+    pub(super) wanted: Option<Bytes>,
+    /// Whether a memory limit is asked for that the runtime does not know yet.
+    pub(super) is_moving: bool,
+    /// When the CPU quota was first moved away from what the runtime knows, and when that was told of one last.
+    pub(super) quota_moved: Option<Instant>,
     pub(super) quota_told: Option<Instant>,
     /// Whether a task tells the runtime, which [`Target::changed`] wakes.
-    is_telling: bool,
-    changed: Arc<Notify>,
+    pub(super) is_telling: bool,
+    pub(super) changed: Arc<Notify>,
 }
 
 impl Target {
@@ -93,16 +84,24 @@ impl Target {
             said,
             pod,
             wanted: None,
+            is_moving: false,
+            quota_moved: None,
             quota_told: None,
             is_telling: false,
             changed: Arc::default(),
         }
     }
 
-    /// Whether something is asked for that the runtime does not know yet.
+    /// Whether something is asked for that the runtime does not know yet: it may arrive at any moment.
     #[must_use]
     pub const fn is_telling(&self) -> bool {
         self.is_telling
+    }
+
+    /// Whether that is a memory limit.
+    #[must_use]
+    pub const fn is_moving(&self) -> bool {
+        self.is_moving
     }
 
     /// Whether it is one of a pod's.
@@ -110,26 +109,6 @@ impl Target {
     pub fn is_in(&self, pod: &Pod) -> bool {
         self.pod.as_deref().is_some_and(|own| ptr::eq(own, pod))
     }
-
-    /// In how long the runtime is to be told of the CPU quota; `None` if it knows.
-    fn quota_due(&self) -> Option<Duration> {
-        let quota = self.original.quota.as_ref()?;
-        let waited = self.quota_told.map(|told| told.elapsed());
-        let rest = waited.map_or(Duration::ZERO, |waited| {
-            QUOTA_INTERVAL.saturating_sub(waited)
-        });
-        (quota.latest().cpu != quota.told).then(|| rest.max(QUOTA_AFTER))
-    }
-}
-
-/// How telling the runtime of a limit ended.
-enum Told {
-    /// It knows, or there is nothing to know.
-    Known,
-    /// The limit is in force, and it must be told again.
-    Untold(Bytes),
-    /// Something else is asked for meanwhile.
-    Overtaken,
 }
 
 /// Sends updates; clones share what they know.
@@ -140,8 +119,10 @@ pub struct Updater {
     targets: Targets<Target>,
     inputs: SyncSender<Input>,
     records: Records<Original>,
+    /// Held while a record is changed.
+    writing: Arc<Mutex<()>>,
     /// Whether the runtime was late when it was asked last.
-    is_late: Arc<AtomicBool>,
+    pub(super) is_late: Arc<AtomicBool>,
 }
 
 impl Updater {
@@ -159,6 +140,7 @@ impl Updater {
             targets: Targets::default(),
             inputs,
             records,
+            writing: Arc::default(),
             is_late: Arc::default(),
         }
     }
@@ -183,7 +165,10 @@ impl Updater {
 
     /// Asks for a limit, in place of whatever is asked for and not yet on its way.
     pub fn send(&self, cgroup: CgroupId, to: Bytes) {
-        if let Err(refused) = self.wake(cgroup, |target| target.wanted = Some(to)) {
+        if let Err(refused) = self.wake(cgroup, |target| {
+            target.wanted = Some(to);
+            target.is_moving = true;
+        }) {
             self.answer(cgroup, to, Err(refused));
         }
     }
@@ -205,7 +190,7 @@ impl Updater {
         Ok(())
     }
 
-    fn answer(&self, cgroup: CgroupId, to: Bytes, result: Result<(), Refused>) {
+    pub(super) fn answer(&self, cgroup: CgroupId, to: Bytes, result: Result<(), Refused>) {
         // A controller that has ended needs no answer.
         drop(self.inputs.try_send(Input::Answered { cgroup, to, result }));
     }
@@ -220,143 +205,47 @@ impl Updater {
             .ok_or_else(|| refused("the container is gone", false))
     }
 
-    /// Tells the runtime what is asked for until it knows the latest. With its next update of anything else it would
-    /// set the limit that it remembers.
-    async fn tell(self, id: CgroupId) {
-        let (mut untold, mut wait) = (None, SETTLE);
-        loop {
-            let next = self.target(id, |target| {
-                let wanted = target.wanted.take();
-                let quota_due = target.quota_due();
-                target.is_telling = wanted.is_some() || untold.is_some() || quota_due.is_some();
-                (wanted, quota_due, target.clone())
-            });
-            let Ok((wanted, quota_due, target)) = next else {
-                return;
-            };
-            let told = match (wanted, untold, quota_due) {
-                (Some(to), _, _) => {
-                    wait = SETTLE;
-                    let told = self.update(&target, to).await;
-                    told.unwrap_or_else(|refused| {
-                        self.answer(id, to, Err(refused));
-                        Told::Known
-                    })
-                }
-                (None, Some(to), _) => {
-                    select! {
-                        () = target.changed.notified() => continue,
-                        () = sleep(wait) => {}
-                    }
-                    wait = (wait * 2).min(LONGEST_SETTLE);
-                    self.tell_again(&target, to).await
-                }
-                (None, None, Some(due)) => {
-                    select! {
-                        () = target.changed.notified() => continue,
-                        () = sleep(due) => {}
-                    }
-                    self.tell_quota(&target).await
-                }
-                (None, None, None) => return,
-            };
-            untold = match told {
-                Told::Known => None,
-                Told::Untold(to) => Some(to),
-                Told::Overtaken => untold,
-            };
-        }
-    }
-
-    async fn tell_again(&self, target: &Target, to: Bytes) -> Told {
-        if !fits(&target.cgroup, to).unwrap_or(false) {
-            // Whatever grew is raised again.
-            return Told::Untold(to);
-        }
-        match self.call(target, Some(to)).await {
-            Err(error) if !error.is_gone() => Told::Untold(to),
-            _ => Told::Known,
-        }
-    }
-
-    /// Asks the runtime for a memory limit, and for the CPU quota where that is moved.
-    async fn call(&self, target: &Target, memory: Option<Bytes>) -> Result<(), RuntimeError> {
-        let id = target.cgroup.id();
-        let quota = self.target(id, |target| {
-            target.original.quota.as_ref().map(MovedQuota::latest)
-        });
-        let quota = quota.ok().flatten();
-        let resources = memory.map(|memory| with_memory(memory, &target.said));
-        let resources = resources.unwrap_or_default();
-        let resources = match quota {
-            Some(quota) => with_quota(resources, quota),
-            None => resources,
-        };
-        self.runtime.update(&target.original.id, resources).await?;
-        if let Some(told) = quota {
-            self.quota_is_told(target, told);
-        }
-        Ok(())
-    }
-
-    /// Tells the runtime of the CPU quota, with the memory limit that is in force: it would set the one that it
-    /// remembers, which may be below usage.
-    async fn tell_quota(&self, target: &Target) -> Told {
-        let id = target.cgroup.id();
-        let memory = match (&target.original.limit, target.cgroup.limit("memory.max")) {
-            (Some(_), Ok(Limit::At(limit))) => Some(limit),
-            _ => None,
-        };
-        let began = Instant::now();
-        let mut call = pin!(self.call(target, memory));
-        let called = loop {
-            select! {
-                called = &mut call => break called,
-                () = target.changed.notified() => {}
-            }
-            // A raise of memory waits for it: what arrives after the raise would undo it.
-            let is_wanted = self.target(id, |target| target.wanted.is_some());
-            if is_wanted.unwrap_or(true) {
-                match timeout(LATE.saturating_sub(began.elapsed()), &mut call).await {
-                    Ok(called) => break called,
-                    Err(_elapsed) => {
-                        self.is_late.store(true, Ordering::Relaxed);
-                        return Told::Overtaken;
-                    }
-                }
-            }
-        };
-        if let Err(error) = called {
-            tracing::warn!(path = %target.cgroup.path().display(), %error, "the runtime does not know the CPU quota yet");
-        }
-        // Known or not, it is not asked again at once.
-        drop(self.target(id, |target| target.quota_told = Some(Instant::now())));
-        Told::Known
+    /// Changes what is known of a container, and writes it down. Several threads do: one at a time, or an older record
+    /// would be written last. What cannot be written down is not changed.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`].
+    pub fn change<T>(
+        &self,
+        cgroup: CgroupId,
+        change: impl FnOnce(&mut Original) -> T,
+    ) -> Result<T, Refused> {
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut original = self.target(cgroup, |target| target.original.clone())?;
+        let result = change(&mut original);
+        self.records.write(&original).map_err(text)?;
+        self.target(cgroup, |target| target.original = original)?;
+        Ok(result)
     }
 
     /// Writes down what will be asked for, before it is.
-    fn ask(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
-        let original = self.target(cgroup, |target| {
-            if let Some(limit) = &mut target.original.limit {
-                limit.ask(to);
+    fn ask(&self, cgroup: &Cgroup, to: Bytes) -> Result<(), Refused> {
+        let in_force = cgroup.limit("memory.max").map_err(text)?.bytes();
+        self.change(cgroup.id(), |original| {
+            if let Some(limit) = &mut original.limit {
+                limit.ask(to, in_force);
             }
-            target.original.clone()
-        })?;
-        self.records.write(&original).map_err(text)
+        })
     }
 
-    async fn update(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
-        let (cgroup, id) = (&target.cgroup, target.cgroup.id());
+    pub(super) async fn update(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+        let cgroup = &target.cgroup;
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
         let moved = target.original.limit.as_ref();
         if to < limit && !moved.is_some_and(|moved| moved.is_ours(limit)) {
             let why = format!("somebody else has set the limit to {limit}, which is not lowered");
             return Err(refused(&why, false));
         }
-        if to < limit && !fits(cgroup, to)? {
+        if to < limit && !shrink::fits(cgroup, to).map_err(text)? {
             return Err(refused("usage has grown meanwhile", false));
         }
-        self.ask(id, to)?;
+        self.ask(cgroup, to)?;
         // The pod goes up before the container does.
         self.settle_pod(target.pod.as_deref(), May::Rise).await?;
         let told = if to < limit {
@@ -364,58 +253,44 @@ impl Updater {
         } else {
             self.raise(target, to).await
         };
-        // And down after it, whether or not it did.
-        if let Err(Refused { why, .. }) = self.settle_pod(target.pod.as_deref(), May::Fall).await {
-            tracing::warn!(path = %cgroup.path().display(), why, "the pod's limit stays for now");
-        }
+        // And down after it, whether or not it did. What is asked for next does not wait for that.
+        let (this, pod) = (self.clone(), target.pod.clone());
+        self.tasks.spawn(async move {
+            if let Err(Refused { why, .. }) = this.settle_pod(pod.as_deref(), May::Fall).await {
+                tracing::warn!(why, "a pod's limit stays for now");
+            }
+        });
         told
     }
 
     async fn lower(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
-        match timeout(LOWERING, self.call(target, Some(to))).await {
-            Ok(Ok(())) => Ok(Told::Known),
-            Ok(Err(error)) => {
+        match self.deliver(target, Some(to), LOWERING, || Ok(())).await? {
+            Delivered::Answered(Ok(())) => Ok(Told::Known),
+            Delivered::Answered(Err(error)) => {
                 self.failed(target, &error)?;
                 Err(refusal(&error))
             }
-            Err(_elapsed) => {
+            Delivered::Silent => {
                 let why = format!("no answer within {} s", LOWERING.as_secs());
                 Err(refused(&why, true))
             }
+            Delivered::Overtaken => Ok(Told::Overtaken),
         }
     }
 
     async fn raise(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
         let cgroup = &target.cgroup;
-        let mut call = pin!(self.call(target, Some(to)));
-        // A call that was not polled is not sent: it is under way when the raise is written first.
-        let patience = if self.is_late.load(Ordering::Relaxed) {
-            Duration::ZERO
-        } else {
-            LATE
-        };
-        let updated = match timeout(patience, &mut call).await {
-            Ok(updated) => updated,
-            Err(_elapsed) => {
-                self.is_late.store(true, Ordering::Relaxed);
-                if fall_back(cgroup, to)? {
-                    self.answer(cgroup.id(), to, Ok(()));
-                }
-                loop {
-                    select! {
-                        updated = &mut call => break updated,
-                        () = target.changed.notified() => {}
-                    }
-                    // An older change may have left its mark.
-                    if self.target(cgroup.id(), |target| target.wanted.is_some())? {
-                        return Ok(Told::Overtaken);
-                    }
-                }
+        let by_hand = || {
+            if fall_back(cgroup, to)? {
+                self.answer(cgroup.id(), to, Ok(()));
             }
+            Ok(())
         };
-        let Err(error) = updated else {
-            self.is_late.store(false, Ordering::Relaxed);
-            return Ok(Told::Known);
+        let error = match self.deliver(target, Some(to), RAISE, by_hand).await? {
+            Delivered::Answered(Ok(())) => return Ok(Told::Known),
+            Delivered::Overtaken => return Ok(Told::Overtaken),
+            Delivered::Silent => return Ok(Told::Untold(to)),
+            Delivered::Answered(Err(error)) => error,
         };
         if !error.is_gone() && fall_back(cgroup, to)? {
             tracing::warn!(path = %cgroup.path().display(), %to, %error, "the limit is raised without its runtime, which is told later");
@@ -431,7 +306,7 @@ impl Updater {
             return Ok(());
         }
         let limit = target.cgroup.limit("memory.max").map_err(text)?.bytes();
-        self.ask(target.cgroup.id(), limit)
+        self.ask(&target.cgroup, limit)
     }
 
     /// Brings the limit of a pod to where its containers need it.
@@ -444,7 +319,22 @@ impl Updater {
             return Ok(());
         };
         let raised = |who| self.raised_in(pod, who);
-        pod.settle(&raised, may).await.map_err(text)
+        let settled = pod.settle(&raised, may);
+        let settled = match may {
+            May::Fall => settled.await,
+            // A container must not wait for longer, nor be killed by its pod because systemd refuses.
+            May::Rise => match timeout(LATE, settled).await {
+                Ok(Ok(())) => Ok(()),
+                failed => {
+                    tracing::warn!(path = %pod.cgroup().path().display(), ?failed, "the limit of a pod is raised by hand");
+                    pod.raise_by_hand(&raised)
+                }
+            },
+        };
+        settled.map_err(text)?;
+        // systemd may have set its own CPU quota again on the way.
+        self.settle_pod_quota(Some(pod), May::Rise)
+            .map_err(|why| refused(&why, false))
     }
 
     /// By how much each container of a pod is raised.
@@ -475,11 +365,6 @@ impl Updater {
         });
         raised.collect()
     }
-}
-
-/// Whether usage fits below a limit: the runtime does not look before it lowers one, and the kernel kills.
-fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, Refused> {
-    Ok(cgroup.usage().map_err(text)? <= limit.per_mille(FULL_PER_MILLE))
 }
 
 /// Raises the limit by writing it, where the runtime is late or fails: its container would be killed. The

@@ -1,7 +1,7 @@
 //! What of the node's CPUs nobody uses.
 //!
-//! From the root cgroup's counter, which costs one read however many CPUs there are; time that a hypervisor has
-//! taken away counts as idle.
+//! From the root cgroup's counter, which costs one read however many CPUs there are. It is looked at when somebody
+//! asks, so what a first step after a long quiet time is measured against is the mean of that time.
 
 use std::{fs, path::PathBuf};
 

@@ -17,7 +17,7 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, mpsc},
-    thread::{self, JoinHandle},
+    thread,
     time::Duration,
 };
 
@@ -48,6 +48,13 @@ pub trait Setter: Send + 'static {
     ///
     /// Why not, for people. The quota is as it was.
     fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String>;
+
+    /// Sees to it that the pod of a cgroup holds what that has. Must not block.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not, for people.
+    fn settle(&self, cgroup: &Cgroup) -> Result<(), String>;
 }
 
 /// What the thread is told.
@@ -56,7 +63,6 @@ enum Command {
     Watch(Box<Watched>),
     Policy(CgroupId, CpuPolicy),
     Forget(CgroupId),
-    Stop,
 }
 
 /// A cgroup whose quota is moved.
@@ -78,7 +84,7 @@ pub struct Quotas {
 }
 
 impl Quotas {
-    /// Starts the thread; it ends with [`Self::stop`].
+    /// Starts the thread, which runs until the process ends.
     ///
     /// # Errors
     ///
@@ -88,7 +94,7 @@ impl Quotas {
         setter: impl Setter,
         cpus: u64,
         root: PathBuf,
-    ) -> io::Result<(Self, JoinHandle<()>)> {
+    ) -> io::Result<Self> {
         let (commands, receiver) = mpsc::channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let worker = Worker {
@@ -100,10 +106,10 @@ impl Quotas {
             idle: Idle::new(root, cpus),
             ticked: Nanos(0),
         };
-        let thread = thread::Builder::new()
+        thread::Builder::new()
             .name("quotas".to_owned())
             .spawn(move || worker.run())?;
-        Ok((Self { commands, wake }, thread))
+        Ok(Self { commands, wake })
     }
 
     fn send(&self, command: Command) {
@@ -130,11 +136,6 @@ impl Quotas {
     /// Leaves it alone; its quota stays.
     pub fn forget(&self, cgroup: CgroupId) {
         self.send(Command::Forget(cgroup));
-    }
-
-    /// Ends the thread; quotas stay.
-    pub fn stop(&self) {
-        self.send(Command::Stop);
     }
 }
 
@@ -222,7 +223,7 @@ impl<S: Setter> Worker<S> {
                 }
                 Ok(Command::Forget(cgroup)) => self.forget(cgroup),
                 Err(mpsc::TryRecvError::Empty) => return true,
-                Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
+                Err(mpsc::TryRecvError::Disconnected) => return false,
             }
         }
     }
@@ -276,12 +277,16 @@ impl<S: Setter> Worker<S> {
         let meant = self.table.iter().filter_map(|(&id, row)| {
             let own = throttled.get(&id);
             let by_pod = row.pod.and_then(|pod| throttled.get(&pod));
-            Some((id, *own.or(by_pod)?))
+            Some((id, *own.or(by_pod)?, by_pod.is_some()))
         });
-        let meant: Vec<(CgroupId, Nanos)> = meant.collect();
-        for (id, at) in meant {
+        let meant: Vec<(CgroupId, Nanos, bool)> = meant.collect();
+        for (id, at, by_pod) in meant {
             if let Some(row) = self.table.get_mut(&id) {
                 row.history.throttled(at);
+                // systemd may have set its own again.
+                if by_pod && let Err(why) = self.setter.settle(&row.cgroup) {
+                    row.failed(why);
+                }
             }
             self.look_at(id, true);
         }

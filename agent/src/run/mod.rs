@@ -274,10 +274,10 @@ impl Fast {
         let mut fast = self;
         // Without the programs counters are looked at.
         let throttles = match fast.kernel.as_mut().map(Kernel::take_throttles) {
-            Some(taken) => Some(taken.map_err(RunError::Kernel)?),
+            Some(taken) => taken.map_err(RunError::Kernel)?,
             None => None,
         };
-        let (quotas, _ends_with_us) = Quotas::start(
+        let quotas = Quotas::start(
             throttles,
             updater.clone(),
             fast.cpus,

@@ -34,7 +34,9 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
         .map_err(|error| RunError::System("cannot read the ledger", error))?;
     let (records, pods) = (Records::containers(), Records::pods());
     let (all, pods_left) = (records.all(), pods.all());
-    if all.is_empty() && pods_left.is_empty() {
+    let quotas = Records::pod_quotas();
+    let quotas_left = quotas.all();
+    if all.is_empty() && pods_left.is_empty() && quotas_left.is_empty() {
         return Ok((Vec::new(), true));
     }
     let socket = endpoint.map_or_else(cri::find_socket, Ok)?;
@@ -59,9 +61,8 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
             }
         }
         let left = records.all();
-        let quotas = Records::pod_quotas();
-        for pod in quotas.all() {
-            match lower_pod_quota(&pod, &left) {
+        for pod in quotas_left {
+            match lower_pod_quota(&quotas, &pod, &left) {
                 Ok(true) => quotas.remove(pod.key()),
                 Ok(false) => {}
                 Err(why) => {
@@ -74,7 +75,7 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
             }
         }
         for pod in pods_left {
-            match lower_pod(&pod, &left).await {
+            match lower_pod(&pods, &pod, &left).await {
                 Ok(true) => pods.remove(pod.key()),
                 Ok(false) => {}
                 Err(why) => {
@@ -172,9 +173,9 @@ async fn quota_back(
     }
     if quota.cpu != at_rest || moved.told != at_rest {
         // The runtime sends what it remembers of memory too, which may be old: it is told what is in force.
-        let memory = match (&original.limit, cgroup.limit("memory.max").map_err(text)?) {
-            (Some(_), Limit::At(limit)) => with_memory(limit, said),
-            _ => LinuxContainerResources::default(),
+        let memory = match cgroup.limit("memory.max").map_err(text)? {
+            Limit::At(limit) => with_memory(limit, said),
+            Limit::Max => LinuxContainerResources::default(),
         };
         let resources = with_quota(memory, quota.with(at_rest));
         containers
@@ -186,7 +187,11 @@ async fn quota_back(
 }
 
 /// Lowers a pod's CPU quota to what its containers have that are not at rest; returns whether that is none.
-fn lower_pod_quota(pod: &PodQuota, left: &[Original]) -> Result<bool, String> {
+fn lower_pod_quota(
+    records: &Records<PodQuota>,
+    pod: &PodQuota,
+    left: &[Original],
+) -> Result<bool, String> {
     let cgroup = match Cgroup::open(&pod.path) {
         Ok(cgroup) => cgroup,
         Err(error) if error.is_gone() => return Ok(true),
@@ -207,13 +212,21 @@ fn lower_pod_quota(pod: &PodQuota, left: &[Original]) -> Result<bool, String> {
     let raised: Vec<Cpu> = raised.collect();
     let step = pod_step(&pod.quota.cpu, in_force.cpu, raised.iter().copied());
     if let PodStep::Lower(to) = step {
-        cgroup.set_quota(in_force.with(to)).map_err(text)?;
+        let wanted = in_force.with(to);
+        let mut asked = pod.clone();
+        asked.quota.cpu.ask(wanted.cpu, in_force.cpu);
+        records.write(&asked).map_err(text)?;
+        cgroup.set_quota(wanted).map_err(text)?;
     }
     Ok(raised.is_empty())
 }
 
 /// Lowers a pod's limit to what its containers have that are not at rest; returns whether that is none.
-async fn lower_pod(pod: &PodOriginal, left: &[Original]) -> Result<bool, String> {
+async fn lower_pod(
+    records: &Records<PodOriginal>,
+    pod: &PodOriginal,
+    left: &[Original],
+) -> Result<bool, String> {
     let cgroup = match Cgroup::open(&pod.path) {
         Ok(cgroup) => cgroup,
         Err(error) if error.is_gone() => return Ok(true),
@@ -240,6 +253,9 @@ async fn lower_pod(pod: &PodOriginal, left: &[Original]) -> Result<bool, String>
                     "it uses too much for a limit of {to}: stop what it runs, and try again"
                 ));
             }
+            let mut asked = pod.clone();
+            asked.limit.ask(to, in_force);
+            records.write(&asked).map_err(text)?;
             pod_cgroup::set_limit(&cgroup, to).await.map_err(text)?;
         }
     }

@@ -8,6 +8,8 @@ use aya::{
     programs::{BtfTracePoint, FEntry, FExit, Program, ProgramError},
 };
 
+use super::offsets::{ABSENT, Offsets};
+
 /// How a program is attached.
 #[derive(Clone, Copy)]
 enum Hook {
@@ -54,6 +56,8 @@ const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
 const NO_WRITES: &str =
     "a limit or brake that somebody else moves is not put right before the next raise";
 const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
+pub(super) const THROTTLED_PROGRAM: &str = "throttled";
+const THROTTLED: &[&str] = &["throttle_cfs_rq"];
 const NO_THROTTLES: &str =
     "a CPU quota that is used up is seen at the next look at its counters only, up to 250 ms later";
 const NO_HOLDS: &str = "sleeps are not counted in full";
@@ -106,6 +110,19 @@ pub struct Missing {
     pub lost: &'static str,
     /// The last failure.
     pub why: String,
+}
+
+/// What is attached and sees nothing, because the kernel does not have the fields that it reads.
+pub(super) fn without_offsets(offsets: &Offsets) -> Option<Missing> {
+    let lacking = ["OFF_CFS_RQ_GROUP", "OFF_GROUP_CGROUP"];
+    let mut globals = offsets.globals().iter();
+    let lacks = globals.any(|&(name, value)| lacking.contains(&name) && value == ABSENT);
+    lacks.then(|| Missing {
+        program: THROTTLED_PROGRAM,
+        functions: THROTTLED,
+        lost: NO_THROTTLES,
+        why: "this kernel has no `cfs_rq.tg`".to_owned(),
+    })
 }
 
 /// Attaches programs; returns those that could not be. Fails only for the growth program, without which

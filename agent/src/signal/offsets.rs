@@ -3,7 +3,7 @@
 use super::btf::{Btf, BtfError};
 
 /// The value of an offset whose field this kernel does not have.
-const ABSENT: u64 = u64::MAX;
+pub(super) const ABSENT: u64 = u64::MAX;
 /// Generations (`MAX_NR_GENS`) times types (anonymous, file) of `lru_gen_folio.nr_pages`.
 const GENERATION_ROWS: u64 = 8;
 /// Lists of a zone (`NR_LRU_LISTS`) in `mem_cgroup_per_node.lru_zone_size`.

@@ -20,7 +20,10 @@ use thiserror::Error;
 use zerocopy::FromBytes as _;
 
 use super::{
-    attach::{GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, attach_all},
+    attach::{
+        GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, THROTTLED_PROGRAM, attach_all,
+        without_offsets,
+    },
     btf::{Btf, BtfError},
     guards::Guards,
     offsets::Offsets,
@@ -185,6 +188,7 @@ impl Kernel {
             };
             missing.extend(attach_all(&mut programs, specs, &btf).map_err(failed)?);
         }
+        missing.extend(without_offsets(&offsets));
         Self::with_maps(programs, logger, missing)
     }
 
@@ -213,13 +217,17 @@ impl Kernel {
         Ok((kernel, Reflexes { ring, guards }))
     }
 
-    /// The ring of throttled cgroups, once.
+    /// The ring of throttled cgroups, once; `None` where this kernel does not tell of them.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`] the second time.
-    pub fn take_throttles(&mut self) -> Result<Throttles, LoadError> {
-        Throttles::of(&mut self.programs)
+    pub fn take_throttles(&mut self) -> Result<Option<Throttles>, LoadError> {
+        let is_missing = |missing: &Missing| missing.program == THROTTLED_PROGRAM;
+        if self.missing.iter().any(is_missing) {
+            return Ok(None);
+        }
+        Throttles::of(&mut self.programs).map(Some)
     }
 
     /// Programs that could not be attached.

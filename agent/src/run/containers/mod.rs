@@ -261,7 +261,7 @@ impl Watch {
             let settled = settled.map_err(|refused| refused.why);
             let settled = settled.and(updater.settle_pod_quota(Some(&pod), May::Fall));
             // Whoever has it beside us is one of its containers.
-            if Arc::strong_count(&pod) == 1 && pod.is_left().await {
+            if Arc::strong_count(&pod) == 1 && pod.is_left() {
                 continue;
             }
             if let Err(why) = settled {

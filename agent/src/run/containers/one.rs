@@ -111,11 +111,11 @@ impl Watch {
         };
         let memory = self.follow_memory(id, &cgroup, memory).await;
         let quota = self.follow_quota(id, &cgroup, quota);
-        let is_guarded = self
-            .known
-            .get(id)
-            .is_some_and(|known| known.memory.is_some() || known.quota.is_some());
-        if !is_guarded {
+        let targets = self.context.updater.targets();
+        let is_left = targets.of(cgroup.id(), |target| {
+            target.original.limit.is_none() && target.original.quota.is_none()
+        });
+        if is_left.unwrap_or(true) {
             self.leave(id, &cgroup);
         }
         match (memory, quota) {
@@ -167,15 +167,10 @@ impl Watch {
     fn record<T>(
         &self,
         cgroup: &Cgroup,
-        change: impl FnOnce(&mut Target) -> T,
+        change: impl FnOnce(&mut Original) -> T,
     ) -> Result<T, String> {
-        let targets = self.context.updater.targets();
-        let changed = targets.of(cgroup.id(), |target| {
-            (change(target), target.original.clone())
-        });
-        let (result, original) = changed.ok_or("it is not known any more")?;
-        self.records().write(&original).map_err(text)?;
-        Ok(result)
+        let changed = self.context.updater.change(cgroup.id(), change);
+        changed.map_err(|refused| refused.why)
     }
 
     /// Follows rules for memory, or brings it to rest without any.
@@ -193,73 +188,75 @@ impl Watch {
         let limit = cgroup.limit("memory.max").map_err(text)?;
         let targets = self.context.updater.targets();
         let known = targets.of(cgroup.id(), |target| {
-            (target.original.limit.clone(), target.is_telling())
+            let original = target.original.limit.clone();
+            (original, target.is_moving(), target.is_telling())
         });
-        let (moved, is_telling) = known.ok_or("it is not known any more")?;
+        let (moved, is_moving, is_telling) = known.ok_or("it is not known any more")?;
         if rules.is_none() && moved.is_none() {
             return Ok(());
         }
         let Limit::At(limit) = limit else {
-            self.leave_memory(id, cgroup)?;
+            if !is_telling {
+                self.leave_memory(id, cgroup)?;
+            }
             return Err("it has no memory limit: there is nothing to raise".to_owned());
         };
         let moved = match moved {
             // What is on its way may be ours, or replace theirs: that is seen when it has arrived.
-            Some(moved) if moved.is_ours(limit) || is_telling => moved,
+            Some(moved) if moved.is_ours(limit) || is_moving => moved,
             Some(_) => self.take_over(id, cgroup, limit).await?,
             None => {
                 let moved = MovedLimit::new(limit);
-                self.record(cgroup, |target| target.original.limit = Some(moved.clone()))?;
+                self.record(cgroup, |original| original.limit = Some(moved.clone()))?;
                 moved
             }
         };
-        let is_at_rest = limit == moved.at_rest;
+        let is_at_rest = limit == moved.at_rest && !is_telling;
         if rules.is_none() && is_at_rest {
             return self.leave_memory(id, cgroup);
         }
-        if rules.is_none() && limit < moved.at_rest && !is_telling {
+        if is_at_rest && !moved.asked.is_empty() {
+            self.record(cgroup, |original| {
+                original.limit.iter_mut().for_each(MovedLimit::rest);
+            })?;
+        }
+        if rules.is_none() && limit < moved.at_rest && !is_moving {
             // It had less at rest by a policy's rules, which are gone.
             self.context.updater.send(cgroup.id(), moved.at_rest);
         }
-        let wanted = match self.policy(moved.at_rest, rules) {
-            Ok(wanted) => wanted,
-            Err(why) => {
-                // Somebody else has set more than the policy allows.
-                if is_at_rest {
-                    self.leave_memory(id, cgroup)?;
-                }
+        let (wanted, refusal) = match self.policy(moved.at_rest, rules) {
+            Ok(wanted) => (wanted, None),
+            // Somebody else has set more than the policy allows, or the policy has changed.
+            Err(why) if is_at_rest => {
+                self.leave_memory(id, cgroup)?;
                 return Err(why);
             }
+            Err(why) => (self.policy(moved.at_rest, None)?, Some(why)),
         };
         if !is_guarded {
-            self.adopt_memory(cgroup, wanted, limit).await?;
+            self.adopt_memory(cgroup, wanted, limit)?;
         }
-        let Some(known) = self.known.get_mut(id) else {
-            return Ok(());
-        };
-        let before = known.memory.replace(wanted);
-        if is_guarded && before != Some(wanted) {
-            self.send(Input::Policy(cgroup.id(), wanted));
+        if let Some(known) = self.known.get_mut(id) {
+            let before = known.memory.replace(wanted);
+            if is_guarded && before != Some(wanted) {
+                self.send(Input::Policy(cgroup.id(), wanted));
+            }
         }
-        Ok(())
+        refusal.map_or(Ok(()), Err)
     }
 
-    async fn adopt_memory(
-        &self,
-        cgroup: &Cgroup,
-        policy: Policy,
-        limit: Bytes,
-    ) -> Result<(), String> {
-        let (target, moved) = self.record(cgroup, |target| {
-            (target.clone(), target.original.limit.clone())
-        })?;
-        let is_ours = |said: Bytes| moved.as_ref().is_some_and(|moved| moved.is_ours(said));
+    fn adopt_memory(&self, cgroup: &Cgroup, policy: Policy, limit: Bytes) -> Result<(), String> {
+        let targets = self.context.updater.targets();
+        let target = targets.of(cgroup.id(), |target| target.clone());
+        let target = target.ok_or("it is not known any more")?;
+        let moved = target.original.limit.as_ref();
+        let is_ours = |said: Bytes| moved.is_some_and(|moved| moved.is_ours(said));
         if memory_limit(&target.said).is_some_and(|said| !is_ours(said.page_floor())) {
             let (container, said) = (&target.original.name, &target.said);
             tracing::warn!(container, ?said, %limit, "its runtime has another limit than its cgroup");
         }
         if let Some(pod) = &target.pod {
-            pod.adopt().await.map_err(text)?;
+            pod.adopt().map_err(text)?;
         }
         let container = target.original.name;
         tracing::info!(container, limit = %policy.original, max = %policy.ceiling, "guarded");
@@ -273,7 +270,7 @@ impl Watch {
         if known.and_then(|known| known.memory.take()).is_some() {
             self.send(Input::Forget(cgroup.id()));
         }
-        self.record(cgroup, |target| target.original.limit = None)
+        self.record(cgroup, |original| original.limit = None)
     }
 
     /// Somebody else has set a limit, which is the new original.
@@ -286,10 +283,11 @@ impl Watch {
         let (status, _) = self.runtime().status(id).await.map_err(text)?;
         let said = status.resources.and_then(|resources| resources.linux);
         let moved = MovedLimit::new(limit);
-        let container = self.record(cgroup, |target| {
-            target.said = said.unwrap_or_default();
-            target.original.limit = Some(moved.clone());
-            target.original.name.clone()
+        let targets = self.context.updater.targets();
+        targets.of(cgroup.id(), |target| target.said = said.unwrap_or_default());
+        let container = self.record(cgroup, |original| {
+            original.limit = Some(moved.clone());
+            original.name.clone()
         })?;
         tracing::info!(container, %limit, "the limit was changed by somebody else, which is the new original");
         Ok(moved)
@@ -329,13 +327,17 @@ impl Watch {
         rules: Option<CpuRules>,
     ) -> Result<(), String> {
         let targets = self.context.updater.targets();
-        let known = targets.of(cgroup.id(), |target| target.original.quota.clone());
-        let moved = known.ok_or("it is not known any more")?;
+        let known = targets.of(cgroup.id(), |target| {
+            (target.original.quota.clone(), target.is_telling())
+        });
+        let (moved, is_telling) = known.ok_or("it is not known any more")?;
         if rules.is_none() && moved.is_none() {
             return Ok(());
         }
         let Some(quota) = cgroup.quota().map_err(text)? else {
-            self.leave_quota(id, cgroup)?;
+            if !is_telling {
+                self.leave_quota(id, cgroup)?;
+            }
             return Err("it has no CPU limit: there is nothing to raise".to_owned());
         };
         let moved = match moved {
@@ -343,37 +345,41 @@ impl Watch {
             before => self.new_quota(cgroup, quota, before.is_some())?,
         };
         let at_rest = moved.cpu.at_rest;
-        let is_at_rest = quota.cpu == at_rest;
-        if rules.is_none() && is_at_rest && moved.told == at_rest {
+        let is_settled = moved.is_settled(quota) && !is_telling;
+        if rules.is_none() && is_settled {
             return self.leave_quota(id, cgroup);
         }
-        let rules = rules.unwrap_or(CpuRules {
-            max: at_rest,
-            throttled_per_mille: 0,
-        });
-        if rules.max < at_rest {
-            if is_at_rest {
-                self.leave_quota(id, cgroup)?;
-            }
+        if is_settled && !moved.cpu.asked.is_empty() {
+            self.record(cgroup, |original| {
+                original.quota.iter_mut().for_each(|quota| quota.cpu.rest());
+            })?;
+        }
+        let refusal = rules.filter(|rules| rules.max < at_rest).map(|rules| {
             let max = rules.max;
-            return Err(format!(
+            format!(
                 "the maximum of {max} is below the CPU limit of {at_rest}: raise the maximum or lower the limit"
-            ));
+            )
+        });
+        if let (Some(why), true) = (&refusal, is_settled) {
+            self.leave_quota(id, cgroup)?;
+            return Err(why.clone());
         }
         let wanted = CpuPolicy {
             at_rest,
-            max: rules.max,
-            throttled_per_mille: rules.throttled_per_mille,
+            max: rules.map_or(at_rest, |rules| rules.max.max(at_rest)),
+            throttled_per_mille: rules.map_or(0, |rules| rules.throttled_per_mille),
         };
-        let Some(known) = self.known.get_mut(id) else {
-            return Ok(());
-        };
-        match known.quota.replace(wanted) {
-            Some(before) if before == wanted => {}
+        let before = self
+            .known
+            .get_mut(id)
+            .and_then(|known| known.quota.replace(wanted));
+        match before {
+            Some(before) if before == wanted && quota.cpu == at_rest => {}
+            // What arrives late is looked at too.
             Some(_) => self.context.quotas.policy(cgroup.id(), wanted),
             None => self.watch_quota(cgroup, wanted),
         }
-        Ok(())
+        refusal.map_or(Ok(()), Err)
     }
 
     fn watch_quota(&self, cgroup: &Cgroup, policy: CpuPolicy) {
@@ -400,9 +406,9 @@ impl Watch {
         is_foreign: bool,
     ) -> Result<MovedQuota, String> {
         let moved = MovedQuota::new(quota);
-        let container = self.record(cgroup, |target| {
-            target.original.quota = Some(moved.clone());
-            target.original.name.clone()
+        let container = self.record(cgroup, |original| {
+            original.quota = Some(moved.clone());
+            original.name.clone()
         })?;
         if is_foreign {
             tracing::info!(container, cpu = %quota.cpu, "the CPU limit was changed by somebody else, which is the new original");
@@ -416,7 +422,7 @@ impl Watch {
         if known.and_then(|known| known.quota.take()).is_some() {
             self.context.quotas.forget(cgroup.id());
         }
-        self.record(cgroup, |target| target.original.quota = None)
+        self.record(cgroup, |original| original.quota = None)
     }
 
     /// A container's pod, one for all of its containers: each moves its limit.

@@ -1,0 +1,222 @@
+//! Telling a runtime of limits until it knows them.
+//!
+//! One task for each container, one call at a time, always with the latest of memory and CPU: a call that carries what
+//! was true before the last would undo it. While the runtime is known to be late, raises are written first. A call that
+//! is late is given up for a newer value of memory. What it asked for may still arrive (`runc` is not stopped by
+//! that), which nobody can prevent who does not own the runtime.
+
+use std::{pin::pin, sync::Arc, sync::atomic::Ordering, time::Duration};
+
+use bellows_core::{Bytes, CgroupId};
+use tokio::{
+    select,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    shrink,
+    update::{LATE, Target, Updater},
+};
+use crate::{
+    cgroup::Limit,
+    cri::{RuntimeError, memory_limit, with_memory, with_quota},
+    guard::Refused,
+};
+
+/// How long a CPU quota must have been moved before the runtime is told of it, and how often it is at most.
+const QUOTA_AFTER: Duration = Duration::from_secs(1);
+const QUOTA_INTERVAL: Duration = Duration::from_secs(10);
+/// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
+const SETTLE: Duration = Duration::from_millis(500);
+const LONGEST_SETTLE: Duration = Duration::from_secs(10);
+/// Longer than any call may take.
+const WHATEVER_IT_TAKES: Duration = Duration::from_secs(60);
+
+/// How telling the runtime of a limit ended.
+pub(super) enum Told {
+    /// It knows, or there is nothing to know.
+    Known,
+    /// The limit is in force, and it must be told again.
+    Untold(Bytes),
+    /// Something else is asked for meanwhile.
+    Overtaken,
+}
+
+/// How a call ended.
+pub(super) enum Delivered {
+    /// With an answer.
+    Answered(Result<(), RuntimeError>),
+    /// Without one, for as long as it was waited for.
+    Silent,
+    /// It was late, and something else is asked for.
+    Overtaken,
+}
+
+impl Target {
+    /// When the runtime is to be told of the CPU quota; `None` if it knows.
+    fn quota_due(&self) -> Option<Instant> {
+        let quota = self.original.quota.as_ref()?;
+        if quota.latest().cpu == quota.told && quota.telling.is_none() {
+            return None;
+        }
+        let moved = self.quota_moved.unwrap_or_else(Instant::now) + QUOTA_AFTER;
+        let told = self.quota_told.map(|told| told + QUOTA_INTERVAL);
+        Some(told.map_or(moved, |told| told.max(moved)))
+    }
+}
+
+impl Updater {
+    /// Tells the runtime what is asked for until it knows the latest. With its next update of anything else it would
+    /// set the limit that it remembers.
+    pub(super) async fn tell(self, id: CgroupId) {
+        let Ok(changed) = self.target(id, |target| Arc::clone(&target.changed)) else {
+            return;
+        };
+        let (mut untold, mut wait) = (None, SETTLE);
+        let mut again = Instant::now();
+        loop {
+            let next = self.target(id, |target| {
+                if !Arc::ptr_eq(&changed, &target.changed) {
+                    // It was left and adopted again: another task is for that.
+                    return None;
+                }
+                let wanted = target.wanted.take();
+                let quota_due = target.quota_due();
+                target.is_moving = wanted.is_some() || untold.is_some();
+                target.is_telling = target.is_moving || quota_due.is_some();
+                Some((wanted, quota_due, target.clone()))
+            });
+            let Ok(Some((wanted, quota_due, target))) = next else {
+                return;
+            };
+            let told = match (wanted, untold, quota_due) {
+                (Some(to), _, _) => {
+                    wait = SETTLE;
+                    let told = self.update(&target, to).await;
+                    told.unwrap_or_else(|refused| {
+                        self.answer(id, to, Err(refused));
+                        Told::Known
+                    })
+                }
+                (None, Some(to), _) => {
+                    select! {
+                        () = changed.notified() => continue,
+                        () = sleep_until(again) => {}
+                    }
+                    wait = (wait * 2).min(LONGEST_SETTLE);
+                    self.tell_again(&target, to).await
+                }
+                (None, None, Some(due)) => {
+                    select! {
+                        () = changed.notified() => continue,
+                        () = sleep_until(due) => {}
+                    }
+                    self.tell_quota(&target).await
+                }
+                (None, None, None) => return,
+            };
+            again = Instant::now() + wait;
+            untold = match told {
+                Told::Known => None,
+                Told::Untold(to) => Some(to),
+                Told::Overtaken => untold,
+            };
+        }
+    }
+
+    async fn tell_again(&self, target: &Target, to: Bytes) -> Told {
+        if !shrink::fits(&target.cgroup, to).unwrap_or(false) {
+            // Whatever grew is raised again.
+            return Told::Untold(to);
+        }
+        let delivered = self.deliver(target, Some(to), WHATEVER_IT_TAKES, || Ok(()));
+        match delivered.await {
+            Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
+            Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
+            Ok(Delivered::Silent) => Told::Untold(to),
+            Ok(Delivered::Overtaken) => Told::Overtaken,
+        }
+    }
+
+    /// Tells the runtime of the CPU quota, with the memory limit that is in force: it would set the one that it
+    /// remembers, which may be below usage.
+    async fn tell_quota(&self, target: &Target) -> Told {
+        let told = match target.cgroup.limit("memory.max") {
+            Ok(Limit::At(limit)) => {
+                self.deliver(target, Some(limit), WHATEVER_IT_TAKES, || Ok(()))
+                    .await
+            }
+            Ok(Limit::Max) if memory_limit(&target.said).is_none() => {
+                self.deliver(target, None, WHATEVER_IT_TAKES, || Ok(()))
+                    .await
+            }
+            // Somebody has lifted a limit behind the runtime's back, which it would set again.
+            Ok(Limit::Max) | Err(_) => Ok(Delivered::Silent),
+        };
+        if !matches!(told, Ok(Delivered::Answered(Ok(())))) {
+            tracing::warn!(path = %target.cgroup.path().display(), "the runtime does not know the CPU quota yet");
+        }
+        // Known or not, it is not asked again at once.
+        drop(self.target(target.cgroup.id(), |target| {
+            target.quota_told = Some(Instant::now());
+        }));
+        Told::Known
+    }
+
+    /// Asks the runtime, and waits for its answer: for as long as `longest`, and once it is late, after `late`, only
+    /// until something else is asked for.
+    pub(super) async fn deliver(
+        &self,
+        target: &Target,
+        memory: Option<Bytes>,
+        longest: Duration,
+        late: impl FnOnce() -> Result<(), Refused>,
+    ) -> Result<Delivered, Refused> {
+        let patience = if self.is_late.load(Ordering::Relaxed) {
+            Duration::ZERO
+        } else {
+            LATE
+        };
+        let mut call = pin!(timeout(longest, self.call(target, memory)));
+        let called = match timeout(patience, &mut call).await {
+            Ok(called) => called,
+            Err(_elapsed) => {
+                self.is_late.store(true, Ordering::Relaxed);
+                late()?;
+                loop {
+                    if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {
+                        return Ok(Delivered::Overtaken);
+                    }
+                    select! {
+                        called = &mut call => break called,
+                        () = target.changed.notified() => {}
+                    }
+                }
+            }
+        };
+        Ok(match called {
+            Ok(answer) => {
+                if answer.is_ok() {
+                    self.is_late.store(false, Ordering::Relaxed);
+                }
+                Delivered::Answered(answer)
+            }
+            Err(_elapsed) => Delivered::Silent,
+        })
+    }
+
+    /// Asks the runtime for a memory limit, and for the CPU quota where that is moved.
+    async fn call(&self, target: &Target, memory: Option<Bytes>) -> Result<(), RuntimeError> {
+        let id = target.cgroup.id();
+        let resources = memory.map(|memory| with_memory(memory, &target.said));
+        let resources = resources.unwrap_or_default();
+        let original = &target.original.id;
+        let Some(quota) = self.quota_to_tell(id) else {
+            return self.runtime().update(original, resources).await;
+        };
+        let resources = with_quota(resources, quota);
+        let answer = self.runtime().update(original, resources).await;
+        self.quota_is_told(id, quota, &answer);
+        answer
+    }
+}
