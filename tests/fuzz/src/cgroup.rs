@@ -1,7 +1,10 @@
-//! Files of the kernel: cgroup limits and fields, the own cgroup, the list of nodes.
+//! Files of the kernel: cgroup limits, quotas, counters and fields, the own cgroup, the list of nodes.
 
 use bellows::{
-    cgroup::{self, Limit},
+    cgroup::{
+        self, Limit,
+        quota::{parse_counters, parse_quota},
+    },
     signal::programs::possible_nodes,
 };
 use bellows_core::Bytes;
@@ -19,6 +22,22 @@ pub(crate) fn files(bytes: &[u8]) {
         }
         Some(Limit::Max) => assert_eq!(content.trim(), "max"),
         None => {}
+    }
+    if let Some(Some(quota)) = parse_quota(&content) {
+        let words: Vec<&str> = content.split_whitespace().collect();
+        let [quota_text, period] = words[..] else {
+            panic!("a quota is two words: {content}");
+        };
+        assert_eq!(period.trim_start_matches('+').parse(), Ok(quota.period));
+        // The kernel allows no longer period than a second, and no quota that this does not hold.
+        if quota.period <= 1_000_000 && quota_text.len() <= 12 {
+            let again = quota.cpu.quota(quota.period);
+            assert_eq!(quota_text.trim_start_matches('+').parse(), Ok(again));
+        }
+    }
+    if let Some(counters) = parse_counters(&content) {
+        let throttled = cgroup::field(&content, "nr_throttled").unwrap_or(0);
+        assert_eq!(counters.throttled, throttled);
     }
     for name in [
         "high",

@@ -16,6 +16,7 @@ mod cgroup;
 mod input;
 mod ledger;
 mod pod;
+mod policies;
 mod quantity;
 mod records;
 
@@ -23,7 +24,7 @@ mod records;
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory in `corpus`.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("attribution", attribution::names),
     ("btf", btf::bytes),
     ("btf-kernel", btf::damaged_kernel),
@@ -31,6 +32,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("ledger", ledger::bytes),
     ("ledger-damage", ledger::damage),
     ("pod", pod::annotations),
+    ("policies", policies::text),
     ("quantity", quantity::text),
     ("records", records::events),
 ];

@@ -1,4 +1,4 @@
-//! Memory sizes: whatever is accepted is what the text says, and is written back as the same size.
+//! Memory sizes and amounts of CPU: whatever is accepted is what the text says, and is written back as the same.
 
 use bellows_core::{Bytes, quantity};
 
@@ -10,6 +10,13 @@ pub(crate) fn text(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
+    match quantity::parse_cpu(text) {
+        Ok(cpu) => {
+            assert!(cpu.0.is_multiple_of(1000), "`{text}` is whole thousandths");
+            assert_eq!(quantity::parse_cpu(&cpu.to_string()), Ok(cpu));
+        }
+        Err(error) => assert!(error.contains(text)),
+    }
     match quantity::parse(text) {
         Ok(size) => {
             written_back(size);

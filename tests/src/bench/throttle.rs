@@ -34,9 +34,13 @@ pub(crate) struct Options {
 const REST_SECONDS: u64 = 15;
 const WORK_SECONDS: u64 = 5;
 const AT_REST: Cpu = Cpu::millis(100);
-/// The mean of what it uses.
-const MEAN: Cpu =
-    Cpu((AT_REST.0 * REST_SECONDS + 1_000_000 * WORK_SECONDS) / (REST_SECONDS + WORK_SECONDS));
+/// The mean of what it uses, rounded up to hundredths of a CPU as systemd does.
+const MEAN: Cpu = {
+    let used = AT_REST.0 * REST_SECONDS + 1_000_000 * WORK_SECONDS;
+    Cpu(used
+        .div_ceil((REST_SECONDS + WORK_SECONDS) * 10_000)
+        .saturating_mul(10_000))
+};
 const MAX: Cpu = Cpu::millis(2000);
 const GUARDED: &str = "throttle";
 /// How long the quota may take to be at rest again.
