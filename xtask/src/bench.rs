@@ -302,7 +302,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         counts_instructions: options.name == Name::HookCost,
         files: build_sources()?,
         command,
-        skips: options.name == Name::Bursts,
+        skips: matches!(options.name, Name::Bursts | Name::ContainerEdges),
         limit: options.limit(),
     };
     let ended = step(

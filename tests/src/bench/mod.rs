@@ -57,7 +57,7 @@ pub(crate) enum Bench {
     /// Bursts in containers on a real containerd, raised through it.
     ContainerBursts(container_bursts::Options),
     /// What `bellows run --standalone` promises at its edges.
-    ContainerEdges,
+    ContainerEdges(container_edges::Options),
     /// A service with a CPU limit at its mean: fixed, with cpu.max.burst, with Bellows.
     Throttle(throttle::Options),
     /// The C++ build in containers on a real containerd, without and with Bellows.
@@ -99,7 +99,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Build(options) => build::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
-        Bench::ContainerEdges => container_edges::run(&mut records),
+        Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::Throttle(options) => throttle::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
