@@ -89,6 +89,15 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
     })
 }
 
+/// A cgroup that was written down; `None` if it is gone.
+fn opened(path: &Path) -> Result<Option<Cgroup>, String> {
+    match Cgroup::open(path) {
+        Ok(cgroup) => Ok(Some(cgroup)),
+        Err(error) if error.is_gone() => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Brings one container to rest.
 async fn back(containers: &Runtime, original: &Original) -> Result<String, String> {
     let said = match containers.status(&original.id).await {
@@ -96,10 +105,8 @@ async fn back(containers: &Runtime, original: &Original) -> Result<String, Strin
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
-    let cgroup = match Cgroup::open(&original.path) {
-        Ok(cgroup) => cgroup,
-        Err(error) if error.is_gone() => return Ok("gone".to_owned()),
-        Err(error) => return Err(error.to_string()),
+    let Some(cgroup) = opened(&original.path)? else {
+        return Ok("gone".to_owned());
     };
     let said = said.unwrap_or_default();
     let memory = match &original.limit {
@@ -192,10 +199,8 @@ fn lower_pod_quota(
     pod: &PodQuota,
     left: &[Original],
 ) -> Result<bool, String> {
-    let cgroup = match Cgroup::open(&pod.path) {
-        Ok(cgroup) => cgroup,
-        Err(error) if error.is_gone() => return Ok(true),
-        Err(error) => return Err(error.to_string()),
+    let Some(cgroup) = opened(&pod.path)? else {
+        return Ok(true);
     };
     let Some(in_force) = cgroup.quota().map_err(text)? else {
         return Ok(true);
@@ -227,10 +232,8 @@ async fn lower_pod(
     pod: &PodOriginal,
     left: &[Original],
 ) -> Result<bool, String> {
-    let cgroup = match Cgroup::open(&pod.path) {
-        Ok(cgroup) => cgroup,
-        Err(error) if error.is_gone() => return Ok(true),
-        Err(error) => return Err(error.to_string()),
+    let Some(cgroup) = opened(&pod.path)? else {
+        return Ok(true);
     };
     let left = left.iter();
     let own = left.filter(|left| left.path.parent() == Some(&pod.path));

@@ -212,18 +212,15 @@ impl Watch {
     async fn look_around(&mut self) -> Result<(), RuntimeError> {
         let running = self.runtime().running().await?;
         self.forget_all_but(&running);
-        let mut known: BTreeSet<String> = self.known.keys().cloned().collect();
-        let pods = if running
-            .iter()
-            .any(|container| !known.contains(&container.id))
-        {
+        let is_new = |container: &Container| !self.known.contains_key(&container.id);
+        let pods = if running.iter().any(is_new) {
             self.runtime().pods().await?
         } else {
             BTreeMap::new()
         };
         for container in running {
             let pod = pods.get(&container.pod_sandbox_id);
-            if known.insert(container.id.clone()) {
+            if !self.known.contains_key(&container.id) {
                 let is_left = self.records().read(&container.id).is_some();
                 let known = Known::new(&container, pod, is_left);
                 self.known.insert(container.id.clone(), known);
