@@ -27,3 +27,4 @@ pub mod recover;
 pub mod run;
 pub mod signal;
 mod signals;
+mod wake;

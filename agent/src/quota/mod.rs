@@ -14,9 +14,8 @@ mod idle;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    os::fd::OwnedFd,
     path::PathBuf,
-    sync::{Arc, mpsc},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -25,12 +24,12 @@ use bellows_core::{
     CgroupId, Cpu, Nanos, Reason,
     cpu::{CpuHistory, CpuPolicy, CpuSnapshot, decide},
 };
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::{
     cgroup::{Cgroup, CgroupError},
     clock::now,
     signal::throttles::Throttles,
+    wake::Wake,
 };
 use idle::Idle;
 
@@ -80,7 +79,7 @@ pub struct Watched {
 #[derive(Clone, Debug)]
 pub struct Quotas {
     commands: mpsc::Sender<Command>,
-    wake: Arc<OwnedFd>,
+    wake: Wake,
 }
 
 impl Quotas {
@@ -96,12 +95,12 @@ impl Quotas {
         root: PathBuf,
     ) -> io::Result<Self> {
         let (commands, receiver) = mpsc::channel();
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let wake = Wake::new()?;
         let worker = Worker {
             throttles,
             setter,
             commands: receiver,
-            wake: Arc::clone(&wake),
+            wake: wake.clone(),
             table: BTreeMap::new(),
             idle: Idle::new(root, cpus),
             ticked: Nanos(0),
@@ -117,10 +116,7 @@ impl Quotas {
             tracing::error!("the quotas thread has ended");
             return;
         }
-        // A full counter is a pending wake-up already.
-        if let Err(errno) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
-            tracing::debug!(%errno, "the quotas thread is being woken already");
-        }
+        self.wake.give();
     }
 
     /// Moves a cgroup's quota from now on.
@@ -157,7 +153,7 @@ struct Worker<S> {
     throttles: Option<Throttles>,
     setter: S,
     commands: mpsc::Receiver<Command>,
-    wake: Arc<OwnedFd>,
+    wake: Wake,
     table: BTreeMap<CgroupId, Row>,
     idle: Idle,
     ticked: Nanos,
@@ -192,24 +188,13 @@ impl<S: Setter> Worker<S> {
     fn wait(&self, tick: Duration) {
         let passed = Duration::from_nanos(now().since(self.ticked).0);
         let rest = tick.saturating_sub(passed);
-        let timeout = rustix::time::Timespec {
-            tv_sec: i64::try_from(rest.as_secs()).unwrap_or(1),
-            tv_nsec: rest.subsec_nanos().into(),
-        };
         let ring = self.throttles.as_ref().map(Throttles::as_fd);
-        let mut sources = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        sources.extend(ring.as_ref().map(|ring| PollFd::new(ring, PollFlags::IN)));
-        // Interrupted or not: the loop looks at everything anyway.
-        if let Err(errno) = poll(&mut sources, Some(&timeout)) {
-            tracing::trace!(%errno, "poll");
-        }
+        self.wake.wait(ring, rest);
     }
 
     /// Returns whether to go on.
     fn take_commands(&mut self) -> bool {
-        let mut counter = [0; 8];
-        if let Err(errno) = rustix::io::read(&self.wake, &mut counter) {
-            tracing::trace!(%errno, "no command");
+        if !self.wake.take() {
             return true;
         }
         loop {

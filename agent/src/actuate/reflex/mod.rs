@@ -20,7 +20,6 @@ mod tests;
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -32,12 +31,12 @@ use std::{
 
 use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason, Signals};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::{
     clock::now,
     ledger::{Ledger, Record},
     signal::source::{Source, Taken},
+    wake::Wake,
 };
 use brakes::Brakes;
 pub use controls::Controls;
@@ -176,7 +175,7 @@ pub struct Reflex {
 #[derive(Clone, Debug)]
 struct Commands {
     channel: mpsc::Sender<Command>,
-    wake: Arc<OwnedFd>,
+    wake: Wake,
 }
 
 impl Commands {
@@ -186,10 +185,7 @@ impl Commands {
             tracing::error!("the reflex thread has ended; nothing is guarded any more");
             return;
         }
-        // A full eventfd counter is a pending wake-up already.
-        if let Err(errno) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
-            tracing::debug!(%errno, "the reflex is being woken already");
-        }
+        self.wake.give();
     }
 }
 
@@ -201,7 +197,7 @@ impl Reflex {
     /// When a thread or an eventfd cannot be had.
     pub fn start(source: Source, ledger: Ledger, verdicts: Sink) -> io::Result<Self> {
         let (channel, receiver) = mpsc::channel();
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let wake = Wake::new()?;
         let commands = Commands { channel, wake };
         let lost = Arc::new(AtomicU64::new(0));
         let signals = source.signals();
@@ -212,7 +208,7 @@ impl Reflex {
             commands: receiver,
             verdicts,
             brakes: Brakes::start(move |cgroup| too_late.send(Command::PutBack(cgroup)))?,
-            wake: Arc::clone(&commands.wake),
+            wake: commands.wake.clone(),
             lost: Arc::clone(&lost),
             table: BTreeMap::new(),
             told: Vec::with_capacity(TOLD_AT_ONCE),
@@ -262,7 +258,7 @@ struct Worker {
     commands: mpsc::Receiver<Command>,
     verdicts: Sink,
     brakes: Brakes,
-    wake: Arc<OwnedFd>,
+    wake: Wake,
     lost: Arc<AtomicU64>,
     table: BTreeMap<CgroupId, Row>,
     /// What is told at the end of a look; kept because allocating can wait for memory.
@@ -349,26 +345,12 @@ impl Worker {
             let poll = at.since(latest).per_mille(POLL_PER_MILLE);
             Duration::from_nanos(poll.max(SHORTEST_POLL).0)
         });
-        let timeout = rustix::time::Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
-        let source = self.source.as_fd();
-        let mut sources = [
-            PollFd::new(&source, PollFlags::IN),
-            PollFd::new(&self.wake, PollFlags::IN),
-        ];
-        // Interrupted or not: the loop looks at everything anyway.
-        if let Err(errno) = poll(&mut sources, Some(&timeout)) {
-            tracing::trace!(%errno, "poll");
-        }
+        self.wake.wait(Some(self.source.as_fd()), timeout);
     }
 
     /// Returns whether to go on.
     fn take_commands(&mut self) -> bool {
-        let mut counter = [0; 8];
-        if let Err(errno) = rustix::io::read(&self.wake, &mut counter) {
-            tracing::trace!(%errno, "no command");
+        if !self.wake.take() {
             return true;
         }
         loop {

@@ -1,0 +1,64 @@
+//! Waking a thread that polls: whoever has something for it writes, and it waits for that beside its own sources.
+
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+/// A wake-up; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Wake(Arc<OwnedFd>);
+
+impl Wake {
+    /// One that nobody has given yet.
+    ///
+    /// # Errors
+    ///
+    /// When an eventfd cannot be had.
+    pub(crate) fn new() -> io::Result<Self> {
+        let descriptor = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(descriptor)))
+    }
+
+    /// Wakes whoever waits, or will.
+    pub(crate) fn give(&self) {
+        // A full eventfd counter is a pending wake-up already.
+        if let Err(errno) = rustix::io::write(&self.0, &1_u64.to_ne_bytes()) {
+            tracing::debug!(%errno, "the thread is being woken already");
+        }
+    }
+
+    /// Takes it; returns whether it was given.
+    #[must_use]
+    pub(crate) fn take(&self) -> bool {
+        let mut counter = [0; 8];
+        let taken = rustix::io::read(&self.0, &mut counter);
+        taken
+            .inspect_err(|errno| tracing::trace!(%errno, "no command"))
+            .is_ok()
+    }
+
+    /// Waits until it is given, a source is readable, or the time is over. Allocates nothing.
+    pub(crate) fn wait(&self, source: Option<BorrowedFd<'_>>, timeout: Duration) {
+        let timeout = rustix::time::Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let own = PollFd::new(&self.0, PollFlags::IN);
+        let polled = match &source {
+            Some(source) => poll(
+                &mut [PollFd::new(source, PollFlags::IN), own],
+                Some(&timeout),
+            ),
+            None => poll(&mut [own], Some(&timeout)),
+        };
+        // Interrupted or not: whoever waits looks at everything anyway.
+        if let Err(errno) = polled {
+            tracing::trace!(%errno, "poll");
+        }
+    }
+}
