@@ -151,6 +151,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::Throttled => "was throttled",
         Reason::Unused => "does not use its quota",
         Reason::BelowRest => "has less than at rest",
+        Reason::Boosted => "is lent more than at rest",
         Reason::Ended => "the guard ends",
     };
     match action {

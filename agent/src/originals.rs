@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Bytes, Cpu, moved::MovedLimit};
+use bellows_core::{Bytes, Cpu, boost::Boosts, moved::MovedLimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::cgroup::quota::Quota;
@@ -26,6 +26,10 @@ pub struct Original {
     pub limit: Option<MovedLimit<Bytes>>,
     /// Its CPU quota, where that is moved.
     pub quota: Option<MovedQuota>,
+    /// What it is lent.
+    pub boosts: Boosts,
+    /// Whether anything was lent to it yet: its start is not boosted a second time.
+    pub has_begun: bool,
     /// Its cgroup.
     pub path: PathBuf,
 }
@@ -276,6 +280,8 @@ mod tests {
                 cpu: Cpu::millis(250),
                 period: 100_000,
             })),
+            boosts: Boosts::none(),
+            has_begun: false,
             path: PathBuf::from("/sys/fs/cgroup/kubepods/podx/abc-1"),
         };
         records.write(&original).unwrap();

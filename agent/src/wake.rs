@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -43,19 +43,15 @@ impl Wake {
     }
 
     /// Waits until it is given, a source is readable, or the time is over. Allocates nothing.
-    pub(crate) fn wait(&self, source: Option<BorrowedFd<'_>>, timeout: Duration) {
+    pub(crate) fn wait(&self, sources: [Option<BorrowedFd<'_>>; 2], timeout: Duration) {
         let timeout = rustix::time::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
             tv_nsec: timeout.subsec_nanos().into(),
         };
-        let own = PollFd::new(&self.0, PollFlags::IN);
-        let polled = match &source {
-            Some(source) => poll(
-                &mut [PollFd::new(source, PollFlags::IN), own],
-                Some(&timeout),
-            ),
-            None => poll(&mut [own], Some(&timeout)),
-        };
+        let own = self.0.as_fd();
+        let [first, second] = sources.map(|source| source.unwrap_or(own));
+        let mut polled = [own, first, second].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let polled = poll(&mut polled, Some(&timeout));
         // Interrupted or not: whoever waits looks at everything anyway.
         if let Err(errno) = polled {
             tracing::trace!(%errno, "poll");

@@ -5,11 +5,7 @@
 //! second argument from 6.18 on, so only the first is read.
 
 use aya_ebpf::{
-    helpers::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id,
-        bpf_probe_read_kernel_str_bytes,
-    },
-    macros::btf_tracepoint,
+    helpers::bpf_probe_read_kernel_str_bytes, macros::btf_tracepoint,
     programs::BtfTracePointContext,
 };
 use bellows_ebpf_common::{
@@ -22,31 +18,8 @@ use crate::{
     maps::GUARDS,
     memcg::{self, Address},
     offsets::OFF_BPRM_FILENAME,
+    starts::{self, nearest},
 };
-
-/// How deep in the hierarchy a tracked cgroup may stand.
-const LEVELS: i32 = 12;
-
-/// The nearest tracked cgroup above the current task.
-#[inline(always)]
-fn tracked() -> Option<u64> {
-    // SAFETY: takes no argument and cannot fail.
-    let own = unsafe { bpf_get_current_cgroup_id() };
-    if GUARDS.get_ptr(own).is_some() {
-        return Some(own);
-    }
-    for level in 1..LEVELS {
-        // SAFETY: an ancestor level that does not exist yields 0.
-        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
-        if ancestor == 0 {
-            break;
-        }
-        if GUARDS.get_ptr(ancestor).is_some() {
-            return Some(ancestor);
-        }
-    }
-    None
-}
 
 #[inline(always)]
 pub(crate) fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
@@ -61,22 +34,20 @@ pub(crate) fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
 
 #[btf_tracepoint(function = "sched_process_exec")]
 pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
-    let Some(cgroup_id) = tracked() else {
-        return 0;
-    };
     let bprm: Address = ctx.arg(2);
     let (pid, _) = process_and_thread();
+    let Ok(file) = memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) else {
+        emit::lost(loss::READ_FAILED);
+        return 0;
+    };
+    starts::executed(KIND_EXEC, pid, file);
+    let Some(cgroup_id) = nearest(&GUARDS) else {
+        return 0;
+    };
     let mut event = event(KIND_EXEC, pid, cgroup_id);
-    match memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) {
-        Ok(filename) => {
-            // SAFETY: the helper checks the source address and bounds the copy by the buffer.
-            if unsafe { bpf_probe_read_kernel_str_bytes(filename as *const u8, &mut event.name) }
-                .is_err()
-            {
-                emit::lost(loss::READ_FAILED);
-            }
-        }
-        Err(_) => emit::lost(loss::READ_FAILED),
+    // SAFETY: the helper checks the source address and bounds the copy by the buffer.
+    if unsafe { bpf_probe_read_kernel_str_bytes(file as *const u8, &mut event.name) }.is_err() {
+        emit::lost(loss::READ_FAILED);
     }
     emit::life(&event);
     0
@@ -86,7 +57,7 @@ pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
 pub(crate) fn exit(_ctx: BtfTracePointContext) -> i32 {
     let (process, thread) = process_and_thread();
     if process == thread
-        && let Some(cgroup_id) = tracked()
+        && let Some(cgroup_id) = nearest(&GUARDS)
     {
         emit::life(&event(KIND_EXIT, process, cgroup_id));
     }
@@ -95,20 +66,25 @@ pub(crate) fn exit(_ctx: BtfTracePointContext) -> i32 {
 
 #[btf_tracepoint(function = "cgroup_mkdir")]
 pub(crate) fn cgroup_created(ctx: BtfTracePointContext) -> i32 {
-    cgroup(ctx.arg(0), KIND_CGROUP_CREATED)
+    let id = cgroup(ctx.arg(0), KIND_CGROUP_CREATED);
+    starts::created(KIND_CGROUP_CREATED, id, ctx.arg(1));
+    0
 }
 
 #[btf_tracepoint(function = "cgroup_rmdir")]
 pub(crate) fn cgroup_removed(ctx: BtfTracePointContext) -> i32 {
-    cgroup(ctx.arg(0), KIND_CGROUP_REMOVED)
+    cgroup(ctx.arg(0), KIND_CGROUP_REMOVED);
+    0
 }
 
 #[inline(always)]
-fn cgroup(cgroup: Address, kind: u32) -> i32 {
+fn cgroup(cgroup: Address, kind: u32) -> u64 {
     known::cgroups_changed();
-    match memcg::cgroup_id(cgroup) {
-        Ok(id) => emit::life(&event(kind, 0, id)),
-        Err(_) => emit::lost(loss::READ_FAILED),
+    let id = memcg::cgroup_id(cgroup).unwrap_or(0);
+    if id == 0 {
+        emit::lost(loss::READ_FAILED);
+    } else {
+        emit::life(&event(kind, 0, id));
     }
-    0
+    id
 }

@@ -22,6 +22,7 @@ mod memcg;
 mod offsets;
 mod quota;
 mod reclaim;
+mod starts;
 mod task;
 mod writes;
 

@@ -51,6 +51,20 @@ pub(crate) static QUOTAS: HashMap<u64, u64> = HashMap::with_max_entries(8192, 0)
 #[map]
 pub(crate) static THROTTLES: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
+/// Cgroup id → nothing: where programs that are executed are told of. Written by the agent. Full: the agent's insert
+/// fails and says so.
+#[map]
+pub(crate) static BOOSTED: HashMap<u64, u8> = HashMap::with_max_entries(8192, 0);
+
+/// Whether somebody reads of new cgroups in the next map. Written by the agent.
+#[map]
+pub(crate) static TELL_STARTS: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What begins ([`bellows_ebpf_common::StartEvent`]). Full: counted. A container is found when its runtime is asked, and
+/// its start boosted late; a program that was not told of is not boosted.
+#[map]
+pub(crate) static STARTS: RingBuf = RingBuf::with_byte_size(512 * 1024, 0);
+
 /// Slot of [`loss`] → count, per CPU. Written by the programs.
 #[map]
 pub(crate) static LOSSES: PerCpuArray<u64> = PerCpuArray::with_max_entries(loss::SLOTS, 0);

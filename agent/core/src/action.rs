@@ -30,6 +30,8 @@ pub enum Reason {
     Unused,
     /// A CPU quota is below the one at rest.
     BelowRest,
+    /// A start or a program is lent more than at rest.
+    Boosted,
     /// The guard ends.
     Ended,
 }

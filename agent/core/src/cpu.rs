@@ -13,7 +13,7 @@
 //! what is left of the last. A busy node takes nothing back by itself: the container may be the one that keeps it
 //! busy, and would be throttled for nobody.
 //!
-//! It must not plan a quota below the one at rest.
+//! It must not plan a quota below the one at rest, nor below what a boost lends.
 
 use serde::{Deserialize, Serialize};
 
@@ -136,6 +136,8 @@ pub struct CpuSnapshot {
     pub history: CpuHistory,
     /// The quota in force.
     pub quota: Cpu,
+    /// What a boost lends ([`crate::boost`]): a quota that is not gone below.
+    pub boost: Option<Cpu>,
     /// Whether it is throttled at this moment, or was since the last look.
     pub is_throttled: bool,
     /// What nobody on the node uses, less what was given away since that was looked at.
@@ -150,15 +152,22 @@ pub fn decide(snapshot: &CpuSnapshot) -> Option<(Cpu, Reason)> {
         policy,
         history,
         quota,
+        boost,
         is_throttled,
         idle,
     } = *snapshot;
     let CpuPolicy { at_rest, max, .. } = policy;
-    if quota < at_rest {
-        // Left behind by somebody, or the rules have changed.
-        return Some((at_rest, Reason::BelowRest));
+    let least = at_rest.max(boost.unwrap_or(Cpu::ZERO));
+    if quota < least {
+        // Below the one at rest it was left behind by somebody, or the rules have changed.
+        let reason = if quota < at_rest {
+            Reason::BelowRest
+        } else {
+            Reason::Boosted
+        };
+        return Some((least, reason));
     }
-    let max = max.max(at_rest);
+    let max = max.max(least);
     if quota > max {
         return Some((max, Reason::Unused));
     }
@@ -180,13 +189,9 @@ pub fn decide(snapshot: &CpuSnapshot) -> Option<(Cpu, Reason)> {
     let is_calm = now.since(history.throttled_at) >= CALM;
     let needed = history.needed.per_mille(MARGIN_PER_MILLE);
     let to = Cpu(needed.0.div_ceil(GRAIN).saturating_mul(GRAIN));
-    let to = if needed <= at_rest {
-        at_rest
-    } else {
-        to.min(max)
-    };
-    // The one at rest is always worth it: what is near to it would otherwise stay raised for ever.
-    let is_worth = to == at_rest || to <= quota.per_mille(WORTH_PER_MILLE);
+    let to = if needed <= least { least } else { to.min(max) };
+    // The least is always worth it: what is near to it would otherwise stay raised for ever.
+    let is_worth = to == least || to <= quota.per_mille(WORTH_PER_MILLE);
     (is_calm && is_worth && to < quota).then_some((to, Reason::Unused))
 }
 
@@ -206,6 +211,7 @@ mod tests {
         node: Cpu,
         idle: Cpu,
         policy: CpuPolicy,
+        boost: Option<Cpu>,
     }
 
     impl Model {
@@ -223,6 +229,7 @@ mod tests {
                 node: Cpu::millis(8000),
                 idle: Cpu::millis(8000),
                 policy,
+                boost: None,
             }
         }
 
@@ -232,6 +239,7 @@ mod tests {
                 policy: self.policy,
                 history: self.history,
                 quota: self.quota,
+                boost: self.boost,
                 is_throttled,
                 idle: self.idle,
             });
@@ -390,6 +398,41 @@ mod tests {
             model.period(Cpu::millis(2000));
             assert!(model.quota >= Cpu::millis(3000), "{}", model.quota);
         }
+    }
+
+    #[test]
+    fn a_boost_is_a_floor_and_no_ceiling() {
+        let mut model = Model::new();
+        // Whatever is idle: those that start together would each leave the next nothing.
+        (model.node, model.idle) = (Cpu::ZERO, Cpu::ZERO);
+        model.boost = Some(Cpu::millis(2000));
+        assert_eq!(model.decide(false), Some(Reason::Boosted));
+        for _ in 0..200 {
+            model.period(Cpu::millis(10));
+            assert_eq!(model.quota, Cpu::millis(2000));
+        }
+        (model.node, model.idle) = (Cpu::millis(8000), Cpu::millis(8000));
+        assert!(!model.period(Cpu::millis(3000)));
+        model.boost = None;
+        for _ in 0..400 {
+            model.period(Cpu::millis(10));
+        }
+        assert_eq!(model.quota, model.policy.at_rest);
+    }
+
+    #[test]
+    fn where_nothing_but_a_boost_is_allowed_its_end_is_the_end() {
+        let mut model = Model::new();
+        model.policy.max = model.policy.at_rest;
+        assert!(model.period(Cpu::millis(2000)));
+        model.boost = Some(Cpu::millis(2000));
+        model.decide(false);
+        for _ in 0..20 {
+            assert!(!model.period(Cpu::millis(2000)));
+        }
+        model.boost = None;
+        assert_eq!(model.decide(false), Some(Reason::Unused));
+        assert_eq!(model.quota, model.policy.at_rest);
     }
 
     #[test]

@@ -10,7 +10,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Cpu, Nanos};
+use crate::{
+    boost::BoostRules,
+    units::{Bytes, Cpu, Nanos},
+};
 
 /// What is done with what is decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +60,8 @@ pub struct ContainerRules {
     pub memory: Option<MemoryRules>,
     /// What it may have of CPU; `None` leaves its quota alone.
     pub cpu: Option<CpuRules>,
+    /// What it is lent for a time.
+    pub boosts: Vec<BoostRules>,
 }
 
 /// What a container may have of CPU.
@@ -148,6 +153,7 @@ mod tests {
                 shrink_after: Nanos::millis(5000),
             }),
             cpu: None,
+            boosts: Vec::new(),
         };
         ElasticPolicy {
             name: name.to_owned(),

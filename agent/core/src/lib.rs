@@ -10,6 +10,7 @@
 #![warn(missing_docs, clippy::float_arithmetic)]
 
 pub mod action;
+pub mod boost;
 pub mod brake;
 pub mod cpu;
 pub mod decide;

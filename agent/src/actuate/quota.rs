@@ -17,11 +17,15 @@ use super::{
 use crate::{
     cgroup::{Cgroup, quota::Quota},
     cri::RuntimeError,
-    quota::Setter,
 };
 
-impl Setter for Updater {
-    fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+impl Updater {
+    /// Sets the quota of a container at once, and has its runtime told.
+    ///
+    /// # Errors
+    ///
+    /// Why not, for people. The quota is as it was.
+    pub fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
         let in_force = cgroup.quota().map_err(text)?;
         let in_force = in_force.ok_or("it has no CPU limit (any more)")?;
         let wanted = in_force.with(to);
@@ -53,14 +57,17 @@ impl Setter for Updater {
         woken.map_err(|refused| refused.why)
     }
 
-    fn settle(&self, cgroup: &Cgroup) -> Result<(), String> {
+    /// Sees to it that the pod of a container holds what that has.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not, for people.
+    pub fn settle_pod_of(&self, cgroup: &Cgroup) -> Result<(), String> {
         let pod = self.target(cgroup.id(), |target| target.pod.clone());
         let pod = pod.map_err(|refused| refused.why)?;
         self.settle_pod_quota(pod.as_deref(), May::Rise)
     }
-}
 
-impl Updater {
     /// Brings the CPU quota of a pod to where its containers need it.
     ///
     /// # Errors

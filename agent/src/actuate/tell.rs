@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     cgroup::Limit,
-    cri::{RuntimeError, memory_limit, with_memory, with_quota},
+    cri::{LinuxContainerResources, RuntimeError, memory_limit, with_memory, with_quota},
     guard::Refused,
 };
 
@@ -146,7 +146,7 @@ impl Updater {
                 self.deliver(target, Some(limit), WHATEVER_IT_TAKES, || Ok(()))
                     .await
             }
-            Ok(Limit::Max) if memory_limit(&target.said).is_none() => {
+            Ok(Limit::Max) if self.has_no_limit(target).await => {
                 self.deliver(target, None, WHATEVER_IT_TAKES, || Ok(()))
                     .await
             }
@@ -161,6 +161,12 @@ impl Updater {
             target.quota_told = Some(Instant::now());
         }));
         Told::Known
+    }
+
+    /// Whether the runtime knows of no memory limit.
+    async fn has_no_limit(&self, target: &Target) -> bool {
+        let said = self.said(target).await;
+        said.is_ok_and(|said| memory_limit(&said).is_none())
     }
 
     /// Asks the runtime, and waits for its answer: for as long as `longest`, and once it is late, after `late`, only
@@ -208,8 +214,10 @@ impl Updater {
     /// Asks the runtime for a memory limit, and for the CPU quota where that is moved.
     async fn call(&self, target: &Target, memory: Option<Bytes>) -> Result<(), RuntimeError> {
         let id = target.cgroup.id();
-        let resources = memory.map(|memory| with_memory(memory, &target.said));
-        let resources = resources.unwrap_or_default();
+        let resources = match memory {
+            Some(memory) => with_memory(memory, &self.said(target).await?),
+            None => LinuxContainerResources::default(),
+        };
         let original = &target.original.id;
         let Some(quota) = self.quota_to_tell(id) else {
             return self.runtime().update(original, resources).await;

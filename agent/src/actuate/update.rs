@@ -53,8 +53,8 @@ pub struct Target {
     pub cgroup: Cgroup,
     /// What it had, and what we have asked for.
     pub original: Original,
-    /// What the runtime said of its resources when it was looked at last: what may swap is kept.
-    pub said: LinuxContainerResources,
+    /// What the runtime said of its resources when it was asked last: what may swap is kept.
+    pub said: Option<LinuxContainerResources>,
     /// Its pod.
     pub pod: Option<Arc<Pod>>,
     /// What is asked for and not yet on its way.
@@ -75,7 +75,7 @@ impl Target {
     pub fn new(
         cgroup: Cgroup,
         original: Original,
-        said: LinuxContainerResources,
+        said: Option<LinuxContainerResources>,
         pod: Option<Arc<Pod>>,
     ) -> Self {
         Self {
@@ -155,6 +155,30 @@ impl Updater {
     #[must_use]
     pub const fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// What the runtime says of a container's resources; it is asked once.
+    ///
+    /// # Errors
+    ///
+    /// [`RuntimeError`].
+    pub async fn said(&self, target: &Target) -> Result<LinuxContainerResources, RuntimeError> {
+        if let Some(said) = &target.said {
+            return Ok(said.clone());
+        }
+        let (status, _process) = self.runtime.status(&target.original.id).await?;
+        let said = status.resources.and_then(|resources| resources.linux);
+        let said = said.unwrap_or_default();
+        let id = target.cgroup.id();
+        self.targets
+            .of(id, |target| target.said = Some(said.clone()));
+        Ok(said)
+    }
+
+    /// Forgets a container: what is under way for it is not written down any more.
+    pub fn forget(&self, cgroup: CgroupId) {
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.targets.with(|targets| drop(targets.remove(&cgroup)));
     }
 
     /// Where originals are kept.

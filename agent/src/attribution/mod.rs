@@ -6,6 +6,7 @@
 //! pod's next change.
 
 pub mod api;
+pub mod places;
 pub mod pods;
 
 use std::{
@@ -41,6 +42,14 @@ pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
 pub fn of_process(root: &Path, process: u32, container_id: &str) -> Option<PathBuf> {
     let text = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
     above(root, &text, container_id)
+}
+
+/// Whether a process is in a cgroup or below.
+#[must_use]
+pub fn is_in(root: &Path, process: u32, directory: &Path) -> bool {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap_or_default();
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    path.is_some_and(|path| root.join(path).starts_with(directory))
 }
 
 fn above(root: &Path, text: &str, container_id: &str) -> Option<PathBuf> {

@@ -368,7 +368,21 @@ impl Cgroup {
     ///
     /// [`CgroupError`] when it is there and cannot be read.
     pub fn stalled(&self) -> Result<Option<Nanos>, CgroupError> {
-        match self.read("memory.pressure") {
+        self.some_pressure("memory.pressure")
+    }
+
+    /// Time that at least one of its tasks has waited for a CPU, from `cpu.pressure`; `None` where the kernel does not
+    /// account for it.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it is there and cannot be read.
+    pub fn waited_for_cpu(&self) -> Result<Option<Nanos>, CgroupError> {
+        self.some_pressure("cpu.pressure")
+    }
+
+    fn some_pressure(&self, file: &str) -> Result<Option<Nanos>, CgroupError> {
+        match self.read(file) {
             Ok(content) => Ok(parse_stalled(&content)),
             Err(CgroupError::Io { source, .. })
                 if source.kind() == io::ErrorKind::NotFound
@@ -416,6 +430,14 @@ impl Cgroup {
         }
         self.children()
             .try_for_each(|child| child?.kill_one_by_one())
+    }
+
+    /// A process in it or below; `None` if there is none.
+    #[must_use]
+    pub fn a_process(&self) -> Option<u32> {
+        let processes = self.read("cgroup.procs").ok()?;
+        let own = processes.lines().find_map(|line| line.parse().ok());
+        own.or_else(|| self.children().find_map(|child| child.ok()?.a_process()))
     }
 
     /// The cgroups right below it; none if it is gone.

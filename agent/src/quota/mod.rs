@@ -1,4 +1,5 @@
-//! CPU quotas: one thread that is woken by whoever is throttled, and raises.
+//! CPU quotas: one thread that is woken by whoever is throttled, and raises; and by whatever begins that a policy
+//! boosts, before it has counted its CPUs.
 //!
 //! It is not the reflex: a container that is throttled waits for some milliseconds more at worst, where one that is
 //! out of memory is killed, and nothing here may keep the reflex from that. What is decided is core's
@@ -10,33 +11,44 @@
 //! It must not wait for a runtime or an API.
 
 mod idle;
+mod ready;
+mod row;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
 
 use bellows_core::{
     CgroupId, Cpu, Nanos, Reason,
-    cpu::{CpuHistory, CpuPolicy, CpuSnapshot, decide},
+    boost::{BoostRules, Boosts},
+    cpu::CpuPolicy,
 };
 
 use crate::{
-    cgroup::{Cgroup, CgroupError},
+    cgroup::Cgroup,
     clock::now,
-    signal::throttles::Throttles,
+    signal::{
+        starts::{Begun, Starts},
+        throttles::Throttles,
+    },
     wake::Wake,
 };
 use idle::Idle;
+use row::{Executed, Row};
 
 /// How often a raised quota is looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// How often quotas at rest are looked at where the kernel does not tell.
 const WITHOUT_WORD: Duration = Duration::from_millis(250);
+/// Programs and cgroups that are taken before others have their turn.
+const STARTS_AT_ONCE: usize = 256;
 const NEVER: Duration = Duration::from_secs(3600);
 
 /// Sets quotas that somebody else owns.
@@ -54,14 +66,35 @@ pub trait Setter: Send + 'static {
     ///
     /// Why it does not, for people.
     fn settle(&self, cgroup: &Cgroup) -> Result<(), String>;
+
+    /// Takes note of the boosts of a cgroup, which have changed. Must not block.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not, for people: nothing is to be lent then.
+    fn boosted(&self, cgroup: &Cgroup, boosts: &Boosts) -> Result<(), String>;
+
+    /// A cgroup was made, at this path below the root of the hierarchy. Must not block.
+    fn created(&self, path: String);
 }
 
 /// What the thread is told.
 #[derive(Debug)]
 enum Command {
     Watch(Box<Watched>),
-    Policy(CgroupId, CpuPolicy),
+    Rules(CgroupId, Rules),
     Forget(CgroupId),
+}
+
+/// The rules for one container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// For its quota; `None` where it has none.
+    pub cpu: Option<CpuPolicy>,
+    /// What it may be lent.
+    pub boosts: Arc<[BoostRules]>,
+    /// Whether it is made, and its runtime has not started it yet.
+    pub is_starting: bool,
 }
 
 /// A cgroup whose quota is moved.
@@ -70,7 +103,11 @@ pub struct Watched {
     /// The cgroup.
     pub cgroup: Cgroup,
     /// Its rules.
-    pub policy: CpuPolicy,
+    pub rules: Rules,
+    /// Boosts that a predecessor has begun.
+    pub boosts: Boosts,
+    /// Whether its start is still to be boosted: what is to come of it, or what was missed of late.
+    pub is_expected: bool,
     /// The one above that has a quota of its own: who is throttled by it is throttled too.
     pub pod: Option<CgroupId>,
 }
@@ -89,7 +126,7 @@ impl Quotas {
     ///
     /// When a thread or an eventfd cannot be had.
     pub fn start(
-        throttles: Option<Throttles>,
+        (throttles, starts): (Option<Throttles>, Option<Starts>),
         setter: impl Setter,
         cpus: u64,
         root: PathBuf,
@@ -98,6 +135,7 @@ impl Quotas {
         let wake = Wake::new()?;
         let worker = Worker {
             throttles,
+            starts,
             setter,
             commands: receiver,
             wake: wake.clone(),
@@ -125,8 +163,8 @@ impl Quotas {
     }
 
     /// Gives it other rules.
-    pub fn policy(&self, cgroup: CgroupId, policy: CpuPolicy) {
-        self.send(Command::Policy(cgroup, policy));
+    pub fn rules(&self, cgroup: CgroupId, rules: Rules) {
+        self.send(Command::Rules(cgroup, rules));
     }
 
     /// Leaves it alone; its quota stays.
@@ -135,22 +173,9 @@ impl Quotas {
     }
 }
 
-/// One cgroup.
-struct Row {
-    cgroup: Cgroup,
-    policy: CpuPolicy,
-    pod: Option<CgroupId>,
-    history: CpuHistory,
-    /// As last read.
-    quota: Cpu,
-    /// Periods that were throttled, as last read.
-    throttled: u64,
-    /// What failed last: told once.
-    failure: Option<String>,
-}
-
 struct Worker<S> {
     throttles: Option<Throttles>,
+    starts: Option<Starts>,
     setter: S,
     commands: mpsc::Receiver<Command>,
     wake: Wake,
@@ -167,6 +192,7 @@ impl<S: Setter> Worker<S> {
             if !self.take_commands() {
                 return;
             }
+            self.take_starts();
             self.take_throttles();
             if now().since(self.ticked) >= Nanos(nanos(tick)) {
                 self.ticked = now();
@@ -188,8 +214,9 @@ impl<S: Setter> Worker<S> {
     fn wait(&self, tick: Duration) {
         let passed = Duration::from_nanos(now().since(self.ticked).0);
         let rest = tick.saturating_sub(passed);
-        let ring = self.throttles.as_ref().map(Throttles::as_fd);
-        self.wake.wait(ring, rest);
+        let throttles = self.throttles.as_ref().map(Throttles::as_fd);
+        let starts = self.starts.as_ref().map(Starts::as_fd);
+        self.wake.wait([throttles, starts], rest);
     }
 
     /// Returns whether to go on.
@@ -200,9 +227,9 @@ impl<S: Setter> Worker<S> {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Watch(watched)) => self.watch(*watched),
-                Ok(Command::Policy(cgroup, policy)) => {
+                Ok(Command::Rules(cgroup, rules)) => {
                     if let Some(row) = self.table.get_mut(&cgroup) {
-                        row.policy = policy;
+                        row.rules = rules;
                         self.look_at(cgroup, false);
                     }
                 }
@@ -214,36 +241,51 @@ impl<S: Setter> Worker<S> {
     }
 
     fn watch(&mut self, watched: Watched) {
-        let Watched {
-            cgroup,
-            policy,
-            pod,
-        } = watched;
-        let id = cgroup.id();
-        if let Some(throttles) = &mut self.throttles {
-            for id in [Some(id), pod].into_iter().flatten() {
+        let row = Row::new(watched);
+        let id = row.cgroup.id();
+        self.table.insert(id, row);
+        self.look_at(id, false);
+    }
+
+    /// Has the kernel tell of what is needed of a cgroup, and of no more: each program that is executed would wake.
+    fn tell_of(&mut self, id: CgroupId) {
+        let Some(row) = self.table.get_mut(&id) else {
+            return;
+        };
+        let is_untold = row.is_throttle_untold();
+        let path = row.cgroup.path().display();
+        if let (Some(throttles), true) = (&mut self.throttles, is_untold) {
+            for id in [Some(id), row.pod].into_iter().flatten() {
                 if let Err(error) = throttles.watch(id) {
-                    tracing::warn!(path = %cgroup.path().display(), %error, "a container's throttling is not told");
+                    tracing::warn!(%path, %error, "a container's throttling is not told");
                 }
             }
         }
-        let row = Row {
-            cgroup,
-            policy,
-            pod,
-            history: CpuHistory::default(),
-            quota: policy.at_rest,
-            throttled: 0,
-            failure: None,
+        let Some(starts) = &mut self.starts else {
+            return;
         };
-        self.table.insert(id, row);
-        self.look_at(id, false);
+        match (row.needs_programs(), row.are_programs_told) {
+            (true, false) => match starts.watch(id) {
+                Ok(()) => row.are_programs_told = true,
+                Err(error) => {
+                    tracing::warn!(%path, %error, "a container's programs are not told");
+                }
+            },
+            (false, true) => {
+                starts.forget(id);
+                row.are_programs_told = false;
+            }
+            (true, true) | (false, false) => {}
+        }
     }
 
     fn forget(&mut self, id: CgroupId) {
         let Some(row) = self.table.remove(&id) else {
             return;
         };
+        if let (Some(starts), true) = (&mut self.starts, row.are_programs_told) {
+            starts.forget(id);
+        }
         let Some(throttles) = &mut self.throttles else {
             return;
         };
@@ -252,6 +294,69 @@ impl<S: Setter> Worker<S> {
         if let Some(pod) = row.pod.filter(|_| !is_shared) {
             throttles.forget(pod);
         }
+    }
+
+    /// Takes what has begun, some of it at a time: where much is executed, others are waited for, too.
+    fn take_starts(&mut self) {
+        let mut programs = BTreeMap::<CgroupId, Vec<Executed>>::new();
+        for _ in 0..STARTS_AT_ONCE {
+            match self.starts.as_mut().and_then(Starts::take) {
+                None => break,
+                Some(Begun::Cgroup(path)) => self.setter.created(path),
+                Some(Begun::Program {
+                    cgroup,
+                    process,
+                    file,
+                    at,
+                }) => programs
+                    .entry(cgroup)
+                    .or_default()
+                    .push(Executed { process, file, at }),
+            }
+        }
+        for (id, executed) in programs {
+            self.executed(id, &executed);
+        }
+    }
+
+    /// Programs were executed. They are about to count their CPUs, so what is there already is set again, too: a
+    /// runtime may have written a quota over it.
+    fn executed(&mut self, id: CgroupId, executed: &[Executed]) {
+        let Some(row) = self.table.get_mut(&id) else {
+            return;
+        };
+        let at = now();
+        if let Err(error) = row.look(at) {
+            tracing::debug!(path = %row.cgroup.path().display(), %error, "a program has begun and ended");
+            return;
+        }
+        let before = row.boosts.clone();
+        for executed in executed {
+            row.execute(executed);
+        }
+        self.act(id, at, &before, false);
+    }
+
+    /// What cannot be written down is not lent, because a successor would take it for what is at rest; and what is
+    /// written down is not forgotten before that is.
+    fn note(&mut self, id: CgroupId, before: &Boosts) {
+        let Some(row) = self.table.get_mut(&id) else {
+            return;
+        };
+        if row.boosts.is_like(before) && !row.is_unnoted {
+            return;
+        }
+        let path = row.cgroup.path().display();
+        let noted = self.setter.boosted(&row.cgroup, &row.boosts);
+        row.is_unnoted = noted.is_err();
+        match &noted {
+            Ok(()) => {
+                tracing::info!(%path, cpu = ?row.boosts.cpu(), memory = ?row.boosts.memory(), "boosts");
+            }
+            Err(_) if before.is_empty() => row.boosts = Boosts::none(),
+            Err(_) => {}
+        }
+        row.went(noted);
     }
 
     fn take_throttles(&mut self) {
@@ -269,8 +374,8 @@ impl<S: Setter> Worker<S> {
             if let Some(row) = self.table.get_mut(&id) {
                 row.history.throttled(at);
                 // systemd may have set its own again.
-                if by_pod && let Err(why) = self.setter.settle(&row.cgroup) {
-                    row.failed(why);
+                if by_pod {
+                    row.went(self.setter.settle(&row.cgroup));
                 }
             }
             self.look_at(id, true);
@@ -297,52 +402,36 @@ impl<S: Setter> Worker<S> {
         let has_counted = match row.look(at) {
             Ok(has_counted) => has_counted,
             Err(error) if error.is_gone() => return self.forget(id),
-            Err(error) => return row.failed(error.to_string()),
+            Err(error) => return row.went(Err(error.to_string())),
         };
-        let decided = decide(&CpuSnapshot {
-            now: at,
-            policy: row.policy,
-            history: row.history,
-            quota: row.quota,
-            // Where the kernel tells, its counters say later what was answered already.
-            is_throttled: is_told || (has_counted && !has_word),
-            idle: self.idle.look(at),
-        });
-        let Some((to, reason)) = decided else {
+        // Where the kernel tells, its counters say later what was answered already.
+        let is_throttled = is_told || (has_counted && !has_word);
+        let before = row.boosts.clone();
+        self.act(id, at, &before, is_throttled);
+    }
+
+    /// Begins and ends boosts of a cgroup that was looked at, decides, and has it carried out.
+    fn act(&mut self, id: CgroupId, at: Nanos, before: &Boosts, is_throttled: bool) {
+        let Some(row) = self.table.get_mut(&id) else {
             return;
         };
-        match self.setter.set(&row.cgroup, to, reason) {
-            Ok(()) => {
-                self.idle.give(row.quota, to);
-                row.quota = to;
-                row.failure = None;
-            }
-            Err(why) => row.failed(why),
+        row.start(at);
+        row.end_boosts(at);
+        row.ask(&self.wake);
+        self.note(id, before);
+        self.tell_of(id);
+        let Some(row) = self.table.get_mut(&id) else {
+            return;
+        };
+        let Some((to, reason)) = row.decide(at, is_throttled, self.idle.look(at)) else {
+            return;
+        };
+        let set = self.setter.set(&row.cgroup, to, reason);
+        if set.is_ok() {
+            self.idle.give(row.quota.unwrap_or(to), to);
+            row.quota = Some(to);
         }
-    }
-}
-
-impl Row {
-    fn is_active(&self) -> bool {
-        self.quota != self.policy.at_rest
-    }
-
-    /// Reads counters and quota; returns whether a throttled period was counted.
-    fn look(&mut self, at: Nanos) -> Result<bool, CgroupError> {
-        let counters = self.cgroup.cpu_counters()?;
-        self.history.look(at, counters);
-        // Without a quota there is nothing to raise or to lower.
-        let quota = self.cgroup.quota()?;
-        self.quota = quota.map_or(self.policy.at_rest, |quota| quota.cpu);
-        let before = std::mem::replace(&mut self.throttled, counters.throttled);
-        Ok(counters.throttled > before)
-    }
-
-    fn failed(&mut self, why: String) {
-        if self.failure.as_ref() != Some(&why) {
-            tracing::warn!(path = %self.cgroup.path().display(), why, "a CPU quota is not moved");
-            self.failure = Some(why);
-        }
+        row.went(set);
     }
 }
 

@@ -19,7 +19,10 @@ use std::{
     future::Future,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::mpsc::{self, Receiver, SyncSender},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, SyncSender},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -56,6 +59,7 @@ use crate::{
         source::Source,
     },
 };
+use containers::Hands;
 use lock::AgentLock;
 
 /// What `bellows run` is asked to do.
@@ -273,17 +277,19 @@ impl Fast {
         );
         let mut fast = self;
         // Without the programs counters are looked at.
-        let throttles = match fast.kernel.as_mut().map(Kernel::take_throttles) {
-            Some(taken) => taken.map_err(RunError::Kernel)?,
-            None => None,
+        let told = match &mut fast.kernel {
+            Some(kernel) => (kernel.take_throttles()?, kernel.take_starts()?),
+            None => (None, None),
         };
-        let quotas = Quotas::start(
-            throttles,
-            updater.clone(),
-            fast.cpus,
-            PathBuf::from(CGROUP_ROOT),
-        )
-        .map_err(|error| RunError::System("cannot start the quotas thread", error))?;
+        let (made, receiver) = tokio::sync::mpsc::channel(containers::MADE);
+        let boosted = Arc::default();
+        let hands = Hands {
+            updater: updater.clone(),
+            made,
+            boosted: Arc::clone(&boosted),
+        };
+        let quotas = Quotas::start(told, hands, fast.cpus, PathBuf::from(CGROUP_ROOT))
+            .map_err(|error| RunError::System("cannot start the quotas thread", error))?;
         let context = containers::Context {
             updater: updater.clone(),
             quotas,
@@ -298,6 +304,8 @@ impl Fast {
                 limits: Records::pods(),
                 quotas: Records::pod_quotas(),
             },
+            made: receiver,
+            boosted,
         };
         let watch = containers::watch(context, read);
         Ok((inputs, fast.control(updater)?, Box::pin(watch)))

@@ -52,10 +52,13 @@ pub(super) const GROWTH_FUNCTION: &str = "page_counter_try_charge";
 const NO_GUARD: &str = "nothing can be guarded";
 const NO_OOM: &str = "an OOM kill is not told by itself";
 const NO_EXIT: &str = "the end of a process is seen at the next tick only";
-const NO_LIFE: &str = "programs and cgroups are not seen as they come and go";
+const NO_LIFE: &str =
+    "programs and cgroups are not seen as they come and go, nor boosted as they begin";
 const NO_WRITES: &str =
     "a limit or brake that somebody else moves is not put right before the next raise";
 const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
+/// The programs that tell of what begins.
+pub(super) const START_PROGRAMS: [&str; 2] = ["exec", "cgroup_created"];
 pub(super) const THROTTLED_PROGRAM: &str = "throttled";
 const THROTTLED: &[&str] = &["throttle_cfs_rq"];
 const NO_THROTTLES: &str =

@@ -10,4 +10,5 @@ pub mod guards;
 pub mod offsets;
 pub mod programs;
 pub mod source;
+pub mod starts;
 pub mod throttles;

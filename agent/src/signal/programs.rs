@@ -21,12 +21,13 @@ use zerocopy::FromBytes as _;
 
 use super::{
     attach::{
-        GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, THROTTLED_PROGRAM, attach_all,
-        without_offsets,
+        GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, START_PROGRAMS, THROTTLED_PROGRAM,
+        attach_all, without_offsets,
     },
     btf::{Btf, BtfError},
     guards::Guards,
     offsets::Offsets,
+    starts::Starts,
     throttles::Throttles,
 };
 
@@ -228,6 +229,19 @@ impl Kernel {
             return Ok(None);
         }
         Throttles::of(&mut self.programs).map(Some)
+    }
+
+    /// The ring of what begins, once; `None` where this kernel does not tell of it.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`] the second time.
+    pub fn take_starts(&mut self) -> Result<Option<Starts>, LoadError> {
+        let is_missing = |missing: &Missing| START_PROGRAMS.contains(&missing.program);
+        if self.missing.iter().any(is_missing) {
+            return Ok(None);
+        }
+        Starts::of(&mut self.programs).map(Some)
     }
 
     /// Programs that could not be attached.

@@ -50,6 +50,9 @@ pub const WATERMARK_OFF: u64 = u64::MAX;
 /// Bytes kept of an executed file's name.
 pub const NAME_BYTES: usize = 64;
 
+/// Bytes kept of a path: a systemd driver's in a nested node has 350.
+pub const TEXT_BYTES: usize = 512;
+
 /// An urgent memory event: it wakes the reflex thread.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -93,6 +96,32 @@ pub struct LifeEvent {
     pub at_ns: u64,
     /// The executed file's name, NUL-padded; empty for other kinds.
     pub name: [u8; NAME_BYTES],
+}
+
+/// Something begins: it wakes its reader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct StartEvent {
+    /// What, where and when.
+    pub head: StartHead,
+    /// The executed file's name as it was asked for, or the cgroup's path; ends with a NUL, after which anything may
+    /// follow.
+    pub text: [u8; TEXT_BYTES],
+}
+
+/// The beginning of a [`StartEvent`]: the programs write the two parts one after the other, because both together do
+/// not fit on their stack.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct StartHead {
+    /// [`KIND_EXEC`] or [`KIND_CGROUP_CREATED`].
+    pub kind: u32,
+    /// Thread group id; 0 for a cgroup.
+    pub pid: u32,
+    /// The cgroup that the agent has named, or the one created.
+    pub cgroup_id: u64,
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    pub at_ns: u64,
 }
 
 /// What the agent asks the kernel to watch in one cgroup. Written by the agent only.
@@ -177,13 +206,17 @@ pub mod loss {
     pub const READ_FAILED: u32 = 2;
     /// A throttled cgroup found its ring full.
     pub const THROTTLE_RING_FULL: u32 = 3;
+    /// Something that begins found its ring full.
+    pub const START_RING_FULL: u32 = 4;
     /// Number of slots.
-    pub const SLOTS: u32 = 4;
+    pub const SLOTS: u32 = 5;
 }
 
 const _: () = {
     assert!(size_of::<MemoryEvent>() == 72);
     assert!(size_of::<LifeEvent>() == 24 + NAME_BYTES);
+    assert!(size_of::<StartHead>() == 24);
+    assert!(size_of::<StartEvent>() == 24 + TEXT_BYTES);
     assert!(size_of::<Growth>() == 80);
     assert!(size_of::<Holds>() == 32);
 };

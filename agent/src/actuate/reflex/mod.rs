@@ -345,7 +345,7 @@ impl Worker {
             let poll = at.since(latest).per_mille(POLL_PER_MILLE);
             Duration::from_nanos(poll.max(SHORTEST_POLL).0)
         });
-        self.wake.wait(Some(self.source.as_fd()), timeout);
+        self.wake.wait([Some(self.source.as_fd()), None], timeout);
     }
 
     /// Returns whether to go on.

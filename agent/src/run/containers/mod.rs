@@ -7,10 +7,16 @@
 //!
 //! It must not change a limit: that is the controller's, through the runtime.
 
+mod cpu;
+mod hands;
+mod memory;
 mod one;
+
+pub(super) use hands::Hands;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    future::pending,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{Arc, mpsc::SyncSender},
@@ -21,7 +27,10 @@ use bellows_core::{
     Actuation, Signals,
     elastic::{self, ElasticPolicy, Mode, Subject},
 };
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::{Instant, sleep_until},
+};
 use tonic::Streaming;
 
 use super::text;
@@ -30,8 +39,9 @@ use crate::{
         pod::{May, Pod, PodRecords},
         update::Updater,
     },
+    attribution::{CGROUP_ROOT, places::Places},
     cgroup::Cgroup,
-    cri::{Container, ContainerEventResponse, PodSandbox, Runtime, RuntimeError},
+    cri::{Container, ContainerEventResponse, ContainerState, PodSandbox, Runtime, RuntimeError},
     guard::Input,
     originals::{Original, Records},
     quota::Quotas,
@@ -41,8 +51,12 @@ use one::Known;
 /// How often the runtime is asked where it tells of containers by itself, and where it does not.
 const SELDOM: Duration = Duration::from_secs(10);
 const OFTEN: Duration = Duration::from_secs(1);
-/// After this long without an event the runtime is asked: what starts together is looked at together.
+/// So long after a look the runtime is not asked because of somebody who is new: what starts together is looked at
+/// together.
 const SETTLE: Duration = Duration::from_millis(20);
+
+/// Cgroups that were made and not looked at yet, at most.
+pub(super) const MADE: usize = 4096;
 
 /// What the watch needs.
 pub(super) struct Context {
@@ -54,6 +68,10 @@ pub(super) struct Context {
     pub(super) signals: Signals,
     pub(super) quotas: Quotas,
     pub(super) pods: PodRecords,
+    /// Paths of cgroups as they are made.
+    pub(super) made: mpsc::Receiver<String>,
+    /// Given when the boosts of a container have changed.
+    pub(super) boosted: Arc<Notify>,
 }
 
 /// Watches for ever. A change of the policies is taken over when the tick sees it.
@@ -63,39 +81,65 @@ pub(super) async fn watch(context: Context, policies: Vec<ElasticPolicy>) {
         policies_changed: stamp(&context.policies),
         known: BTreeMap::new(),
         pods: Vec::new(),
+        places: Places::default(),
         is_silent: false,
         has_begun: false,
         context,
     };
     let mut events = Events::Untried;
+    // When everybody is looked at again, and not only who is new.
+    let mut all_at = Instant::now();
     loop {
-        watch.reload();
-        watch.look().await;
+        let is_new = watch.reload();
+        let of = if is_new || Instant::now() >= all_at {
+            Of::All
+        } else {
+            Of::New
+        };
+        watch.look(of).await;
         if watch.is_silent {
             // Who answers next may be another version.
             events = Events::Untried;
         } else if matches!(events, Events::Untried) {
             events = watch.events().await;
         }
-        let wait = match events {
-            Events::Told(_) => SELDOM,
-            Events::Untried | Events::Others => OFTEN,
-        };
-        let next = Instant::now() + wait;
-        let Events::Told(stream) = &mut events else {
-            sleep_until(next).await;
-            continue;
-        };
-        tokio::select! {
-            () = sleep_until(next) => {}
-            event = settled(stream) => {
-                if !event {
-                    tracing::info!("the runtime's events have ended; it is asked instead");
-                    events = Events::Untried;
+        if of == Of::All {
+            let wait = match events {
+                Events::Told(_) => SELDOM,
+                Events::Untried | Events::Others => OFTEN,
+            };
+            all_at = Instant::now() + wait;
+        }
+        let earliest = Instant::now() + SETTLE;
+        loop {
+            match watch.wait(&mut events, all_at).await {
+                Woken::ForNothing => {}
+                Woken::By(Of::All) => {
+                    all_at = Instant::now();
+                    break;
+                }
+                Woken::By(Of::New) => {
+                    sleep_until(earliest).await;
+                    break;
                 }
             }
         }
     }
+}
+
+/// Who is looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    All,
+    /// Where many come, those that were there would be looked at as often as one comes.
+    New,
+}
+
+/// What was waited for.
+enum Woken {
+    /// By something that concerns this many.
+    By(Of),
+    ForNothing,
 }
 
 /// What is known of a runtime's events.
@@ -106,18 +150,6 @@ enum Events {
     Others,
     /// They are read.
     Told(Box<Streaming<ContainerEventResponse>>),
-}
-
-/// Waits for an event, and then until none comes for a moment; returns whether more may come.
-async fn settled(stream: &mut Streaming<ContainerEventResponse>) -> bool {
-    let mut next = stream.message().await;
-    while next.is_ok_and(|event| event.is_some()) {
-        match timeout(SETTLE, stream.message()).await {
-            Ok(event) => next = event,
-            Err(_elapsed) => return true,
-        }
-    }
-    false
 }
 
 /// What changes when a file is written or replaced.
@@ -134,6 +166,8 @@ struct Watch {
     known: BTreeMap<String, Known>,
     /// Pods whose limit was moved or may have to be.
     pods: Vec<Arc<Pod>>,
+    /// Cgroups of containers, as they were told of.
+    places: Places,
     /// Whether the runtime did not answer the last time.
     is_silent: bool,
     /// Whether all containers were looked at once.
@@ -141,6 +175,37 @@ struct Watch {
 }
 
 impl Watch {
+    /// Waits for something that makes a look worthwhile, or until `all_at`.
+    async fn wait(&mut self, events: &mut Events, all_at: Instant) -> Woken {
+        let told = async {
+            match events {
+                // Whoever drops this drops no event.
+                Events::Told(stream) => stream.message().await.is_ok_and(|event| event.is_some()),
+                Events::Untried | Events::Others => pending().await,
+            }
+        };
+        tokio::select! {
+            () = sleep_until(all_at) => Woken::By(Of::All),
+            () = self.context.boosted.notified() => Woken::By(Of::All),
+            Some(path) = self.context.made.recv() => {
+                let root = Path::new(CGROUP_ROOT);
+                let mut is_one = self.places.add(root, &path);
+                while let Ok(path) = self.context.made.try_recv() {
+                    is_one |= self.places.add(root, &path);
+                }
+                // Without boosts it is early enough when the runtime says that it runs.
+                if is_one && self.lends() { Woken::By(Of::New) } else { Woken::ForNothing }
+            }
+            is_going_on = told => {
+                if !is_going_on {
+                    tracing::info!("the runtime's events have ended; it is asked instead");
+                    *events = Events::Untried;
+                }
+                Woken::By(Of::New)
+            }
+        }
+    }
+
     const fn runtime(&self) -> &Runtime {
         self.context.updater.runtime()
     }
@@ -173,10 +238,12 @@ impl Watch {
 
     /// Takes over policies that were changed; those that cannot be read change nothing, and nor does a file that is
     /// empty: it is being written.
-    fn reload(&mut self) {
+    ///
+    /// Returns whether there are others.
+    fn reload(&mut self) -> bool {
         let changed = stamp(&self.context.policies);
         if changed == self.policies_changed {
-            return;
+            return false;
         }
         self.policies_changed = changed;
         match crate::policies::read(&self.context.policies) {
@@ -189,13 +256,15 @@ impl Watch {
                 tracing::info!(policies = policies.len(), "policies were read again");
                 self.policies = policies;
                 self.known.values_mut().for_each(Known::look_again);
+                return true;
             }
             Err(error) => tracing::error!(%error, "the policies stay as they were"),
         }
+        false
     }
 
-    async fn look(&mut self) {
-        match self.look_around().await {
+    async fn look(&mut self, of: Of) {
+        match self.look_around(of).await {
             Ok(()) => {
                 if std::mem::take(&mut self.is_silent) {
                     tracing::info!("the runtime answers again");
@@ -209,29 +278,63 @@ impl Watch {
         }
     }
 
-    async fn look_around(&mut self) -> Result<(), RuntimeError> {
-        let running = self.runtime().running().await?;
-        self.forget_all_but(&running);
+    async fn look_around(&mut self, of: Of) -> Result<(), RuntimeError> {
+        let alive = self.alive().await?;
+        self.forget_all_but(&alive);
         let is_new = |container: &Container| !self.known.contains_key(&container.id);
-        let pods = if running.iter().any(is_new) {
+        let pods = if alive.iter().any(is_new) {
             self.runtime().pods().await?
         } else {
             BTreeMap::new()
         };
-        for container in running {
+        for container in alive {
             let pod = pods.get(&container.pod_sandbox_id);
+            let mut is_due = of == Of::All;
             if !self.known.contains_key(&container.id) {
                 let is_left = self.records().read(&container.id).is_some();
                 let known = Known::new(&container, pod, is_left);
                 self.known.insert(container.id.clone(), known);
+                is_due = true;
             }
-            self.apply(&container.id).await;
+            if let Some(known) = self.known.get_mut(&container.id) {
+                is_due |= known.is_starting || known.is_tried_again();
+                if container.state() == ContainerState::ContainerRunning {
+                    known.has_started();
+                }
+            }
+            if is_due {
+                self.apply(&container.id).await;
+            }
         }
         if !std::mem::replace(&mut self.has_begun, true) {
             self.begin();
         }
-        self.settle_pods().await;
+        if of == Of::All {
+            self.settle_pods().await;
+        }
         Ok(())
+    }
+
+    /// Those that run; and those that are about to, if a policy lends them something.
+    async fn alive(&self) -> Result<Vec<Container>, RuntimeError> {
+        let mut alive = BTreeMap::new();
+        // In this order: one that starts meanwhile is in both.
+        if self.lends() {
+            let created = self.runtime().containers(ContainerState::ContainerCreated);
+            for container in created.await? {
+                alive.insert(container.id.clone(), container);
+            }
+        }
+        for container in self.runtime().running().await? {
+            alive.insert(container.id.clone(), container);
+        }
+        Ok(alive.into_values().collect())
+    }
+
+    /// Whether a policy lends anybody something.
+    fn lends(&self) -> bool {
+        let mut rules = self.policies.iter().flat_map(|policy| &policy.containers);
+        rules.any(|rules| !rules.boosts.is_empty())
     }
 
     /// What a predecessor has left: pods that it raised, and records of what is gone.
@@ -270,12 +373,12 @@ impl Watch {
         self.pods = kept;
     }
 
-    fn forget_all_but(&mut self, running: &[Container]) {
-        let running: BTreeSet<&str> = running.iter().map(|one| one.id.as_str()).collect();
+    fn forget_all_but(&mut self, alive: &[Container]) {
+        let alive: BTreeSet<&str> = alive.iter().map(|one| one.id.as_str()).collect();
         let gone: Vec<String> = self
             .known
             .keys()
-            .filter(|id| !running.contains(id.as_str()))
+            .filter(|id| !alive.contains(id.as_str()))
             .cloned()
             .collect();
         for id in gone {
@@ -293,8 +396,7 @@ impl Watch {
     }
 
     fn let_go(&self, cgroup: &Cgroup) {
-        let targets = self.context.updater.targets();
-        targets.with(|targets| drop(targets.remove(&cgroup.id())));
+        self.context.updater.forget(cgroup.id());
         self.send(Input::Forget(cgroup.id()));
         self.context.quotas.forget(cgroup.id());
     }

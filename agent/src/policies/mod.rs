@@ -6,6 +6,8 @@
 //! further than somebody meant. So a file is taken as a whole or not at all, each error names its line and
 //! what to write instead, and whoever has a good one already keeps it.
 
+mod boosts;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
@@ -37,12 +39,22 @@ A policy:
     containers:
     - name: ide            # every container, if left out
       memory:
-        max: 4Gi           # never more than this
+        max: 4Gi           # never more than this, but for boosts
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
       cpu:
-        max: 2             # never more than this; 500m is half a CPU
+        max: 2             # never more than this, but for boosts; 500m is half a CPU
         throttleTarget: 0% # the share of periods that may be throttled; none, if left out
+      boosts:              # what is lent for a time
+      - on: {start: true}
+        cpu: 2             # at least this; a JVM that starts counts its CPUs by it
+        until:             # whichever comes first
+          ready: {port: 8080, path: /healthz}   # it answers there; without a path, takes connections
+          idle: 5s         # it has used no more CPU than at rest for so long
+          atMost: 2m       # 2m, if left out
+      - on: {exec: make, arguments: [all]}
+        memory: 2Gi
+        until: {exit: true, atMost: 30m}
 ";
 const API_VERSION: &str = "bellows.dev/v1alpha1";
 const KIND: &str = "ElasticPolicy";
@@ -175,7 +187,8 @@ fn allowed(rules: &ContainerRules) -> String {
     let cpu = rules
         .cpu
         .map(|CpuRules { max, .. }| format!("CPU up to {max}"));
-    let allowed: Vec<String> = memory.into_iter().chain(cpu).collect();
+    let boosts = rules.boosts.iter().map(boosts::told);
+    let allowed: Vec<String> = memory.into_iter().chain(cpu).chain(boosts).collect();
     if allowed.is_empty() {
         "left alone".to_owned()
     } else {
@@ -264,6 +277,8 @@ struct Rules {
     name: Option<Spanned<String>>,
     memory: Option<Memory>,
     cpu: Option<CpuText>,
+    #[serde(default)]
+    boosts: Vec<boosts::Boost>,
 }
 
 #[derive(Deserialize)]
@@ -340,6 +355,11 @@ impl Rules {
             name: self.name.map(|name| name.value),
             memory: self.memory.map(|memory| memory.checked()).transpose()?,
             cpu: self.cpu.map(|cpu| cpu.checked()).transpose()?,
+            boosts: self
+                .boosts
+                .iter()
+                .map(boosts::Boost::checked)
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -368,14 +388,8 @@ impl Memory {
 
 impl CpuText {
     fn checked(&self) -> Result<CpuRules, Problem> {
-        let max = quantity::parse_cpu(&self.max.value);
-        let max = max.map_err(|what| problem(self.max.referenced, what))?;
-        if max < LEAST_CPU {
-            let what = format!("{max} is less than the kernel can share out: use at least 10m");
-            return Err(problem(self.max.referenced, what));
-        }
         Ok(CpuRules {
-            max,
+            max: cpu(&self.max)?,
             throttled_per_mille: self.throttle_target.as_ref().map_or(Ok(0), share)?,
         })
     }
@@ -400,6 +414,16 @@ fn share(text: &Spanned<String>) -> Result<u64, Problem> {
         return Err(wrong());
     }
     Ok(share / 100_000)
+}
+
+fn cpu(text: &Spanned<String>) -> Result<Cpu, Problem> {
+    let cpu = quantity::parse_cpu(&text.value);
+    let cpu = cpu.map_err(|what| problem(text.referenced, what))?;
+    if cpu < LEAST_CPU {
+        let what = format!("{cpu} is less than the kernel can share out: use at least 10m");
+        return Err(problem(text.referenced, what));
+    }
+    Ok(cpu)
 }
 
 fn size(text: &Spanned<String>) -> Result<Bytes, Problem> {
@@ -435,6 +459,8 @@ fn duration(text: &Spanned<String>) -> Result<Nanos, Problem> {
 mod tests {
     use super::*;
 
+    use bellows_core::boost::{Program, Ready, Trigger, Until};
+
     const GOOD: &str = "\
 apiVersion: bellows.dev/v1alpha1
 kind: ElasticPolicy
@@ -454,6 +480,13 @@ spec:
       shrinkAfter: 1m30s
     cpu: {max: 1.5, throttleTarget: 2.5%}
   - memory: {max: 1073741824}
+    boosts:
+    - on: {start: true}
+      cpu: 1800m
+      until: {idle: 7s, ready: {port: 80, path: /ok}}
+    - on: {exec: java, arguments: [-jar]}
+      memory: 2Gi
+      until: {exit: true, atMost: 1h}
 ";
 
     /// Where and why a file with one change is refused.
@@ -495,6 +528,28 @@ spec:
             (memory.max, memory.shrink_after),
             (Bytes::mib(1024), SHRINK_AFTER)
         );
+        let [start, exec] = &every.boosts[..] else {
+            panic!("{every:?}")
+        };
+        assert_eq!(start.on, Trigger::Start);
+        assert_eq!((start.cpu, start.memory), (Some(Cpu::millis(1800)), None));
+        let until = Until {
+            ready: Some(Ready {
+                port: 80,
+                path: Some("/ok".to_owned()),
+            }),
+            exit: false,
+            idle: Some(Nanos::millis(7000)),
+            at_most: Nanos::millis(120_000),
+        };
+        assert_eq!(start.until, until);
+        let java = Program {
+            file: "java".to_owned(),
+            arguments: vec!["-jar".to_owned()],
+        };
+        assert_eq!(exec.on, Trigger::Exec(java));
+        assert_eq!(exec.memory, Some(Bytes::mib(2048)));
+        assert!(exec.until.exit && exec.until.at_most == Nanos::millis(3_600_000));
     }
 
     #[test]
@@ -507,7 +562,7 @@ spec:
         let policies = parse(&text).unwrap();
         assert_eq!(
             told(&policies),
-            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB; CPU up to 2000m\n"
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
         );
     }
 
@@ -520,7 +575,7 @@ spec:
         assert_eq!(policies.len(), 2);
         assert_eq!(policies[1].mode, Mode::Observe);
         let problem = parse(&format!("{GOOD}---\n{GOOD}")).unwrap_err();
-        assert_eq!(problem.line, 23);
+        assert_eq!(problem.line, 30);
         assert!(problem.what.contains("second policy"), "{problem}");
     }
 
@@ -567,6 +622,20 @@ spec:
             ("v1alpha1", "v1", 1, "write bellows.dev/v1alpha1"),
             ("kind: ElasticPolicy", "kind: Pod", 2, "write ElasticPolicy"),
             ("name: workspaces", "name: ''", 4, "needs a name"),
+            ("{start: true}", "{}", 20, "write `start: true`"),
+            ("start: true", "start: true, exec: x", 20, "two triggers"),
+            ("start: true", "start: true, arguments: [x]", 20, "`exec`"),
+            ("cpu: 1800m", "cpu: 1m", 21, "at least 10m"),
+            ("cpu: 1800m", "cpus: 2", 21, "did you mean `cpu`"),
+            ("      cpu: 1800m\n", "", 20, "a boost of nothing"),
+            ("idle: 7s", "exit: true", 22, "a start has no `exit`"),
+            ("idle: 7s", "idle: 7", 22, "such as 5s"),
+            ("port: 80,", "port: 0,", 22, "no port 0"),
+            ("port: 80,", "port: 70000,", 22, "check --help"),
+            ("path: /ok", "path: ok", 22, "such as /healthz"),
+            ("path: /ok", "path: '/o k'", 22, "such as /healthz"),
+            ("exec: java", "exec: bin/", 23, "no program"),
+            ("atMost: 1h", "atMost: 25h", 25, "from 1s to 24h"),
             (
                 "- memory:",
                 "- name: ide\n    memory:",

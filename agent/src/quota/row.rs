@@ -1,0 +1,284 @@
+//! One container: its quota as it was last seen, and the boosts that it has.
+
+use std::{collections::BTreeMap, fs::File, io::Read as _, os::fd::OwnedFd, path::Path};
+
+use bellows_core::{
+    CgroupId, Cpu, Nanos, Reason,
+    boost::{BoostRules, Boosts, Load, Ready, Trigger},
+    cpu::{CpuHistory, CpuSnapshot, decide},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
+use super::{Rules, Watched, ready::Probe};
+use crate::{
+    attribution::{self, CGROUP_ROOT},
+    cgroup::{Cgroup, CgroupError},
+    wake::Wake,
+};
+
+/// What a container without a CPU limit may use and still be idle.
+const IDLE: Cpu = Cpu::millis(100);
+/// The share of the time in which one of its threads waits for a CPU, from which on a container is short of them.
+const WAITING_PER_MILLE: u64 = 200;
+/// Arguments of a program that are looked at.
+const ARGUMENTS: u64 = 64 << 10;
+/// Shorter looks tell of chance.
+const SHORTEST_LOOK: Nanos = Nanos::millis(80);
+
+/// A program that was executed.
+pub(super) struct Executed {
+    pub(super) process: u32,
+    pub(super) file: String,
+    pub(super) at: Nanos,
+}
+
+pub(super) struct Row {
+    pub(super) cgroup: Cgroup,
+    pub(super) rules: Rules,
+    pub(super) pod: Option<CgroupId>,
+    pub(super) history: CpuHistory,
+    /// As last read; `None` where there is no limit (yet).
+    pub(super) quota: Option<Cpu>,
+    /// Periods that were throttled, as last read.
+    throttled: u64,
+    pub(super) boosts: Boosts,
+    /// Whether its boosts could not be written down.
+    pub(super) is_unnoted: bool,
+    /// Whether its start is still to come.
+    is_expected: bool,
+    is_throttle_told: bool,
+    pub(super) are_programs_told: bool,
+    /// Time for which its threads had waited for a CPU, and when that was looked at.
+    waited: Option<(Nanos, Nanos)>,
+    is_waiting: bool,
+    /// The processes that boosts are for.
+    processes: BTreeMap<u32, OwnedFd>,
+    /// Who asks whether the service is ready, and where.
+    probe: Option<(Ready, Probe)>,
+    /// What failed last: told once.
+    failure: Option<String>,
+}
+
+impl Row {
+    pub(super) fn new(watched: Watched) -> Self {
+        let Watched {
+            cgroup,
+            rules,
+            pod,
+            boosts,
+            is_expected,
+        } = watched;
+        let mut row = Self {
+            cgroup,
+            rules,
+            pod,
+            history: CpuHistory::default(),
+            quota: None,
+            throttled: 0,
+            boosts,
+            is_unnoted: false,
+            is_expected,
+            is_throttle_told: false,
+            are_programs_told: false,
+            waited: None,
+            is_waiting: false,
+            processes: BTreeMap::new(),
+            probe: None,
+            failure: None,
+        };
+        let left: Vec<u32> = row.boosts.processes().collect();
+        for process in left {
+            row.follow(process);
+        }
+        row
+    }
+
+    /// Whether it must be looked at from time to time.
+    pub(super) fn is_active(&self) -> bool {
+        let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);
+        let is_moved = at_rest.is_some() && self.quota != at_rest;
+        self.is_expected || self.is_unnoted || !self.boosts.is_empty() || is_moved
+    }
+
+    /// Whether the kernel must be told of it; once.
+    pub(super) fn is_throttle_untold(&mut self) -> bool {
+        self.rules.cpu.is_some() && !std::mem::replace(&mut self.is_throttle_told, true)
+    }
+
+    /// Whether programs that are executed in it matter.
+    pub(super) fn needs_programs(&self) -> bool {
+        let mut rules = self.rules.boosts.iter();
+        let is_exec = |rules: &BoostRules| matches!(rules.on, Trigger::Exec(_));
+        self.is_expected || !self.boosts.is_empty() || rules.any(is_exec)
+    }
+
+    /// Reads counters and quota; returns whether a throttled period was counted.
+    pub(super) fn look(&mut self, at: Nanos) -> Result<bool, CgroupError> {
+        let counters = self.cgroup.cpu_counters()?;
+        self.history.look(at, counters);
+        self.quota = self.cgroup.quota()?.map(|quota| quota.cpu);
+        if !self.boosts.is_empty() {
+            self.look_at_waiting(at);
+        }
+        let before = std::mem::replace(&mut self.throttled, counters.throttled);
+        Ok(counters.throttled > before)
+    }
+
+    /// Without PSI nobody is known to wait.
+    fn look_at_waiting(&mut self, at: Nanos) {
+        let Ok(Some(waited)) = self.cgroup.waited_for_cpu() else {
+            return;
+        };
+        let Some((then, before)) = self.waited else {
+            self.waited = Some((at, waited));
+            return;
+        };
+        let window = at.since(then);
+        if window >= SHORTEST_LOOK {
+            let share = waited.since(before).0.saturating_mul(1000) / window.0.max(1);
+            self.is_waiting = share >= WAITING_PER_MILLE;
+            self.waited = Some((at, waited));
+        }
+    }
+
+    /// What is to be done at its quota.
+    pub(super) fn decide(&self, at: Nanos, is_throttled: bool, idle: Cpu) -> Option<(Cpu, Reason)> {
+        // Without a quota there is nothing to raise or to lower.
+        let (policy, quota) = (self.rules.cpu?, self.quota?);
+        decide(&CpuSnapshot {
+            now: at,
+            policy,
+            history: self.history,
+            quota,
+            boost: self.boosts.cpu(),
+            is_throttled,
+            idle,
+        })
+    }
+
+    /// Begins what its start begins, once it has its limits: what is written before is written over. Its runtime has
+    /// more to do in it before its own program, at its quota's pace. Where that cannot be seen, once it is started.
+    pub(super) fn start(&mut self, at: Nanos) {
+        let has_limits = self.rules.cpu.is_some() && self.quota.is_some();
+        if self.is_expected && (has_limits || !self.rules.is_starting) {
+            self.is_expected = false;
+            self.boosts.start(&self.rules.boosts, at);
+        }
+    }
+
+    /// A program was executed.
+    pub(super) fn execute(&mut self, executed: &Executed) {
+        let Executed { process, file, at } = executed;
+        let rules = &self.rules.boosts;
+        let words = if rules.iter().any(|rules| rules.asks_for_arguments(file)) {
+            arguments(*process)
+        } else {
+            Vec::new()
+        };
+        self.boosts.execute(rules, *at, *process, file, &words);
+        if self.boosts.processes().any(|awaited| awaited == *process) {
+            self.follow(*process);
+        }
+    }
+
+    /// Follows a process until its end. One that cannot be followed is waited for as long as its boost may last.
+    fn follow(&mut self, process: u32) {
+        let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
+        let opened = pid.ok_or(Errno::SRCH);
+        match opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            // Its number may have been given to another meanwhile.
+            Ok(_) if !is_in(process, &self.cgroup) => self.boosts.exit(process),
+            Ok(descriptor) => drop(self.processes.insert(process, descriptor)),
+            Err(Errno::SRCH) => self.boosts.exit(process),
+            Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
+        }
+    }
+
+    /// Asks whether the service is ready, if a boost waits for that, and nobody else.
+    pub(super) fn ask(&mut self, wake: &Wake) {
+        let wanted = self.boosts.asks().filter(|_| !self.rules.is_starting);
+        let asked = self.probe.as_ref().map(|(asked, _)| asked);
+        if wanted == asked {
+            return;
+        }
+        self.probe = None;
+        let Some(ready) = wanted else {
+            return;
+        };
+        match Probe::start(self.cgroup.clone(), ready, wake.clone()) {
+            Ok(probe) => self.probe = Some((ready.clone(), probe)),
+            Err(error) => tracing::warn!(%error, "it is not asked whether a service is ready"),
+        }
+    }
+
+    /// Ends the boosts that are over.
+    pub(super) fn end_boosts(&mut self, at: Nanos) {
+        if self.boosts.is_empty() {
+            return;
+        }
+        let gone = self.processes.iter().filter(|(_, fd)| has_ended(fd));
+        let gone: Vec<u32> = gone.map(|(&process, _)| process).collect();
+        for process in gone {
+            self.processes.remove(&process);
+            self.boosts.exit(process);
+        }
+        if let Some((ready, probe)) = &self.probe
+            && probe.is_ready()
+        {
+            self.boosts.ready(ready);
+        }
+        let load = Load {
+            used: self.history.used,
+            at_rest: self.rules.cpu.map_or(IDLE, |cpu| cpu.at_rest),
+            is_waiting: self.is_waiting,
+        };
+        let ended = self.boosts.look(&self.rules.boosts, at, load);
+        for (rules, end) in &ended {
+            let path = self.cgroup.path().display();
+            tracing::info!(%path, on = ?rules.on, ?end, "a boost has ended");
+        }
+        if self.boosts.is_empty() {
+            self.processes.clear();
+            self.waited = None;
+            self.is_waiting = false;
+        }
+    }
+
+    pub(super) fn went(&mut self, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.failure = None,
+            Err(why) if self.failure.as_ref() == Some(&why) => {}
+            Err(why) => {
+                tracing::warn!(path = %self.cgroup.path().display(), why, "a CPU quota is not moved");
+                self.failure = Some(why);
+            }
+        }
+    }
+}
+
+/// The arguments of a process, without its name. Reading them waits for whoever changes its address space, so they are
+/// read only where a policy names some of its file.
+fn arguments(process: u32) -> Vec<String> {
+    let mut words = Vec::new();
+    let file = File::open(format!("/proc/{process}/cmdline"));
+    if let Err(error) = file.and_then(|file| file.take(ARGUMENTS).read_to_end(&mut words)) {
+        tracing::debug!(process, %error, "a program has ended before its arguments were read");
+    }
+    let words = words.split(|&byte| byte == 0).skip(1);
+    words
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect()
+}
+
+fn is_in(process: u32, cgroup: &Cgroup) -> bool {
+    attribution::is_in(Path::new(CGROUP_ROOT), process, cgroup.path())
+}
+
+fn has_ended(process: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(process, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}

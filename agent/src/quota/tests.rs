@@ -1,0 +1,243 @@
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bellows_core::{
+    Bytes,
+    boost::{Program, Trigger, Until},
+};
+
+use super::*;
+
+/// Hands that write into a directory, and remember.
+#[derive(Clone, Default)]
+struct Hands(Arc<Did>);
+
+#[derive(Default)]
+struct Did {
+    /// Whether nothing can be written down.
+    is_full: AtomicBool,
+    noted: Mutex<Vec<Boosts>>,
+    set: Mutex<Vec<Cpu>>,
+}
+
+fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Setter for Hands {
+    fn set(&self, cgroup: &Cgroup, to: Cpu, _reason: Reason) -> Result<(), String> {
+        let quota = cgroup.quota().unwrap().ok_or("no quota")?;
+        cgroup.set_quota(quota.with(to)).unwrap();
+        locked(&self.0.set).push(to);
+        Ok(())
+    }
+
+    fn settle(&self, _cgroup: &Cgroup) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn boosted(&self, _cgroup: &Cgroup, boosts: &Boosts) -> Result<(), String> {
+        if self.0.is_full.load(Ordering::Relaxed) {
+            return Err("no space".to_owned());
+        }
+        locked(&self.0.noted).push(boosts.clone());
+        Ok(())
+    }
+
+    fn created(&self, _path: String) {}
+}
+
+/// A worker with one container, in a directory that looks like a cgroup.
+struct Bed {
+    worker: Worker<Hands>,
+    hands: Hands,
+    cgroup: Cgroup,
+    _commands: mpsc::Sender<Command>,
+}
+
+const REST: Cpu = Cpu::millis(250);
+const LENT: Cpu = Cpu::millis(2000);
+
+fn rules(boosts: &[BoostRules], is_starting: bool, has_quota: bool) -> Rules {
+    Rules {
+        cpu: has_quota.then_some(CpuPolicy {
+            at_rest: REST,
+            max: REST,
+            throttled_per_mille: 0,
+        }),
+        boosts: Arc::from(boosts),
+        is_starting,
+    }
+}
+
+fn boost(on: Trigger) -> BoostRules {
+    BoostRules {
+        on,
+        cpu: Some(LENT),
+        memory: Some(Bytes::mib(256)),
+        until: Until {
+            ready: None,
+            exit: false,
+            idle: None,
+            at_most: Nanos::millis(600_000),
+        },
+    }
+}
+
+impl Bed {
+    fn new(name: &str) -> Self {
+        let name = format!("bellows-quota-{name}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir_all(&path).unwrap();
+        let write = |file, text| fs::write(Path::new(&path).join(file), text).unwrap();
+        write("cpu.max", "25000 100000\n");
+        write("cpu.stat", "usage_usec 0\nnr_periods 0\nnr_throttled 0\n");
+        let (sender, commands) = mpsc::channel();
+        let hands = Hands::default();
+        Self {
+            worker: Worker {
+                throttles: None,
+                starts: None,
+                setter: hands.clone(),
+                commands,
+                wake: Wake::new().unwrap(),
+                table: BTreeMap::new(),
+                idle: Idle::new(path.clone(), 4),
+                ticked: Nanos(0),
+            },
+            hands,
+            cgroup: Cgroup::stand_in(&path, CgroupId(7)),
+            _commands: sender,
+        }
+    }
+
+    fn watch(&mut self, rules: Rules, is_expected: bool) {
+        self.worker.watch(Watched {
+            cgroup: self.cgroup.clone(),
+            rules,
+            boosts: Boosts::none(),
+            is_expected,
+            pod: None,
+        });
+    }
+
+    fn full(&self, is_full: bool) {
+        self.hands.0.is_full.store(is_full, Ordering::Relaxed);
+    }
+
+    fn look(&mut self) {
+        self.worker.look_at(self.cgroup.id(), false);
+    }
+
+    fn row(&mut self) -> &mut Row {
+        self.worker.table.get_mut(&self.cgroup.id()).unwrap()
+    }
+
+    /// What was noted last is lent.
+    fn noted(&self) -> Option<Option<Cpu>> {
+        locked(&self.hands.0.noted).last().map(Boosts::cpu)
+    }
+
+    fn quota(&self) -> Cpu {
+        self.cgroup.quota().unwrap().unwrap().cpu
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(self.cgroup.path()));
+    }
+}
+
+#[test]
+fn what_cannot_be_written_down_is_not_lent() {
+    let mut bed = Bed::new("unwritten");
+    bed.full(true);
+    bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
+    assert_eq!((bed.quota(), bed.noted()), (REST, None));
+    assert!(bed.row().boosts.is_empty() && bed.row().is_active());
+    bed.full(false);
+    bed.look();
+    assert_eq!(bed.noted(), Some(None));
+    assert!(!bed.row().is_active());
+    assert!(locked(&bed.hands.0.set).is_empty());
+}
+
+#[test]
+fn an_end_that_cannot_be_written_down_is_written_down_later() {
+    let mut bed = Bed::new("end");
+    bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
+    assert_eq!((bed.quota(), bed.noted()), (LENT, Some(Some(LENT))));
+    bed.full(true);
+    bed.row().rules = rules(&[], false, true);
+    bed.look();
+    assert_eq!((bed.quota(), bed.noted()), (REST, Some(Some(LENT))));
+    assert!(bed.row().is_active());
+    bed.full(false);
+    bed.look();
+    assert_eq!(bed.noted(), Some(None));
+}
+
+#[test]
+fn a_start_begins_with_its_limits_and_not_before() {
+    let mut bed = Bed::new("start");
+    fs::write(bed.cgroup.path().join("cpu.max"), "max 100000\n").unwrap();
+    bed.watch(rules(&[boost(Trigger::Start)], true, true), true);
+    bed.look();
+    assert_eq!(bed.noted(), None);
+    assert!(bed.row().is_active() && bed.row().needs_programs());
+    fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+    bed.look();
+    assert_eq!((bed.quota(), bed.noted()), (LENT, Some(Some(LENT))));
+    // Its runtime sets them once more.
+    fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+    bed.look();
+    assert_eq!(bed.quota(), LENT);
+}
+
+#[test]
+fn a_start_whose_programs_were_not_told_begins_when_the_runtime_says_so() {
+    let mut bed = Bed::new("missed");
+    bed.watch(rules(&[boost(Trigger::Start)], true, false), true);
+    bed.look();
+    assert_eq!(bed.noted(), None);
+    bed.row().rules.is_starting = false;
+    bed.look();
+    assert_eq!(bed.noted(), Some(Some(LENT)));
+    // Not a second time.
+    bed.row().rules.boosts = Arc::from([]);
+    bed.look();
+    bed.row().rules.boosts = Arc::from([boost(Trigger::Start)]);
+    bed.look();
+    assert_eq!(bed.noted(), Some(None));
+    assert!(!bed.row().is_active() && !bed.row().needs_programs());
+}
+
+#[test]
+fn a_program_that_has_ended_before_it_is_followed_is_lent_nothing_for_long() {
+    let mut bed = Bed::new("program");
+    let mut rule = boost(Trigger::Exec(Program {
+        file: "make".to_owned(),
+        arguments: Vec::new(),
+    }));
+    rule.until.exit = true;
+    bed.watch(rules(&[rule], false, true), false);
+    assert!(bed.row().needs_programs() && !bed.row().is_active());
+    // No process has this number (PID_MAX_LIMIT is 4 Mi).
+    let executed = |file: &str| Executed {
+        process: 5 << 20,
+        file: file.to_owned(),
+        at: now(),
+    };
+    let id = bed.cgroup.id();
+    bed.worker
+        .executed(id, &[executed("cc"), executed("/usr/bin/make")]);
+    assert!(bed.row().boosts.is_empty());
+    assert_eq!((bed.quota(), bed.noted()), (REST, None));
+}

@@ -1,0 +1,181 @@
+//! The memory limit of one container: taken over when somebody else sets it, guarded by its rules, left alone at rest
+//! without any.
+
+use bellows_core::{
+    Bytes, Nanos, Patience, Policy, WHOLE, elastic::MemoryRules, moved::MovedLimit,
+};
+
+use super::{Context, Watch, text};
+use crate::{
+    cgroup::{Cgroup, Limit},
+    cri::memory_limit,
+    guard::Input,
+};
+
+/// Quiet time before a limit is lowered that no policy allows any more.
+const AT_ONCE: Nanos = Nanos::millis(1000);
+
+impl Watch {
+    /// Follows rules for memory, or brings it to rest without any.
+    pub(super) async fn follow_memory(
+        &mut self,
+        id: &str,
+        cgroup: &Cgroup,
+        rules: Option<MemoryRules>,
+    ) -> Result<(), String> {
+        let is_guarded = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.memory.is_some());
+        // The limit before what is known of it: what we ask for is written down before it is asked for.
+        let limit = cgroup.limit("memory.max").map_err(text)?;
+        let targets = self.context.updater.targets();
+        let known = targets.of(cgroup.id(), |target| {
+            let original = target.original.limit.clone();
+            let boost = target.original.boosts.memory();
+            (original, boost, target.is_moving(), target.is_telling())
+        });
+        let (moved, boost, is_moving, is_telling) = known.ok_or("it is not known any more")?;
+        if rules.is_none() && boost.is_none() && moved.is_none() {
+            return Ok(());
+        }
+        let Limit::At(limit) = limit else {
+            if !is_telling {
+                self.leave_memory(id, cgroup)?;
+            }
+            return Err("it has no memory limit: there is nothing to raise".to_owned());
+        };
+        let moved = match moved {
+            // What is on its way may be ours, or replace theirs: that is seen when it has arrived.
+            Some(moved) if moved.is_ours(limit) || is_moving => moved,
+            Some(_) => self.take_over(id, cgroup, limit).await?,
+            None => {
+                let moved = MovedLimit::new(limit);
+                self.record(cgroup, |original| original.limit = Some(moved.clone()))?;
+                moved
+            }
+        };
+        let is_at_rest = limit == moved.at_rest && !is_telling;
+        let is_wanted = rules.is_some() || boost.is_some();
+        if !is_wanted && is_at_rest {
+            return self.leave_memory(id, cgroup);
+        }
+        if is_at_rest && !moved.asked.is_empty() {
+            self.record(cgroup, |original| {
+                original.limit.iter_mut().for_each(MovedLimit::rest);
+            })?;
+        }
+        if !is_wanted && limit < moved.at_rest && !is_moving {
+            // It had less at rest by a policy's rules, which are gone.
+            self.context.updater.send(cgroup.id(), moved.at_rest);
+        }
+        let (wanted, refusal) = match self.policy(moved.at_rest, rules, boost) {
+            Ok(wanted) => (wanted, None),
+            // Somebody else has set more than the policy allows, or the policy has changed.
+            Err(why) if is_at_rest => {
+                self.leave_memory(id, cgroup)?;
+                return Err(why);
+            }
+            Err(why) => (self.policy(moved.at_rest, None, boost)?, Some(why)),
+        };
+        if !is_guarded {
+            self.adopt_memory(cgroup, wanted, limit)?;
+        }
+        if let Some(known) = self.known.get_mut(id) {
+            let before = known.memory.replace(wanted);
+            if is_guarded && before != Some(wanted) {
+                self.send(Input::Policy(cgroup.id(), wanted));
+            }
+        }
+        if boost.is_some() && limit < wanted.original && !is_moving {
+            self.context.updater.send(cgroup.id(), wanted.original);
+        }
+        refusal.map_or(Ok(()), Err)
+    }
+
+    fn adopt_memory(&self, cgroup: &Cgroup, policy: Policy, limit: Bytes) -> Result<(), String> {
+        let targets = self.context.updater.targets();
+        let target = targets.of(cgroup.id(), |target| target.clone());
+        let target = target.ok_or("it is not known any more")?;
+        let moved = target.original.limit.as_ref();
+        let is_ours = |said: Bytes| moved.is_some_and(|moved| moved.is_ours(said));
+        let said = target.said.as_ref().and_then(memory_limit);
+        if let Some(said) = said.filter(|said| !is_ours(said.page_floor())) {
+            let container = &target.original.name;
+            tracing::warn!(container, %said, %limit, "its runtime has another limit than its cgroup");
+        }
+        if let Some(pod) = &target.pod {
+            pod.adopt().map_err(text)?;
+        }
+        let (container, id) = (target.original.name, target.original.id);
+        let path = cgroup.path().display();
+        tracing::info!(container, id, %path, limit = %policy.original, max = %policy.ceiling, "guarded");
+        self.send(Input::Adopt(cgroup.clone(), policy, container));
+        Ok(())
+    }
+
+    /// Leaves the memory limit of a container alone.
+    fn leave_memory(&mut self, id: &str, cgroup: &Cgroup) -> Result<(), String> {
+        let known = self.known.get_mut(id);
+        if known.and_then(|known| known.memory.take()).is_some() {
+            self.send(Input::Forget(cgroup.id()));
+        }
+        self.record(cgroup, |original| original.limit = None)
+    }
+
+    /// Somebody else has set a limit, which is the new original.
+    async fn take_over(
+        &self,
+        id: &str,
+        cgroup: &Cgroup,
+        limit: Bytes,
+    ) -> Result<MovedLimit<Bytes>, String> {
+        let (status, _) = self.runtime().status(id).await.map_err(text)?;
+        let said = status.resources.and_then(|resources| resources.linux);
+        let moved = MovedLimit::new(limit);
+        let targets = self.context.updater.targets();
+        targets.of(cgroup.id(), |target| {
+            target.said = Some(said.unwrap_or_default());
+        });
+        let container = self.record(cgroup, |original| {
+            original.limit = Some(moved.clone());
+            original.name.clone()
+        })?;
+        tracing::info!(container, %limit, "the limit was changed by somebody else, which is the new original");
+        Ok(moved)
+    }
+
+    /// The rules for a container whose limit at rest is `original`; without any it is brought there. What a boost lends
+    /// is at rest for as long as that lasts.
+    fn policy(
+        &self,
+        original: Bytes,
+        memory: Option<MemoryRules>,
+        boost: Option<Bytes>,
+    ) -> Result<Policy, String> {
+        let Context {
+            actuation,
+            cpus,
+            signals,
+            ..
+        } = &self.context;
+        let memory = memory.unwrap_or(MemoryRules {
+            max: original,
+            floor: None,
+            shrink_after: AT_ONCE,
+        });
+        let least = boost.unwrap_or(Bytes::ZERO);
+        let original = memory.floor.map_or(original, |floor| floor.min(original));
+        let policy = Policy {
+            original: original.max(least),
+            ceiling: memory.max.max(least),
+            actuation: *actuation,
+            signals: *signals,
+            patience: Patience::UNPROBED,
+            cpus: *cpus,
+            shrink_after: memory.shrink_after,
+            usable_per_mille: WHOLE,
+        };
+        policy.validate().map_err(text)
+    }
+}
