@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use bellows::{
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, Limit, quota::Quota},
+    clock::now,
     cri::{
         api::{
             ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus,
@@ -18,8 +19,9 @@ use bellows::{
             LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
             LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount, NamespaceMode,
             NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest,
-            RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
-            UpdateContainerResourcesRequest, runtime_service_client::RuntimeServiceClient,
+            RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+            StopPodSandboxRequest, UpdateContainerResourcesRequest,
+            runtime_service_client::RuntimeServiceClient,
         },
         with_memory, with_quota,
     },
@@ -60,8 +62,8 @@ pub(crate) struct Spec {
     /// Its CPU limit, and its pod's.
     pub(crate) cpu: Option<Cpu>,
     pub(crate) command: Vec<String>,
-    /// Mounts the machine's root at /host.
-    pub(crate) host: bool,
+    /// What of the machine is mounted into it: where, and which directory.
+    pub(crate) binds: Vec<(&'static str, &'static str)>,
     /// Labels of its pod.
     pub(crate) labels: Vec<(String, String)>,
 }
@@ -75,7 +77,7 @@ impl Spec {
             pod_limit: None,
             cpu: None,
             command,
-            host: false,
+            binds: Vec::new(),
             labels: Vec::new(),
         }
     }
@@ -87,6 +89,8 @@ pub(crate) struct Started {
     pub(crate) name: String,
     pub(crate) cgroup: Cgroup,
     pub(crate) pod: Cgroup,
+    /// When its start was asked for.
+    pub(crate) at: Nanos,
     sandbox: Sandbox,
 }
 
@@ -155,7 +159,7 @@ impl Machine {
 
     fn start_in(&self, sandbox: Sandbox, spec: &Spec) -> Result<Started> {
         let mut client = self.client.clone();
-        let id = self.tasks.block_on(async {
+        let (id, at) = self.tasks.block_on(async {
             let request = CreateContainerRequest {
                 pod_sandbox_id: sandbox.id.clone(),
                 config: Some(container(spec)),
@@ -166,8 +170,9 @@ impl Machine {
             let request = StartContainerRequest {
                 container_id: id.clone(),
             };
+            let at = now();
             client.start_container(request).await?;
-            Ok::<_, anyhow::Error>(id)
+            Ok::<_, anyhow::Error>((id, at))
         })?;
         let root = Path::new(CGROUP_ROOT);
         let path =
@@ -177,6 +182,7 @@ impl Machine {
             cgroup: Cgroup::open(&path)?,
             pod: Cgroup::open(pod)?,
             id,
+            at,
             name: spec.name.clone(),
             sandbox,
         })
@@ -202,9 +208,13 @@ impl Machine {
 
     /// What it has printed that is JSON, one value a line.
     pub(crate) fn said(started: &Started) -> Vec<Value> {
+        node::said_in(&Self::log(started))
+    }
+
+    /// What it has printed, each line with its time.
+    pub(crate) fn log(started: &Started) -> String {
         let path = Path::new(&started.sandbox.config.log_directory).join(log_of(&started.name));
-        let text = fs::read_to_string(path).unwrap_or_default();
-        node::said_in(&text)
+        fs::read_to_string(path).unwrap_or_default()
     }
 
     /// Sets its limit, as somebody else might.
@@ -229,6 +239,17 @@ impl Machine {
         let mut client = self.client.clone();
         self.tasks
             .block_on(client.update_container_resources(request))?;
+        Ok(())
+    }
+
+    /// Ends it; its pod stays.
+    pub(crate) fn stop(&self, started: &Started) -> Result<()> {
+        let request = StopContainerRequest {
+            container_id: started.id.clone(),
+            timeout: 0,
+        };
+        let mut client = self.client.clone();
+        self.tasks.block_on(client.stop_container(request))?;
         Ok(())
     }
 
@@ -307,7 +328,7 @@ fn pod_cgroup(uid: &str, limit: Option<Bytes>, cpu: Option<Cpu>) -> Result<Strin
 }
 
 /// Makes cgroups below each other that hand out their controllers.
-fn hand_out(names: &[&str]) -> Result<PathBuf> {
+pub(crate) fn hand_out(names: &[&str]) -> Result<PathBuf> {
     let mut path = PathBuf::from(CGROUP_ROOT);
     let controllers = "+cpu +cpuset +io +memory +pids";
     fs::write(path.join("cgroup.subtree_control"), controllers)?;
@@ -351,11 +372,11 @@ fn host_network() -> NamespaceOption {
 fn container(spec: &Spec) -> ContainerConfig {
     let limit = spec.limit.and_then(|limit| i64::try_from(limit.0).ok());
     let quota = spec.cpu.map(|cpu| cpu.quota(PERIOD).cast_signed());
-    let host = Mount {
-        container_path: "/host".to_owned(),
-        host_path: "/".to_owned(),
+    let mounts = spec.binds.iter().map(|(container, host)| Mount {
+        container_path: (*container).to_owned(),
+        host_path: (*host).to_owned(),
         ..Mount::default()
-    };
+    });
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: spec.name.clone(),
@@ -366,7 +387,7 @@ fn container(spec: &Spec) -> ContainerConfig {
             ..ImageSpec::default()
         }),
         command: spec.command.clone(),
-        mounts: if spec.host { vec![host] } else { Vec::new() },
+        mounts: mounts.collect(),
         log_path: log_of(&spec.name),
         linux: Some(LinuxContainerConfig {
             resources: Some(LinuxContainerResources {
@@ -393,21 +414,33 @@ pub(crate) struct Standalone(Service);
 impl Standalone {
     /// Starts it with these policies.
     pub(crate) fn start(policies: &str) -> Result<Self> {
+        Self::start_at(policies, None)
+    }
+
+    /// The same with a runtime at a socket that it would not find.
+    pub(crate) fn start_at(policies: &str, socket: Option<&str>) -> Result<Self> {
         fs::create_dir_all("/etc/bellows")?;
         fs::write(POLICIES, policies)?;
         let mut command = logged(&["run", "--standalone", "--policies", POLICIES])?;
+        if let Some(socket) = socket {
+            command.args(["--runtime-endpoint", socket]);
+        }
         let child = command.spawn().context("run bellows run --standalone")?;
         Ok(Self(Service(child)))
     }
 
-    /// SIGKILL of both of its processes, the agent first: its parent would let it end.
-    pub(crate) fn kill_all(self) -> Result<()> {
+    /// The agent proper, its child.
+    pub(crate) fn agent(&self) -> Result<u32> {
         let parent = self.0.0.id();
         let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
-        for child in children.split_whitespace() {
-            let child = Pid::from_raw(child.parse()?).context("no process")?;
-            kill_process(child, Signal::KILL)?;
-        }
+        let child = children.split_whitespace().next();
+        Ok(child.context("the agent has ended")?.parse()?)
+    }
+
+    /// SIGKILL of both of its processes, the agent first: its parent would let it end.
+    pub(crate) fn kill_all(self) -> Result<()> {
+        let child = i32::try_from(self.agent()?)?;
+        kill_process(Pid::from_raw(child).context("no process")?, Signal::KILL)?;
         drop(self);
         Ok(())
     }
@@ -443,7 +476,8 @@ pub(crate) fn cpu_policy(name: &str, max: Cpu) -> String {
     policy_of(name, &format!("cpu: {{max: {max}}}"))
 }
 
-fn policy_of(name: &str, rules: &str) -> String {
+/// A policy for them with rules as they are written, such as `cpu: {max: 2}`.
+pub(crate) fn policy_of(name: &str, rules: &str) -> String {
     format!(
         "apiVersion: bellows.dev/v1alpha1\n\
          kind: ElasticPolicy\n\

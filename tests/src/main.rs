@@ -7,6 +7,7 @@
 mod agent;
 mod bench;
 mod containers;
+mod fake;
 mod init;
 mod load;
 mod node;

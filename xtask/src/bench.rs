@@ -31,6 +31,8 @@ pub(crate) enum Name {
     ExecCli,
     ContainerBursts,
     Throttle,
+    Java,
+    Churn,
     ContainerBuild,
     ContainerEdges,
     PodBursts,
@@ -55,6 +57,8 @@ impl Name {
                     | Self::ContainerBuild
                     | Self::ContainerEdges
                     | Self::Throttle
+                    | Self::Java
+                    | Self::Churn
             )
     }
 
@@ -113,12 +117,18 @@ pub(crate) struct Options {
     /// Most threads of a burst (pod-bursts).
     #[arg(long)]
     pub(crate) threads: Option<u64>,
+    /// How deep templates are nested: what a compiler needs (build).
+    #[arg(long)]
+    pub(crate) depth: Option<u64>,
     /// Swap: disk or zram (bursts).
     #[arg(long)]
     pub(crate) swap: Option<String>,
     /// Guard from cgroup files, without kernel programs (bursts).
     #[arg(long)]
     pub(crate) without_bpf: bool,
+    /// Containers that start at once (java), or real ones (churn).
+    #[arg(long)]
+    pub(crate) starts: Option<u64>,
     /// Switch the multi-gen LRU off, or on again, while a case is under way (page-cache).
     #[arg(long)]
     pub(crate) flip_lru: bool,
@@ -131,6 +141,12 @@ pub(crate) struct Options {
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
+    /// Measure what follows, too (java).
+    #[arg(long)]
+    pub(crate) steady: bool,
+    /// Leave out the run at the fixed limit (java).
+    #[arg(long)]
+    pub(crate) without_fixed: bool,
     /// Leave out the run without a limit (build, bursts).
     #[arg(long)]
     pub(crate) without_unlimited: bool,
@@ -152,12 +168,16 @@ impl Options {
             kind: None,
             thp: None,
             threads: None,
+            depth: None,
             swap: None,
+            starts: None,
             without_bpf: false,
             flip_lru: false,
             nested: false,
             memory_qos: false,
             systemd: false,
+            steady: false,
+            without_fixed: false,
             without_unlimited: false,
             directory: "bench",
         }
@@ -180,12 +200,16 @@ impl Options {
         if let Some(threads) = self.threads {
             name += &format!("-threads-{threads}");
         }
+        if let Some(starts) = self.starts {
+            name += &format!("-starts-{starts}");
+        }
         for (given, suffix) in [
             (self.without_bpf, "-without-bpf"),
             (self.flip_lru, "-flip-lru"),
             (self.nested, "-nested"),
             (self.memory_qos, "-memory-qos"),
             (self.systemd, "-systemd"),
+            (self.steady, "-steady"),
         ] {
             if given {
                 name += suffix;
@@ -205,6 +229,8 @@ impl Options {
             ("--actuation-delay-ms", self.actuation_delay_ms),
             ("--seconds", self.seconds),
             ("--threads", self.threads),
+            ("--depth", self.depth),
+            ("--starts", self.starts),
         ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);
@@ -224,6 +250,8 @@ impl Options {
             (self.flip_lru, "--flip-lru"),
             (self.nested, "--nested"),
             (self.memory_qos, "--memory-qos"),
+            (self.steady, "--steady"),
+            (self.without_fixed, "--without-fixed"),
             (self.without_unlimited, "--without-unlimited"),
         ] {
             if given {
@@ -344,7 +372,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
 /// What a machine has that builds, and one with systemd.
 const BUILD_PACKAGES: [&str; 3] = ["g++", "make", "systemd"];
 /// What a node has beside the kubelet.
-const NODE_PACKAGES: [&str; 11] = [
+const NODE_PACKAGES: [&str; 13] = [
     "ca-certificates",
     "conntrack",
     "containerd",
@@ -354,8 +382,10 @@ const NODE_PACKAGES: [&str; 11] = [
     "iptables",
     "make",
     "mount",
+    "openjdk-21-jre-headless",
     "runc",
     "systemd",
+    "tomcat11",
 ];
 
 /// The disk that a bench needs.

@@ -364,6 +364,8 @@ pub(crate) fn root_image(
                     .args([
                         "--dpkgopt=path-exclude=/usr/share/man/*",
                         "--dpkgopt=path-exclude=/usr/share/locale/*",
+                        // A JRE is not installed without it (update-alternatives makes links to its manual there).
+                        "--essential-hook=mkdir -p \"$1\"/usr/share/man/man1",
                     ])
                     .arg(format!("--keyring={ARCHIVE_KEYRING}"))
                     .arg(format!("--include={}", packages.join(",")))

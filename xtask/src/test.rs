@@ -189,7 +189,7 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         checks,
         binaries,
         "bursts survive under bellows exec",
-        &of(Name::Bursts, 8, 11),
+        &of(Name::Bursts, 6, 11),
         |summary| {
             survived(summary)?;
             at_most(summary, "raises_max", 5.0)?;
@@ -200,6 +200,7 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
     );
     for (delay, n, kind, brake_suffices) in [(600, 8, "all", 6.0), (2000, 2, "anonymous", 2.0)] {
         let delayed = bench::Options {
+            without_unlimited: true,
             actuation_delay_ms: Some(delay),
             kind: Some(kind.to_owned()),
             ..of(Name::Bursts, n, 12)
@@ -291,13 +292,8 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         (false, false, "page cache is no demand"),
         (
             true,
-            false,
-            "page cache is no demand, whichever LRU is switched to meanwhile",
-        ),
-        (
-            false,
             true,
-            "page cache of a nested cgroup is no demand of the outer one",
+            "page cache of a nested cgroup is no demand of the outer one, whichever LRU is switched to meanwhile",
         ),
     ] {
         let page_cache = bench::Options {
@@ -313,8 +309,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "mixed_grant_ratio", 1.25)
         });
     }
+    // Smaller compilers than in the demo.
     let build = bench::Options {
         without_unlimited: true,
+        depth: Some(200),
         ..bench::Options::of(Name::Build)
     };
     judge(
@@ -332,7 +330,7 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
 fn node(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    for (driver, systemd, n, seed) in [("cgroupfs", false, 2, 11), ("systemd", true, 1, 12)] {
+    for (driver, systemd, n, seed) in [("cgroupfs", false, 1, 11), ("systemd", true, 1, 12)] {
         let bursts = bench::Options {
             systemd,
             ..options(Name::ContainerBursts, "6.12", Some(n), seed)
@@ -368,6 +366,41 @@ fn node(checks: &mut Checks) -> Result<()> {
             at_most(summary, "throttled_vs_fixed", 0.1)?;
             at_most(summary, "throttled_vs_burst", 0.2)?;
             at_least(summary, "restored", 1.0)
+        },
+    );
+    let churn = bench::Options {
+        starts: Some(5),
+        ..options(Name::Churn, "6.12", Some(400), 31)
+    };
+    judge(
+        checks,
+        &binaries,
+        "containers that come and go are told apart and leave nothing behind",
+        &churn,
+        |summary| {
+            at_least(summary, "attempts", 405.0)?;
+            for key in ["misattributed", "missed", "bursts_killed", "fd_growth"] {
+                at_most(summary, key, 0.0)?;
+            }
+            Ok(())
+        },
+    );
+    let java = bench::Options {
+        n: Some(1),
+        without_fixed: true,
+        ..bench::Options::of(Name::Java)
+    };
+    judge(
+        checks,
+        &binaries,
+        "a JVM starts with the CPUs that the policy lends it, and gives them back",
+        &java,
+        |summary| {
+            at_least(summary, "starts", 2.0)?;
+            at_least(summary, "cpus_seen_as_policy", 2.0)?;
+            at_most(summary, "ready_ratio_with", 1.5)?;
+            ensure!(summary["restore_ok"] == true, "a limit was not restored");
+            Ok(())
         },
     );
     edges(
@@ -427,7 +460,7 @@ fn pod(checks: &mut Checks) -> Result<()> {
         "run",
     );
     let plateau = bench::Options {
-        seconds: Some(60),
+        seconds: Some(20),
         ..bench::Options::of(Name::Plateau)
     };
     judge(
@@ -458,7 +491,7 @@ fn pod(checks: &mut Checks) -> Result<()> {
             at_most(summary, "wrong_state", 0.0)
         },
     );
-    let kill = options(Name::Kill, "6.12", Some(3), 22);
+    let kill = options(Name::Kill, "6.12", Some(2), 22);
     judge(
         checks,
         &binaries,

@@ -3,13 +3,16 @@
 
 use bellows::{
     guard::observe,
-    signal::programs::{life_event, memory_event},
+    signal::{
+        programs::{life_event, memory_event},
+        starts::begun,
+    },
 };
 use bellows_core::{
     Action, Actuation, Bytes, History, Nanos, Patience, Policy, Reaction, Signals, Snapshot,
     Thrash, WHOLE, decide, reflex::rung_for,
 };
-use bellows_ebpf_common::{LifeEvent, MemoryEvent};
+use bellows_ebpf_common::{LifeEvent, MemoryEvent, StartEvent};
 
 use crate::input::Input;
 
@@ -24,6 +27,8 @@ pub(crate) fn events(bytes: &[u8]) {
     );
     // A reference, which must lie at a multiple of eight.
     assert!(life_event(bytes).is_none() || bytes.len() == size_of::<LifeEvent>());
+
+    assert!(begun(bytes).is_none() || bytes.len() == size_of::<StartEvent>());
 
     let mut input = Input::new(bytes);
     let policy = Policy {

@@ -144,7 +144,7 @@ impl Bench {
             pod_limit: None,
             cpu: None,
             command,
-            host: true,
+            binds: vec![("/host", "/")],
             labels: labels.into_iter().collect(),
         };
         let started = self.machine.run(&spec)?;

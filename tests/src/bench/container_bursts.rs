@@ -167,7 +167,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
             pod_limit: None,
             cpu: None,
             command,
-            host: false,
+            binds: Vec::new(),
             labels,
         };
         observe(machine, probe, &spec, is_guarded)

@@ -1,10 +1,12 @@
 //! The benches: each runs its cases, writes a record per case, and can recompute its summary from
 //! the records alone.
 
+mod boost_edges;
 mod build;
 mod bursts;
 mod bystander;
 mod ceiling;
+mod churn;
 mod container_build;
 mod container_bursts;
 mod container_edges;
@@ -13,6 +15,7 @@ mod exec_cli;
 mod hook_cost;
 mod idle;
 mod inside;
+mod java;
 mod page_cache;
 mod plateau;
 mod pod_build;
@@ -60,6 +63,10 @@ pub(crate) enum Bench {
     ContainerEdges(container_edges::Options),
     /// A service with a CPU limit at its mean: fixed, with cpu.max.burst, with Bellows.
     Throttle(throttle::Options),
+    /// Containers that come and go as fast as a node can make them.
+    Churn(churn::Options),
+    /// Tomcat in a container with a quarter of a CPU.
+    Java(java::Options),
     /// The C++ build in containers on a real containerd, without and with Bellows.
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
@@ -102,6 +109,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::Throttle(options) => throttle::run(options, &mut records),
+        Bench::Churn(options) => churn::run(options, &mut records),
+        Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
@@ -127,6 +136,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "container-bursts" => container_bursts::summarize(&read(path)?),
         "container-build" => container_build::summarize(&read(path)?),
         "throttle" => throttle::summarize(&read(path)?),
+        "churn" => churn::summarize(&read(path)?),
+        "java" => java::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),

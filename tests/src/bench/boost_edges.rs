@@ -1,0 +1,124 @@
+//! What boosts promise at their edges; a part of `container-edges`.
+
+use std::{fs, thread, time::Duration};
+
+use anyhow::{Result, ensure};
+use bellows_core::{Bytes, Cpu};
+
+use super::{
+    container_bursts::is_at_rest,
+    container_edges::{Bed, Case},
+    throttle::has_cpu,
+};
+use crate::{
+    containers::{POLICIES, Spec, Standalone, Started, policy_of},
+    node::wait,
+};
+
+pub(super) const CASES: [Case; 2] = [
+    (
+        "a program that a policy names is lent what it says until it ends, also where the agent dies meanwhile",
+        program,
+    ),
+    (
+        "what a start is lent ends when its service is ready, or with its policy",
+        start,
+    ),
+];
+
+const CPU: Cpu = Cpu::millis(250);
+const LENT_CPU: Cpu = Cpu::millis(1500);
+const LIMIT: Bytes = Bytes::mib(64);
+const LENT: Bytes = Bytes::mib(256);
+const BEGUN: Duration = Duration::from_secs(60);
+const OVER: Duration = Duration::from_secs(90);
+
+/// A container with limits that runs programs of the machine.
+fn spec(name: &str, guard: &str, words: &[&str]) -> Spec {
+    Spec {
+        limit: Some(LIMIT),
+        cpu: Some(CPU),
+        binds: ["/usr", "/bin", "/lib", "/lib64"]
+            .map(|path| (path, path))
+            .to_vec(),
+        labels: vec![("guard".to_owned(), guard.to_owned())],
+        ..Spec::of(name, words.iter().map(|&word| word.to_owned()).collect())
+    }
+}
+
+fn lent_cpu(started: &Started) -> Result<bool> {
+    let quota = started.cgroup.quota()?;
+    Ok(quota.is_some_and(|quota| quota.cpu == LENT_CPU))
+}
+
+fn rests(bed: &Bed, started: &Started) -> Result<()> {
+    wait("all of it is at rest", OVER, || {
+        Ok(has_cpu(&bed.machine, started, CPU)? && is_at_rest(&bed.machine, started, Some(LIMIT))?)
+    })
+}
+
+/// Kills the agent, if there is one, and starts the next.
+fn restart(bed: &mut Bed, policies: &str) -> Result<()> {
+    if let Some(agent) = bed.agent.take() {
+        agent.kill_all()?;
+    }
+    bed.agent = Some(Standalone::start(policies)?);
+    Ok(())
+}
+
+fn program(bed: &mut Bed) -> Result<()> {
+    let lent = format!("cpu: {LENT_CPU}, memory: {}", LENT.0);
+    let policies = policy_of(
+        "program",
+        &format!(
+            "boosts: [{{on: {{exec: sleep, arguments: ['30']}}, {lent}, until: {{exit: true, atMost: 5m}}}}]"
+        ),
+    );
+    restart(bed, &policies)?;
+    let words = ["/bin/sh", "-c", "sleep 5; sleep 30; sleep 600"];
+    let started = bed.machine.run(&spec("program", "program", &words))?;
+    thread::sleep(Duration::from_secs(3));
+    ensure!(!lent_cpu(&started)?, "another program is lent something");
+    wait("it is lent both", BEGUN, || {
+        Ok(lent_cpu(&started)? && started.cgroup.limit("memory.max")?.bytes() == LENT)
+    })?;
+    restart(bed, &policies)?;
+    thread::sleep(Duration::from_secs(6));
+    ensure!(lent_cpu(&started)?, "the next agent has ended it");
+    let end = wait("the program has ended", Duration::from_secs(60), || {
+        Ok(!lent_cpu(&started)?)
+    });
+    end?;
+    rests(bed, &started)?;
+    bed.machine.remove(&started)
+}
+
+/// Answers with a page after a while, each time that it is asked.
+const SERVICE: &str = "use IO::Socket::INET; sleep 10; \
+    my $s = IO::Socket::INET->new(Listen => 5, LocalPort => 8099, ReuseAddr => 1) or die; \
+    while (my $c = $s->accept) { my $l = <$c>; print $c \"HTTP/1.1 200 OK\\r\\n\\r\\n\"; close $c }";
+
+fn start(bed: &mut Bed) -> Result<()> {
+    let boost = |until: &str| {
+        let lent = format!("cpu: {LENT_CPU}, memory: {}", LENT.0);
+        format!("boosts: [{{on: {{start: true}}, {lent}, until: {{{until}atMost: 5m}}}}]")
+    };
+    let ready = policy_of("ready", &boost("ready: {port: 8099, path: /}, "));
+    let long = policy_of("long", &boost(""));
+    restart(bed, &format!("{ready}---\n{long}"))?;
+    let words = ["/usr/bin/perl", "-e", SERVICE];
+    let service = bed.machine.run(&spec("service", "ready", &words))?;
+    let words = ["/bin/sleep", "600"];
+    let other = bed.machine.run(&spec("long", "long", &words))?;
+    wait("both are lent it", BEGUN, || {
+        Ok(lent_cpu(&service)? && lent_cpu(&other)?)
+    })?;
+    rests(bed, &service)?;
+    let code = bed.machine.exit_code(&service)?;
+    ensure!(code.is_none(), "the service has ended with {code:?}");
+    ensure!(lent_cpu(&other)?, "another's boost has ended, too");
+    fs::write(POLICIES, ready)?;
+    rests(bed, &other)?;
+    bed.machine.remove(&service)?;
+    bed.machine.remove(&other)
+}
