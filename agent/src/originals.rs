@@ -27,8 +27,10 @@ pub struct Original {
     /// Its CPU quota, where that is moved.
     pub quota: Option<MovedQuota>,
     /// What it is lent.
+    #[serde(default)]
     pub boosts: Boosts,
     /// Whether anything was lent to it yet: its start is not boosted a second time.
+    #[serde(default)]
     pub has_begun: bool,
     /// Its cgroup.
     pub path: PathBuf,

@@ -133,13 +133,17 @@ impl Program {
 }
 
 impl BoostRules {
-    /// Whether it is for a program of this file, by its arguments.
+    /// Whether it is for programs of this file.
+    #[must_use]
+    pub fn names(&self, executed: &str) -> bool {
+        matches!(&self.on, Trigger::Exec(program) if program.names(executed))
+    }
+
+    /// Whether it is for some of them only, by their arguments.
     #[must_use]
     pub fn asks_for_arguments(&self, executed: &str) -> bool {
-        match &self.on {
-            Trigger::Start => false,
-            Trigger::Exec(program) => program.names(executed) && !program.arguments.is_empty(),
-        }
+        let has_words = matches!(&self.on, Trigger::Exec(program) if !program.arguments.is_empty());
+        has_words && self.names(executed)
     }
 }
 
@@ -209,23 +213,33 @@ impl Boosts {
         let running = self.0.iter_mut().find(|boost| boost.rules == *rules);
         if let Some(boost) = running {
             (boost.since, boost.busy_at, boost.is_ready) = (at, at, false);
-            boost.processes.extend(process);
+            boost.processes.extend(process.filter(|_| rules.until.exit));
             return;
         }
         self.0.push(Boost {
             rules: rules.clone(),
             since: at,
             busy_at: at,
-            processes: process.into_iter().collect(),
+            processes: process.into_iter().filter(|_| rules.until.exit).collect(),
             is_ready: false,
         });
     }
 
-    /// Whether as much is lent as by others, for the same.
+    /// Goes on with what a predecessor has begun. What it has seen of it since nobody knows.
+    pub fn adopt(&mut self, at: Nanos) {
+        for boost in &mut self.0 {
+            boost.busy_at = boost.busy_at.max(at);
+        }
+    }
+
+    /// Whether as much is lent as by others, for the same, and for about as long.
     #[must_use]
     pub fn is_like(&self, others: &Self) -> bool {
         let is_like = |(own, other): (&Boost, &Boost)| {
-            own.rules == other.rules && (!own.rules.until.exit || own.processes == other.processes)
+            let later = own.since.since(other.since).0;
+            own.rules == other.rules
+                && own.processes == other.processes
+                && later <= own.rules.until.at_most.0 / 4
         };
         self.0.len() == others.0.len() && self.0.iter().zip(&others.0).all(is_like)
     }
@@ -418,6 +432,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_adopted_is_not_idle_because_nobody_has_looked() {
+        let rules = [on_start(Some(5))];
+        let mut boosts = Boosts::none();
+        boosts.start(&rules, seconds(0));
+        boosts.adopt(seconds(30));
+        assert_eq!(end(&mut boosts, &rules, 34, QUIET), None);
+        assert_eq!(end(&mut boosts, &rules, 35, QUIET), Some(End::Idle));
+        // The longest time is not begun anew.
+        boosts.start(&rules, seconds(0));
+        boosts.adopt(seconds(59));
+        assert_eq!(end(&mut boosts, &rules, 60, QUIET), Some(End::TooLong));
+    }
+
+    #[test]
+    fn a_boost_that_is_prolonged_is_another_after_a_while() {
+        let mut rules = [on_exec("cc", &[])];
+        rules[0].until.exit = false;
+        let mut boosts = Boosts::none();
+        boosts.execute(&rules, seconds(0), 1, "cc", &[]);
+        let before = boosts.clone();
+        // Nobody waits for their end: they are not counted.
+        for process in 2..100 {
+            boosts.execute(&rules, seconds(100), process, "cc", &[]);
+        }
+        assert!(boosts.is_like(&before) && boosts.processes().next().is_none());
+        boosts.execute(&rules, seconds(200), 100, "cc", &[]);
+        assert!(!boosts.is_like(&before));
+    }
+
+    #[test]
     fn a_path_names_one_file() {
         let program = |file: &str| Program {
             file: file.to_owned(),
@@ -455,6 +499,7 @@ mod tests {
         boosts.execute(&rules, seconds(500), 5, "make", &[]);
         // For the same, but for others of it.
         assert!(before.is_like(&before.clone()) && !boosts.is_like(&before));
+        assert!(rules[0].names("/bin/make") && !rules[0].names("cc"));
         assert_eq!(end(&mut boosts, &rules, 700, QUIET), None);
         assert_eq!(end(&mut boosts, &rules, 1100, QUIET), Some(End::TooLong));
     }

@@ -96,6 +96,19 @@ pub fn is_pod(name: &str, uid: &str) -> bool {
             || name.ends_with(&format!("pod{}.slice", uid.replace('-', "_"))))
 }
 
+/// Whether it is some pod's: with each driver a kubelet has `pod` and a uid at the end of the name.
+#[must_use]
+pub fn is_a_pod(name: &str) -> bool {
+    let name = name.strip_suffix(".slice").unwrap_or(name);
+    let uid = name.rsplit_once("pod").map(|(before, uid)| {
+        let is_word = before.is_empty() || before.ends_with('-');
+        (is_word, uid)
+    });
+    uid.is_some_and(|(is_word, uid)| {
+        is_word && !uid.is_empty() && uid.bytes().any(|byte| byte.is_ascii_digit())
+    })
+}
+
 fn name(path: &Path) -> String {
     path.file_name()
         .map(|name| name.to_string_lossy().into_owned())
@@ -179,6 +192,27 @@ mod tests {
             "0::/kubepods/other",
         ] {
             assert_eq!(above(root, text, ID), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn pods_are_told_from_what_is_above_them() {
+        for pod in [
+            "pod0f8c-11aa",
+            "kubepods-burstable-pod0f8c_11aa.slice",
+            "kubelet-kubepods-pod0f8c_11aa.slice",
+        ] {
+            assert!(is_a_pod(pod) && is_pod(pod, UID), "{pod}");
+        }
+        for other in [
+            "kubepods",
+            "kubepods.slice",
+            "kubepods-burstable.slice",
+            "k8s.io",
+            "podman",
+            "",
+        ] {
+            assert!(!is_a_pod(other), "{other}");
         }
     }
 

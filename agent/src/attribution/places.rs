@@ -23,6 +23,11 @@ impl Places {
         let Some(id) = id_in(path) else {
             return false;
         };
+        // A container may make cgroups of any name in its own.
+        let mut above = Path::new(path).ancestors().skip(1);
+        if above.any(|above| above.to_str().and_then(id_in).is_some()) {
+            return false;
+        }
         if self.0.len() >= MANY {
             self.0.retain(|_, path| path.exists());
         }
@@ -95,6 +100,10 @@ mod tests {
         assert_eq!(places.of(&id(1)), None);
         assert_eq!(places.of(&last), Some(root.join("pod").join(&last)));
         assert!(places.0.len() <= MANY);
+        // What is in a container is none.
+        let inside = format!("/pod/{}/pod/{}", id(1), id(0));
+        assert!(!places.add(&root, &inside));
+        assert_eq!(places.of(&id(0)), Some(root.join("pod").join(id(0))));
         std::fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -241,7 +241,7 @@ impl<S: Setter> Worker<S> {
     }
 
     fn watch(&mut self, watched: Watched) {
-        let row = Row::new(watched);
+        let row = Row::new(watched, now());
         let id = row.cgroup.id();
         self.table.insert(id, row);
         self.look_at(id, false);
@@ -325,36 +325,39 @@ impl<S: Setter> Worker<S> {
         let Some(row) = self.table.get_mut(&id) else {
             return;
         };
+        if !executed.iter().any(|executed| row.is_concerned(executed)) {
+            return;
+        }
         let at = now();
         if let Err(error) = row.look(at) {
             tracing::debug!(path = %row.cgroup.path().display(), %error, "a program has begun and ended");
             return;
         }
-        let before = row.boosts.clone();
         for executed in executed {
             row.execute(executed);
         }
-        self.act(id, at, &before, false);
+        self.act(id, at, false);
     }
 
     /// What cannot be written down is not lent, because a successor would take it for what is at rest; and what is
     /// written down is not forgotten before that is.
-    fn note(&mut self, id: CgroupId, before: &Boosts) {
+    fn note(&mut self, id: CgroupId) {
         let Some(row) = self.table.get_mut(&id) else {
             return;
         };
-        if row.boosts.is_like(before) && !row.is_unnoted {
+        if row.boosts.is_like(&row.noted) {
             return;
         }
-        let path = row.cgroup.path().display();
         let noted = self.setter.boosted(&row.cgroup, &row.boosts);
-        row.is_unnoted = noted.is_err();
-        match &noted {
-            Ok(()) => {
-                tracing::info!(%path, cpu = ?row.boosts.cpu(), memory = ?row.boosts.memory(), "boosts");
+        if noted.is_ok() {
+            let lent = |boosts: &Boosts| (boosts.cpu(), boosts.memory());
+            if lent(&row.boosts) != lent(&row.noted) {
+                let (cpu, memory) = lent(&row.boosts);
+                tracing::info!(path = %row.cgroup.path().display(), ?cpu, ?memory, "lent");
             }
-            Err(_) if before.is_empty() => row.boosts = Boosts::none(),
-            Err(_) => {}
+            row.noted = row.boosts.clone();
+        } else if row.noted.is_empty() {
+            row.boosts = Boosts::none();
         }
         row.went(noted);
     }
@@ -406,19 +409,18 @@ impl<S: Setter> Worker<S> {
         };
         // Where the kernel tells, its counters say later what was answered already.
         let is_throttled = is_told || (has_counted && !has_word);
-        let before = row.boosts.clone();
-        self.act(id, at, &before, is_throttled);
+        self.act(id, at, is_throttled);
     }
 
     /// Begins and ends boosts of a cgroup that was looked at, decides, and has it carried out.
-    fn act(&mut self, id: CgroupId, at: Nanos, before: &Boosts, is_throttled: bool) {
+    fn act(&mut self, id: CgroupId, at: Nanos, is_throttled: bool) {
         let Some(row) = self.table.get_mut(&id) else {
             return;
         };
         row.start(at);
         row.end_boosts(at);
         row.ask(&self.wake);
-        self.note(id, before);
+        self.note(id);
         self.tell_of(id);
         let Some(row) = self.table.get_mut(&id) else {
             return;

@@ -46,8 +46,8 @@ pub(super) struct Row {
     /// Periods that were throttled, as last read.
     throttled: u64,
     pub(super) boosts: Boosts,
-    /// Whether its boosts could not be written down.
-    pub(super) is_unnoted: bool,
+    /// Its boosts as they are written down.
+    pub(super) noted: Boosts,
     /// Whether its start is still to come.
     is_expected: bool,
     is_throttle_told: bool,
@@ -64,7 +64,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    pub(super) fn new(watched: Watched) -> Self {
+    pub(super) fn new(watched: Watched, at: Nanos) -> Self {
         let Watched {
             cgroup,
             rules,
@@ -79,8 +79,8 @@ impl Row {
             history: CpuHistory::default(),
             quota: None,
             throttled: 0,
+            noted: boosts.clone(),
             boosts,
-            is_unnoted: false,
             is_expected,
             is_throttle_told: false,
             are_programs_told: false,
@@ -90,6 +90,7 @@ impl Row {
             probe: None,
             failure: None,
         };
+        row.boosts.adopt(at);
         let left: Vec<u32> = row.boosts.processes().collect();
         for process in left {
             row.follow(process);
@@ -101,7 +102,8 @@ impl Row {
     pub(super) fn is_active(&self) -> bool {
         let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);
         let is_moved = at_rest.is_some() && self.quota != at_rest;
-        self.is_expected || self.is_unnoted || !self.boosts.is_empty() || is_moved
+        let is_lent = !self.boosts.is_empty() || !self.noted.is_empty();
+        self.is_expected || is_lent || is_moved
     }
 
     /// Whether the kernel must be told of it; once.
@@ -170,6 +172,14 @@ impl Row {
         }
     }
 
+    /// Whether it matters what is executed in it: it is about to count its CPUs, or begins something.
+    pub(super) fn is_concerned(&self, executed: &Executed) -> bool {
+        let mut rules = self.rules.boosts.iter();
+        self.is_expected
+            || !self.boosts.is_empty()
+            || rules.any(|rules| rules.names(&executed.file))
+    }
+
     /// A program was executed.
     pub(super) fn execute(&mut self, executed: &Executed) {
         let Executed { process, file, at } = executed;
@@ -234,7 +244,8 @@ impl Row {
         let load = Load {
             used: self.history.used,
             at_rest: self.rules.cpu.map_or(IDLE, |cpu| cpu.at_rest),
-            is_waiting: self.is_waiting,
+            // What its runtime does in it before it starts it says nothing of itself.
+            is_waiting: self.is_waiting || self.rules.is_starting,
         };
         let ended = self.boosts.look(&self.rules.boosts, at, load);
         for (rules, end) in &ended {

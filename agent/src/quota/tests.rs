@@ -161,11 +161,11 @@ fn what_cannot_be_written_down_is_not_lent() {
     bed.full(true);
     bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
     assert_eq!((bed.quota(), bed.noted()), (REST, None));
-    assert!(bed.row().boosts.is_empty() && bed.row().is_active());
+    // Nor later.
     bed.full(false);
     bed.look();
-    assert_eq!(bed.noted(), Some(None));
-    assert!(!bed.row().is_active());
+    assert_eq!((bed.quota(), bed.noted()), (REST, None));
+    assert!(bed.row().boosts.is_empty() && !bed.row().is_active());
     assert!(locked(&bed.hands.0.set).is_empty());
 }
 

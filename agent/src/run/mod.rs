@@ -282,11 +282,11 @@ impl Fast {
             None => (None, None),
         };
         let (made, receiver) = tokio::sync::mpsc::channel(containers::MADE);
-        let boosted = Arc::default();
+        let lent = Arc::default();
         let hands = Hands {
             updater: updater.clone(),
             made,
-            boosted: Arc::clone(&boosted),
+            lent: Arc::clone(&lent),
         };
         let quotas = Quotas::start(told, hands, fast.cpus, PathBuf::from(CGROUP_ROOT))
             .map_err(|error| RunError::System("cannot start the quotas thread", error))?;
@@ -305,7 +305,7 @@ impl Fast {
                 quotas: Records::pod_quotas(),
             },
             made: receiver,
-            boosted,
+            lent,
         };
         let watch = containers::watch(context, read);
         Ok((inputs, fast.control(updater)?, Box::pin(watch)))

@@ -391,7 +391,9 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "attempts": ones.len(),
         "real": count(&|one| one.is_real),
         "guarded": count(&|one| one.guarded.is_some()),
-        "missed": count(&|one| one.guarded.is_none() && (one.is_real || one.lived_ms >= LONG.as_millis())),
+        // Beyond what this machine can adopt in a second there are some.
+        "missed": count(&|one| one.guarded.is_none() && !one.is_real && one.lived_ms >= LONG.as_millis()),
+        "missed_real": count(&|one| one.guarded.is_none() && one.is_real),
         "misattributed": count(&is_elsewhere) + count(&is_for_nothing) + unknown.sum::<usize>(),
         "bursts": count(&|one| one.burst.is_some()),
         "bursts_killed": count(&killed),

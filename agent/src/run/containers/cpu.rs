@@ -91,7 +91,7 @@ impl Watch {
         let lends = rules.is_some_and(|rules| rules.boosts.iter().any(|boost| boost.cpu.is_some()));
         let is_wanted = cpu.is_some() || lends;
         // The quota before what is known of it: what we ask for is written down before it is set.
-        let quota = cgroup.quota().map_err(text)?;
+        let quota = cgroup.quota();
         let targets = self.context.updater.targets();
         let known = targets.of(cgroup.id(), |target| {
             let said = target.said.as_ref().filter(|_| is_starting);
@@ -103,7 +103,7 @@ impl Watch {
             return Ok(Followed::nothing(None));
         }
         // One that starts has its limit only later.
-        let Some(quota) = quota.or(said) else {
+        let Some(quota) = quota.map_err(text)?.or(said) else {
             if moved.is_some() && !is_telling {
                 self.leave_quota(cgroup)?;
             }
@@ -191,9 +191,12 @@ impl Watch {
         Ok(moved)
     }
 
-    /// Leaves the CPU quota of a container alone.
+    /// Leaves the CPU quota of a container alone, unless it was asked for more meanwhile.
     fn leave_quota(&self, cgroup: &Cgroup) -> Result<(), String> {
-        self.record(cgroup, |original| original.quota = None)
+        self.record(cgroup, |original| {
+            let quota = original.quota.take();
+            original.quota = quota.filter(|quota| quota.latest().cpu != quota.cpu.at_rest);
+        })
     }
 }
 

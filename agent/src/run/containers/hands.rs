@@ -1,8 +1,11 @@
 //! What the quotas thread does and tells, carried out and passed on.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use bellows_core::{Cpu, Reason, boost::Boosts};
+use bellows_core::{CgroupId, Cpu, Reason, boost::Boosts};
 use tokio::sync::{Notify, mpsc};
 
 use crate::{actuate::update::Updater, cgroup::Cgroup, quota::Setter};
@@ -13,8 +16,34 @@ pub(in crate::run) struct Hands {
     pub(in crate::run) updater: Updater,
     /// To the watch: paths of cgroups that were made.
     pub(in crate::run) made: mpsc::Sender<String>,
-    /// To the watch: the boosts of a container have changed.
-    pub(in crate::run) boosted: Arc<Notify>,
+    /// To the watch: what is lent of memory.
+    pub(in crate::run) lent: Arc<Lent>,
+}
+
+/// Containers to which other memory is lent than before.
+#[derive(Debug, Default)]
+pub(in crate::run) struct Lent {
+    cgroups: Mutex<BTreeSet<CgroupId>>,
+    woken: Notify,
+}
+
+impl Lent {
+    fn add(&self, cgroup: CgroupId) {
+        let mut cgroups = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        cgroups.insert(cgroup);
+        self.woken.notify_one();
+    }
+
+    /// Waits for one.
+    pub(super) async fn wait(&self) {
+        self.woken.notified().await;
+    }
+
+    /// Takes those that have come.
+    pub(super) fn take(&self) -> BTreeSet<CgroupId> {
+        let mut cgroups = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut cgroups)
+    }
 }
 
 impl Setter for Hands {
@@ -33,7 +62,7 @@ impl Setter for Hands {
             before.memory() != boosts.memory()
         });
         if changed.map_err(|refused| refused.why)? {
-            self.boosted.notify_one();
+            self.lent.add(cgroup.id());
         }
         Ok(())
     }

@@ -87,7 +87,9 @@ impl Watch {
                 self.send(Input::Policy(cgroup.id(), wanted));
             }
         }
-        if boost.is_some() && limit < wanted.original && !is_moving {
+        // In place of a lowering that is under way, too.
+        let asked = moved.asked.first().copied().unwrap_or(limit);
+        if boost.is_some() && asked < wanted.original {
             self.context.updater.send(cgroup.id(), wanted.original);
         }
         refusal.map_or(Ok(()), Err)

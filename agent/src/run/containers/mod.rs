@@ -8,11 +8,13 @@
 //! It must not change a limit: that is the controller's, through the runtime.
 
 mod cpu;
+mod events;
 mod hands;
 mod memory;
 mod one;
 
-pub(super) use hands::Hands;
+use events::Events;
+pub(super) use hands::{Hands, Lent};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,20 +30,19 @@ use bellows_core::{
     elastic::{self, ElasticPolicy, Mode, Subject},
 };
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::mpsc,
     time::{Instant, sleep_until},
 };
-use tonic::Streaming;
 
 use super::text;
 use crate::{
     actuate::{
         pod::{May, Pod, PodRecords},
-        update::Updater,
+        update::{Target, Updater},
     },
     attribution::{CGROUP_ROOT, places::Places},
     cgroup::Cgroup,
-    cri::{Container, ContainerEventResponse, ContainerState, PodSandbox, Runtime, RuntimeError},
+    cri::{Container, ContainerState, PodSandbox, Runtime, RuntimeError},
     guard::Input,
     originals::{Original, Records},
     quota::Quotas,
@@ -70,8 +71,8 @@ pub(super) struct Context {
     pub(super) pods: PodRecords,
     /// Paths of cgroups as they are made.
     pub(super) made: mpsc::Receiver<String>,
-    /// Given when the boosts of a container have changed.
-    pub(super) boosted: Arc<Notify>,
+    /// What is lent of memory.
+    pub(super) lent: Arc<Lent>,
 }
 
 /// Watches for ever. A change of the policies is taken over when the tick sees it.
@@ -101,16 +102,19 @@ pub(super) async fn watch(context: Context, policies: Vec<ElasticPolicy>) {
             // Who answers next may be another version.
             events = Events::Untried;
         } else if matches!(events, Events::Untried) {
-            events = watch.events().await;
+            events = Events::of(watch.runtime()).await;
         }
-        if of == Of::All {
-            let wait = match events {
-                Events::Told(_) => SELDOM,
-                Events::Untried | Events::Others => OFTEN,
-            };
-            all_at = Instant::now() + wait;
-        }
-        let earliest = Instant::now() + SETTLE;
+        let now = Instant::now();
+        let wait = match events {
+            Events::Read(_) => SELDOM,
+            Events::Untried | Events::Others => OFTEN,
+        };
+        all_at = match of {
+            Of::All => now + wait,
+            // It may have been told of by events until now.
+            Of::New => all_at.min(now + wait),
+        };
+        let earliest = now + SETTLE;
         loop {
             match watch.wait(&mut events, all_at).await {
                 Woken::ForNothing => {}
@@ -142,16 +146,6 @@ enum Woken {
     ForNothing,
 }
 
-/// What is known of a runtime's events.
-enum Events {
-    /// Nothing yet.
-    Untried,
-    /// They belong to somebody else.
-    Others,
-    /// They are read.
-    Told(Box<Streaming<ContainerEventResponse>>),
-}
-
 /// What changes when a file is written or replaced.
 fn stamp(path: &Path) -> Option<(SystemTime, u64, u64)> {
     let meta = std::fs::metadata(path).ok()?;
@@ -179,14 +173,17 @@ impl Watch {
     async fn wait(&mut self, events: &mut Events, all_at: Instant) -> Woken {
         let told = async {
             match events {
-                // Whoever drops this drops no event.
-                Events::Told(stream) => stream.message().await.is_ok_and(|event| event.is_some()),
+                Events::Read(reader) => reader.wait().await,
                 Events::Untried | Events::Others => pending().await,
             }
         };
+        // Who does not answer is asked once in a while, whoever waits for it.
+        let again = self.known.values().filter_map(Known::again_at).min();
+        let again = again.filter(|_| !self.is_silent);
         tokio::select! {
             () = sleep_until(all_at) => Woken::By(Of::All),
-            () = self.context.boosted.notified() => Woken::By(Of::All),
+            () = sleep_until(again.unwrap_or(all_at)), if again.is_some() => Woken::By(Of::New),
+            () = self.context.lent.wait() => Woken::By(Of::New),
             Some(path) = self.context.made.recv() => {
                 let root = Path::new(CGROUP_ROOT);
                 let mut is_one = self.places.add(root, &path);
@@ -212,28 +209,6 @@ impl Watch {
 
     const fn records(&self) -> &Records<Original> {
         self.context.updater.records()
-    }
-
-    /// The runtime's own events, where a second reader takes them from nobody.
-    async fn events(&self) -> Events {
-        let Ok((name, version)) = self.runtime().version().await else {
-            return Events::Untried;
-        };
-        let version = version.trim_start_matches('v');
-        let major = version
-            .split('.')
-            .next()
-            .and_then(|major| major.parse().ok());
-        if name != "containerd" || major.is_none_or(|major: u32| major < 2) {
-            return Events::Others;
-        }
-        match self.runtime().events().await {
-            Ok(stream) => Events::Told(Box::new(stream)),
-            Err(error) => {
-                tracing::debug!(%error, "no events");
-                Events::Untried
-            }
-        }
     }
 
     /// Takes over policies that were changed; those that cannot be read change nothing, and nor does a file that is
@@ -280,6 +255,7 @@ impl Watch {
 
     async fn look_around(&mut self, of: Of) -> Result<(), RuntimeError> {
         let alive = self.alive().await?;
+        let lent = self.context.lent.take();
         self.forget_all_but(&alive);
         let is_new = |container: &Container| !self.known.contains_key(&container.id);
         let pods = if alive.iter().any(is_new) {
@@ -297,7 +273,9 @@ impl Watch {
                 is_due = true;
             }
             if let Some(known) = self.known.get_mut(&container.id) {
-                is_due |= known.is_starting || known.is_tried_again();
+                let is_lent = |cgroup: &Cgroup| lent.contains(&cgroup.id());
+                is_due |= known.is_starting || known.again_at().is_some();
+                is_due |= known.cgroup.as_ref().is_some_and(is_lent);
                 if container.state() == ContainerState::ContainerRunning {
                     known.has_started();
                 }
@@ -311,6 +289,24 @@ impl Watch {
         }
         if of == Of::All {
             self.settle_pods().await;
+            self.prepare().await?;
+        }
+        Ok(())
+    }
+
+    /// Asks the runtime what it says of those that are guarded, before that is needed in a hurry.
+    async fn prepare(&self) -> Result<(), RuntimeError> {
+        let updater = &self.context.updater;
+        let unasked: Vec<Target> = updater.targets().with(|targets| {
+            let unasked = targets.values().filter(|target| target.said.is_none());
+            unasked.cloned().collect()
+        });
+        for target in unasked {
+            match updater.said(&target).await {
+                Ok(_) => {}
+                Err(error) if error.is_gone() => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }

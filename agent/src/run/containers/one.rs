@@ -75,16 +75,18 @@ impl Known {
         self.cgroup.is_some() || self.again.is_none_or(|(again, _)| Instant::now() >= again)
     }
 
-    /// Whether it is one that could not be found.
-    pub(super) const fn is_tried_again(&self) -> bool {
-        self.cgroup.is_none() && self.refusal.is_some()
+    /// When one that could not be found is looked for again.
+    pub(super) fn again_at(&self) -> Option<Instant> {
+        let again = self.again.filter(|_| self.cgroup.is_none());
+        again.map(|(at, _)| at)
     }
 
     /// It runs: all of it is guarded from now on.
-    pub(super) const fn has_started(&mut self) {
+    pub(super) fn has_started(&mut self) {
         if self.is_starting {
             self.is_starting = false;
             self.again = None;
+            self.started_at = Some(SystemTime::now());
         }
     }
 
@@ -154,15 +156,15 @@ impl Watch {
     /// Waits for the first program of a container that is made. Its limits are set by its runtime before that, and
     /// what is written before them would be written over.
     async fn expect(&mut self, id: &str, rules: Option<&ContainerRules>) -> Result<(), String> {
-        let is_expected = self
-            .known
-            .get(id)
-            .is_some_and(|known| known.cgroup.is_some());
-        if is_expected || self.place(id).is_none() {
-            // Its cgroup is told of when it is made.
+        let Some(known) = self.known.get(id).filter(|known| known.rules.is_none()) else {
             return Ok(());
-        }
-        let cgroup = self.open(id, true).await?;
+        };
+        let cgroup = match known.cgroup.clone() {
+            Some(cgroup) => cgroup,
+            // Its cgroup is told of when it is made.
+            None if self.place(id).is_none() => return Ok(()),
+            None => self.open(id, true).await?,
+        };
         self.follow_cpu(id, &cgroup, rules)
     }
 
@@ -206,12 +208,13 @@ impl Watch {
         Ok(cgroup)
     }
 
-    /// Where it was made. A container may make cgroups of any name, but none that stands in another's pod.
+    /// Where it was made, unless that is in another's pod.
     fn place(&self, id: &str) -> Option<PathBuf> {
         let uid = &self.known.get(id)?.uid;
         let place = self.places.of(id)?;
         let pod = place.parent()?.file_name()?.to_string_lossy();
-        (uid.is_empty() || attribution::is_pod(&pod, uid)).then_some(place)
+        let is_anothers = attribution::is_a_pod(&pod) && !attribution::is_pod(&pod, uid);
+        (uid.is_empty() || !is_anothers).then_some(place)
     }
 
     /// Leaves a container alone that is at rest.
