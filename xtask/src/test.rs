@@ -200,7 +200,6 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
     );
     for (delay, n, kind, brake_suffices) in [(600, 8, "all", 6.0), (2000, 2, "anonymous", 2.0)] {
         let delayed = bench::Options {
-            without_unlimited: true,
             actuation_delay_ms: Some(delay),
             kind: Some(kind.to_owned()),
             ..of(Name::Bursts, n, 12)
@@ -439,20 +438,6 @@ fn pod(checks: &mut Checks) -> Result<()> {
             at_most(summary, "raise_patches_max_x8", 2.0)?;
             at_most(summary, "raise_patches_max_x16", 3.0)?;
             at_most(summary, "overgrant_p50", 1.35)
-        },
-    );
-    let throttled = bench::Options {
-        memory_qos: true,
-        ..options(Name::PodBursts, "6.12", Some(1), 24)
-    };
-    judge(
-        checks,
-        &binaries,
-        "a burst is served before the kubelet's MemoryQoS throttles it",
-        &throttled,
-        |summary| {
-            survived(summary)?;
-            at_most(summary, "sleeps_p50", 5.0)
         },
     );
     edges(
