@@ -3,9 +3,9 @@
 
 long unit_1();
 long unit_2();
-long unit_12();
+long LAST();
 
 int main() {
-    std::printf("%ld\n", unit_1() + unit_2() + unit_12());
+    std::printf("%ld\n", unit_1() + unit_2() + LAST());
     return 0;
 }

@@ -117,9 +117,9 @@ pub(crate) struct Options {
     /// Most threads of a burst (pod-bursts).
     #[arg(long)]
     pub(crate) threads: Option<u64>,
-    /// How deep templates are nested: what a compiler needs (build).
+    /// Translation units (build).
     #[arg(long)]
-    pub(crate) depth: Option<u64>,
+    pub(crate) units: Option<u64>,
     /// Swap: disk or zram (bursts).
     #[arg(long)]
     pub(crate) swap: Option<String>,
@@ -168,7 +168,7 @@ impl Options {
             kind: None,
             thp: None,
             threads: None,
-            depth: None,
+            units: None,
             swap: None,
             starts: None,
             without_bpf: false,
@@ -229,7 +229,7 @@ impl Options {
             ("--actuation-delay-ms", self.actuation_delay_ms),
             ("--seconds", self.seconds),
             ("--threads", self.threads),
-            ("--depth", self.depth),
+            ("--units", self.units),
             ("--starts", self.starts),
         ] {
             if let Some(value) = value {

@@ -308,10 +308,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "mixed_grant_ratio", 1.25)
         });
     }
-    // Smaller compilers than in the demo.
+    // Half of the demo's.
     let build = bench::Options {
         without_unlimited: true,
-        depth: Some(200),
+        units: Some(6),
         ..bench::Options::of(Name::Build)
     };
     judge(

@@ -26,9 +26,9 @@ pub(crate) struct Options {
     /// Jobs.
     #[arg(long, default_value_t = 8)]
     jobs: u64,
-    /// How deep the templates are nested: a compiler's memory and time.
-    #[arg(long, default_value_t = 500)]
-    depth: u64,
+    /// Translation units, 3 at least.
+    #[arg(long, default_value_t = 12)]
+    units: u64,
     /// Leave out the build without a limit.
     #[arg(long)]
     without_unlimited: bool,
@@ -39,7 +39,7 @@ struct Record {
     memory: Bytes,
     max_memory: Bytes,
     jobs: u64,
-    depth: u64,
+    units: u64,
     unlimited: Option<Outcome>,
     fixed: Outcome,
     bellows: Outcome,
@@ -53,17 +53,17 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         memory,
         max_memory,
         jobs,
-        depth,
+        units,
         without_unlimited,
     } = *options;
     prepare()?;
     let runner = Runner::new()?;
     let build = |out: &str| -> Vec<String> {
         let jobs = format!("-j{jobs}");
-        let depth = format!("DEPTH={depth}");
+        let units = format!("UNITS={units}");
         let out = format!("O=/tmp/{out}");
         [
-            "chroot", ROOT, "make", "--silent", "-C", SOURCES, &depth, &jobs, &out,
+            "chroot", ROOT, "make", "--silent", "-C", SOURCES, &units, &jobs, &out,
         ]
         .map(str::to_owned)
         .to_vec()
@@ -96,7 +96,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         memory,
         max_memory,
         jobs,
-        depth,
+        units,
         unlimited,
         fixed,
         bellows,
