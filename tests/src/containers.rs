@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use bellows::{
     attribution::{self, CGROUP_ROOT},
-    cgroup::{Cgroup, Limit, quota::Quota},
+    cgroup::{Cgroup, Limit, field, quota::Quota},
     clock::now,
     cri::{
         api::{
@@ -92,6 +92,16 @@ pub(crate) struct Started {
     /// When its start was asked for.
     pub(crate) at: Nanos,
     sandbox: Sandbox,
+}
+
+impl Started {
+    /// Microseconds for which it was throttled, by its own quota and by its pod's.
+    pub(crate) fn throttled_us(&self) -> Result<u64> {
+        let of = |cgroup: &Cgroup| -> Result<u64> {
+            Ok(field(&cgroup.read("cpu.stat")?, "throttled_usec").unwrap_or(0))
+        };
+        Ok(of(&self.cgroup)? + of(&self.pod)?)
+    }
 }
 
 /// A pod's sandbox.

@@ -20,6 +20,8 @@ use serde_json::{Value, json};
 pub(crate) const NAME: &str = "node";
 /// The image of the loads, which is also the sandbox's.
 pub(crate) const IMAGE: &str = "bellows.dev/guest:1";
+/// The program of the loads and benches, on the machine.
+pub(crate) const GUEST: &str = "/usr/local/bin/bellows-guest";
 const KUBECONFIG: &str = "/etc/kubernetes/kubeconfig";
 pub(crate) const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 
@@ -258,10 +260,7 @@ fn configure_containerd() -> Result<()> {
 fn import_image() -> Result<()> {
     let directory = Path::new("/tmp/image");
     fs::create_dir_all(directory.join("root"))?;
-    fs::copy(
-        "/usr/local/bin/bellows-guest",
-        directory.join("root/bellows-guest"),
-    )?;
+    fs::copy(GUEST, directory.join("root/bellows-guest"))?;
     shell("tar -C /tmp/image/root -cf /tmp/image/layer.tar .")?;
     let sum = shell("sha256sum /tmp/image/layer.tar")?;
     let sum = sum

@@ -105,7 +105,7 @@ pub struct Boost {
     since: Nanos,
     /// When it was last seen to need it.
     busy_at: Nanos,
-    /// The programs that it is for.
+    /// The programs whose end is waited for.
     processes: BTreeSet<u32>,
     is_ready: bool,
 }
@@ -174,8 +174,7 @@ impl Boosts {
 
     /// The programs whose end is waited for.
     pub fn processes(&self) -> impl Iterator<Item = u32> {
-        let awaited = self.0.iter().filter(|boost| boost.rules.until.exit);
-        awaited.flat_map(|boost| &boost.processes).copied()
+        self.0.iter().flat_map(|boost| &boost.processes).copied()
     }
 
     /// The container has started: returns whether that begins a boost.
@@ -210,17 +209,18 @@ impl Boosts {
     }
 
     fn begin(&mut self, rules: &BoostRules, at: Nanos, process: Option<u32>) {
+        let process = process.filter(|_| rules.until.exit);
         let running = self.0.iter_mut().find(|boost| boost.rules == *rules);
         if let Some(boost) = running {
             (boost.since, boost.busy_at, boost.is_ready) = (at, at, false);
-            boost.processes.extend(process.filter(|_| rules.until.exit));
+            boost.processes.extend(process);
             return;
         }
         self.0.push(Boost {
             rules: rules.clone(),
             since: at,
             busy_at: at,
-            processes: process.into_iter().filter(|_| rules.until.exit).collect(),
+            processes: process.into_iter().collect(),
             is_ready: false,
         });
     }

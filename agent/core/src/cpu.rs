@@ -25,7 +25,7 @@ use crate::{
 /// A raise goes to so many times the quota: 16 times in two steps.
 const STEP: u64 = 4;
 /// Use is taken over at least this long: a period of the kernel's is 100 ms.
-const SHORTEST_LOOK: Nanos = Nanos::millis(80);
+pub const SHORTEST_LOOK: Nanos = Nanos::millis(80);
 /// What was used is forgotten over this time.
 const FORGET: Nanos = Nanos::millis(10_000);
 /// The quota goes to so much of what is needed.

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     cgroup::{Cgroup, Limit},
-    cri::{LinuxContainerResources, Runtime, RuntimeError},
+    cri::{LinuxContainerResources, Runtime, RuntimeError, resources},
     guard::{Input, Refused, Requester},
     ledger::Record,
     originals::{Original, Records},
@@ -167,8 +167,7 @@ impl Updater {
             return Ok(said.clone());
         }
         let (status, _process) = self.runtime.status(&target.original.id).await?;
-        let said = status.resources.and_then(|resources| resources.linux);
-        let said = said.unwrap_or_default();
+        let said = resources(status);
         let id = target.cgroup.id();
         self.targets
             .of(id, |target| target.said = Some(said.clone()));

@@ -347,6 +347,13 @@ pub fn pid(info: &str) -> Option<u32> {
     (pid > 0).then_some(pid)
 }
 
+/// The resources in what a runtime says of a container; those that it does not say are zero.
+#[must_use]
+pub fn resources(status: ContainerStatus) -> LinuxContainerResources {
+    let said = status.resources.and_then(|resources| resources.linux);
+    said.unwrap_or_default()
+}
+
 /// The memory limit in what a runtime says; `None` where there is none, or it does not say (-1 and 0).
 #[must_use]
 pub fn memory_limit(resources: &LinuxContainerResources) -> Option<Bytes> {

@@ -5,12 +5,9 @@
 
 use std::{fs, path::PathBuf};
 
-use bellows_core::{Amount as _, Cpu, Nanos};
+use bellows_core::{Amount as _, Cpu, Nanos, cpu::SHORTEST_LOOK};
 
 use crate::cgroup::quota::parse_counters;
-
-/// A shorter time tells of chance.
-const SHORTEST: Nanos = Nanos::millis(80);
 
 /// What is idle, looked at when it is asked for.
 pub(super) struct Idle {
@@ -36,7 +33,7 @@ impl Idle {
     pub(super) fn look(&mut self, at: Nanos) -> Cpu {
         if self
             .last
-            .is_some_and(|(before, _)| at.since(before) < SHORTEST)
+            .is_some_and(|(before, _)| at.since(before) < SHORTEST_LOOK)
         {
             return self.idle;
         }

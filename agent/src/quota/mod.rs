@@ -34,10 +34,7 @@ use bellows_core::{
 use crate::{
     cgroup::Cgroup,
     clock::now,
-    signal::{
-        starts::{Begun, Starts},
-        throttles::Throttles,
-    },
+    signal::{starts::Begun, throttles::Throttled, told::Told},
     wake::Wake,
 };
 use idle::Idle;
@@ -126,7 +123,7 @@ impl Quotas {
     ///
     /// When a thread or an eventfd cannot be had.
     pub fn start(
-        (throttles, starts): (Option<Throttles>, Option<Starts>),
+        (throttles, starts): (Option<Told<Throttled>>, Option<Told<Begun>>),
         setter: impl Setter,
         cpus: u64,
         root: PathBuf,
@@ -174,8 +171,8 @@ impl Quotas {
 }
 
 struct Worker<S> {
-    throttles: Option<Throttles>,
-    starts: Option<Starts>,
+    throttles: Option<Told<Throttled>>,
+    starts: Option<Told<Begun>>,
     setter: S,
     commands: mpsc::Receiver<Command>,
     wake: Wake,
@@ -214,8 +211,8 @@ impl<S: Setter> Worker<S> {
     fn wait(&self, tick: Duration) {
         let passed = Duration::from_nanos(now().since(self.ticked).0);
         let rest = tick.saturating_sub(passed);
-        let throttles = self.throttles.as_ref().map(Throttles::as_fd);
-        let starts = self.starts.as_ref().map(Starts::as_fd);
+        let throttles = self.throttles.as_ref().map(Told::as_fd);
+        let starts = self.starts.as_ref().map(Told::as_fd);
         self.wake.wait([throttles, starts], rest);
     }
 
@@ -247,38 +244,6 @@ impl<S: Setter> Worker<S> {
         self.look_at(id, false);
     }
 
-    /// Has the kernel tell of what is needed of a cgroup, and of no more: each program that is executed would wake.
-    fn tell_of(&mut self, id: CgroupId) {
-        let Some(row) = self.table.get_mut(&id) else {
-            return;
-        };
-        let is_untold = row.is_throttle_untold();
-        let path = row.cgroup.path().display();
-        if let (Some(throttles), true) = (&mut self.throttles, is_untold) {
-            for id in [Some(id), row.pod].into_iter().flatten() {
-                if let Err(error) = throttles.watch(id) {
-                    tracing::warn!(%path, %error, "a container's throttling is not told");
-                }
-            }
-        }
-        let Some(starts) = &mut self.starts else {
-            return;
-        };
-        match (row.needs_programs(), row.are_programs_told) {
-            (true, false) => match starts.watch(id) {
-                Ok(()) => row.are_programs_told = true,
-                Err(error) => {
-                    tracing::warn!(%path, %error, "a container's programs are not told");
-                }
-            },
-            (false, true) => {
-                starts.forget(id);
-                row.are_programs_told = false;
-            }
-            (true, true) | (false, false) => {}
-        }
-    }
-
     fn forget(&mut self, id: CgroupId) {
         let Some(row) = self.table.remove(&id) else {
             return;
@@ -296,11 +261,45 @@ impl<S: Setter> Worker<S> {
         }
     }
 
+    /// Has the kernel tell of what is needed of a cgroup, and of no more: each program that is executed would wake.
+    fn tell_of(
+        row: &mut Row,
+        throttles: Option<&mut Told<Throttled>>,
+        starts: Option<&mut Told<Begun>>,
+    ) {
+        let id = row.cgroup.id();
+        let is_untold = row.is_throttle_untold();
+        let path = row.cgroup.path().display();
+        if let (Some(throttles), true) = (throttles, is_untold) {
+            for id in [Some(id), row.pod].into_iter().flatten() {
+                if let Err(error) = throttles.watch(id) {
+                    tracing::warn!(%path, %error, "a container's throttling is not told");
+                }
+            }
+        }
+        let Some(starts) = starts else {
+            return;
+        };
+        match (row.needs_programs(), row.are_programs_told) {
+            (true, false) => match starts.watch(id) {
+                Ok(()) => row.are_programs_told = true,
+                Err(error) => {
+                    tracing::warn!(%path, %error, "a container's programs are not told");
+                }
+            },
+            (false, true) => {
+                starts.forget(id);
+                row.are_programs_told = false;
+            }
+            (true, true) | (false, false) => {}
+        }
+    }
+
     /// Takes what has begun, some of it at a time: where much is executed, others are waited for, too.
     fn take_starts(&mut self) {
         let mut programs = BTreeMap::<CgroupId, Vec<Executed>>::new();
         for _ in 0..STARTS_AT_ONCE {
-            match self.starts.as_mut().and_then(Starts::take) {
+            match self.starts.as_mut().and_then(Told::take) {
                 None => break,
                 Some(Begun::Cgroup(path)) => self.setter.created(path),
                 Some(Begun::Program {
@@ -339,32 +338,9 @@ impl<S: Setter> Worker<S> {
         self.act(id, at, false);
     }
 
-    /// What cannot be written down is not lent, because a successor would take it for what is at rest; and what is
-    /// written down is not forgotten before that is.
-    fn note(&mut self, id: CgroupId) {
-        let Some(row) = self.table.get_mut(&id) else {
-            return;
-        };
-        if row.boosts.is_like(&row.noted) {
-            return;
-        }
-        let noted = self.setter.boosted(&row.cgroup, &row.boosts);
-        if noted.is_ok() {
-            let lent = |boosts: &Boosts| (boosts.cpu(), boosts.memory());
-            if lent(&row.boosts) != lent(&row.noted) {
-                let (cpu, memory) = lent(&row.boosts);
-                tracing::info!(path = %row.cgroup.path().display(), ?cpu, ?memory, "lent");
-            }
-            row.noted = row.boosts.clone();
-        } else if row.noted.is_empty() {
-            row.boosts = Boosts::none();
-        }
-        row.went(noted);
-    }
-
     fn take_throttles(&mut self) {
         let mut throttled = BTreeMap::new();
-        while let Some((cgroup, at)) = self.throttles.as_mut().and_then(Throttles::take) {
+        while let Some(Throttled { cgroup, at }) = self.throttles.as_mut().and_then(Told::take) {
             throttled.insert(cgroup, at);
         }
         let meant = self.table.iter().filter_map(|(&id, row)| {
@@ -420,11 +396,8 @@ impl<S: Setter> Worker<S> {
         row.start(at);
         row.end_boosts(at);
         row.ask(&self.wake);
-        self.note(id);
-        self.tell_of(id);
-        let Some(row) = self.table.get_mut(&id) else {
-            return;
-        };
+        row.note(&self.setter);
+        Self::tell_of(row, self.throttles.as_mut(), self.starts.as_mut());
         let Some((to, reason)) = row.decide(at, is_throttled, self.idle.look(at)) else {
             return;
         };

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs::File, io::Read as _, os::fd::OwnedFd, path:
 use bellows_core::{
     CgroupId, Cpu, Nanos, Reason,
     boost::{BoostRules, Boosts, Load, Ready, Trigger},
-    cpu::{CpuHistory, CpuSnapshot, decide},
+    cpu::{CpuHistory, CpuSnapshot, SHORTEST_LOOK, decide},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -13,7 +13,7 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-use super::{Rules, Watched, ready::Probe};
+use super::{Rules, Setter, Watched, ready::Probe};
 use crate::{
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, CgroupError},
@@ -26,9 +26,6 @@ const IDLE: Cpu = Cpu::millis(100);
 const WAITING_PER_MILLE: u64 = 200;
 /// Arguments of a program that are looked at.
 const ARGUMENTS: u64 = 64 << 10;
-/// Shorter looks tell of chance.
-const SHORTEST_LOOK: Nanos = Nanos::millis(80);
-
 /// A program that was executed.
 pub(super) struct Executed {
     pub(super) process: u32,
@@ -47,7 +44,7 @@ pub(super) struct Row {
     throttled: u64,
     pub(super) boosts: Boosts,
     /// Its boosts as they are written down.
-    pub(super) noted: Boosts,
+    noted: Boosts,
     /// Whether its start is still to come.
     is_expected: bool,
     is_throttle_told: bool,
@@ -257,6 +254,26 @@ impl Row {
             self.waited = None;
             self.is_waiting = false;
         }
+    }
+
+    /// What cannot be written down is not lent, because a successor would take it for what is at rest; and what is
+    /// written down is not forgotten before that is.
+    pub(super) fn note(&mut self, setter: &impl Setter) {
+        if self.boosts.is_like(&self.noted) {
+            return;
+        }
+        let noted = setter.boosted(&self.cgroup, &self.boosts);
+        if noted.is_ok() {
+            let lent = |boosts: &Boosts| (boosts.cpu(), boosts.memory());
+            if lent(&self.boosts) != lent(&self.noted) {
+                let (cpu, memory) = lent(&self.boosts);
+                tracing::info!(path = %self.cgroup.path().display(), ?cpu, ?memory, "lent");
+            }
+            self.noted = self.boosts.clone();
+        } else if self.noted.is_empty() {
+            self.boosts = Boosts::none();
+        }
+        self.went(noted);
     }
 
     pub(super) fn went(&mut self, result: Result<(), String>) {

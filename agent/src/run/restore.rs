@@ -15,7 +15,7 @@ use super::{RunError, lock::AgentLock, text};
 use crate::{
     actuate::{pod_cgroup, shrink},
     cgroup::{Cgroup, CgroupError, Limit},
-    cri::{self, LinuxContainerResources, Runtime, with_memory, with_quota},
+    cri::{self, LinuxContainerResources, Runtime, resources, with_memory, with_quota},
     explain::LEDGER,
     originals::{MovedQuota, Original, PodOriginal, PodQuota, Recorded as _, Records},
     recover::recover,
@@ -101,14 +101,13 @@ fn opened(path: &Path) -> Result<Option<Cgroup>, String> {
 /// Brings one container to rest.
 async fn back(containers: &Runtime, original: &Original) -> Result<String, String> {
     let said = match containers.status(&original.id).await {
-        Ok((status, _process)) => status.resources.and_then(|resources| resources.linux),
+        Ok((status, _process)) => resources(status),
         Err(error) if error.is_gone() => return Ok("gone".to_owned()),
         Err(error) => return Err(error.to_string()),
     };
     let Some(cgroup) = opened(&original.path)? else {
         return Ok("gone".to_owned());
     };
-    let said = said.unwrap_or_default();
     let memory = match &original.limit {
         Some(limit) => memory_back(containers, original, limit, &cgroup, &said).await?,
         None => None,

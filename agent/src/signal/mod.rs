@@ -12,3 +12,4 @@ pub mod programs;
 pub mod source;
 pub mod starts;
 pub mod throttles;
+pub mod told;

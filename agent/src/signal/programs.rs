@@ -27,8 +27,9 @@ use super::{
     btf::{Btf, BtfError},
     guards::Guards,
     offsets::Offsets,
-    starts::Starts,
-    throttles::Throttles,
+    starts::{self, Begun},
+    throttles::Throttled,
+    told::Told,
 };
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without it.
@@ -223,12 +224,12 @@ impl Kernel {
     /// # Errors
     ///
     /// [`LoadError::Map`] the second time.
-    pub fn take_throttles(&mut self) -> Result<Option<Throttles>, LoadError> {
+    pub fn take_throttles(&mut self) -> Result<Option<Told<Throttled>>, LoadError> {
         let is_missing = |missing: &Missing| missing.program == THROTTLED_PROGRAM;
         if self.missing.iter().any(is_missing) {
             return Ok(None);
         }
-        Throttles::of(&mut self.programs).map(Some)
+        Told::of(&mut self.programs).map(Some)
     }
 
     /// The ring of what begins, once; `None` where this kernel does not tell of it.
@@ -236,12 +237,13 @@ impl Kernel {
     /// # Errors
     ///
     /// [`LoadError::Map`] the second time.
-    pub fn take_starts(&mut self) -> Result<Option<Starts>, LoadError> {
+    pub fn take_starts(&mut self) -> Result<Option<Told<Begun>>, LoadError> {
         let is_missing = |missing: &Missing| START_PROGRAMS.contains(&missing.program);
         if self.missing.iter().any(is_missing) {
             return Ok(None);
         }
-        Starts::of(&mut self.programs).map(Some)
+        starts::tell_of_cgroups(&mut self.programs)?;
+        Told::of(&mut self.programs).map(Some)
     }
 
     /// Programs that could not be attached.

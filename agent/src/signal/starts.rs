@@ -1,16 +1,17 @@
 //! What begins, as the kernel tells: cgroups that are made, and programs that are executed in cgroups that were named.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
-
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapData, RingBuf},
+    maps::{Array, MapData},
 };
 use bellows_core::{CgroupId, Nanos};
 use bellows_ebpf_common::{KIND_CGROUP_CREATED, KIND_EXEC, StartEvent};
 use zerocopy::FromBytes as _;
 
-use super::programs::{LoadError, map};
+use super::{
+    programs::{LoadError, map},
+    told::Event,
+};
 
 /// What has begun.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,68 +31,24 @@ pub enum Begun {
     },
 }
 
-/// The ring, and where programs are told of.
-pub struct Starts {
-    ring: RingBuf<MapData>,
-    named: HashMap<MapData, u64, u8>,
-}
+impl Event for Begun {
+    const RING: &'static str = "STARTS";
+    const NAMED: &'static str = "BOOSTED";
+    type Kept = u8;
 
-impl std::fmt::Debug for Starts {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Starts").finish_non_exhaustive()
+    fn decode(record: &[u8]) -> Option<Self> {
+        begun(record)
     }
 }
 
-impl Starts {
-    pub(super) fn of(programs: &mut Ebpf) -> Result<Self, LoadError> {
-        let mut wanted: Array<MapData, u32> = map(programs, "TELL_STARTS")?;
-        let set = wanted.set(0, 1, 0);
-        set.map_err(|source| LoadError::Map {
-            name: "TELL_STARTS",
-            source,
-        })?;
-        Ok(Self {
-            ring: map(programs, "STARTS")?,
-            named: map(programs, "BOOSTED")?,
-        })
-    }
-
-    /// Readable when something begins.
-    #[must_use]
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
-    }
-
-    /// Tells of programs in a cgroup from now on.
-    ///
-    /// # Errors
-    ///
-    /// [`LoadError::Map`] when the map is full (8192 cgroups).
-    pub fn watch(&mut self, cgroup: CgroupId) -> Result<(), LoadError> {
-        let named = self.named.insert(cgroup.0, 0, 0);
-        named.map_err(|source| LoadError::Map {
-            name: "BOOSTED",
-            source,
-        })
-    }
-
-    /// Tells of them no more.
-    pub fn forget(&mut self, cgroup: CgroupId) {
-        if let Err(error) = self.named.remove(&cgroup.0) {
-            tracing::debug!(cgroup.id = cgroup.0, %error, "the cgroup was not watched");
-        }
-    }
-
-    /// The next that has begun; never waits. A record of another build is skipped.
-    pub fn take(&mut self) -> Option<Begun> {
-        loop {
-            let item = self.ring.next()?;
-            match begun(&item) {
-                Some(begun) => return Some(begun),
-                None => tracing::warn!(bytes = item.len(), "an unknown event was skipped"),
-            }
-        }
-    }
+/// Has the programs tell of new cgroups, too: of these nobody knows a name before.
+pub(super) fn tell_of_cgroups(programs: &mut Ebpf) -> Result<(), LoadError> {
+    let mut wanted: Array<MapData, u32> = map(programs, "TELL_STARTS")?;
+    let set = wanted.set(0, 1, 0);
+    set.map_err(|source| LoadError::Map {
+        name: "TELL_STARTS",
+        source,
+    })
 }
 
 /// Decodes an event; `None` for a record of another build.

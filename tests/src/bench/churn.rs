@@ -32,7 +32,7 @@ use super::{
 use crate::{
     containers::{Machine, Spec, Standalone, hand_out, policy_of},
     fake::{Fake, Said},
-    node::{log_text, wait},
+    node::{GUEST, log_text, wait},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -213,7 +213,7 @@ fn born(fake: &Fake, random: &mut fastrand::Rng, number: u64, bursts: bool) -> R
     let born = now();
     let burst = bursts.then(|| {
         let words = burst_words(Bytes::mib(8), PEAK, 1);
-        let mut command = Command::new("/usr/local/bin/bellows-guest");
+        let mut command = Command::new(GUEST);
         // Time for the agent to find it among the others.
         command.arg("load").args(words).args(["--rest-ms", "3000"]);
         command.stdin(Stdio::null()).stdout(Stdio::null());

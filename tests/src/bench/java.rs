@@ -17,7 +17,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bellows::{cgroup::field, clock::now};
+use bellows::clock::now;
 use bellows_core::{Bytes, Cpu, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -305,10 +305,7 @@ fn wait_ready(machine: &Machine, tomcats: &mut [Tomcat]) -> Result<bool> {
         for tomcat in tomcats.iter_mut().filter(|tomcat| tomcat.ready.is_none()) {
             if is_ready(tomcat.port) {
                 tomcat.ready = Some(now());
-                for cgroup in [&tomcat.started.cgroup, &tomcat.started.pod] {
-                    let stat = cgroup.read("cpu.stat")?;
-                    tomcat.throttled_us += field(&stat, "throttled_usec").unwrap_or(0);
-                }
+                tomcat.throttled_us = tomcat.started.throttled_us()?;
             } else if has_died(machine, &tomcat.started)? {
                 return Ok(false);
             }

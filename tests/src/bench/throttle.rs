@@ -189,18 +189,16 @@ fn said<T: DeserializeOwned>(started: &Started) -> Option<T> {
 }
 
 fn counted(started: &Started) -> Result<Outcome> {
-    let stat = |cgroup: &Cgroup, name| -> Result<u64> {
-        Ok(field(&cgroup.read("cpu.stat")?, name).unwrap_or(0))
-    };
-    let of = |name| -> Result<u64> { stat(&started.cgroup, name) };
+    let stat = started.cgroup.read("cpu.stat")?;
+    let of = |name| field(&stat, name).unwrap_or(0);
     let pieces = Machine::said(started).into_iter();
     Ok(Outcome {
         pieces: pieces
             .filter_map(|value| serde_json::from_value(value).ok())
             .collect(),
-        throttled_us: of("throttled_usec")? + stat(&started.pod, "throttled_usec")?,
-        periods: of("nr_periods")?,
-        throttled_periods: of("nr_throttled")?,
+        throttled_us: started.throttled_us()?,
+        periods: of("nr_periods"),
+        throttled_periods: of("nr_throttled"),
         raises: 0,
         lowerings: 0,
         restored_after_ms: None,

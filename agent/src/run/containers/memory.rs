@@ -8,7 +8,7 @@ use bellows_core::{
 use super::{Context, Watch, text};
 use crate::{
     cgroup::{Cgroup, Limit},
-    cri::memory_limit,
+    cri::{memory_limit, resources},
     guard::Input,
 };
 
@@ -133,11 +133,10 @@ impl Watch {
         limit: Bytes,
     ) -> Result<MovedLimit<Bytes>, String> {
         let (status, _) = self.runtime().status(id).await.map_err(text)?;
-        let said = status.resources.and_then(|resources| resources.linux);
         let moved = MovedLimit::new(limit);
         let targets = self.context.updater.targets();
         targets.of(cgroup.id(), |target| {
-            target.said = Some(said.unwrap_or_default());
+            target.said = Some(resources(status));
         });
         let container = self.record(cgroup, |original| {
             original.limit = Some(moved.clone());

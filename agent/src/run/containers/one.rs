@@ -21,7 +21,7 @@ use crate::{
     actuate::{pod::Pod, update::Target},
     attribution::{self, CGROUP_ROOT},
     cgroup::Cgroup,
-    cri::{Container, ContainerState, PodSandbox},
+    cri::{Container, ContainerState, PodSandbox, resources},
     originals::Original,
     quota::Rules,
 };
@@ -50,7 +50,7 @@ pub(super) struct Known {
     /// When that is looked at again, and how long it was waited for.
     again: Option<(Instant, Duration)>,
     /// Whether a predecessor has left it, and may have raised it.
-    pub(super) is_left: bool,
+    is_left: bool,
 }
 
 impl Known {
@@ -179,8 +179,7 @@ impl Watch {
             let by_process = process.and_then(|process| attribution::of_process(root, process, id));
             path = by_process.or(path);
             started_at = u64::try_from(status.started_at).ok().filter(|&at| at > 0);
-            let resources = status.resources.and_then(|resources| resources.linux);
-            said = Some(resources.unwrap_or_default());
+            said = Some(resources(status));
         }
         let path = path.or_else(|| attribution::find_container(root, id));
         let cgroup = Cgroup::open(&path.ok_or("it has no cgroup (yet)")?).map_err(text)?;
