@@ -15,7 +15,7 @@ use bellows_ebpf_common::{
 use crate::{
     emit::{self, now, process_and_thread},
     known,
-    maps::GUARDS,
+    maps::{BOOSTED, GUARDS},
     memcg::{self, Address},
     offsets::OFF_BPRM_FILENAME,
     starts::{self, nearest},
@@ -34,14 +34,20 @@ pub(crate) fn event(kind: u32, pid: u32, cgroup_id: u64) -> LifeEvent {
 
 #[btf_tracepoint(function = "sched_process_exec")]
 pub(crate) fn exec(ctx: BtfTracePointContext) -> i32 {
+    let (guarded, boosted) = (nearest(&GUARDS), nearest(&BOOSTED));
+    if guarded.is_none() && boosted.is_none() {
+        return 0;
+    }
     let bprm: Address = ctx.arg(2);
     let (pid, _) = process_and_thread();
     let Ok(file) = memcg::read::<u64>(bprm.wrapping_add(OFF_BPRM_FILENAME.load())) else {
         emit::lost(loss::READ_FAILED);
         return 0;
     };
-    starts::executed(KIND_EXEC, pid, file);
-    let Some(cgroup_id) = nearest(&GUARDS) else {
+    if let Some(cgroup_id) = boosted {
+        starts::tell(KIND_EXEC, pid, cgroup_id, file);
+    }
+    let Some(cgroup_id) = guarded else {
         return 0;
     };
     let mut event = event(KIND_EXEC, pid, cgroup_id);

@@ -14,7 +14,7 @@ use bellows_ebpf_common::{StartEvent, StartHead, TEXT_BYTES, loss};
 
 use crate::{
     emit::{self, now},
-    maps::{BOOSTED, STARTS, TELL_STARTS},
+    maps::{STARTS, TELL_STARTS},
     memcg::Address,
 };
 
@@ -42,14 +42,6 @@ pub(crate) fn nearest<T>(map: &HashMap<u64, T>) -> Option<u64> {
     None
 }
 
-/// Tells that a program is executed, if that is in a cgroup that the agent has named.
-#[inline(always)]
-pub(crate) fn executed(kind: u32, process: u32, file: Address) {
-    if let Some(cgroup) = nearest(&BOOSTED) {
-        tell(kind, process, cgroup, file);
-    }
-}
-
 /// Tells of a new cgroup, if the agent wants to know.
 #[inline(always)]
 pub(crate) fn created(kind: u32, cgroup: u64, path: Address) {
@@ -58,8 +50,9 @@ pub(crate) fn created(kind: u32, cgroup: u64, path: Address) {
     }
 }
 
+/// Tells of something that begins, by its name.
 #[inline(always)]
-fn tell(kind: u32, process: u32, cgroup_id: u64, text: Address) {
+pub(crate) fn tell(kind: u32, process: u32, cgroup_id: u64, text: Address) {
     let Some(mut entry) = STARTS.reserve::<StartEvent>(0) else {
         emit::lost(loss::START_RING_FULL);
         return;
