@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
 use bellows_core::{Bytes, Nanos, quantity};
 use clap::{Args, Parser, Subcommand};
@@ -107,6 +107,9 @@ pub struct Run {
     /// Seconds without growth after which a raised limit of a pod is lowered again [default: 5].
     #[arg(long, value_name = "SECONDS", conflicts_with = "standalone")]
     shrink_after: Option<u64>,
+    /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9464 [default: none are served].
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
@@ -126,6 +129,7 @@ impl Run {
             policies,
             runtime_endpoint: endpoint,
             shrink_after,
+            metrics,
             without_bpf,
         } = self;
         let of = match policies {
@@ -137,7 +141,11 @@ impl Run {
                 ),
             },
         };
-        Some(run::Options { of, without_bpf })
+        Some(run::Options {
+            of,
+            metrics,
+            without_bpf,
+        })
     }
 }
 

@@ -10,7 +10,10 @@ use std::{
 use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
 use thiserror::Error;
 
-use crate::ledger::{self, Record};
+use crate::{
+    guard::{told_kill, told_raise},
+    ledger::{self, Record},
+};
 
 /// The ledger of `bellows run`.
 pub const LEDGER: &str = "/run/bellows/run.ledger";
@@ -53,7 +56,7 @@ pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
 pub fn tell(records: &[Record], pod: &str) -> Result<String, ExplainError> {
     let mut names: BTreeMap<CgroupId, String> = BTreeMap::new();
     for record in records {
-        if let Record::Adopt { cgroup, name, .. } = record {
+        if let Record::Adopt { cgroup, name, .. } | Record::Observe { cgroup, name, .. } = record {
             names.insert(*cgroup, name.clone());
         }
     }
@@ -83,6 +86,7 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
     let mut start = None;
     let mut requested: Option<Nanos> = None;
     let mut held: Option<Nanos> = None;
+    let mut is_watched = false;
     for record in records.iter().filter(|record| record.cgroup() == cgroup) {
         let start = *start.get_or_insert(record.at());
         let line = match record {
@@ -120,10 +124,22 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                     Some(error) => format!("failed{after}, the limit is {limit}: {error}"),
                 }
             }
+            Record::Observe { limit, ceiling, .. } => {
+                is_watched = true;
+                format!("only watched: limit {limit}, at most {ceiling}")
+            }
+            Record::WouldRaise { would, .. } => told_raise(would),
+            Record::ObservedKill { kill, .. } => told_kill(kill),
             Record::Brake { foreign: false, .. } => continue,
             Record::Brake { foreign: true, .. } => {
                 "memory.high is somebody else's: left alone".to_owned()
             }
+            Record::Unwatch { .. } => {
+                is_watched = false;
+                "not watched any more".to_owned()
+            }
+            // Of the time before: the one is written by the controller, the other by the reflex.
+            Record::Forget { .. } if is_watched => continue,
             Record::Forget { .. } => "not guarded any more".to_owned(),
         };
         let millis = record.at().since(start).as_millis();

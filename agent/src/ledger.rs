@@ -16,8 +16,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
+use bellows_core::{
+    Action, Bytes, CgroupId, Nanos, Reason,
+    observe::{Kill, WouldRaise},
+};
 use serde::{Deserialize, Serialize};
+
+use crate::state::with_reserve;
 
 /// Where ledgers are kept.
 pub const DIRECTORY: &str = "/run/bellows";
@@ -76,6 +81,44 @@ pub enum Record {
         /// What went wrong, if anything.
         error: Option<String>,
     },
+    /// A cgroup is only watched from now on.
+    Observe {
+        /// When.
+        at: Nanos,
+        /// The cgroup.
+        cgroup: CgroupId,
+        /// What it is, for people.
+        name: String,
+        /// Its limit.
+        limit: Bytes,
+        /// The limit that it would never exceed.
+        ceiling: Bytes,
+    },
+    /// A raise that would have been asked for, had it been guarded.
+    WouldRaise {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// The raise.
+        would: WouldRaise,
+    },
+    /// A kill in a cgroup that is only watched.
+    ObservedKill {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// The kill, and what would have become of it.
+        kill: Kill,
+    },
+    /// A cgroup is watched no more.
+    Unwatch {
+        /// When.
+        at: Nanos,
+        /// The cgroup.
+        cgroup: CgroupId,
+    },
     /// A cgroup is guarded no more.
     Forget {
         /// When.
@@ -102,6 +145,10 @@ impl Record {
             | Self::Brake { cgroup, .. }
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
+            | Self::Observe { cgroup, .. }
+            | Self::WouldRaise { cgroup, .. }
+            | Self::ObservedKill { cgroup, .. }
+            | Self::Unwatch { cgroup, .. }
             | Self::Forget { cgroup, .. } => *cgroup,
         }
     }
@@ -114,6 +161,10 @@ impl Record {
             | Self::Brake { at, .. }
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
+            | Self::Observe { at, .. }
+            | Self::WouldRaise { at, .. }
+            | Self::ObservedKill { at, .. }
+            | Self::Unwatch { at, .. }
             | Self::Forget { at, .. } => *at,
         }
     }
@@ -187,7 +238,7 @@ impl Ledger {
     /// When the file system is full; the caller then does not act.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
         encode(record, &mut self.line)?;
-        self.file.write_all(&self.line)
+        with_reserve(|| self.file.write_all(&self.line))
     }
 
     /// Keeps the file for `explain` under another name: everything in it is undone.

@@ -13,7 +13,7 @@ use std::{
 use bellows_core::{Bytes, Cpu, boost::Boosts, moved::MovedLimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::cgroup::quota::Quota;
+use crate::{cgroup::quota::Quota, state::with_reserve};
 
 /// A container as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -213,10 +213,13 @@ impl<T: Recorded> Records<T> {
     /// When it cannot be written, or its key is none; the text says what to do.
     pub fn write(&self, record: &T) -> io::Result<()> {
         let written = self.file(record.key()).and_then(|path| {
-            fs::create_dir_all(&self.directory)?;
             let new = path.with_extension("new");
-            fs::write(&new, serde_json::to_vec(record)?)?;
-            fs::rename(new, path)
+            let bytes = serde_json::to_vec(record)?;
+            with_reserve(|| {
+                fs::create_dir_all(&self.directory)?;
+                fs::write(&new, &bytes)?;
+                fs::rename(&new, &path)
+            })
         });
         written.map_err(|error| {
             let directory = self.directory.display();

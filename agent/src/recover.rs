@@ -94,7 +94,12 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
                     left.braked = false;
                 }
             }
-            Record::Intend { .. } | Record::Verify { .. } => {}
+            Record::Intend { .. }
+            | Record::Verify { .. }
+            | Record::Observe { .. }
+            | Record::WouldRaise { .. }
+            | Record::ObservedKill { .. }
+            | Record::Unwatch { .. } => {}
         }
     }
     guarded.retain(|_, left| !left.forgotten);

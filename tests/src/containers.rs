@@ -424,16 +424,21 @@ pub(crate) struct Standalone(Service);
 impl Standalone {
     /// Starts it with these policies.
     pub(crate) fn start(policies: &str) -> Result<Self> {
-        Self::start_at(policies, None)
+        Self::start_with(policies, &[], None)
     }
 
-    /// The same with a runtime at a socket that it would not find.
-    pub(crate) fn start_at(policies: &str, socket: Option<&str>) -> Result<Self> {
+    /// The same with more arguments, in a cgroup of its own.
+    pub(crate) fn start_with(
+        policies: &str,
+        arguments: &[&str],
+        cgroup: Option<&Cgroup>,
+    ) -> Result<Self> {
         fs::create_dir_all("/etc/bellows")?;
         fs::write(POLICIES, policies)?;
         let mut command = logged(&["run", "--standalone", "--policies", POLICIES])?;
-        if let Some(socket) = socket {
-            command.args(["--runtime-endpoint", socket]);
+        command.args(arguments);
+        if let Some(cgroup) = cgroup {
+            cgroup.admit(&mut command)?;
         }
         let child = command.spawn().context("run bellows run --standalone")?;
         Ok(Self(Service(child)))

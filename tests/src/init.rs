@@ -152,6 +152,15 @@ fn change_root() -> Result<()> {
         )?;
     }
     copy_directory("/build-load", "/disk/build-load")?;
+    if Path::new("/deploy").exists() {
+        copy_directory("/deploy", "/disk/deploy")?;
+    }
+    let kubelet = Path::new("/bin/kubelet");
+    if kubelet.exists() {
+        fs::copy(kubelet, "/disk/usr/bin/kubelet")?;
+        // What is in the first root stays in memory.
+        fs::remove_file(kubelet)?;
+    }
     for directory in ["/proc", "/sys", "/dev", "/run", "/tmp"] {
         mount_move(directory, format!("/disk{directory}")).with_context(|| directory.to_owned())?;
     }

@@ -12,6 +12,7 @@ mod init;
 mod load;
 mod node;
 mod pods;
+mod proxy;
 mod sampler;
 
 use std::{path::PathBuf, process::ExitCode};

@@ -64,7 +64,11 @@ impl Containerd {
     pub(crate) fn start() -> Result<Self> {
         configure_containerd()?;
         let containerd = Self::start_again()?;
-        import_image()?;
+        import_image(
+            IMAGE,
+            Path::new(GUEST),
+            &["/bellows-guest", "load", "pause"],
+        )?;
         Ok(containerd)
     }
 
@@ -242,11 +246,27 @@ fn configure_containerd() -> Result<()> {
     for directory in ["/etc/containerd", "/etc/cni/net.d", "/var/log"] {
         fs::create_dir_all(directory)?;
     }
+    // `containerd github.com/containerd/containerd 1.6.20~ds1 …`
+    let version = shell("containerd --version")?;
+    let is_old = version
+        .split_whitespace()
+        .any(|word| word.starts_with("1."));
+    let runtime = if is_old {
+        "io.containerd.grpc.v1.cri"
+    } else {
+        "io.containerd.cri.v1.runtime"
+    };
+    let sandbox = if is_old {
+        format!("version = 2\n[plugins.'{runtime}']\n  sandbox_image = '{IMAGE}'\n")
+    } else {
+        format!(
+            "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '{IMAGE}'\n"
+        )
+    };
     let containerd = format!(
-        "version = 3\n\
-         [plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '{IMAGE}'\n\
-         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\n  runtime_type = 'io.containerd.runc.v2'\n\
-         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]\n  SystemdCgroup = {systemd}\n"
+        "{sandbox}\
+         [plugins.'{runtime}'.containerd.runtimes.runc]\n  runtime_type = 'io.containerd.runc.v2'\n\
+         [plugins.'{runtime}'.containerd.runtimes.runc.options]\n  SystemdCgroup = {systemd}\n"
     );
     fs::write("/etc/containerd/bellows.toml", containerd)?;
     // Pods use the host's network; the kubelet only wants to see that there is some network.
@@ -256,11 +276,12 @@ fn configure_containerd() -> Result<()> {
     Ok(())
 }
 
-/// Makes the one image by hand (a docker archive of one layer) and imports it.
-fn import_image() -> Result<()> {
+/// Makes an image of one program by hand (a docker archive of one layer) and imports it.
+pub(crate) fn import_image(image: &str, program: &Path, entrypoint: &[&str]) -> Result<()> {
     let directory = Path::new("/tmp/image");
     fs::create_dir_all(directory.join("root"))?;
-    fs::copy(GUEST, directory.join("root/bellows-guest"))?;
+    let name = program.file_name().context("a program has a name")?;
+    fs::copy(program, directory.join("root").join(name))?;
     shell("tar -C /tmp/image/root -cf /tmp/image/layer.tar .")?;
     let sum = shell("sha256sum /tmp/image/layer.tar")?;
     let sum = sum
@@ -270,12 +291,12 @@ fn import_image() -> Result<()> {
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
-        "config": { "Entrypoint": ["/bellows-guest", "load", "pause"] },
+        "config": { "Entrypoint": entrypoint },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
     });
     fs::write(directory.join("config.json"), config.to_string())?;
     let manifest =
-        json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
+        json!([{ "Config": "config.json", "RepoTags": [image], "Layers": ["layer.tar"] }]);
     fs::write(directory.join("manifest.json"), manifest.to_string())?;
     shell("tar -C /tmp/image -cf /tmp/image.tar manifest.json config.json layer.tar")?;
     shell("ctr -n k8s.io images import /tmp/image.tar")?;

@@ -89,7 +89,7 @@ pub fn decide(snapshot: &Snapshot) -> Plan {
 }
 
 /// The size that a requested raise goes to.
-fn request_target(policy: &Policy, history: &History, p95: Nanos) -> Bytes {
+pub(crate) fn request_target(policy: &Policy, history: &History, p95: Nanos) -> Bytes {
     let Policy { ceiling, .. } = *policy;
     let demand = history.demand;
     let meanwhile = history.rate_per_second.scaled(p95.0, 1_000_000_000);

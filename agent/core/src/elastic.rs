@@ -20,10 +20,10 @@ use crate::{
 pub enum Mode {
     /// Left alone, whatever another policy says that has fewer conditions.
     Off,
-    /// Nothing is changed. (Nor is anything watched yet.)
+    /// Nothing is changed; for each kill it is told what mode [`Self::Act`] would have made of it.
     #[default]
     Observe,
-    /// Nothing is changed. (Nor is anything told yet.)
+    /// The same, and for each burst the limit that it would have got.
     Recommend,
     /// Limits are changed.
     Act,

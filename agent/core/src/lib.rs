@@ -17,6 +17,7 @@ pub mod decide;
 pub mod elastic;
 pub mod history;
 pub mod moved;
+pub mod observe;
 pub mod patience;
 pub mod pod;
 pub mod policy;

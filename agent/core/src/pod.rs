@@ -1,7 +1,7 @@
 //! What a pod asks of Bellows, and whether it can have it.
 //!
-//! Two annotations opt a pod in: `bellows.dev/mode: Act` and `bellows.dev/max-memory`; a third,
-//! `bellows.dev/container`, names the container where there are several. A pod whose limit stands at the
+//! Two annotations opt a pod in: `bellows.dev/mode: Act` (or Observe or Recommend, which change nothing) and
+//! `bellows.dev/max-memory`; a third, `bellows.dev/container`, names the container where there are several. A pod whose limit stands at the
 //! pod's own level (`spec.resources`, Kubernetes 1.34 and later) is guarded as a whole. Whatever does not
 //! parse is refused with the value and the way out: a guess would act on somebody's pod.
 //!
@@ -12,12 +12,13 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::{
+    elastic::Mode,
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::Bytes,
 };
 
-/// `Act` opts in; `Off` and `Observe` do not.
+/// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
 pub const MODE: &str = "bellows.dev/mode";
 /// The limit that is never exceeded.
 pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
@@ -95,6 +96,8 @@ pub struct Pod {
 /// What is guarded in a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
+    /// Whether it is guarded or only watched; never [`Mode::Off`].
+    pub mode: Mode,
     /// Where its limit stands.
     pub level: Level,
     /// The container's name, or [`WHOLE_POD`].
@@ -126,7 +129,7 @@ pub struct Wish {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Refusal {
     /// The mode is none.
-    #[error("annotation {MODE} is `{0}`: use Act, Observe or Off")]
+    #[error("annotation {MODE} is `{0}`: use Act, Recommend, Observe or Off")]
     UnknownMode(String),
     /// There is no maximum.
     #[error(
@@ -208,11 +211,13 @@ impl Refusal {
 ///
 /// [`Refusal`] when it asks for what it cannot have.
 pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
-    match pod.annotations.get(MODE).map(|mode| mode.trim()) {
-        None | Some("Off" | "Observe") => return Ok(None),
-        Some("Act") => {}
+    let mode = match pod.annotations.get(MODE).map(|mode| mode.trim()) {
+        None | Some("Off") => return Ok(None),
+        Some("Act") => Mode::Act,
+        Some("Observe") => Mode::Observe,
+        Some("Recommend") => Mode::Recommend,
         Some(other) => return Err(Refusal::UnknownMode(other.to_owned())),
-    }
+    };
     if pod.ending {
         return Ok(None);
     }
@@ -280,6 +285,7 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         return Ok(None);
     }
     Ok(Some(Wish {
+        mode,
         level,
         container: name.to_owned(),
         id: id.map(str::to_owned),
@@ -448,8 +454,20 @@ mod tests {
 
     #[test]
     fn a_pod_that_does_not_ask_is_left_alone() {
-        for annotations in [&[][..], &[(MODE, "Off"), MAX], &[(MODE, "Observe"), MAX]] {
+        for annotations in [&[][..], &[MAX], &[(MODE, "Off"), MAX]] {
             assert_eq!(wish(&pod(annotations)), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_pod_that_is_only_watched_is_told_from_one_that_is_guarded() {
+        for (text, mode) in [
+            ("Act", Mode::Act),
+            ("Observe", Mode::Observe),
+            (" Recommend ", Mode::Recommend),
+        ] {
+            let wish = wish(&pod(&[(MODE, text), MAX])).unwrap();
+            assert_eq!(wish.map(|wish| wish.mode), Some(mode));
         }
     }
 

@@ -20,7 +20,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::mpsc::UnboundedSender};
 
 use super::targets::Targets;
 use crate::{
@@ -29,8 +29,9 @@ use crate::{
         pods::{limit_at, limit_manager},
     },
     cgroup::Cgroup,
-    guard::{Input, Refused, Requester},
+    guard::{Input, Refused, Requester, told_kill, told_raise},
     ledger::Record,
+    metrics::{self, Call, METRICS},
 };
 
 /// Longest time that the API may take to answer.
@@ -62,6 +63,16 @@ pub struct Resizer {
     runtime: Handle,
     targets: Targets<Target>,
     inputs: SyncSender<Input>,
+    observed: UnboundedSender<(CgroupId, Observed)>,
+}
+
+/// What is told of a container that is only watched.
+#[derive(Clone, Debug)]
+pub enum Observed {
+    /// A kill.
+    Kill(String),
+    /// A raise that it would have got.
+    Raise(String),
 }
 
 impl std::fmt::Debug for Resizer {
@@ -78,12 +89,14 @@ impl Resizer {
         runtime: Handle,
         targets: Targets<Target>,
         inputs: SyncSender<Input>,
+        observed: UnboundedSender<(CgroupId, Observed)>,
     ) -> Self {
         Self {
             client,
             runtime,
             targets,
             inputs,
+            observed,
         }
     }
 
@@ -93,6 +106,7 @@ impl Resizer {
             let result = match tokio::time::timeout(TIMEOUT, this.resize(cgroup, to)).await {
                 Ok(result) => result,
                 Err(_elapsed) => {
+                    count(metrics::SILENT);
                     let why = format!("the API did not answer within {} s", TIMEOUT.as_secs());
                     Err(Refused {
                         why,
@@ -172,8 +186,14 @@ impl Resizer {
         let patched = pods
             .patch_resize(&target.name, &parameters(), &patch)
             .await
+            .inspect(|_| count(metrics::OK))
             .map_err(|error| {
                 let (Refused { why, uncertain }, code) = refusal(&error);
+                count(if uncertain {
+                    metrics::SILENT
+                } else {
+                    metrics::REFUSED
+                });
                 let why = format!(
                     "resize of {}/{} to {value}: {why}",
                     target.namespace, target.name
@@ -186,6 +206,14 @@ impl Resizer {
         }
         Ok(())
     }
+}
+
+fn count(result: &'static str) {
+    let counted = Call {
+        call: "resize",
+        result,
+    };
+    METRICS.api_calls.get_or_create(&counted).inc();
 }
 
 /// Patches are made under our own name: by it a change of ours is told from others'.
@@ -252,5 +280,12 @@ impl Requester for Resizer {
 
     fn record(&mut self, cgroup: &Cgroup, record: &Record) {
         tracing::info!(path = %cgroup.path().display(), ?record, "ledger");
+        let observed = match record {
+            Record::ObservedKill { kill, .. } => Observed::Kill(told_kill(kill)),
+            Record::WouldRaise { would, .. } => Observed::Raise(told_raise(would)),
+            _ => return,
+        };
+        // A watch that has ended tells nobody.
+        drop(self.observed.send((cgroup.id(), observed)));
     }
 }

@@ -21,6 +21,7 @@ use crate::{
     cgroup::Limit,
     cri::{LinuxContainerResources, RuntimeError, memory_limit, with_memory, with_quota},
     guard::Refused,
+    metrics::METRICS,
 };
 
 /// How long a CPU quota must have been moved before the runtime is told of it, and how often it is at most.
@@ -28,7 +29,7 @@ const QUOTA_AFTER: Duration = Duration::from_secs(1);
 const QUOTA_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
 const SETTLE: Duration = Duration::from_millis(500);
-const LONGEST_SETTLE: Duration = Duration::from_secs(10);
+const LONGEST_SETTLE: Duration = Duration::from_secs(2);
 /// Longer than any call may take.
 const WHATEVER_IT_TAKES: Duration = Duration::from_secs(60);
 
@@ -188,6 +189,7 @@ impl Updater {
             Ok(called) => called,
             Err(_elapsed) => {
                 self.is_late.store(true, Ordering::Relaxed);
+                METRICS.runtime_late.inc();
                 late()?;
                 loop {
                     if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {

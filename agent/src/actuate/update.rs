@@ -36,6 +36,7 @@ use crate::{
     cri::{LinuxContainerResources, Runtime, RuntimeError, resources},
     guard::{Input, Refused, Requester},
     ledger::Record,
+    metrics::METRICS,
     originals::{Original, Records},
 };
 
@@ -399,6 +400,7 @@ fn fall_back(cgroup: &Cgroup, to: Bytes) -> Result<bool, Refused> {
         cgroup
             .set_limit("memory.max", Limit::At(to))
             .map_err(text)?;
+        METRICS.raises_by_hand.inc();
     }
     Ok(limit <= to)
 }

@@ -42,7 +42,10 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::cgroup::quota::Quota;
+use crate::{
+    cgroup::quota::Quota,
+    metrics::{self, Call, METRICS},
+};
 pub use v1::{
     Container, ContainerEventResponse, ContainerState, ContainerStatus, LinuxContainerResources,
     PodSandbox,
@@ -200,7 +203,15 @@ impl Runtime {
         limit: Duration,
         answer: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, RuntimeError> {
-        match timeout(limit, answer).await {
+        let answer = timeout(limit, answer).await;
+        let result = match &answer {
+            Ok(Ok(_)) => metrics::OK,
+            Ok(Err(_)) => metrics::REFUSED,
+            Err(_) => metrics::SILENT,
+        };
+        let counted = Call { call, result };
+        METRICS.runtime_calls.get_or_create(&counted).inc();
+        match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(RuntimeError::Refused {
                 call,

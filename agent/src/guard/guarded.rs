@@ -1,11 +1,14 @@
 //! What the controller knows of one guarded cgroup, and what is told of it at the end.
 
+use std::collections::VecDeque;
+
 use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash};
 
-use super::foreign_brake::ForeignBrake;
+use super::{foreign_brake::ForeignBrake, seconds};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     ledger::Record,
+    metrics::METRICS,
 };
 
 /// How many raises the 95th percentile of their time is taken over.
@@ -86,7 +89,34 @@ pub(super) struct Guarded {
     pub(super) held_since: Option<Nanos>,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
+    /// How long the last raise took, if that was not asked for yet.
+    answered: Option<Nanos>,
     pub(super) report: Report,
+}
+
+/// How long the latest raises took, of all guards: what those are told of that are only watched.
+#[derive(Default)]
+pub(super) struct Answers(VecDeque<Nanos>);
+
+impl Answers {
+    pub(super) fn learn(&mut self, guarded: &mut Guarded) {
+        if let Some(answered) = guarded.answered.take() {
+            self.0.truncate(LATENCIES - 1);
+            self.0.push_front(answered);
+        }
+    }
+
+    /// Their 95th percentile; `None` if there was none.
+    pub(super) fn p95(&self) -> Option<Nanos> {
+        p95(self.0.iter().copied())
+    }
+}
+
+fn p95(times: impl Iterator<Item = Nanos>) -> Option<Nanos> {
+    let mut times: Vec<Nanos> = times.collect();
+    times.sort_unstable();
+    let rank = (times.len() * 95).div_ceil(100);
+    times.get(rank.saturating_sub(1)).copied()
 }
 
 impl Guarded {
@@ -117,6 +147,7 @@ impl Guarded {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            answered: None,
             report: Report {
                 limits: vec![(at, limit)],
                 ..Report::default()
@@ -150,13 +181,10 @@ impl Guarded {
     /// Takes the measured times of the latest requests into the policy.
     pub(super) fn learn_latency(&mut self) {
         let latest = &self.report.latencies;
-        let mut recent = latest[..latest.len().min(LATENCIES)].to_vec();
-        recent.sort_unstable();
-        let rank = (recent.len() * 95).div_ceil(100);
-        if let (Some(&measured), Actuation::Requested { p95 }) = (
-            recent.get(rank.saturating_sub(1)),
-            &mut self.policy.actuation,
-        ) {
+        let recent = latest.iter().take(LATENCIES).copied();
+        if let (Some(measured), Actuation::Requested { p95 }) =
+            (p95(recent), &mut self.policy.actuation)
+        {
             *p95 = measured;
         }
     }
@@ -230,6 +258,7 @@ impl Guarded {
         }
         self.lost_lowerings = 0;
         let is_raise = limit > self.limit;
+        METRICS.moved("memory", is_raise);
         if is_raise {
             self.report.raises += 1;
             self.refused_shrink = None;
@@ -248,6 +277,8 @@ impl Guarded {
                 let latencies = &mut self.report.latencies;
                 latencies.truncate(KEPT);
                 latencies.insert(0, at.since(asked));
+                METRICS.raise_seconds.observe(seconds(at.since(asked)));
+                self.answered = Some(at.since(asked));
             }
         }
         self.limit = limit;

@@ -8,6 +8,7 @@
 
 mod foreign_brake;
 mod guarded;
+mod observed;
 mod requests;
 
 use std::{
@@ -19,6 +20,7 @@ use std::{
 use bellows_core::{Bytes, CgroupId, History, Nanos, Policy, decide, thrash::Look};
 use bellows_ebpf_common::{
     Growth, Holds, KIND_EXIT, KIND_OOM, KIND_RECLAIM, KIND_WATERMARK, KIND_WRITTEN, MemoryEvent,
+    loss,
 };
 use thiserror::Error;
 
@@ -27,11 +29,15 @@ use crate::{
     cgroup::{Cgroup, CgroupError},
     clock::now,
     ledger::{Ledger, Record},
+    metrics::METRICS,
     signal::programs::{Kernel, LoadError},
+    state,
 };
 use foreign_brake::ForeignBrake;
-use guarded::Guarded;
 pub use guarded::Report;
+use guarded::{Answers, Guarded};
+use observed::Watched;
+pub use observed::{Watching, told_kill, told_raise};
 use requests::Loss;
 
 /// How often a guard is looked at while its limit is above its original or it is held.
@@ -68,9 +74,11 @@ pub enum Input {
     },
     /// Guard a cgroup from now on; the name is for people.
     Adopt(Cgroup, Policy, String),
+    /// Watch a cgroup, with the rules that it would have.
+    Observe(Watching),
     /// A guarded cgroup's rules have changed.
     Policy(CgroupId, Policy),
-    /// Guard it no more.
+    /// Guard or watch it no more.
     Forget(CgroupId),
     /// End.
     Stop,
@@ -128,6 +136,9 @@ pub struct Controller<R> {
     answers: SyncSender<Input>,
     requester: R,
     guards: BTreeMap<CgroupId, Guarded>,
+    /// Those that are only watched.
+    observed: BTreeMap<CgroupId, Watched>,
+    raise_times: Answers,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
 }
@@ -149,6 +160,8 @@ impl<R: Requester> Controller<R> {
             answers,
             requester,
             guards: BTreeMap::new(),
+            observed: BTreeMap::new(),
+            raise_times: Answers::default(),
             reflex_is_behind: false,
         }
     }
@@ -179,6 +192,7 @@ impl<R: Requester> Controller<R> {
         }
         self.arm(&guarded, Some(controls));
         self.guards.insert(id, guarded);
+        self.count_guards();
         Ok(())
     }
 
@@ -196,6 +210,7 @@ impl<R: Requester> Controller<R> {
     /// Stops guarding a cgroup: brake and hold are lifted, its limit stays.
     pub fn forget(&mut self, id: CgroupId) -> Option<Report> {
         let guarded = self.guards.remove(&id)?;
+        self.count_guards();
         self.reflex.send(Command::Disarm(id));
         let counted = self.kernel.as_mut().map(|kernel| kernel.forget(id));
         let (growth, holds) = counted.unwrap_or_default();
@@ -212,9 +227,20 @@ impl<R: Requester> Controller<R> {
             .max(Bytes::from_pages(peak_demand_pages));
         report.sleeps = long_holds;
         report.charges = charges;
-        let losses = self.kernel.as_ref().map(Kernel::losses).unwrap_or_default();
+        let losses = self.losses();
         report.lost = self.reflex.lost() + losses.iter().sum::<u64>();
         Some(report)
+    }
+
+    /// What the programs have lost, by slot of [`loss`].
+    fn losses(&self) -> [u64; loss::SLOTS as usize] {
+        self.kernel.as_ref().map(Kernel::losses).unwrap_or_default()
+    }
+
+    fn count_guards(&self) {
+        METRICS
+            .guarded
+            .set(i64::try_from(self.guards.len()).unwrap_or(i64::MAX));
     }
 
     /// Runs until [`Input::Stop`]; then lifts every brake and hold.
@@ -222,7 +248,8 @@ impl<R: Requester> Controller<R> {
     pub fn run(mut self) -> BTreeMap<CgroupId, Report> {
         let mut last_tick = Instant::now();
         loop {
-            let active = self.guards.values().any(Guarded::active);
+            let active = self.guards.values().any(Guarded::active)
+                || self.observed.values().any(Watched::is_active);
             let tick = if active { ACTIVE_TICK } else { QUIET_TICK };
             // Traffic must not starve the tick: it is due whether or not inputs keep coming.
             let rest = tick.saturating_sub(last_tick.elapsed());
@@ -268,7 +295,16 @@ impl<R: Requester> Controller<R> {
                     tracing::error!(path = %path.display(), %error, "cannot guard a container");
                 }
             }
-            Input::Forget(id) => drop(self.forget(id)),
+            Input::Observe(watching) => {
+                let path = watching.cgroup.path().to_owned();
+                if let Err(error) = self.observe(watching) {
+                    tracing::error!(path = %path.display(), %error, "cannot watch a container");
+                }
+            }
+            Input::Forget(id) => {
+                self.stop_observing(id);
+                drop(self.forget(id));
+            }
             Input::Stop => {}
         }
     }
@@ -289,6 +325,7 @@ impl<R: Requester> Controller<R> {
             }),
             Verdict::Held { cgroup, at, braked } => self.update(cgroup, |guarded| {
                 guarded.held_since = Some(at);
+                METRICS.holds.inc();
                 guarded.report.holds += 1;
                 guarded.report.brakes += u64::from(braked);
             }),
@@ -302,7 +339,9 @@ impl<R: Requester> Controller<R> {
             Verdict::Released { cgroup, error } => self.update(cgroup, |guarded| {
                 if let Some(since) = guarded.held_since.take() {
                     guarded.history.resumed(at);
-                    guarded.report.held = Nanos(guarded.report.held.0 + at.since(since).0);
+                    let held = at.since(since);
+                    METRICS.held_seconds.inc_by(seconds(held));
+                    guarded.report.held = Nanos(guarded.report.held.0 + held.0);
                 }
                 if let Some(error) = error {
                     tracing::warn!(cgroup.id = cgroup.0, %error, "a release was not without fault");
@@ -344,6 +383,7 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
+        self.raise_times.learn(guarded);
         let (limit, error) = match guarded.cgroup.limit_in_force() {
             Ok(limit) => (limit, error),
             Err(read) => (guarded.limit, Some(read.to_string())),
@@ -363,10 +403,13 @@ impl<R: Requester> Controller<R> {
     fn take_event(&mut self, event: &MemoryEvent) {
         let id = CgroupId(event.cgroup_id);
         let Some(guarded) = self.guards.get_mut(&id) else {
-            return;
+            return self.take_observed(event);
         };
         match event.kind {
-            KIND_OOM => guarded.report.ooms += 1,
+            KIND_OOM => {
+                METRICS.ooms.inc();
+                guarded.report.ooms += 1;
+            }
             KIND_WATERMARK => {
                 observe(&mut guarded.history, event, now());
                 self.decide(id);
@@ -383,6 +426,7 @@ impl<R: Requester> Controller<R> {
                 .guards
                 .values()
                 .flat_map(|guarded| guarded.standing(at))
+                .chain(self.observed.values().map(|watched| watched.record(at)))
                 .collect();
             self.ledger.rotate(&guarded)?;
             self.reflex_is_behind = true;
@@ -398,6 +442,8 @@ impl<R: Requester> Controller<R> {
         if let Err(error) = self.turn_page() {
             tracing::warn!(%error, "a full ledger cannot be put aside: free memory on /run");
         }
+        METRICS.lost(self.losses(), self.reflex.lost());
+        state::renew_reserve();
         let mut exited = Vec::new();
         let (mut reclaimed, mut written) = (BTreeSet::new(), BTreeSet::new());
         match &mut self.kernel {
@@ -425,6 +471,7 @@ impl<R: Requester> Controller<R> {
         for id in active {
             self.look_at(id);
         }
+        self.look_at_observed();
     }
 
     /// Looks whether what is reclaimed from a guard is read back at once.
@@ -521,6 +568,10 @@ pub fn observe(history: &mut History, event: &MemoryEvent, now: Nanos) {
         Bytes::from_pages(event.window_pages),
         Nanos(event.window_ns),
     );
+}
+
+fn seconds(time: Nanos) -> f64 {
+    Duration::from_nanos(time.0).as_secs_f64()
 }
 
 /// Makes the sink through which the reflex reaches a controller.

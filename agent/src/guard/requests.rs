@@ -9,6 +9,7 @@ use crate::{
     actuate::{reflex::Command, shrink},
     clock::now,
     ledger::Record,
+    metrics::METRICS,
 };
 
 /// A refused raise is not asked for again for this long.
@@ -160,6 +161,7 @@ impl<R: Requester> Controller<R> {
         let Some((to, _)) = guarded.requested.take() else {
             return;
         };
+        METRICS.requests_failed.inc();
         guarded.lowering = None;
         let was_raise = to >= guarded.limit;
         if !was_raise {

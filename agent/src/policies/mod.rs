@@ -164,10 +164,13 @@ pub fn told(policies: &[ElasticPolicy]) -> String {
         for rules in &policy.containers {
             let container = rules.name.as_deref().unwrap_or("every container");
             let ElasticPolicy { name, mode, .. } = policy;
-            let what = if *mode == Mode::Act {
-                allowed(rules)
-            } else {
-                "left alone".to_owned()
+            let what = match mode {
+                Mode::Act => allowed(rules),
+                Mode::Off => "left alone".to_owned(),
+                Mode::Observe | Mode::Recommend => rules.memory.map_or_else(
+                    || "left alone: in this mode it is only told of memory".to_owned(),
+                    |memory| format!("only watched; in mode Act memory up to {}", memory.max),
+                ),
             };
             text += &format!("{name} ({mode:?}): {whose}: {container}: {what}\n");
         }

@@ -34,6 +34,7 @@ use bellows_core::{
 use crate::{
     cgroup::Cgroup,
     clock::now,
+    metrics::METRICS,
     signal::{starts::Begun, throttles::Throttled, told::Told},
     wake::Wake,
 };
@@ -403,6 +404,8 @@ impl<S: Setter> Worker<S> {
         };
         let set = self.setter.set(&row.cgroup, to, reason);
         if set.is_ok() {
+            let is_raise = row.quota.is_none_or(|before| to > before);
+            METRICS.moved("cpu", is_raise);
             self.idle.give(row.quota.unwrap_or(to), to);
             row.quota = Some(to);
         }

@@ -42,16 +42,30 @@ impl Events {
     }
 
     pub(super) fn refused(&self, pod: &Pod, reason: &str, note: String) {
-        self.publish(pod, EventType::Warning, reason, note);
+        self.publish(pod.object_ref(&()), EventType::Warning, reason, note);
     }
 
     pub(super) fn guarded(&self, pod: &Pod, note: String) {
-        self.publish(pod, EventType::Normal, "Guarded", note);
+        self.publish(pod.object_ref(&()), EventType::Normal, "Guarded", note);
+    }
+
+    pub(super) fn watched(&self, pod: &Pod, note: String) {
+        self.publish(pod.object_ref(&()), EventType::Normal, "Watched", note);
+    }
+
+    /// A kill of a pod that is only watched.
+    pub(super) fn killed(&self, pod: ObjectReference, note: String) {
+        self.publish(pod, EventType::Warning, "OOMKillObserved", note);
+    }
+
+    /// A raise that a pod would have got.
+    pub(super) fn recommended(&self, pod: ObjectReference, note: String) {
+        self.publish(pod, EventType::Normal, "RaiseRecommended", note);
     }
 
     /// Publishes beside whatever goes on: nobody waits for it. Each has a recorder of its own, since one
     /// keeps what it has published for a series, and what is told here again is minutes apart.
-    fn publish(&self, pod: &Pod, type_: EventType, reason: &str, note: String) {
+    fn publish(&self, reference: ObjectReference, type_: EventType, reason: &str, note: String) {
         let event = Event {
             type_,
             reason: reason.to_owned(),
@@ -59,7 +73,6 @@ impl Events {
             action: "Guard".to_owned(),
             secondary: None,
         };
-        let reference: ObjectReference = pod.object_ref(&());
         let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
         drop(tokio::spawn(async move {
             let published = recorder.publish(&event, &reference);

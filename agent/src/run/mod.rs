@@ -17,10 +17,11 @@ use std::{
     collections::BTreeMap,
     env,
     future::Future,
+    net::SocketAddr,
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
-        Arc,
+        Arc, LazyLock,
         mpsc::{self, Receiver, SyncSender},
     },
     thread::{self, JoinHandle},
@@ -49,6 +50,7 @@ use crate::{
     explain::LEDGER,
     guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
+    metrics::{self, METRICS},
     originals::Records,
     policies::{self, PolicyFileError},
     quota::Quotas,
@@ -58,6 +60,7 @@ use crate::{
         programs::{Kernel, LoadError, Purpose, Reflexes},
         source::Source,
     },
+    state,
 };
 use containers::Hands;
 use lock::AgentLock;
@@ -67,6 +70,8 @@ use lock::AgentLock;
 pub struct Options {
     /// Whose containers are guarded.
     pub of: Of,
+    /// Where metrics are served, if anywhere.
+    pub metrics: Option<SocketAddr>,
     /// Works from cgroup files, without even trying to load kernel programs.
     pub without_bpf: bool,
 }
@@ -153,6 +158,12 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         .enable_all()
         .build()
         .map_err(|error| RunError::System("cannot start the runtime", error))?;
+    // Made now: the reflex must not wait for that.
+    LazyLock::force(&METRICS);
+    state::keep_reserve();
+    if let Some(address) = options.metrics {
+        runtime.spawn(metrics::serve(address));
+    }
     let (inputs, controller, watch) = match &options.of {
         Of::Node { name, shrink_after } => {
             let client = runtime.block_on(async {
@@ -238,11 +249,13 @@ impl Fast {
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
         let targets = Targets::default();
         let inputs = self.inputs.clone();
+        let (told, observed) = tokio::sync::mpsc::unbounded_channel();
         let resizer = Resizer::new(
             client.clone(),
             tasks.clone(),
             targets.clone(),
             inputs.clone(),
+            told,
         );
         let context = watch::Context {
             client,
@@ -253,6 +266,7 @@ impl Fast {
             actuation: Actuation::Requested { p95: ASSUMED_P95 },
             signals: self.signals,
             shrink_after,
+            observed,
         };
         Ok((
             inputs,

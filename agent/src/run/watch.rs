@@ -10,26 +10,31 @@ use std::{
 
 use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals, WHOLE,
+    elastic::Mode,
     pod::{self, Level, ORIGINAL, Raised, Wish},
 };
 use futures::TryStreamExt as _;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
-    Api, Client, ResourceExt as _,
+    Api, Client, Resource as _, ResourceExt as _,
     api::Patch,
     runtime::{WatchStreamExt as _, watcher},
 };
 use serde_json::json;
-use tokio::time::MissedTickBehavior;
+use tokio::{
+    sync::mpsc::UnboundedReceiver,
+    time::{Instant, MissedTickBehavior},
+};
 
 use super::events::Events;
 use crate::{
     actuate::{
-        resize::{TIMEOUT, Target, limit_patch, parameters},
+        resize::{Observed, TIMEOUT, Target, limit_patch, parameters},
         targets::Targets,
     },
     attribution::{self, CGROUP_ROOT, api::Pod, pods::convert},
     cgroup::Cgroup,
-    guard::Input,
+    guard::{Input, Watching},
 };
 
 /// What the watch needs.
@@ -42,14 +47,20 @@ pub(super) struct Context {
     pub(super) actuation: Actuation,
     pub(super) signals: Signals,
     pub(super) shrink_after: Nanos,
+    /// What is told of those that are only watched.
+    pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
 }
 
 /// How often a pod is tried again that could not be guarded for a passing reason.
 const RETRY: Duration = Duration::from_secs(2);
+/// Shortest time between two Events of one container that is only watched: one whose workers are killed one after the
+/// other would fill the API with them.
+const EVENTS: Duration = Duration::from_secs(60);
 
-/// A pod that is guarded, or was refused.
+/// A pod that is guarded or watched, or was refused.
 #[derive(Default)]
 struct Known {
+    mode: Mode,
     cgroup: Option<CgroupId>,
     /// The runtime's ids of the containers that run in it.
     containers: Vec<String>,
@@ -67,6 +78,7 @@ pub(super) async fn pods(context: Context) {
         context,
         known: BTreeMap::new(),
         pending: BTreeMap::new(),
+        watched: BTreeMap::new(),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);
@@ -74,6 +86,12 @@ pub(super) async fn pods(context: Context) {
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let event = tokio::select! {
+            // In this order: who was killed must be told before its pod is gone.
+            biased;
+            Some((cgroup, observed)) = watch.context.observed.recv() => {
+                watch.tell(cgroup, observed);
+                continue;
+            }
             event = stream.try_next() => event,
             _ = retry.tick(), if !watch.pending.is_empty() => {
                 watch.retry().await;
@@ -101,6 +119,17 @@ struct Watch {
     known: BTreeMap<String, Known>,
     /// Pods that could not be guarded for a passing reason, by uid.
     pending: BTreeMap<String, Pod>,
+    /// Those that are or were only watched, by their cgroup.
+    watched: BTreeMap<CgroupId, Watched>,
+}
+
+/// A pod that is or was only watched. What is told of it may come when its container is gone already.
+struct Watched {
+    uid: String,
+    pod: ObjectReference,
+    mode: Mode,
+    /// When an Event was last published.
+    told: Option<Instant>,
 }
 
 impl Watch {
@@ -119,7 +148,14 @@ impl Watch {
                 self.forget(&seen.uid);
             }
             Ok(Some(wish)) => {
-                if let Err(error) = self.guard(&pod, &seen, &wish).await {
+                let done = match wish.mode {
+                    Mode::Act => self.guard(&pod, &seen, &wish).await,
+                    Mode::Off | Mode::Observe | Mode::Recommend => {
+                        self.give_back(&seen).await;
+                        self.observe(&pod, &seen, &wish)
+                    }
+                };
+                if let Err(error) = done {
                     tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, %error, "a pod is not guarded");
                     self.pending.insert(seen.uid.clone(), pod);
                 }
@@ -127,12 +163,7 @@ impl Watch {
             Err(refusal) => {
                 self.give_back(&seen).await;
                 self.forget_cgroup(&seen.uid);
-                let known = self.known.entry(seen.uid.clone()).or_default();
-                let text = refusal.to_string();
-                if known.refusal.as_ref() != Some(&text) {
-                    known.refusal = Some(text.clone());
-                    self.events.refused(&pod, refusal.reason(), text);
-                }
+                self.refuse(&pod, &seen.uid, refusal.reason(), refusal.to_string());
             }
         }
     }
@@ -161,7 +192,7 @@ impl Watch {
     async fn guard(&mut self, pod: &Pod, seen: &pod::Pod, wish: &Wish) -> Result<(), String> {
         let known = self.known.get(&seen.uid);
         if let Some((cgroup, policy)) = known
-            .filter(|known| known.containers == wish.running)
+            .filter(|known| known.containers == wish.running && known.mode == wish.mode)
             .and_then(|known| Some((known.cgroup?, known.policy?)))
         {
             return self.follow(pod, seen, wish, cgroup, policy).await;
@@ -186,6 +217,7 @@ impl Watch {
             .targets
             .with(|targets| drop(targets.insert(cgroup.id(), target)));
         let known = Known {
+            mode: wish.mode,
             cgroup: Some(cgroup.id()),
             containers: wish.running.clone(),
             policy: Some(policy),
@@ -200,6 +232,95 @@ impl Watch {
         );
         self.events.guarded(pod, note);
         Ok(())
+    }
+
+    /// Watches a pod, and changes nothing.
+    fn observe(&mut self, pod: &Pod, seen: &pod::Pod, wish: &Wish) -> Result<(), String> {
+        let policy = self.policy(&Wish {
+            original: wish.limit,
+            ..wish.clone()
+        });
+        let known = self.known.get(&seen.uid);
+        let is_same = |known: &Known| {
+            known.containers == wish.running
+                && known.mode == wish.mode
+                && known.policy == policy.as_ref().ok().copied()
+        };
+        if known.is_some_and(|known| known.cgroup.is_some() && is_same(known)) {
+            return Ok(());
+        }
+        // It may have been guarded until now.
+        self.forget_cgroup(&seen.uid);
+        let policy = policy?;
+        if self.context.signals == Signals::Files {
+            let why = "without kernel programs nobody is only watched: `bellows doctor` on the node tells what is missing";
+            self.refuse(pod, &seen.uid, "NoKernelPrograms", why.to_owned());
+            return Ok(());
+        }
+        let cgroup = cgroup(seen, wish)?;
+        let before = known_cgroups(&self.watched, &seen.uid);
+        for old in before.into_iter().rev().skip(1) {
+            self.watched.remove(&old);
+        }
+        let watched = Watched {
+            uid: seen.uid.clone(),
+            pod: pod.object_ref(&()),
+            mode: wish.mode,
+            told: None,
+        };
+        self.watched.insert(cgroup.id(), watched);
+        let known = Known {
+            mode: wish.mode,
+            cgroup: Some(cgroup.id()),
+            containers: wish.running.clone(),
+            policy: Some(policy),
+            refusal: None,
+        };
+        self.known.insert(seen.uid.clone(), known);
+        let name = format!("{}/{}/{}", seen.namespace, seen.name, wish.container);
+        self.send(Input::Observe(Watching {
+            cgroup,
+            policy,
+            name,
+            recommends: wish.mode == Mode::Recommend,
+        }));
+        let note = format!(
+            "container {}: only watched; limit {}, in mode Act at most {}",
+            wish.container, policy.original, policy.ceiling
+        );
+        self.events.watched(pod, note);
+        Ok(())
+    }
+
+    /// Tells of a pod that is only watched.
+    fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
+        let Some(watched) = self.watched.get_mut(&cgroup) else {
+            return;
+        };
+        if watched.told.is_some_and(|told| told.elapsed() < EVENTS) {
+            return;
+        }
+        let pod = watched.pod.clone();
+        match observed {
+            Observed::Kill(note) => {
+                watched.told = Some(Instant::now());
+                self.events.killed(pod, note);
+            }
+            // A kill that may follow is told all the same.
+            Observed::Raise(note) if watched.mode == Mode::Recommend => {
+                self.events.recommended(pod, note);
+            }
+            Observed::Raise(_) => {}
+        }
+    }
+
+    /// Tells why a pod does not get what it asks for, once.
+    fn refuse(&mut self, pod: &Pod, uid: &str, reason: &str, why: String) {
+        let known = self.known.entry(uid.to_owned()).or_default();
+        if known.refusal.as_ref() != Some(&why) {
+            known.refusal = Some(why.clone());
+            self.events.refused(pod, reason, why);
+        }
     }
 
     /// A guarded pod has changed: by us, or by somebody else, who then wins.
@@ -302,6 +423,7 @@ impl Watch {
 
     fn forget(&mut self, uid: &str) {
         self.forget_cgroup(uid);
+        self.watched.retain(|_, watched| watched.uid != uid);
         self.known.remove(uid);
         self.pending.remove(uid);
     }
@@ -317,6 +439,12 @@ impl Watch {
             self.forget(&uid);
         }
     }
+}
+
+/// The cgroups in which a pod was watched, the latest last: their ids grow.
+fn known_cgroups(watched: &BTreeMap<CgroupId, Watched>, uid: &str) -> Vec<CgroupId> {
+    let own = watched.iter().filter(|(_, watched)| watched.uid == uid);
+    own.map(|(&cgroup, _)| cgroup).collect()
 }
 
 /// The cgroup whose limit is meant.

@@ -119,7 +119,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 fn not_real(options: &Options, policies: &str, records: &mut Records) -> Result<()> {
     hand_out(&["kubepods", "burstable"])?;
     let fake = Fake::start(Path::new(SOCKET))?;
-    let mut agent = Standalone::start_at(policies, Some(SOCKET))?;
+    let mut agent = Standalone::start_with(policies, &["--runtime-endpoint", SOCKET], None)?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     churn(&fake, &mut random, 0..BEFORE, false)?;
     let before = settled(&agent)?;
@@ -311,7 +311,7 @@ fn settled(agent: &Standalone) -> Result<Has> {
 
 fn real(options: &Options, policies: &str, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
-    let mut agent = Standalone::start_at(policies, None)?;
+    let mut agent = Standalone::start(policies)?;
     let before = settled(&agent)?;
     let mut started = Vec::new();
     for number in 0..options.starts {

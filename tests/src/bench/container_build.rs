@@ -31,6 +31,9 @@ pub(crate) struct Options {
     /// Cycles of a part of the build and a shrink.
     #[arg(long, default_value_t = 50)]
     n: u64,
+    /// Translation units, 3 at least.
+    #[arg(long, default_value_t = 12)]
+    units: u64,
 }
 
 /// One build in a container, as it says itself.
@@ -74,10 +77,10 @@ struct Record {
     outcome: Outcome,
 }
 
-/// Smaller units than in the demo: six builds are enough to wait for.
-const SIZE: &str = "DEPTH=200";
 const ROOMY: Bytes = Bytes::mib(3500);
 const MAX: Bytes = Bytes::mib(3072);
+/// The limit of the cycles, less than half of what the compiler needs for one unit.
+const SMALL: Bytes = Bytes::mib(64);
 /// A build that takes longer is taken for stuck.
 const LONGEST: Duration = Duration::from_secs(900);
 /// The same for a limit that does not come down.
@@ -92,6 +95,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         machine,
         agent,
         probe: Probe::start()?,
+        units: options.units,
     };
     // Compiler and headers come from the disk into page cache that belongs to no container.
     shell("make --silent -C /build-load -j2 O=/tmp/warm /tmp/warm/unit-1.o /tmp/warm/main.o")?;
@@ -104,9 +108,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     write(Part::Shrunk, shrunk)?;
     let kept = bench.build("kept", limit, Some("keeping"), 2, "")?;
     write(Part::Kept, kept)?;
-    let part = "/tmp/$o/unit-1.o /tmp/$o/unit-2.o";
-    let small = limit.scaled(1, 2).page_floor();
-    let cycles = bench.build("cycles", small, Some("shrinking"), options.n, part)?;
+    let part = "/tmp/$o/unit-1.o";
+    let cycles = bench.build("cycles", SMALL, Some("shrinking"), options.n, part)?;
     write(Part::Cycles, cycles)
 }
 
@@ -114,6 +117,7 @@ struct Bench {
     machine: Machine,
     agent: Standalone,
     probe: Probe,
+    units: u64,
 }
 
 impl Bench {
@@ -129,9 +133,10 @@ impl Bench {
         self.agent.check()?;
         eprintln!("build {name}: {times} times, limit {limit}");
         // Each build but the first waits for a file with its number; the first gives the agent time to adopt.
+        let units = self.units;
         let script = format!(
             "sleep 3; i=0; while [ $i -lt {times} ]; do while [ $i -gt 0 ] && [ ! -e /tmp/{name}.$i ]; do sleep 0.1; done; \
-             o={name}-$i; s=$(date +%s%3N); make --silent -C /build-load {SIZE} -j8 O=/tmp/$o {targets} 1>&2; c=$?; \
+             o={name}-$i; s=$(date +%s%3N); make --silent -C /build-load UNITS={units} -j8 O=/tmp/$o {targets} 1>&2; c=$?; \
              e=$(date +%s%3N); echo \"{{\\\"code\\\":$c,\\\"ms\\\":$((e-s))}}\"; rm -rf /tmp/$o; i=$((i+1)); done; sleep 600"
         );
         let words = ["/bellows-guest", "load", "chroot", "/host", "sh", "-c"];

@@ -15,6 +15,7 @@ use super::{
     bursts::burst_words,
     container_bursts::{is_at_rest, said},
     exec_cli::Record,
+    observe_edges,
     record::Records,
     throttle::has_cpu,
 };
@@ -25,11 +26,11 @@ use crate::{
 
 /// What a failure tells of the agent's log.
 const LOG_LINES: usize = 60;
-const LIMIT: Bytes = Bytes::mib(64);
+pub(super) const LIMIT: Bytes = Bytes::mib(64);
 const PEAK: Bytes = Bytes::mib(220);
-const MAX: Bytes = Bytes::mib(1024);
+pub(super) const MAX: Bytes = Bytes::mib(1024);
 /// The label of those that are guarded.
-const GUARD: &str = "edges";
+pub(super) const GUARD: &str = "edges";
 /// The agent looks at who is there every 10 s where the runtime tells of them itself.
 const LOOKED: Duration = Duration::from_secs(40);
 const RESTORED: Duration = Duration::from_secs(90);
@@ -49,15 +50,11 @@ pub(super) struct Bed {
 
 pub(super) type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 12] = [
     ("a container from before the agent is guarded", earlier),
     (
         "a limit that somebody else has set is the new original",
         foreign,
-    ),
-    (
-        "what a killed agent has raised is brought down by the next",
-        killed,
     ),
     ("policies that are changed are followed", followed),
     (
@@ -65,10 +62,6 @@ const CASES: [Case; 14] = [
         vanished,
     ),
     ("a container without a limit is left alone", without_limit),
-    (
-        "a runtime that is killed in the middle of a burst costs no life",
-        runtime_killed,
-    ),
     (
         "a runtime that hangs costs no life, however often a burst must be raised",
         runtime_frozen,
@@ -95,7 +88,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         machine: Machine::start()?,
         agent: Some(Standalone::start(&policy(GUARD, MAX))?),
     };
-    let cases = CASES.into_iter().chain(boost_edges::CASES);
+    let cases = CASES.into_iter();
+    let cases = cases.chain(boost_edges::CASES).chain(observe_edges::CASES);
     for (name, case) in cases.skip(options.skip) {
         let failure = case(&mut bed).err().map(|error| {
             let log = log_tail("bellows", LOG_LINES);
@@ -113,12 +107,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 impl Bed {
     /// A container that grows to [`PEAK`] after a rest, and then stays.
-    fn burst(&mut self, name: &str, guard: &str, rest_ms: u64) -> Result<Started> {
+    pub(super) fn burst(&mut self, name: &str, guard: &str, rest_ms: u64) -> Result<Started> {
         self.machine.run(&burst(name, guard, rest_ms, PEAK))
     }
 
     /// Waits for the end of its burst, which it must survive.
-    fn survives(&self, started: &Started) -> Result<()> {
+    pub(super) fn survives(&self, started: &Started) -> Result<()> {
         wait("its burst is over", Duration::from_secs(60), || {
             let code = self.machine.exit_code(started)?;
             ensure!(code.is_none(), "it has ended with {code:?}");
@@ -158,7 +152,7 @@ fn burst(name: &str, guard: &str, rest_ms: u64, peak: Bytes) -> Spec {
     }
 }
 
-fn recorded(started: &Started) -> Option<Original> {
+pub(super) fn recorded(started: &Started) -> Option<Original> {
     Originals::containers().read(&started.id)
 }
 
@@ -172,7 +166,7 @@ fn wait_raised(started: &Started) -> Result<()> {
     })
 }
 
-fn wait_guarded(started: &Started) -> Result<()> {
+pub(super) fn wait_guarded(started: &Started) -> Result<()> {
     wait("it is guarded", LOOKED, || Ok(recorded(started).is_some()))
 }
 
@@ -208,18 +202,6 @@ fn foreign(bed: &mut Bed) -> Result<()> {
         log.contains("is below the limit of 2 GiB"),
         "it is not told"
     );
-    bed.machine.remove(&started)
-}
-
-fn killed(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("killed", GUARD, 3000)?;
-    wait_raised(&started)?;
-    bed.survives(&started)?;
-    // Both of its processes, by SIGKILL.
-    bed.agent.take().context("no agent")?.kill_all()?;
-    ensure!(is_raised(&started)?, "it is at rest already");
-    bed.start_agent()?;
-    bed.rests(&started, LIMIT)?;
     bed.machine.remove(&started)
 }
 
@@ -277,23 +259,6 @@ fn without_limit(bed: &mut Bed) -> Result<()> {
         Ok(log_tail("bellows", LOG_LINES).contains("nothing to raise"))
     })?;
     ensure!(recorded(&started).is_none(), "it is guarded");
-    bed.machine.remove(&started)
-}
-
-fn runtime_killed(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("runtime-killed", GUARD, 5000)?;
-    wait_guarded(&started)?;
-    thread::sleep(Duration::from_secs(1));
-    bed.machine.kill_containerd()?;
-    wait(
-        "its limit is raised by hand",
-        Duration::from_secs(60),
-        || is_raised(&started),
-    )?;
-    thread::sleep(Duration::from_secs(2));
-    bed.machine.start_containerd()?;
-    bed.survives(&started)?;
-    bed.rests(&started, LIMIT)?;
     bed.machine.remove(&started)
 }
 
@@ -453,7 +418,7 @@ fn wrong_policies(_bed: &mut Bed) -> Result<()> {
 }
 
 /// Whether it succeeded, and what it printed.
-fn bellows(words: &[&str]) -> Result<(bool, String)> {
+pub(super) fn bellows(words: &[&str]) -> Result<(bool, String)> {
     let output = Command::new("bellows").args(words).output()?;
     let text = [output.stdout, output.stderr].concat();
     Ok((

@@ -43,9 +43,13 @@ pub(crate) struct Options {
     /// Ask it for pages afterwards, once it is at rest: boosted at its start, and never boosted.
     #[arg(long)]
     steady: bool,
-    /// Leave out the start at the fixed limit, which is made once: it takes ten times as long as any other.
+    /// Leave out the start at the fixed limit, which is made once (it takes ten times as long as any other), and those
+    /// at the quota that is lent.
     #[arg(long)]
     without_fixed: bool,
+    /// Only once at the fixed limit and once with a boost.
+    #[arg(long)]
+    without_unlimited: bool,
 }
 
 const LIMIT: Cpu = Cpu::millis(250);
@@ -72,6 +76,8 @@ const FIRST_PORT: u64 = 8100;
 enum How {
     Unlimited,
     Fixed,
+    /// Without Bellows, at the quota that it would lend: what a quota costs by itself.
+    Quota,
     Boosted,
     /// The same container started a second time.
     BoostedAgain,
@@ -106,6 +112,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         machine: Machine::start()?,
         ports: 0,
         is_steady: options.steady,
+        is_restarted: !options.without_unlimited,
     };
     let boost = format!(
         "boosts: [{{on: {{start: true}}, cpu: {BOOST}, until: {{idle: {}s, atMost: 15m}}}}]",
@@ -114,8 +121,19 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut agent = Standalone::start(&policy_of(GUARDED, &boost))?;
     for index in 0..options.n {
         let has_fixed = index == 0 && !options.without_fixed;
-        let fixed = has_fixed.then_some(How::Fixed);
-        for how in [How::Unlimited, How::Boosted].into_iter().chain(fixed) {
+        let hows = [
+            (How::Unlimited, !options.without_unlimited),
+            (How::Boosted, true),
+            (
+                How::Quota,
+                !options.without_unlimited && !options.without_fixed,
+            ),
+            (How::Fixed, has_fixed),
+        ];
+        for (how, is_run) in hows {
+            if !is_run {
+                continue;
+            }
             agent.check()?;
             for record in bench.starts(index, how, options.starts)? {
                 eprintln!("{record:?}");
@@ -157,6 +175,8 @@ struct Bench {
     ports: u64,
     /// Whether pages are asked for once it is at rest.
     is_steady: bool,
+    /// Whether a boosted one is started a second time.
+    is_restarted: bool,
 }
 
 /// A Tomcat that was started.
@@ -174,7 +194,7 @@ impl Bench {
             let first = (0..at_once).map(|_| self.start(how));
             let mut tomcats = first.collect::<Result<Vec<_>>>()?;
             let mut records = self.finish(index, how, crashes, &mut tomcats)?;
-            if how == How::Boosted && !records.is_empty() {
+            if how == How::Boosted && self.is_restarted && !records.is_empty() {
                 let again = tomcats.into_iter().map(|before| self.start_again(&before));
                 tomcats = again.collect::<Result<Vec<_>>>()?;
                 let again = self.finish(index, How::BoostedAgain, crashes, &mut tomcats)?;
@@ -267,7 +287,11 @@ impl Bench {
         let system = ["/usr", "/lib", "/lib64", "/etc", "/srv", "/var/lib"];
         let spec = Spec {
             limit: Some(MEMORY),
-            cpu: (how != How::Unlimited).then_some(LIMIT),
+            cpu: match how {
+                How::Unlimited => None,
+                How::Quota => Some(Cpu::millis(BOOST * 1000)),
+                How::Fixed | How::Boosted | How::BoostedAgain => Some(LIMIT),
+            },
             binds: system.map(|path| (path, path)).to_vec(),
             labels: guard.into_iter().collect(),
             ..Spec::of(&format!("tomcat-{port}"), command)
@@ -381,6 +405,11 @@ fn restored_after(machine: &Machine, started: &Started, ready: Nanos) -> Result<
     Ok(None)
 }
 
+/// The most CPUs that any has seen.
+fn seen_by(records: &[&Record]) -> Option<u64> {
+    records.iter().filter_map(|record| record.cpus_seen).max()
+}
+
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let records: Vec<Record> = parsed(records)?;
     let of = |hows: &[How]| -> Vec<&Record> {
@@ -402,8 +431,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     };
     let median = |hows: &[How]| percentile(&slowest(hows), 50.0);
     let unlimited = median(&[How::Unlimited]);
-    let ratio = |ms: f64| (ms > 0.0 && unlimited > 0.0).then(|| rounded(ms / unlimited));
-    let with = ratio(median(&[How::Boosted, How::BoostedAgain]));
+    let ratio_of = |ms: f64, of: f64| (ms > 0.0 && of > 0.0).then(|| rounded(ms / of));
+    let ratio = |ms: f64| ratio_of(ms, unlimited);
+    let boosted_ms = median(&[How::Boosted, How::BoostedAgain]);
+    let with = ratio(boosted_ms);
     let at_once = records.iter().map(|record| record.at_once).max();
     let seen = boosted
         .iter()
@@ -412,6 +443,11 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let mut summary = json!({
         "starts": boosted.len(),
         "ready_unlimited_s": rounded(unlimited / 1000.0),
+        "ready_with_s": rounded(boosted_ms / 1000.0),
+        "ready_fixed_s": rounded(median(&[How::Fixed]) / 1000.0),
+        "ready_ratio_with_vs_quota": ratio_of(boosted_ms, median(&[How::Quota])),
+        "cpus_seen_with": seen_by(&boosted),
+        "cpus_seen_fixed": seen_by(&of(&[How::Fixed])),
         "ready_ratio_without": ratio(median(&[How::Fixed])),
         "cpus_seen_as_policy": seen.count(),
         "restore_ok": restored.count() == boosted.len(),

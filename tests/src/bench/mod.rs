@@ -10,12 +10,15 @@ mod churn;
 mod container_build;
 mod container_bursts;
 mod container_edges;
+mod daemonset;
 mod deaths;
 mod exec_cli;
+mod faults;
 mod hook_cost;
 mod idle;
 mod inside;
 mod java;
+mod observe_edges;
 mod page_cache;
 mod plateau;
 mod pod_build;
@@ -65,6 +68,8 @@ pub(crate) enum Bench {
     Throttle(throttle::Options),
     /// Containers that come and go as fast as a node can make them.
     Churn(churn::Options),
+    /// What happens to a node under its agent, while containers burst.
+    Faults(faults::Options),
     /// Tomcat in a container with a quarter of a CPU.
     Java(java::Options),
     /// The C++ build in containers on a real containerd, without and with Bellows.
@@ -73,6 +78,8 @@ pub(crate) enum Bench {
     PodBuild(pod_build::Options),
     /// What `bellows run` promises at its edges: Events, and changes by others.
     PodEdges(pod_edges::Options),
+    /// The agent as its manifest runs it.
+    Daemonset(daemonset::Options),
     /// SIGKILL of the agent in the middle of bursts.
     Kill(deaths::Options),
     /// The agent's end in every way, with a releaser beside it.
@@ -110,9 +117,11 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::Throttle(options) => throttle::run(options, &mut records),
         Bench::Churn(options) => churn::run(options, &mut records),
+        Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
+        Bench::Daemonset(options) => daemonset::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
         Bench::Deaths(options) => deaths::run_deaths(options, &mut records),
         Bench::Reaction(options) => reaction::run(options, &mut records),
@@ -137,11 +146,14 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "container-build" => container_build::summarize(&read(path)?),
         "throttle" => throttle::summarize(&read(path)?),
         "churn" => churn::summarize(&read(path)?),
+        "faults" => faults::summarize(&read(path)?),
         "java" => java::summarize(&read(path)?),
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
-        "exec-cli" | "pod-edges" | "container-edges" => exec_cli::summarize(&read(path)?),
+        "exec-cli" | "pod-edges" | "container-edges" | "daemonset" => {
+            exec_cli::summarize(&read(path)?)
+        }
         "reaction" => reaction::summarize(&read(path)?),
         "hook-cost" => hook_cost::summarize(&read(path)?),
         "idle" => idle::summarize(&read(path)?),

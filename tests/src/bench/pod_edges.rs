@@ -46,7 +46,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -123,6 +123,10 @@ const CASES: [Case; 13] = [
         "a brake that is somebody else's is left alone",
         foreign_brake,
     ),
+    (
+        "a kill of a pod that is only watched is an Event that says what would have been",
+        |bed| watched(&bed.cluster),
+    ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
 
@@ -194,6 +198,39 @@ fn refused(
         "it was acted upon: {limit:?}, {high:?}"
     );
     Ok(())
+}
+
+fn watched(cluster: &Cluster) -> Result<()> {
+    let (name, limit) = ("watched", Bytes::mib(64));
+    let mut command = spec(name).command;
+    command.truncate(2);
+    command.extend(burst_words(limit.per_mille(500), Bytes::mib(256), 2));
+    command.extend(["--rest-ms", "8000"].map(str::to_owned));
+    let spec = Spec {
+        command,
+        ..spec(name)
+    };
+    let annotations = json!({ pod::MODE: "Observe", pod::MAX_MEMORY: "1Gi" });
+    cluster.create_with(&spec, &annotations, false)?;
+    let cgroup = cluster.wait_running(name)?;
+    while cgroup.populated().unwrap_or(false) {
+        if let (Ok(limit), Ok(high)) = (cgroup.limit("memory.max"), cgroup.limit("memory.high")) {
+            ensure!(
+                limit == Limit::At(spec.limit) && high == Limit::Max,
+                "it was acted upon: {limit:?}, {high:?}"
+            );
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut last = Vec::new();
+    let told = wait("its kill is an Event", Duration::from_secs(30), || {
+        last = cluster.events(name)?;
+        Ok(last.iter().any(|(reason, note)| {
+            reason == "OOMKillObserved" && note.contains("it would have lived")
+        }))
+    });
+    cluster.delete(name)?;
+    told.with_context(|| format!("{last:?}"))
 }
 
 fn guarded(cluster: &Cluster, name: &str) -> Result<Cgroup> {

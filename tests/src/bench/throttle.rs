@@ -248,6 +248,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .filter(|record| record.bellows.restored_after_ms.is_some());
     Ok(json!({
         "runs": records.len(),
+        "p99_ms_with": worst(&of(&|record| p99(&record.bellows))),
+        "p99_ms_fixed": worst(&of(&|record| p99(&record.fixed))),
+        "throttled_ms_with": worst(&of(&|record| throttled(&record.bellows) / 1000.0)),
+        "throttled_ms_fixed": worst(&of(&|record| throttled(&record.fixed) / 1000.0)),
         "p99_ratio": worst(&of(&|record| ratio(p99(&record.bellows), p99(&record.unlimited)))),
         "p99_ratio_fixed": worst(&of(&|record| ratio(p99(&record.fixed), p99(&record.unlimited)))),
         "p99_ratio_burst": worst(&of(&|record| ratio(p99(&record.burst), p99(&record.unlimited)))),

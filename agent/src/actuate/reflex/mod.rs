@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason, Signals};
+use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason, Signals, Watermark};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
 
 use crate::{
@@ -67,6 +67,10 @@ pub enum Command {
     Release(CgroupId, Reason),
     /// Put the brake back where the limit wants it.
     PutBack(CgroupId),
+    /// Only tell when demand is above this, of a cgroup that is not armed.
+    Watch(CgroupId, Option<Watermark>),
+    /// Tell no more of a cgroup that is not armed.
+    Unwatch(CgroupId),
     /// Remove brake and hold and stop watching.
     Disarm(CgroupId),
     /// Write into this ledger from now on.
@@ -360,6 +364,11 @@ impl Worker {
                 Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
                 Ok(Command::PutBack(cgroup)) => self.put_back(cgroup),
+                Ok(Command::Watch(cgroup, watermark)) => self.watch(cgroup, watermark),
+                Ok(Command::Unwatch(cgroup)) if !self.table.contains_key(&cgroup) => {
+                    self.source.forget(cgroup);
+                }
+                Ok(Command::Unwatch(_)) => {}
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
                 Ok(Command::Ledger(ledger)) => self.ledger = ledger,
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -455,6 +464,17 @@ impl Worker {
         let noted = self.ledger.append(&record);
         row.foreign_brake |= noted.is_err();
         noted.map_err(|error| error.to_string())
+    }
+
+    fn watch(&mut self, cgroup: CgroupId, watermark: Option<Watermark>) {
+        if self.table.contains_key(&cgroup) {
+            // What is armed has a watermark already, which must stay.
+            return;
+        }
+        if let Err(error) = self.source.watch(cgroup, watermark) {
+            let error = error.to_string();
+            self.tell(Verdict::Failed { cgroup, error });
+        }
     }
 
     fn put_back(&mut self, cgroup: CgroupId) {

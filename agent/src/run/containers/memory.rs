@@ -55,7 +55,10 @@ impl Watch {
                 moved
             }
         };
-        let is_at_rest = limit == moved.at_rest && !is_telling;
+        if !is_telling && !moved.asked.is_empty() {
+            self.settle_doubt(id, cgroup, limit).await?;
+        }
+        let is_at_rest = limit == moved.at_rest && !self.is_telling(cgroup);
         let is_wanted = rules.is_some() || boost.is_some();
         if !is_wanted && is_at_rest {
             return self.leave_memory(id, cgroup);
@@ -93,6 +96,36 @@ impl Watch {
             self.context.updater.send(cgroup.id(), wanted.original);
         }
         refusal.map_or(Ok(()), Err)
+    }
+
+    /// Whether something is asked for that the runtime does not know yet.
+    fn is_telling(&self, cgroup: &Cgroup) -> bool {
+        let targets = self.context.updater.targets();
+        let told = targets.of(cgroup.id(), |target| target.is_telling());
+        told.unwrap_or(false)
+    }
+
+    /// Tells the runtime of a limit that a predecessor has set, if it does not know it: it was killed in between. With
+    /// its next update of anything else the runtime would set the one that it remembers.
+    async fn settle_doubt(
+        &mut self,
+        id: &str,
+        cgroup: &Cgroup,
+        limit: Bytes,
+    ) -> Result<(), String> {
+        if !self.known.get(id).is_some_and(|known| known.is_in_doubt) {
+            return Ok(());
+        }
+        let (status, _) = self.runtime().status(id).await.map_err(text)?;
+        let said = memory_limit(&resources(status));
+        if said.map(Bytes::page_floor) != Some(limit) {
+            tracing::warn!(id, %limit, ?said, "a predecessor has not told the runtime of this limit: it is told now");
+            self.context.updater.send(cgroup.id(), limit);
+        }
+        if let Some(known) = self.known.get_mut(id) {
+            known.is_in_doubt = false;
+        }
+        Ok(())
     }
 
     fn adopt_memory(&self, cgroup: &Cgroup, policy: Policy, limit: Bytes) -> Result<(), String> {
@@ -148,7 +181,7 @@ impl Watch {
 
     /// The rules for a container whose limit at rest is `original`; without any it is brought there. What a boost lends
     /// is at rest for as long as that lasts.
-    fn policy(
+    pub(super) fn policy(
         &self,
         original: Bytes,
         memory: Option<MemoryRules>,

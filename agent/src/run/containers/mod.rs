@@ -12,6 +12,7 @@ mod events;
 mod hands;
 mod memory;
 mod one;
+mod watched;
 
 use events::Events;
 pub(super) use hands::{Hands, Lent};
@@ -44,6 +45,7 @@ use crate::{
     cgroup::Cgroup,
     cri::{Container, ContainerState, PodSandbox, Runtime, RuntimeError},
     guard::Input,
+    metrics::METRICS,
     originals::{Original, Records},
     quota::Quotas,
 };
@@ -87,6 +89,13 @@ pub(super) async fn watch(context: Context, policies: Vec<ElasticPolicy>) {
         has_begun: false,
         context,
     };
+    let is_watching =
+        |policy: &ElasticPolicy| matches!(policy.mode, Mode::Observe | Mode::Recommend);
+    if watch.context.signals == Signals::Files && watch.policies.iter().any(is_watching) {
+        tracing::warn!(
+            "without kernel programs nobody is only watched: `bellows doctor` tells what is missing"
+        );
+    }
     let mut events = Events::Untried;
     // When everybody is looked at again, and not only who is new.
     let mut all_at = Instant::now();
@@ -223,6 +232,7 @@ impl Watch {
         self.policies_changed = changed;
         match crate::policies::read(&self.context.policies) {
             Ok(policies) if policies.is_empty() && !self.policies.is_empty() => {
+                METRICS.policies_rejected.inc();
                 tracing::error!(
                     "the file of the policies is empty: they stay as they were; to guard nothing, give them mode Off"
                 );
@@ -233,7 +243,10 @@ impl Watch {
                 self.known.values_mut().for_each(Known::look_again);
                 return true;
             }
-            Err(error) => tracing::error!(%error, "the policies stay as they were"),
+            Err(error) => {
+                METRICS.policies_rejected.inc();
+                tracing::error!(%error, "the policies stay as they were");
+            }
         }
         false
     }
@@ -287,6 +300,10 @@ impl Watch {
         if !std::mem::replace(&mut self.has_begun, true) {
             self.begin();
         }
+        let refused = self.known.values().filter_map(Known::refusal).count();
+        METRICS
+            .refused
+            .set(i64::try_from(refused).unwrap_or(i64::MAX));
         if of == Of::All {
             self.settle_pods().await;
             self.prepare().await?;
@@ -378,6 +395,7 @@ impl Watch {
             .cloned()
             .collect();
         for id in gone {
+            self.stop_watching(&id);
             let known = self.known.remove(&id);
             let cgroup = known.and_then(|known| known.cgroup);
             if let Some(cgroup) = &cgroup {
@@ -402,10 +420,24 @@ impl Watch {
             return;
         };
         let subject = known.subject.clone();
-        let rules = elastic::rules(&self.policies, &subject)
-            .filter(|(policy, _)| policy.mode == Mode::Act)
-            .map(|(_, rules)| rules.clone());
-        let done = self.follow(id, rules.as_ref()).await;
+        let (mut acting, mut watched) = (None, None);
+        if let Some((policy, rules)) = elastic::rules(&self.policies, &subject) {
+            match policy.mode {
+                Mode::Act => acting = Some(rules.clone()),
+                Mode::Observe | Mode::Recommend => {
+                    watched = rules.memory.map(|memory| (policy.mode, memory));
+                }
+                Mode::Off => {}
+            }
+        }
+        if watched.is_none() {
+            // Before it is guarded: the watermark is another's then.
+            self.stop_watching(id);
+        }
+        let mut done = self.follow(id, acting.as_ref()).await;
+        if done.is_ok() {
+            done = self.follow_watched(id, watched).await;
+        }
         let Some(known) = self.known.get_mut(id) else {
             return;
         };

@@ -12,7 +12,7 @@ use std::{
 use bellows_core::{
     Policy,
     boost::Boosts,
-    elastic::{ContainerRules, Subject},
+    elastic::{ContainerRules, Mode, Subject},
 };
 use tokio::time::Instant;
 
@@ -21,7 +21,7 @@ use crate::{
     actuate::{pod::Pod, update::Target},
     attribution::{self, CGROUP_ROOT},
     cgroup::Cgroup,
-    cri::{Container, ContainerState, PodSandbox, resources},
+    cri::{Container, ContainerState, ContainerStatus, PodSandbox, resources},
     originals::Original,
     quota::Rules,
 };
@@ -40,6 +40,8 @@ pub(super) struct Known {
     /// `None` while nothing of it is guarded.
     pub(super) cgroup: Option<Cgroup>,
     pub(super) memory: Option<Policy>,
+    /// Where it is and by which rules, if it is only watched.
+    pub(super) watched: Option<(Cgroup, Policy, Mode)>,
     /// For its quota and its boosts.
     pub(super) rules: Option<Rules>,
     /// Whether it is made and has none of its programs yet.
@@ -51,6 +53,8 @@ pub(super) struct Known {
     again: Option<(Instant, Duration)>,
     /// Whether a predecessor has left it, and may have raised it.
     is_left: bool,
+    /// Whether the runtime may believe something else than a predecessor has set: it died before that was told.
+    pub(super) is_in_doubt: bool,
 }
 
 impl Known {
@@ -61,12 +65,14 @@ impl Known {
             uid: uid.unwrap_or_default(),
             cgroup: None,
             memory: None,
+            watched: None,
             rules: None,
             is_starting: container.state() == ContainerState::ContainerCreated,
             started_at: None,
             refusal: None,
             again: None,
             is_left,
+            is_in_doubt: is_left,
         }
     }
 
@@ -171,18 +177,10 @@ impl Watch {
     /// Finds a container, and what is written down of it. Nothing of it is guarded yet. The runtime is asked only where
     /// its answer is needed now: it takes as long as all the rest.
     async fn open(&mut self, id: &str, is_boosted: bool) -> Result<Cgroup, String> {
-        let root = Path::new(CGROUP_ROOT);
-        let mut path = self.place(id);
-        let (mut said, mut started_at) = (None, None);
-        if is_boosted || path.is_none() {
-            let (status, process) = self.runtime().status(id).await.map_err(text)?;
-            let by_process = process.and_then(|process| attribution::of_process(root, process, id));
-            path = by_process.or(path);
-            started_at = u64::try_from(status.started_at).ok().filter(|&at| at > 0);
-            said = Some(resources(status));
-        }
-        let path = path.or_else(|| attribution::find_container(root, id));
-        let cgroup = Cgroup::open(&path.ok_or("it has no cgroup (yet)")?).map_err(text)?;
+        let (cgroup, status) = self.find(id, is_boosted).await?;
+        let started_at = status.as_ref().map(|status| status.started_at);
+        let started_at = started_at.and_then(|at| u64::try_from(at).ok().filter(|&at| at > 0));
+        let said = status.map(resources);
         let known = self.known.get(id).ok_or("it is gone")?;
         let (name, uid) = (name(&known.subject), known.uid.clone());
         let recorded = self.records().read(id);
@@ -207,6 +205,27 @@ impl Watch {
         Ok(cgroup)
     }
 
+    /// Finds the cgroup of a container, and what its runtime says of it where that was asked: only if it must be, or if
+    /// `is_asked`.
+    pub(super) async fn find(
+        &self,
+        id: &str,
+        is_asked: bool,
+    ) -> Result<(Cgroup, Option<ContainerStatus>), String> {
+        let root = Path::new(CGROUP_ROOT);
+        let mut path = self.place(id);
+        let mut said = None;
+        if is_asked || path.is_none() {
+            let (status, process) = self.runtime().status(id).await.map_err(text)?;
+            let by_process = process.and_then(|process| attribution::of_process(root, process, id));
+            path = by_process.or(path);
+            said = Some(status);
+        }
+        let path = path.or_else(|| attribution::find_container(root, id));
+        let cgroup = Cgroup::open(&path.ok_or("it has no cgroup (yet)")?).map_err(text)?;
+        Ok((cgroup, said))
+    }
+
     /// Where it was made, unless that is in another's pod.
     fn place(&self, id: &str) -> Option<PathBuf> {
         let uid = &self.known.get(id)?.uid;
@@ -221,6 +240,8 @@ impl Watch {
         if let Some(known) = self.known.get_mut(id) {
             known.is_left = false;
             known.cgroup = None;
+            // What follows takes all of it out of the controller's hands.
+            known.watched = None;
         }
         self.let_go(cgroup);
         self.records().remove(id);

@@ -1,0 +1,497 @@
+//! `daemonset`: the agent as `deploy/bellows.yaml` runs it: a pod of its own, with its own service account, roles and
+//! capabilities; one record a promise.
+//!
+//! There are neither controllers nor a scheduler here. What they would do is done in their place: the pod of the
+//! DaemonSet is made from its template, with the token that the ServiceAccount admission plugin would mount, and the
+//! node's way to the API's service address is a forwarder where kube-proxy has a rule.
+
+use std::{
+    fs,
+    io::copy,
+    net::{Shutdown, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bellows::cgroup::Limit;
+use bellows_core::{Bytes, pod};
+use clap::Args;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, Client, Config, ResourceExt as _,
+    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::GroupVersionKind,
+    discovery::pinned_kind,
+};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use super::{bursts::burst_words, exec_cli::Record, pod_bursts::results, record::Records};
+use crate::{
+    node::{self, ApiServer, Node, import_image, shell, wait},
+    pods::{Cluster, Spec},
+};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    server: ApiServer,
+}
+
+const MANIFEST: &str = "/deploy/bellows.yaml";
+const AUTHORITY: &str = "/deploy/ca.crt";
+const NAMESPACE: &str = "bellows";
+const AGENT: &str = "agent-node";
+const IMAGE: &str = "bellows.dev/agent:dev";
+const BINARY: &str = "/usr/local/bin/bellows";
+/// Where pods look for the API, and where a service account's token is mounted.
+const SERVICE: &str = "10.96.0.1";
+const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+const METRICS: &str = "127.0.0.1:9464";
+
+struct Bed {
+    tasks: Runtime,
+    client: Client,
+    cluster: Cluster,
+    server: ApiServer,
+}
+
+type Case = (&'static str, fn(&Bed) -> Result<()>);
+
+const CASES: [Case; 4] = [
+    (
+        "the agent runs with its own account and capabilities, without privileges",
+        runs,
+    ),
+    ("a burst in a pod survives and is restored", burst),
+    (
+        "its token changes nothing that it should not",
+        least_privilege,
+    ),
+    (
+        "what it has braked is let go when its pod is deleted",
+        deleted,
+    ),
+];
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let _node = Node::start(&options.server)?;
+    import_image(IMAGE, Path::new(BINARY), &["/bellows"])?;
+    forward(&options.server)?;
+    let tasks = Runtime::new()?;
+    let client = tasks.block_on(async {
+        let kubeconfig = Kubeconfig::read_from(node::kubeconfig())?;
+        let options = KubeConfigOptions::default();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        Ok::<_, anyhow::Error>(Client::try_from(config)?)
+    })?;
+    let bed = Bed {
+        tasks,
+        client,
+        cluster: Cluster::connect()?,
+        server: options.server.clone(),
+    };
+    bed.cluster.wait_node_ready()?;
+    let template = bed.apply_all()?;
+    bed.start_agent(&template)?;
+    for (case, check) in CASES {
+        let failure = check(&bed).err().map(|error| {
+            let logs = ["agent", "releaser"].map(|container| bed.log(container));
+            format!("{error:#}; its containers' logs:\n{}", logs.join("\n---\n"))
+        });
+        eprintln!("case {case}: {}", failure.as_deref().unwrap_or("ok"));
+        records.write(&Record {
+            case: case.to_owned(),
+            failure,
+        })?;
+    }
+    Ok(())
+}
+
+/// Passes on what is said at the API's service address.
+fn forward(server: &ApiServer) -> Result<()> {
+    shell(&format!("ip address add {SERVICE}/32 dev lo"))?;
+    let listener = TcpListener::bind((SERVICE, 443))?;
+    let target = server.api.trim_start_matches("https://").to_owned();
+    thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let Ok(server) = TcpStream::connect(&target) else {
+                continue;
+            };
+            for (from, to) in [(&client, &server), (&server, &client)] {
+                let (Ok(mut from), Ok(mut to)) = (from.try_clone(), to.try_clone()) else {
+                    continue;
+                };
+                thread::spawn(move || {
+                    // Whoever ends the connection ends it for the other, too.
+                    drop(copy(&mut from, &mut to));
+                    drop(to.shutdown(Shutdown::Both));
+                });
+            }
+        }
+    });
+    Ok(())
+}
+
+impl Bed {
+    /// Applies the manifest; returns the template of the DaemonSet's pods.
+    fn apply_all(&self) -> Result<Value> {
+        let text = fs::read_to_string(MANIFEST)?;
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&text)?;
+        let mut template = None;
+        for document in documents {
+            if document["kind"] == "DaemonSet" {
+                template = Some(document["spec"]["template"].clone());
+            }
+            let kind = document["kind"].clone();
+            self.apply(document).with_context(|| kind.to_string())?;
+        }
+        // What the controllers publish in each namespace.
+        self.apply(json!({
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": { "name": "kube-root-ca.crt", "namespace": NAMESPACE },
+            "data": { "ca.crt": fs::read_to_string(AUTHORITY)? },
+        }))?;
+        template.context("the manifest has no DaemonSet")
+    }
+
+    fn apply(&self, document: Value) -> Result<()> {
+        let object: DynamicObject = serde_json::from_value(document)?;
+        let types = object.types.clone().context("a document without a kind")?;
+        let kind = GroupVersionKind::try_from(&types)?;
+        let name = object.name_any();
+        let parameters = PatchParams::apply("kubectl").force();
+        self.tasks.block_on(async {
+            let (resource, _) = pinned_kind(&self.client, &kind).await?;
+            let api = self.api(object.namespace().as_deref(), &resource);
+            api.patch(&name, &parameters, &Patch::Apply(&object))
+                .await?;
+            Ok(())
+        })
+    }
+
+    fn api(&self, namespace: Option<&str>, resource: &ApiResource) -> Api<DynamicObject> {
+        match namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, resource),
+            None => Api::all_with(self.client.clone(), resource),
+        }
+    }
+
+    fn pods(&self) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), NAMESPACE)
+    }
+
+    /// Makes the pod that the DaemonSet's controller would make, as the admission plugin would complete it.
+    fn start_agent(&self, template: &Value) -> Result<()> {
+        let mut pod = template.clone();
+        pod["metadata"]["name"] = json!(AGENT);
+        let spec = &mut pod["spec"];
+        spec["nodeName"] = json!(node::NAME);
+        // There is no network of pods here.
+        spec["hostNetwork"] = json!(true);
+        let token = json!({
+            "name": "kube-api-access",
+            "projected": { "sources": [
+                { "serviceAccountToken": { "path": "token", "expirationSeconds": 3607 } },
+                { "configMap": { "name": "kube-root-ca.crt", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } },
+                { "downwardAPI": { "items": [{ "path": "namespace", "fieldRef": { "fieldPath": "metadata.namespace" } }] } },
+            ] },
+        });
+        let volumes = spec["volumes"].as_array_mut().context("no volumes")?;
+        volumes.push(token);
+        for container in spec["containers"].as_array_mut().context("no containers")? {
+            container["imagePullPolicy"] = json!("Never");
+            let mounts = container["volumeMounts"].as_array_mut();
+            mounts
+                .context("no mounts")?
+                .push(json!({ "name": "kube-api-access", "mountPath": TOKEN, "readOnly": true }));
+        }
+        let pod: Pod = serde_json::from_value(pod)?;
+        let (pods, parameters) = (self.pods(), PostParams::default());
+        self.tasks.block_on(pods.create(&parameters, &pod))?;
+        Ok(())
+    }
+
+    fn agent(&self) -> Result<Pod> {
+        Ok(self.tasks.block_on(self.pods().get(AGENT))?)
+    }
+
+    fn log(&self, container: &str) -> String {
+        let uid = self
+            .agent()
+            .ok()
+            .and_then(|pod| pod.uid())
+            .unwrap_or_default();
+        let directory = format!("/var/log/pods/{NAMESPACE}_{AGENT}_{uid}/{container}");
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let texts = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+        texts.collect::<Vec<_>>().concat()
+    }
+}
+
+fn runs(bed: &Bed) -> Result<()> {
+    let ready = wait(
+        "both of its containers run",
+        Duration::from_secs(120),
+        || {
+            let status = bed.agent()?.status.unwrap_or_default();
+            let statuses = status.container_statuses.unwrap_or_default();
+            Ok(statuses.len() == 2 && statuses.iter().all(|status| status.ready))
+        },
+    );
+    ready.with_context(|| node::log_tail("kubelet", 30))?;
+    wait("its metrics are served", Duration::from_secs(60), || {
+        Ok(TcpStream::connect(METRICS).is_ok())
+    })?;
+    thread::sleep(Duration::from_secs(5));
+    let log = bed.log("agent");
+    for sign in [
+        "do not work",
+        "no real-time priority",
+        "memory is not locked",
+        "limits how many",
+    ] {
+        ensure!(!log.contains(sign), "a capability is missing: `{sign}`");
+    }
+    restarts(bed)
+}
+
+fn restarts(bed: &Bed) -> Result<()> {
+    let status = bed.agent()?.status.unwrap_or_default();
+    let statuses = status.container_statuses.unwrap_or_default();
+    let restarts: i32 = statuses.iter().map(|status| status.restart_count).sum();
+    ensure!(
+        restarts == 0,
+        "its containers were restarted {restarts} times"
+    );
+    Ok(())
+}
+
+const LIMIT: Bytes = Bytes::mib(64);
+
+fn spec(name: &str, words: &[String]) -> Spec {
+    let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+    command.extend_from_slice(words);
+    Spec {
+        name: name.to_owned(),
+        limit: LIMIT,
+        max: Some(Bytes::mib(1024)),
+        command,
+        host: false,
+        liveness: None,
+        whole_pod: false,
+    }
+}
+
+fn burst(bed: &Bed) -> Result<()> {
+    let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
+    words.extend(["--rest-ms", "6000", "--after-ms", "120000"].map(str::to_owned));
+    bed.cluster.create(&spec("burst", &words))?;
+    let cgroup = bed.cluster.wait_running("burst")?;
+    wait("its burst is over", Duration::from_secs(60), || {
+        let phase = bed.cluster.phase("burst")?;
+        ensure!(phase == "Running", "it is {phase}");
+        Ok(!results(&bed.cluster, "burst")?.is_empty())
+    })?;
+    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    wait("its limit is at rest", Duration::from_secs(60), || {
+        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
+    })?;
+    bed.cluster.delete("burst")?;
+    restarts(bed)
+}
+
+/// The agent's own token, as the kubelet has mounted it.
+fn token(bed: &Bed) -> Result<String> {
+    let uid = bed.agent()?.uid().context("no uid")?;
+    let path = PathBuf::from(format!(
+        "/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~projected/kube-api-access/token"
+    ));
+    Ok(fs::read_to_string(path)?)
+}
+
+fn least_privilege(bed: &Bed) -> Result<()> {
+    bed.cluster.create(&spec("own", &["pause".to_owned()]))?;
+    bed.cluster.wait_running("own")?;
+    let elsewhere: Pod = serde_json::from_value(json!({
+        "metadata": { "name": "elsewhere" },
+        "spec": {
+            "nodeName": "another",
+            "containers": [{ "name": "load", "image": node::IMAGE, "resources": {
+                "limits": { "memory": "64Mi" }, "requests": { "memory": "32Mi" } } }],
+        },
+    }))?;
+    let admin: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
+    bed.tasks
+        .block_on(admin.create(&PostParams::default(), &elsewhere))?;
+    let mut config = Config::new(bed.server.api.parse()?);
+    config.accept_invalid_certs = true;
+    config.auth_info.token = Some(token(bed)?.into());
+    let client = bed.tasks.block_on(async { Client::try_from(config) })?;
+    let attempts = [
+        (
+            "a limit of its own node",
+            "PATCH",
+            "pods/own/resize",
+            limits("65Mi"),
+            true,
+        ),
+        (
+            "its annotation",
+            "PATCH",
+            "pods/own",
+            annotation(pod::ORIGINAL),
+            true,
+        ),
+        (
+            "a limit of another node",
+            "PATCH",
+            "pods/elsewhere/resize",
+            limits("65Mi"),
+            false,
+        ),
+        (
+            "an annotation there",
+            "PATCH",
+            "pods/elsewhere",
+            annotation(pod::ORIGINAL),
+            false,
+        ),
+        (
+            "a request",
+            "PATCH",
+            "pods/own/resize",
+            requests("33Mi"),
+            false,
+        ),
+        (
+            "a foreign annotation",
+            "PATCH",
+            "pods/own",
+            annotation("example.com/other"),
+            false,
+        ),
+        (
+            "a label",
+            "PATCH",
+            "pods/own",
+            json!({ "metadata": { "labels": { "a": "b" } } }),
+            false,
+        ),
+        (
+            "a finalizer",
+            "PATCH",
+            "pods/own",
+            json!({ "metadata": { "finalizers": ["a.b/c"] } }),
+            false,
+        ),
+        (
+            "an image",
+            "PATCH",
+            "pods/own",
+            json!({ "spec": { "containers": [{ "name": "load", "image": "other" }] } }),
+            false,
+        ),
+        (
+            "a status",
+            "PATCH",
+            "pods/own/status",
+            json!({ "status": { "phase": "Failed" } }),
+            false,
+        ),
+        (
+            "a new pod",
+            "POST",
+            "pods",
+            serde_json::to_value(&elsewhere)?,
+            false,
+        ),
+        ("a deletion", "DELETE", "pods/own", json!({}), false),
+        (
+            "an eviction",
+            "POST",
+            "pods/own/eviction",
+            json!({ "apiVersion": "policy/v1", "kind": "Eviction", "metadata": { "name": "own" } }),
+            false,
+        ),
+        ("secrets", "GET", "secrets", json!(null), false),
+        ("config maps", "GET", "configmaps", json!(null), false),
+        ("logs", "GET", "pods/own/log", json!(null), false),
+        (
+            "a token",
+            "POST",
+            "serviceaccounts/default/token",
+            json!({ "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {} }),
+            false,
+        ),
+    ];
+    let mut wrong = Vec::new();
+    for (what, method, path, body, is_allowed) in attempts {
+        let code = ask(bed, &client, method, path, &body)?;
+        let was_allowed = code < 300;
+        eprintln!("case {what}: {code}");
+        if was_allowed != is_allowed {
+            wrong.push(format!("{what}: {code}"));
+        }
+    }
+    bed.cluster.delete("own")?;
+    bed.tasks
+        .block_on(admin.delete("elsewhere", &DeleteParams::default().grace_period(0)))?;
+    ensure!(wrong.is_empty(), "{}", wrong.join(", "));
+    Ok(())
+}
+
+fn limits(memory: &str) -> Value {
+    json!({ "spec": { "containers": [{ "name": "load", "resources": { "limits": { "memory": memory } } }] } })
+}
+
+fn requests(memory: &str) -> Value {
+    json!({ "spec": { "containers": [{ "name": "load", "resources": { "requests": { "memory": memory } } }] } })
+}
+
+fn annotation(name: &str) -> Value {
+    json!({ "metadata": { "annotations": { name: "load=64Mi" } } })
+}
+
+/// The code of the API's answer.
+fn ask(bed: &Bed, client: &Client, method: &str, path: &str, body: &Value) -> Result<u16> {
+    let body = if body.is_null() {
+        Vec::new()
+    } else {
+        serde_json::to_vec(body)?
+    };
+    let kind = if method == "PATCH" {
+        "application/strategic-merge-patch+json"
+    } else {
+        "application/json"
+    };
+    let request = http::Request::builder()
+        .method(method)
+        .uri(format!("/api/v1/namespaces/default/{path}"))
+        .header("Content-Type", kind)
+        .body(body)?;
+    match bed.tasks.block_on(client.request_text(request)) {
+        Ok(_) => Ok(200),
+        Err(kube::Error::Api(status)) => Ok(status.code),
+        Err(error) => bail!("{method} {path}: {error}"),
+    }
+}
+
+fn deleted(bed: &Bed) -> Result<()> {
+    bed.cluster
+        .create(&spec("resting", &["pause".to_owned()]))?;
+    let cgroup = bed.cluster.wait_running("resting")?;
+    wait("it is braked", Duration::from_secs(60), || {
+        Ok(cgroup.limit("memory.high")? != Limit::Max)
+    })?;
+    let parameters = DeleteParams::default().grace_period(0);
+    bed.tasks.block_on(bed.pods().delete(AGENT, &parameters))?;
+    wait("its brake is lifted", Duration::from_secs(30), || {
+        Ok(cgroup.limit("memory.high")? == Limit::Max)
+    })?;
+    bed.cluster.delete("resting")
+}

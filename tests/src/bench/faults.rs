@@ -1,0 +1,606 @@
+//! `faults`: what happens to a node under its agent, while a container bursts.
+//!
+//! A container that is killed although its agent lived was killed for want of care (`avoidable_kills`). After a fault
+//! cgroup, pod and runtime must agree soon, compared with what the runtime itself takes for an update, and all be at
+//! rest in the end. Whatever the agent has lost on the way must be seen in its metrics.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    path::Path,
+    sync::atomic::Ordering,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bellows::{
+    attribution::CGROUP_ROOT,
+    cgroup::{Cgroup, Limit},
+    clock::now,
+    cri::memory_limit,
+    originals::{Original, Records as Originals},
+};
+use bellows_core::{Bytes, Nanos};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    bursts::burst_words,
+    container_bursts::{is_at_rest, said},
+    record::{Records, parsed, percentile, rounded},
+    runner::Probe,
+};
+use crate::{
+    containers::{Machine, Spec, Standalone, Started, policy},
+    node::{CONTAINERD_SOCKET, has_systemd, log_tail, shell, wait},
+    proxy::{self, Delays},
+};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Times that each happens.
+    #[arg(long, default_value_t = 3)]
+    n: u64,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// What the agent was doing when it was killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Step {
+    /// Its container is at rest.
+    Rest,
+    /// Its container is held.
+    Held,
+    /// A raise is written down, and not in force.
+    Asked,
+    /// A raise is in force.
+    Raised,
+    /// A lowering is written down, and not in force.
+    Lowering,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Fault {
+    /// containerd is killed, and started again.
+    RuntimeKilled,
+    /// What containerd is asked arrives 10 s late.
+    RequestsLate,
+    /// What it answers does.
+    AnswersLate,
+    /// systemd reads its units again.
+    DaemonReload,
+    /// The file system of the agent's state is full.
+    StateFull,
+    /// The agent gets no CPU while more begins than a ring holds, this container among it.
+    RingOverflow,
+    /// SIGKILL of all of the agent, which is started again.
+    AgentKilled(Step),
+}
+
+const FAULTS: [Fault; 11] = [
+    Fault::RuntimeKilled,
+    Fault::RequestsLate,
+    Fault::AnswersLate,
+    Fault::DaemonReload,
+    Fault::StateFull,
+    Fault::RingOverflow,
+    Fault::AgentKilled(Step::Rest),
+    Fault::AgentKilled(Step::Held),
+    Fault::AgentKilled(Step::Asked),
+    Fault::AgentKilled(Step::Raised),
+    Fault::AgentKilled(Step::Lowering),
+];
+
+impl Fault {
+    /// The metric that must tell of it.
+    const fn metric(self) -> Option<&'static str> {
+        match self {
+            Self::RuntimeKilled => Some("runtime_failures"),
+            Self::RequestsLate | Self::AnswersLate => Some("runtime_late"),
+            Self::StateFull => Some("state_full"),
+            Self::RingOverflow => Some("events_lost"),
+            Self::DaemonReload | Self::AgentKilled(_) => None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Case {
+    index: u64,
+    seed: u64,
+    fault: Fault,
+    limit: Bytes,
+    peak: Bytes,
+    threads: u64,
+    /// Milliseconds from the start of the container to the fault, where nothing else is waited for.
+    after_ms: u64,
+    /// How long it lasts.
+    lasts_ms: u64,
+}
+
+/// When something was so, `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Times {
+    fault: u64,
+    over: u64,
+    /// From when to when there was no agent that guarded it.
+    unguarded: Option<(u64, u64)>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    case: Case,
+    /// Whether the moment for it came.
+    attempted: bool,
+    times: Times,
+    oom_kill: u64,
+    /// When its first kill was seen.
+    killed_at: u64,
+    /// From the fault's end until cgroup, pod and runtime agreed, and nobody was held; `None` if it was dead.
+    agreed_ms: Option<u64>,
+    /// From the end of its burst, or of the fault, until all was as before.
+    restored_ms: Option<u64>,
+    /// What was wrong at the end.
+    wrong: Vec<String>,
+    /// By how much metrics have grown.
+    counted: BTreeMap<String, f64>,
+}
+
+impl Record {
+    /// Whether it was killed while its agent lived, or could have.
+    fn is_avoidable(&self) -> bool {
+        let is_unguarded = |(from, to)| (from..=to).contains(&self.killed_at);
+        self.oom_kill > 0 && !self.times.unguarded.is_some_and(is_unguarded)
+    }
+
+    fn is_uncounted(&self) -> bool {
+        let metric = self.case.fault.metric();
+        metric.is_some_and(|metric| self.counted.get(metric).is_none_or(|&grown| grown <= 0.0))
+    }
+}
+
+/// How long updates took that nobody disturbed, in milliseconds.
+#[derive(Debug, Serialize, Deserialize)]
+enum Line {
+    Case(Box<Record>),
+    Updates(Vec<u64>),
+}
+
+const GUARDED: &str = "faults";
+const MAX: Bytes = Bytes::mib(1024);
+const REST_MS: u64 = 6000;
+const SOCKET: &str = "/run/late/late.sock";
+const METRICS: &str = "127.0.0.1:9464";
+/// Where the agent has its state, and what takes its room.
+const STATE: &str = "/run/bellows";
+const FILLER: &str = "/run/bellows/filler";
+const LATE_MS: u64 = 10_000;
+/// Cgroups that come and go while the agent stands still; its ring holds a thousand.
+const CGROUPS: u64 = 3000;
+const UPDATES: u64 = 20;
+const MOMENT: Duration = Duration::from_secs(40);
+const LONGEST: Nanos = Nanos::millis(90_000);
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    // Small enough to be filled.
+    fs::create_dir_all(STATE)?;
+    shell(&format!("mount -t tmpfs -o size=8m tmpfs {STATE}"))?;
+    let mut machine = Machine::start()?;
+    let delays = proxy::start(Path::new(SOCKET), Path::new(CONTAINERD_SOCKET))?;
+    let updates = time_updates(&mut machine)?;
+    eprintln!("updates took {updates:?} ms");
+    records.write(&Line::Updates(updates))?;
+    let mut bed = Bed {
+        agent: None,
+        cgroup: Cgroup::open(Path::new(CGROUP_ROOT))?.create_child("agent-under-test")?,
+        machine,
+        delays,
+        probe: Probe::start()?,
+    };
+    bed.start_agent()?;
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    let possible = FAULTS
+        .into_iter()
+        .filter(|&fault| fault != Fault::DaemonReload || has_systemd());
+    let possible: Vec<Fault> = possible.collect();
+    for round in 0..options.n {
+        for (number, &fault) in possible.iter().enumerate() {
+            let limit = Bytes::mib(random.u64(32..=96));
+            let case = Case {
+                index: round * u64::try_from(possible.len())? + u64::try_from(number)?,
+                seed: options.seed,
+                fault,
+                limit,
+                peak: limit.scaled(random.u64(3..=6), 1),
+                threads: random.u64(1..=4),
+                after_ms: random.u64(REST_MS - 1500..=REST_MS + 300),
+                lasts_ms: random.u64(1000..=6000),
+            };
+            let record = bed.run_case(case)?;
+            eprintln!("case {}: {record:?}", case.index);
+            records.write(&Line::Case(Box::new(record)))?;
+        }
+    }
+    Ok(())
+}
+
+/// How long the runtime takes for updates of a container that does nothing.
+fn time_updates(machine: &mut Machine) -> Result<Vec<u64>> {
+    let command = ["/bellows-guest", "load", "pause"].map(str::to_owned);
+    let started = machine.run(&Spec {
+        limit: Some(Bytes::mib(64)),
+        ..Spec::of("updated", command.to_vec())
+    })?;
+    let mut took = Vec::new();
+    for number in 0..UPDATES {
+        let begun = now();
+        machine.update(&started, Bytes::mib(64 + number % 2))?;
+        took.push(now().since(begun).as_millis());
+    }
+    machine.remove(&started)?;
+    Ok(took)
+}
+
+struct Bed {
+    machine: Machine,
+    agent: Option<Standalone>,
+    /// The agent's.
+    cgroup: Cgroup,
+    delays: Delays,
+    probe: Probe,
+}
+
+impl Bed {
+    fn start_agent(&mut self) -> Result<()> {
+        // A boost that nobody gets: the kernel then tells of each new cgroup.
+        let policies = format!(
+            "{}  - boosts: [{{on: {{start: true}}, cpu: 1, until: {{atMost: 1m}}}}]\n    name: nobody\n",
+            policy(GUARDED, MAX)
+        );
+        let arguments = ["--runtime-endpoint", SOCKET, "--metrics", METRICS];
+        let agent = Standalone::start_with(&policies, &arguments, Some(&self.cgroup))?;
+        self.agent = Some(agent);
+        wait("its metrics are served", Duration::from_secs(30), || {
+            Ok(metrics().is_ok())
+        })
+        .with_context(|| log_tail("bellows", 20))
+    }
+
+    fn run_case(&mut self, case: Case) -> Result<Record> {
+        let before = metrics()?;
+        let mut times = Times::default();
+        if case.fault == Fault::RingOverflow {
+            times.fault = now().0;
+            self.cgroup.write("cgroup.freeze", "1")?;
+        }
+        let started = self.machine.run(&spec(case))?;
+        let watched = started.cgroup.clone();
+        let sampler = self.probe.sample(move || Some(watched.clone()));
+        let attempted = self.make(case, &started, &mut times)?;
+        let (agreed_ms, restored_ms) = self.settle(case, &started, times)?;
+        let track = sampler.finish();
+        let mut wrong = self.wrong(&started, case, track.oom_kill > 0);
+        let after = metrics()?;
+        self.machine.remove(&started)?;
+        let is_left = wait("its record is removed", Duration::from_secs(30), || {
+            Ok(recorded(&started).is_none())
+        });
+        wrong.extend(is_left.err().map(|error| error.to_string()));
+        if let Some(agent) = &mut self.agent {
+            agent.check()?;
+        }
+        let counted = after.into_iter().map(|(name, value)| {
+            let grown = value - before.get(&name).copied().unwrap_or(0.0);
+            (name, grown)
+        });
+        let counted: BTreeMap<String, f64> = counted.filter(|&(_, grown)| grown != 0.0).collect();
+        if counted
+            .get("state_failures")
+            .is_some_and(|&failed| failed > 0.0)
+        {
+            wrong.push("something could not be written down".to_owned());
+        }
+        Ok(Record {
+            case,
+            attempted,
+            times,
+            oom_kill: track.oom_kill,
+            killed_at: track.killed_at_ns,
+            agreed_ms,
+            restored_ms,
+            wrong,
+            counted,
+        })
+    }
+
+    /// Makes the fault, and ends it; returns whether its moment came.
+    fn make(&mut self, case: Case, started: &Started, times: &mut Times) -> Result<bool> {
+        if let Fault::AgentKilled(step) = case.fault {
+            return self.kill_agent(step, case, started, times);
+        }
+        let lasts = Duration::from_millis(case.lasts_ms);
+        if case.fault != Fault::RingOverflow {
+            wait("it is guarded", MOMENT, || Ok(recorded(started).is_some()))?;
+            let due = Nanos(started.at.0 + Nanos::millis(case.after_ms).0);
+            thread::sleep(Duration::from_nanos(due.since(now()).0));
+            times.fault = now().0;
+        }
+        match case.fault {
+            Fault::RuntimeKilled => {
+                self.machine.kill_containerd()?;
+                thread::sleep(lasts);
+                self.machine.start_containerd()?;
+            }
+            Fault::RequestsLate | Fault::AnswersLate => {
+                let delays = &self.delays;
+                let late = if case.fault == Fault::RequestsLate {
+                    &delays.requests
+                } else {
+                    &delays.answers
+                };
+                late.store(LATE_MS, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(LATE_MS) + lasts);
+                late.store(0, Ordering::Relaxed);
+            }
+            Fault::DaemonReload => drop(shell("systemctl daemon-reload")?),
+            Fault::StateFull => {
+                fill(Path::new(FILLER))?;
+                thread::sleep(Duration::from_millis(LATE_MS));
+                fs::remove_file(FILLER)?;
+            }
+            Fault::RingOverflow => {
+                let passing = Path::new(CGROUP_ROOT).join("passing");
+                for _ in 0..CGROUPS {
+                    fs::create_dir(&passing)?;
+                    fs::remove_dir(&passing)?;
+                }
+                self.cgroup.write("cgroup.freeze", "0")?;
+                times.unguarded = Some((times.fault, now().0));
+            }
+            Fault::AgentKilled(_) => {}
+        }
+        times.over = now().0;
+        Ok(true)
+    }
+
+    fn kill_agent(
+        &mut self,
+        step: Step,
+        case: Case,
+        started: &Started,
+        times: &mut Times,
+    ) -> Result<bool> {
+        let limit = || Ok::<_, anyhow::Error>(started.cgroup.limit("memory.max")?.bytes());
+        let asked = || Some(*recorded(started)?.limit?.asked.first()?);
+        let is_now = || -> Result<bool> {
+            Ok(match step {
+                Step::Rest => started.cgroup.limit("memory.high")? != Limit::Max,
+                Step::Held => is_held(started),
+                Step::Asked => asked().is_some_and(|to| to > case.limit) && limit()? == case.limit,
+                Step::Raised => limit()? > case.limit,
+                Step::Lowering => {
+                    let asked = asked();
+                    let limit = limit()?;
+                    limit > case.limit && asked.is_some_and(|to| to < limit)
+                }
+            })
+        };
+        let begun = now();
+        while !is_now()? {
+            if now().since(begun) > LONGEST || self.machine.exit_code(started)?.is_some() {
+                times.over = now().0;
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        times.fault = now().0;
+        self.cgroup.write("cgroup.kill", "1")?;
+        drop(self.agent.take());
+        thread::sleep(Duration::from_millis(500));
+        self.start_agent()?;
+        times.over = now().0;
+        // Until it has a brake again, or a limit without one, it is nobody's.
+        let again = wait("it is guarded again", MOMENT, || {
+            let high = started.cgroup.limit("memory.high");
+            let max = started.cgroup.limit("memory.max");
+            Ok(match (high, max) {
+                (Ok(high), Ok(max)) => high != Limit::Max || max.bytes() >= MAX,
+                // It is dead.
+                _ => true,
+            })
+        });
+        times.unguarded = Some((times.fault, now().0));
+        again.map(|()| true)
+    }
+
+    /// Waits until all agree, and then until all is as before.
+    fn settle(
+        &self,
+        case: Case,
+        started: &Started,
+        times: Times,
+    ) -> Result<(Option<u64>, Option<u64>)> {
+        let over = Nanos(times.over);
+        let (mut agreed, mut end) = (None, None);
+        loop {
+            if self.machine.exit_code(started)?.is_some() {
+                return Ok((agreed, None));
+            }
+            if agreed.is_none() && self.do_agree(started)? {
+                agreed = Some(now().since(over).as_millis());
+            }
+            end = end.or_else(|| said(started).map(|said| Nanos(said.end_ns).max(over)));
+            if let Some(end) = end
+                && is_at_rest(&self.machine, started, Some(case.limit))?
+            {
+                return Ok((agreed, Some(now().since(end).as_millis())));
+            }
+            if now().since(end.unwrap_or(over)) > LONGEST {
+                return Ok((agreed, None));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn do_agree(&self, started: &Started) -> Result<bool> {
+        let resources = self.machine.status(started)?.resources;
+        let told = resources.and_then(|resources| memory_limit(&resources.linux?));
+        let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok();
+        let own = of(&started.cgroup);
+        Ok(own.is_some() && own == told && of(&started.pod) >= own && !is_held(started))
+    }
+
+    /// What is not as it should be in the end.
+    fn wrong(&self, started: &Started, case: Case, was_killed: bool) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let pod = || started.pod.limit("memory.max").map(Limit::bytes);
+        // A pod comes down a while after a container of its own has ended.
+        let is_low = wait("the pod's limit", Duration::from_secs(30), || {
+            Ok(pod()? == case.limit)
+        });
+        if is_low.is_err() {
+            wrong.push(format!("its pod has {:?}", pod().ok()));
+        }
+        if was_killed {
+            return wrong;
+        }
+        match is_at_rest(&self.machine, started, Some(case.limit)) {
+            Ok(true) => {}
+            Ok(false) => wrong.push(format!(
+                "it has {:?}, and its runtime says {:?}",
+                started.cgroup.limit("memory.max").ok(),
+                self.machine
+                    .status(started)
+                    .ok()
+                    .and_then(|status| status.resources)
+            )),
+            Err(error) => wrong.push(error.to_string()),
+        }
+        if is_held(started) {
+            wrong.push("it is held".to_owned());
+        }
+        wrong
+    }
+}
+
+fn spec(case: Case) -> Spec {
+    let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
+    // One that the agent sees only when it stands still no more has to wait for that.
+    let rest_ms = if case.fault == Fault::RingOverflow {
+        3 * REST_MS
+    } else {
+        REST_MS
+    };
+    let more = ["--rest-ms", &rest_ms.to_string(), "--after-ms", "300000"].map(str::to_owned);
+    let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+    command.extend(words.into_iter().chain(more));
+    Spec {
+        limit: Some(case.limit),
+        labels: vec![("guard".to_owned(), GUARDED.to_owned())],
+        ..Spec::of(&format!("fault-{}", case.index), command)
+    }
+}
+
+fn is_held(started: &Started) -> bool {
+    let frozen = started.cgroup.read("cgroup.freeze");
+    frozen.is_ok_and(|text| text.trim() == "1")
+}
+
+fn recorded(started: &Started) -> Option<Original> {
+    Originals::containers().read(&started.id)
+}
+
+/// Takes all room that is left.
+fn fill(path: &Path) -> Result<()> {
+    let mut file = fs::File::create(path)?;
+    let page = [0; 4096];
+    loop {
+        match file.write(&page) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
+            Err(error) => bail!(error),
+        }
+    }
+}
+
+/// The metrics that tell of losses, summed up over their labels.
+fn metrics() -> Result<BTreeMap<String, f64>> {
+    let mut stream = TcpStream::connect(METRICS)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP")?;
+    ensure!(head.contains(" 200 "), "{head}");
+    ensure!(body.ends_with("# EOF\n"), "the metrics are cut off: {body}");
+    let mut sums = BTreeMap::<String, f64>::new();
+    for line in body.lines().filter(|line| !line.starts_with('#')) {
+        let (series, value) = line.rsplit_once(' ').context("a metric without a value")?;
+        let name = series.split('{').next().unwrap_or(series);
+        let name = match name {
+            "bellows_runtime_calls_total" if !series.contains("result=\"ok\"") => {
+                "runtime_failures"
+            }
+            "bellows_raises_by_hand_total" => "raises_by_hand",
+            "bellows_runtime_late_total" => "runtime_late",
+            "bellows_state_full_total" => "state_full",
+            "bellows_state_failures_total" => "state_failures",
+            "bellows_events_lost_total" => "events_lost",
+            "bellows_requests_failed_total" => "requests_failed",
+            _ => continue,
+        };
+        *sums.entry(name.to_owned()).or_default() += value.parse::<f64>()?;
+    }
+    Ok(sums)
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let lines: Vec<Line> = parsed(records)?;
+    let (mut cases, mut updates) = (Vec::new(), Vec::new());
+    for line in &lines {
+        match line {
+            Line::Case(record) => cases.push(record),
+            Line::Updates(took) => updates.extend(took.iter().map(|&ms| ms as f64)),
+        }
+    }
+    let count = |is: &dyn Fn(&Record) -> bool| cases.iter().filter(|record| is(record)).count();
+    let p99 = percentile(&updates, 99.0);
+    let agreed = cases.iter().filter_map(|record| record.agreed_ms);
+    let agreed: Vec<f64> = agreed.map(|ms| ms as f64).collect();
+    let mut by_fault = BTreeMap::<String, (u64, f64)>::new();
+    for record in &cases {
+        let (attempts, slowest) = by_fault
+            .entry(format!("{:?}", record.case.fault))
+            .or_default();
+        *attempts += u64::from(record.attempted);
+        *slowest = slowest.max(record.agreed_ms.unwrap_or(0) as f64 / p99);
+    }
+    let by_fault = by_fault.into_iter().map(|(fault, (attempts, slowest))| {
+        let told = json!({ "attempts": attempts, "recovery_vs_cri": rounded(slowest) });
+        (fault, told)
+    });
+    let unguarded = cases.iter().filter_map(|record| {
+        let (from, to) = record.times.unguarded?;
+        Some(to - from)
+    });
+    let never = |record: &Record| record.oom_kill == 0 && record.agreed_ms.is_none();
+    Ok(json!({
+        "attempts": count(&|record| record.attempted),
+        "moments_missed": count(&|record| !record.attempted),
+        "kills": count(&|record| record.oom_kill > 0),
+        "avoidable_kills": count(&Record::is_avoidable),
+        "never_agreed": count(&never),
+        "unguarded_max_s": rounded(unguarded.max().unwrap_or(0) as f64 / 1e9),
+        "recovery_vs_cri_p99": rounded(percentile(&agreed, 99.0) / p99),
+        "cri_p99_s": rounded(p99 / 1000.0),
+        "wrong_state": count(&|record| !record.wrong.is_empty()),
+        "losses_uncounted": count(&Record::is_uncounted),
+        "by_fault": by_fault.collect::<serde_json::Map<_, _>>(),
+    }))
+}
