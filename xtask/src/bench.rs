@@ -33,11 +33,13 @@ pub(crate) enum Name {
     Throttle,
     Java,
     Churn,
+    Faults,
     ContainerBuild,
     ContainerEdges,
     PodBursts,
     PodBuild,
     PodEdges,
+    Daemonset,
     Kill,
     Deaths,
     Reaction,
@@ -59,6 +61,7 @@ impl Name {
                     | Self::Throttle
                     | Self::Java
                     | Self::Churn
+                    | Self::Faults
             )
     }
 
@@ -69,6 +72,7 @@ impl Name {
             Self::PodBursts
                 | Self::PodBuild
                 | Self::PodEdges
+                | Self::Daemonset
                 | Self::Kill
                 | Self::Deaths
                 | Self::Idle
@@ -138,6 +142,10 @@ pub(crate) struct Options {
     /// With the kubelet's MemoryQoS, which throttles below the limit (pod-bursts).
     #[arg(long)]
     pub(crate) memory_qos: bool,
+    /// With containerd 1.6 and runc 1.1 of Debian bookworm: the oldest that in-place resize supports is 1.6.9
+    /// (container-bursts, container-edges, faults).
+    #[arg(long)]
+    pub(crate) old_containerd: bool,
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
@@ -175,6 +183,7 @@ impl Options {
             flip_lru: false,
             nested: false,
             memory_qos: false,
+            old_containerd: false,
             systemd: false,
             steady: false,
             without_fixed: false,
@@ -208,6 +217,7 @@ impl Options {
             (self.flip_lru, "-flip-lru"),
             (self.nested, "-nested"),
             (self.memory_qos, "-memory-qos"),
+            (self.old_containerd, "-old-containerd"),
             (self.systemd, "-systemd"),
             (self.steady, "-steady"),
         ] {
@@ -303,8 +313,17 @@ fn run_on_all(options: &Options, binaries: &Binaries) -> Result<Value> {
 pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let kernel = debian::kernel(&options.kernel)?;
     let name = options.file_name();
+    let mut files = build_sources()?;
     let control = if options.name.needs_node() {
-        Some(ControlPlane::start(&kubernetes::binaries()?)?)
+        let binaries = kubernetes::binaries()?;
+        files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
+        let control = ControlPlane::start(&binaries)?;
+        if options.name == Name::Daemonset {
+            let manifest = root()?.join("deploy/bellows.yaml");
+            files.push(("/deploy/bellows.yaml".to_owned(), manifest));
+            files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));
+        }
+        Some(control)
     } else {
         None
     };
@@ -328,7 +347,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         node: options.name.needs_containerd(),
         systemd: options.systemd,
         counts_instructions: options.name == Name::HookCost,
-        files: build_sources()?,
+        files,
         command,
         skips: matches!(options.name, Name::Bursts | Name::ContainerEdges),
         limit: options.limit(),
@@ -369,9 +388,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     Ok(file)
 }
 
-/// What a machine has that builds, and one with systemd.
-const BUILD_PACKAGES: [&str; 3] = ["g++", "make", "systemd"];
-/// What a node has beside the kubelet.
+/// What a machine has that builds, runs containers, or has systemd.
 const NODE_PACKAGES: [&str; 13] = [
     "ca-certificates",
     "conntrack",
@@ -388,23 +405,26 @@ const NODE_PACKAGES: [&str; 13] = [
     "tomcat11",
 ];
 
+/// What a machine has that runs containers as long ago.
+const OLD_NODE_PACKAGES: [&str; 6] = [
+    "containerd",
+    "containernetworking-plugins",
+    "iproute2",
+    "mount",
+    "runc",
+    "systemd",
+];
+
 /// The disk that a bench needs.
 fn disk(options: &Options) -> Result<Option<PathBuf>> {
     match options.name {
         Name::PageCache | Name::Thrash => guest::empty_disk().map(Some),
         Name::Bursts if options.swap.is_some() => guest::empty_disk().map(Some),
-        name if name.needs_containerd() => {
-            let kubelet = kubernetes::binaries()?.kubelet;
-            debian::root_image(
-                "node",
-                "forky",
-                &NODE_PACKAGES,
-                &[("usr/bin/kubelet", &kubelet)],
-            )
-            .map(Some)
+        Name::ContainerBursts | Name::ContainerEdges | Name::Faults if options.old_containerd => {
+            debian::root_image("old-node", "bookworm", &OLD_NODE_PACKAGES).map(Some)
         }
-        name if name == Name::Build || options.systemd => {
-            debian::root_image("build", "trixie", &BUILD_PACKAGES, &[]).map(Some)
+        name if name.needs_containerd() || name == Name::Build || options.systemd => {
+            debian::root_image("node", "forky", &NODE_PACKAGES).map(Some)
         }
         _ => Ok(None),
     }

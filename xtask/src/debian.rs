@@ -326,19 +326,11 @@ pub(crate) fn file(package: &str, suite: &str, path: &str) -> Result<PathBuf> {
     Ok(directory.join(path))
 }
 
-/// A Debian root file system as an ext4 image with the given packages and files of our own.
-pub(crate) fn root_image(
-    name: &str,
-    suite: &str,
-    packages: &[&str],
-    files: &[(&str, &Path)],
-) -> Result<PathBuf> {
+/// A Debian root file system as an ext4 image with the given packages.
+pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     let image = tools::cache()?.join(format!("{name}-{suite}.ext4"));
     let recipe = image.with_extension("recipe");
-    let mut wanted = format!("{suite} {}\n", packages.join(" "));
-    for (to, from) in files {
-        wanted += &format!("{to} {}\n", tools::checksum(from)?);
-    }
+    let wanted = format!("{suite} {}\n", packages.join(" "));
     if fs::read_to_string(&recipe).ok().as_deref() == Some(&wanted) && tools::is_intact(&image) {
         return Ok(image);
     }
@@ -373,10 +365,6 @@ pub(crate) fn root_image(
                     .arg(&tree)
                     .arg(format!("deb {mirror} {suite} main")),
             )?;
-            for (to, from) in files {
-                let copied = fs::copy(from, tree.join(to));
-                copied.with_context(|| format!("{} to {to}", from.display()))?;
-            }
             let mke2fs = find("mke2fs").context("mke2fs is missing: install e2fsprogs")?;
             let options = [
                 "-q",

@@ -1,16 +1,18 @@
-//! `cargo xtask demo`: the same real build twice, without and with Bellows.
+//! `cargo xtask demo`: the same loads without and with Bellows.
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     bench::{self, Name},
-    build, root, tools,
+    build::{self, Binaries},
+    root, tools,
 };
 
-/// Shows it around one command or, with `pod`, in a pod on a real kubelet.
+/// Shows a build around one command, and a Tomcat start and a bursty service in containers; with `pod`, the build in a
+/// pod on a real kubelet.
 pub(crate) fn run(pod: bool) -> Result<bool> {
     println!(
         "A real `make -j8` of template-heavy C++ in a virtual machine with kernel 6.12, limited to 256 MiB:"
@@ -26,19 +28,42 @@ pub(crate) fn run(pod: bool) -> Result<bool> {
     }
     tools::packages()?;
     let binaries = build::binaries()?;
+    let mut report = Map::new();
     let name = if pod { Name::PodBuild } else { Name::Build };
     let options = bench::Options {
         without_unlimited: !pod,
-        directory: "demo",
         ..bench::Options::of(name)
     };
-    let file = bench::run(&options, &binaries)?;
-    let summary = &file["summary"];
-    print!("{}", table(summary));
-    let report: PathBuf = root()?.join("target/demo/report.json");
+    let summary = show(options, &binaries, &mut report)?;
+    print!("{}", table("fixed limit 256 MiB", &build_rows(&summary)));
+    if !pod {
+        println!(
+            "\nTomcat 11 in a container with 0.25 CPUs, on containerd without Kubernetes; with Bellows it is lent two CPUs at its start.\n"
+        );
+        let options = bench::Options {
+            n: Some(1),
+            without_unlimited: true,
+            ..bench::Options::of(Name::Java)
+        };
+        let tomcat = show(options, &binaries, &mut report)?;
+        print!("{}", table("fixed limit 0.25 CPUs", &tomcat_rows(&tomcat)));
+        println!(
+            "\nA service with a CPU limit at the mean of what it uses: 10 ms of work every 100 ms, and for 5 s without a pause.\n"
+        );
+        let options = bench::Options {
+            n: Some(1),
+            seconds: Some(20),
+            ..bench::Options::of(Name::Throttle)
+        };
+        let service = show(options, &binaries, &mut report)?;
+        print!(
+            "{}",
+            table("fixed limit 0.33 CPUs", &service_rows(&service))
+        );
+    }
     fs::write(
-        &report,
-        format!("{}\n", serde_json::to_string_pretty(&file)?),
+        root()?.join("target/demo/report.json"),
+        format!("{}\n", serde_json::to_string_pretty(&report)?),
     )?;
     println!("\nreport: target/demo/report.json   raw records: target/demo/*.jsonl");
     ensure!(
@@ -52,52 +77,105 @@ pub(crate) fn run(pod: bool) -> Result<bool> {
     Ok(true)
 }
 
-fn table(summary: &Value) -> String {
-    let outcome = |passed: &Value| if *passed == true { "passes" } else { "FAILS" };
+/// Runs a bench into the demo's directory, and returns its summary.
+fn show(
+    options: bench::Options,
+    binaries: &Binaries,
+    report: &mut Map<String, Value>,
+) -> Result<Value> {
+    let options = bench::Options {
+        directory: "demo",
+        ..options
+    };
+    let file = bench::run(&options, binaries)?;
+    let summary = file["summary"].clone();
+    let name = file["bench"].as_str().unwrap_or_default().to_owned();
+    report.insert(name, file);
+    Ok(summary)
+}
+
+type Rows = Vec<[String; 3]>;
+
+fn row(name: &str, fixed: &Value, bellows: &Value) -> [String; 3] {
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    };
+    [name.to_owned(), text(fixed), text(bellows)]
+}
+
+fn build_rows(summary: &Value) -> Rows {
+    let outcome = |passed: &Value| Value::from(if *passed == true { "passes" } else { "FAILS" });
     let mib = |value: &Value| {
         value
             .as_u64()
-            .map_or_else(String::new, |bytes| format!("{} MiB", bytes >> 20))
+            .map_or(Value::Null, |bytes| format!("{} MiB", bytes >> 20).into())
     };
-    let text = |value: &Value| value.to_string();
-    let rows = [
-        ["", "fixed limit 256 MiB", "with Bellows"].map(str::to_owned),
-        [
-            "build".to_owned(),
-            outcome(&summary["fixed_limit_passed"]).to_owned(),
-            outcome(&summary["bellows_passed"]).to_owned(),
-        ],
-        [
-            "processes OOM-killed".to_owned(),
-            text(&summary["fixed_kills"]),
-            text(&summary["bellows_kills"]),
-        ],
-        [
-            "seconds".to_owned(),
-            text(&summary["fixed_seconds"]),
-            text(&summary["bellows_seconds"]),
-        ],
-        [
-            "memory used at most".to_owned(),
-            "256 MiB".to_owned(),
-            mib(&summary["peak"]),
-        ],
-        [
-            "limit at most".to_owned(),
-            "256 MiB".to_owned(),
-            mib(&summary["limit_reached"]),
-        ],
-        [
-            "raises".to_owned(),
-            "-".to_owned(),
-            text(&summary["raises"]),
-        ],
-    ];
+    let limit = Value::from("256 MiB");
+    vec![
+        row(
+            "build",
+            &outcome(&summary["fixed_limit_passed"]),
+            &outcome(&summary["bellows_passed"]),
+        ),
+        row(
+            "processes OOM-killed",
+            &summary["fixed_kills"],
+            &summary["bellows_kills"],
+        ),
+        row(
+            "seconds",
+            &summary["fixed_seconds"],
+            &summary["bellows_seconds"],
+        ),
+        row("memory used at most", &limit, &mib(&summary["peak"])),
+        row("limit at most", &limit, &mib(&summary["limit_reached"])),
+        row("raises", &Value::Null, &summary["raises"]),
+    ]
+}
+
+fn tomcat_rows(summary: &Value) -> Rows {
+    let rest = summary["restored_max_ms"].as_f64();
+    let rest = rest.map_or(Value::Null, |ms| (ms / 1000.0).into());
+    vec![
+        row(
+            "seconds to first page",
+            &summary["ready_fixed_s"],
+            &summary["ready_with_s"],
+        ),
+        row(
+            "CPUs that the JVM sees",
+            &summary["cpus_seen_fixed"],
+            &summary["cpus_seen_with"],
+        ),
+        row("0.25 again after (s)", &Value::Null, &rest),
+    ]
+}
+
+fn service_rows(summary: &Value) -> Rows {
+    vec![
+        row(
+            "slowest 1 % (ms)",
+            &summary["p99_ms_fixed"],
+            &summary["p99_ms_with"],
+        ),
+        row(
+            "throttled for (ms)",
+            &summary["throttled_ms_fixed"],
+            &summary["throttled_ms_with"],
+        ),
+        row("raises", &Value::Null, &summary["raises_max"]),
+    ]
+}
+
+fn table(fixed: &str, rows: &Rows) -> String {
     let mut table = String::from("\n");
-    for (index, [name, fixed, bellows]) in rows.iter().enumerate() {
-        table += &format!("  {name:<22} │ {fixed:>20} │ {bellows:>20}\n");
+    let head = row("", &fixed.into(), &"with Bellows".into());
+    for (index, [name, fixed, bellows]) in std::iter::once(&head).chain(rows).enumerate() {
+        table += &format!("  {name:<22} │ {fixed:>21} │ {bellows:>20}\n");
         if index == 0 {
-            table += &format!("  {0:─<22}─┼─{0:─>20}─┼─{0:─>20}\n", "");
+            table += &format!("  {0:─<22}─┼─{0:─>21}─┼─{0:─>20}\n", "");
         }
     }
     table

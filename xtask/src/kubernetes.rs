@@ -145,6 +145,8 @@ impl Drop for Service {
 pub(crate) struct ControlPlane {
     /// The port on this machine's loopback.
     pub(crate) port: u16,
+    /// Who vouches for the API server.
+    pub(crate) authority: PathBuf,
     // Dropped in this order.
     apiserver: Service,
     _etcd: Service,
@@ -197,6 +199,7 @@ impl ControlPlane {
                 .arg(&key)
                 .arg("2048"),
         )?;
+        let certificates = directory.join("certificates");
         let tokens = directory.join("tokens.csv");
         fs::write(&tokens, format!("{TOKEN},bellows,1,system:masters\n"))?;
         let mut command = Command::new(&binaries.apiserver);
@@ -207,7 +210,7 @@ impl ControlPlane {
                 "--bind-address=127.0.0.1",
             ])
             .args([
-                "--authorization-mode=AlwaysAllow",
+                "--authorization-mode=RBAC",
                 "--service-cluster-ip-range=10.96.0.0/24",
             ])
             .args(["--service-account-issuer=https://kubernetes.default.svc"])
@@ -218,14 +221,12 @@ impl ControlPlane {
                 "--service-account-signing-key-file={}",
                 key.display()
             ))
-            .arg(format!(
-                "--cert-dir={}",
-                directory.join("certificates").display()
-            ));
+            .arg(format!("--cert-dir={}", certificates.display()));
         let apiserver = service(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
         let mut control = Self {
             port,
+            authority: certificates.join("apiserver.crt"),
             apiserver,
             _etcd: running_etcd,
         };

@@ -329,28 +329,55 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
 fn node(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
-    for (driver, systemd, n, seed) in [("cgroupfs", false, 1, 11), ("systemd", true, 1, 12)] {
+    for (what, systemd, old_containerd, seed) in [
+        ("cgroupfs", false, false, 11),
+        ("systemd", true, false, 12),
+        ("containerd 1.6", false, true, 13),
+    ] {
         let bursts = bench::Options {
             systemd,
-            ..options(Name::ContainerBursts, "6.12", Some(n), seed)
+            old_containerd,
+            ..options(Name::ContainerBursts, "6.12", Some(1), seed)
         };
         judge(
             checks,
             &binaries,
-            &format!("bursts in containers survive while their runtime raises them ({driver})"),
+            &format!("bursts in containers survive while their runtime raises them ({what})"),
             &bursts,
             |summary| {
-                let all = n as f64;
-                at_least(summary, "bursts", all)?;
-                at_least(summary, "kills_without", all)?;
+                at_least(summary, "bursts", 1.0)?;
+                at_least(summary, "kills_without", 1.0)?;
                 at_most(summary, "kills_with", 0.0)?;
                 at_most(summary, "kills_unlimited", 0.0)?;
-                at_least(summary, "restored", all)?;
+                at_least(summary, "restored", 1.0)?;
                 at_most(summary, "raises_max", 5.0)?;
                 at_most(summary, "stall_vs_cri_max", 3.0)
             },
         );
     }
+    let faults = bench::Options {
+        systemd: true,
+        ..options(Name::Faults, "6.12", Some(1), 41)
+    };
+    judge(
+        checks,
+        &binaries,
+        "whatever happens to the node under it, the agent kills nobody, comes to rest and tells what it lost",
+        &faults,
+        |summary| {
+            at_least(summary, "attempts", 11.0)?;
+            for key in [
+                "avoidable_kills",
+                "never_agreed",
+                "wrong_state",
+                "losses_uncounted",
+            ] {
+                at_most(summary, key, 0.0)?;
+            }
+            at_most(summary, "unguarded_max_s", 30.0)?;
+            at_most(summary, "recovery_vs_cri_p99", 10.0)
+        },
+    );
     let throttle = bench::Options {
         n: Some(1),
         seconds: Some(20),
@@ -476,18 +503,6 @@ fn pod(checks: &mut Checks) -> Result<()> {
             at_most(summary, "brake_release_max_s", 1.0)?;
             at_most(summary, "left_raised", 0.0)?;
             at_most(summary, "wrong_state", 0.0)
-        },
-    );
-    let kill = options(Name::Kill, "6.12", Some(2), 22);
-    judge(
-        checks,
-        &binaries,
-        "a killed agent leaves nothing held, raised or unreadable",
-        &kill,
-        |summary| {
-            at_most(summary, "released_after_start_max_s", 1.0)?;
-            at_most(summary, "left_raised", 0.0)?;
-            at_most(summary, "ledger_unreadable", 0.0)
         },
     );
     Ok(())

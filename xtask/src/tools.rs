@@ -166,7 +166,7 @@ fn checksum_file(file: &Path) -> PathBuf {
 }
 
 /// The SHA-256 of a file.
-pub(crate) fn checksum(file: &Path) -> Result<String> {
+fn checksum(file: &Path) -> Result<String> {
     let text = output(Command::new("sha256sum").arg(file))?;
     text.split_whitespace()
         .next()
