@@ -319,8 +319,9 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
         let control = ControlPlane::start(&binaries)?;
         if options.name == Name::Daemonset {
-            let manifest = root()?.join("deploy/bellows.yaml");
-            files.push(("/deploy/bellows.yaml".to_owned(), manifest));
+            for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+                files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
+            }
             files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));
         }
         Some(control)

@@ -473,6 +473,12 @@ fn pod(checks: &mut Checks) -> Result<()> {
         &bench::Options::of(Name::PodEdges),
         "run",
     );
+    edges(
+        checks,
+        &binaries,
+        &bench::Options::of(Name::Daemonset),
+        "the DaemonSet",
+    );
     let plateau = bench::Options {
         seconds: Some(20),
         ..bench::Options::of(Name::Plateau)

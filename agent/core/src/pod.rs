@@ -1,7 +1,8 @@
 //! What a pod asks of Bellows, and whether it can have it.
 //!
-//! Two annotations opt a pod in: `bellows.dev/mode: Act` (or Observe or Recommend, which change nothing) and
-//! `bellows.dev/max-memory`; a third, `bellows.dev/container`, names the container where there are several. A pod whose limit stands at the
+//! Policies opt pods in, and so do two annotations: `bellows.dev/mode: Act` (or Observe or Recommend, which change
+//! nothing) and `bellows.dev/max-memory`; a third, `bellows.dev/container`, names the container where there are several.
+//! Annotations come before policies, and `bellows.dev/mode: Off` before all. A pod whose limit stands at the
 //! pod's own level (`spec.resources`, Kubernetes 1.34 and later) is guarded as a whole. Whatever does not
 //! parse is refused with the value and the way out: a guess would act on somebody's pod.
 //!
@@ -12,10 +13,10 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::{
-    elastic::Mode,
+    elastic::{self, ElasticPolicy, Mode},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
-    units::Bytes,
+    units::{Bytes, Nanos},
 };
 
 /// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
@@ -24,7 +25,7 @@ pub const MODE: &str = "bellows.dev/mode";
 pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
 /// The container that is meant, where a pod has several.
 pub const CONTAINER: &str = "bellows.dev/container";
-/// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were.
+/// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were, with commas between them.
 pub const ORIGINAL: &str = "bellows.dev/original-memory";
 /// Stands for the pod's own level where a container's name would stand; no container can have it.
 pub const WHOLE_POD: &str = "*";
@@ -81,6 +82,8 @@ pub struct Pod {
     pub qos: QosClass,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
     /// Its containers in the order of the spec.
     pub containers: Vec<Container>,
     /// `spec.resources.limits.memory` as written.
@@ -110,14 +113,22 @@ pub struct Wish {
     pub limit_text: String,
     /// The same as a size.
     pub limit: Bytes,
-    /// The limit at rest.
+    /// The limit as it was.
     pub original: Bytes,
     /// The same as it was written.
     pub original_text: String,
+    /// The limit at rest: the same, or less if a policy has a floor.
+    pub rest: Bytes,
+    /// The same as it is to be written.
+    pub rest_text: String,
     /// The limit that is never exceeded.
     pub ceiling: Bytes,
     /// How long its probes let it be held.
     pub patience: Patience,
+    /// Quiet time before a raised limit is lowered, where a policy says that.
+    pub shrink_after: Option<Nanos>,
+    /// The policy that means it; `None` where annotations do.
+    pub policy: Option<String>,
     /// Whether the original stands on the pod already.
     pub recorded: bool,
     /// Whether somebody else has changed the limit since the original was recorded: the limit is the
@@ -162,10 +173,10 @@ pub enum Refusal {
         source: QuantityError,
     },
     /// The maximum is below the limit.
-    #[error(
-        "annotation {MAX_MEMORY} is {ceiling}, below the limit of {limit}: raise it, or lower the limit"
-    )]
+    #[error("{whose} is {ceiling}, below the limit of {limit}: raise it, or lower the limit")]
     MaximumBelowLimit {
+        /// Where the maximum is written.
+        whose: String,
         /// The limit.
         limit: Bytes,
         /// The maximum.
@@ -205,27 +216,118 @@ impl Refusal {
     }
 }
 
-/// What to guard in a pod: nothing if it does not ask, or has no running container yet.
+/// What is to be guarded or watched in a pod, by container; `Err` for one that is asked for and cannot be.
+pub type Wishes = BTreeMap<String, Result<Wish, Refusal>>;
+
+/// Whom a pod's annotations and the policies mean; nobody if it is ending, or opts out.
 ///
-/// # Errors
-///
-/// [`Refusal`] when it asks for what it cannot have.
-pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
-    let mode = match pod.annotations.get(MODE).map(|mode| mode.trim()) {
-        None | Some("Off") => return Ok(None),
-        Some("Act") => Mode::Act,
-        Some("Observe") => Mode::Observe,
-        Some("Recommend") => Mode::Recommend,
-        Some(other) => return Err(Refusal::UnknownMode(other.to_owned())),
+/// With a size or a container in them the annotations are all that holds; else their mode holds in place of a policy's.
+#[must_use]
+pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
+    // What concerns no container in particular stands under no name.
+    let refused = |refusal| [(String::new(), Err(refusal))].into();
+    let mode = match mode(pod) {
+        Ok(mode) => mode,
+        Err(refusal) => return refused(refusal),
     };
-    if pod.ending {
-        return Ok(None);
+    if pod.ending || mode == Some(Mode::Off) {
+        return Wishes::new();
     }
+    let names = [MAX_MEMORY, CONTAINER];
+    let is_sized = names.iter().any(|name| pod.annotations.contains_key(*name));
+    let by_policies = by_policies(pod, mode, policies);
+    match mode {
+        Some(mode) if is_sized || by_policies.is_empty() => match by_annotations(pod, mode) {
+            Ok(wish) => wish
+                .into_iter()
+                .map(|wish| (wish.container.clone(), Ok(wish)))
+                .collect(),
+            Err(refusal) => refused(refusal),
+        },
+        _ => by_policies,
+    }
+}
+
+fn mode(pod: &Pod) -> Result<Option<Mode>, Refusal> {
+    match pod.annotations.get(MODE).map(|mode| mode.trim()) {
+        None => Ok(None),
+        Some("Off") => Ok(Some(Mode::Off)),
+        Some("Act") => Ok(Some(Mode::Act)),
+        Some("Observe") => Ok(Some(Mode::Observe)),
+        Some("Recommend") => Ok(Some(Mode::Recommend)),
+        Some(other) => Err(Refusal::UnknownMode(other.to_owned())),
+    }
+}
+
+/// What is asked for a container.
+struct Asked {
+    mode: Mode,
+    ceiling: Bytes,
+    floor: Option<Bytes>,
+    shrink_after: Option<Nanos>,
+    policy: Option<String>,
+}
+
+fn by_annotations(pod: &Pod, mode: Mode) -> Result<Option<Wish>, Refusal> {
     let maximum = pod.annotations.get(MAX_MEMORY).ok_or(Refusal::NoMaximum)?;
     let ceiling = quantity::parse(maximum).map_err(|source| Refusal::Quantity {
         name: MAX_MEMORY,
         source,
     })?;
+    let asked = Asked {
+        mode,
+        ceiling,
+        floor: None,
+        shrink_after: None,
+        policy: None,
+    };
+    wish(pod, subject(pod)?, asked)
+}
+
+/// Containers without a limit of their own are not meant: there is nothing to raise.
+fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wishes {
+    let mut wishes = Wishes::new();
+    for (index, container) in pod.containers.iter().enumerate() {
+        let named = elastic::Subject {
+            namespace: pod.namespace.clone(),
+            pod: pod.name.clone(),
+            container: container.name.clone(),
+            labels: pod.labels.clone(),
+        };
+        let Some((policy, rules)) = elastic::rules(policies, &named) else {
+            continue;
+        };
+        let mode = mode.unwrap_or(policy.mode);
+        let (Some(memory), Some(text)) = (rules.memory, &container.memory_limit) else {
+            continue;
+        };
+        if mode == Mode::Off {
+            continue;
+        }
+        let asked = Asked {
+            mode,
+            ceiling: memory.max,
+            floor: memory.floor,
+            shrink_after: Some(memory.shrink_after),
+            policy: Some(policy.name.clone()),
+        };
+        let subject = Subject::of(pod, index, container, text);
+        if let Some(wish) = wish(pod, subject, asked).transpose() {
+            wishes.insert(container.name.clone(), wish);
+        }
+    }
+    wishes
+}
+
+/// `None` while nothing of it runs.
+fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, Refusal> {
+    let Asked {
+        mode,
+        ceiling,
+        floor,
+        shrink_after,
+        policy,
+    } = asked;
     let Subject {
         level,
         name,
@@ -234,7 +336,7 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         id,
         most,
         probes,
-    } = subject(pod)?;
+    } = subject;
     let size = |text: &str| {
         quantity::parse(text).map_err(|source| Refusal::Limit {
             container: name.to_owned(),
@@ -269,9 +371,20 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
             .is_some_and(|(original, _)| *original != limit);
     let recorded = recorded.filter(|_| !foreign);
     let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.to_owned()));
-    if ceiling < original {
+    let rest = floor.map_or(original, |floor| floor.min(original));
+    let rest_text = if rest < original {
+        quantity::format(rest)
+    } else {
+        original_text.clone()
+    };
+    if ceiling < rest {
+        let whose = policy.as_ref().map_or_else(
+            || format!("annotation {MAX_MEMORY}"),
+            |policy| format!("memory.max of the policy {policy}"),
+        );
         return Err(Refusal::MaximumBelowLimit {
-            limit: original,
+            whose,
+            limit: rest,
             ceiling,
         });
     }
@@ -294,29 +407,44 @@ pub fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
         limit,
         original,
         original_text,
+        rest,
+        rest_text,
         ceiling,
         patience: Patience::with(&probes),
+        shrink_after,
+        policy,
         recorded: recorded.is_some(),
         foreign,
     }))
 }
 
-/// A limit that was left raised, of a pod that is not guarded any more.
+/// A limit that was left raised, of a container that is not guarded any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Raised {
+    /// The container's name, or [`WHOLE_POD`].
+    pub container: String,
     /// Where it stands.
     pub level: Level,
     /// The limit, as written.
     pub limit: String,
-    /// The limit at rest, as it was written.
+    /// The limit as it was, as it was written.
     pub original: String,
 }
 
 /// What is left raised of a pod: its limit is ours, and above the original that stands on it. It can be so
 /// although nobody that lives has raised it.
 #[must_use]
-pub fn left_raised(pod: &Pod) -> Option<Raised> {
-    let (name, original) = pod.annotations.get(ORIGINAL)?.split_once('=')?;
+pub fn left_raised(pod: &Pod) -> Vec<Raised> {
+    if pod.ending {
+        return Vec::new();
+    }
+    let originals = originals(pod).filter_map(|entry| entry.split_once('='));
+    originals
+        .filter_map(|(name, original)| raised(pod, name, original))
+        .collect()
+}
+
+fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
     let (level, limit, manager) = if name == WHOLE_POD {
         (Level::Pod, &pod.memory_limit, &pod.limit_manager)
     } else {
@@ -327,12 +455,41 @@ pub fn left_raised(pod: &Pod) -> Option<Raised> {
     };
     let limit = limit.as_ref()?;
     let is_ours = manager.as_deref() == Some(MANAGER);
-    let is_raised = quantity::parse(limit).ok()? > quantity::parse(original).ok()?;
-    (is_ours && is_raised && !pod.ending).then(|| Raised {
+    // Above it, or, where a policy has a floor, below.
+    let is_moved = quantity::parse(limit).ok()? != quantity::parse(original).ok()?;
+    (is_ours && is_moved).then(|| Raised {
+        container: name.to_owned(),
         level,
         limit: limit.clone(),
         original: original.to_owned(),
     })
+}
+
+/// The entries of the annotation with the originals.
+fn originals(pod: &Pod) -> impl Iterator<Item = &str> {
+    let value = pod.annotations.get(ORIGINAL);
+    value.into_iter().flat_map(|value| value.split(','))
+}
+
+/// The annotation with the originals, with another one in it. What is left of containers that do not exist is not kept.
+#[must_use]
+pub fn with_original(pod: &Pod, container: &str, original: &str) -> String {
+    let exists = |name: &str| {
+        name == WHOLE_POD
+            || pod
+                .containers
+                .iter()
+                .any(|container| container.name == name)
+    };
+    let mut entries: Vec<String> = originals(pod)
+        .filter(|entry| {
+            let name = entry.split_once('=').map(|(name, _)| name);
+            name.is_some_and(|name| name != container && exists(name))
+        })
+        .map(str::to_owned)
+        .collect();
+    entries.push(format!("{container}={original}"));
+    entries.join(",")
 }
 
 /// Whose limit is meant.
@@ -345,6 +502,21 @@ struct Subject<'a> {
     /// What the API allows at most, where the pod has a limit of its own.
     most: Option<&'a str>,
     probes: Vec<Probe>,
+}
+
+impl<'a> Subject<'a> {
+    /// A container of a pod, with its limit as written.
+    fn of(pod: &'a Pod, index: usize, container: &'a Container, text: &'a str) -> Self {
+        Self {
+            level: Level::Container(index),
+            name: &container.name,
+            text,
+            manager: container.limit_manager.as_deref(),
+            id: container.id.as_deref(),
+            most: pod.memory_limit.as_deref(),
+            probes: container.probes.clone(),
+        }
+    }
 }
 
 fn subject(pod: &Pod) -> Result<Subject<'_>, Refusal> {
@@ -373,15 +545,7 @@ fn subject(pod: &Pod) -> Result<Subject<'_>, Refusal> {
         .memory_limit
         .as_deref()
         .ok_or_else(|| Refusal::NoLimit(container.name.clone()))?;
-    Ok(Subject {
-        level: Level::Container(index),
-        name: &container.name,
-        text,
-        manager: container.limit_manager.as_deref(),
-        id: container.id.as_deref(),
-        most: pod.memory_limit.as_deref(),
-        probes: container.probes.clone(),
-    })
+    Ok(Subject::of(pod, index, container, text))
 }
 
 fn chosen(pod: &Pod) -> Result<(usize, &Container), Refusal> {
@@ -399,25 +563,20 @@ fn chosen(pod: &Pod) -> Result<(usize, &Container), Refusal> {
 
 /// The original that stands on the pod for this container.
 fn recorded_original(pod: &Pod, container: &str) -> Result<Option<(Bytes, String)>, Refusal> {
-    let Some(value) = pod.annotations.get(ORIGINAL) else {
-        return Ok(None);
+    let wrong = |source| Refusal::Quantity {
+        name: ORIGINAL,
+        source,
     };
-    match value.split_once('=') {
-        Some((name, size)) if name == container => quantity::parse(size)
-            .map(|bytes| Some((bytes, size.to_owned())))
-            .map_err(|source| Refusal::Quantity {
-                name: ORIGINAL,
-                source,
-            }),
-        Some(_) => Ok(None),
-        None => {
-            let source = QuantityError::NoNumber(value.clone());
-            Err(Refusal::Quantity {
-                name: ORIGINAL,
-                source,
-            })
+    for entry in originals(pod) {
+        let Some((name, size)) = entry.split_once('=') else {
+            return Err(wrong(QuantityError::NoNumber(entry.to_owned())));
+        };
+        if name == container {
+            let bytes = quantity::parse(size).map_err(wrong)?;
+            return Ok(Some((bytes, size.to_owned())));
         }
     }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -430,6 +589,7 @@ mod tests {
             name: "workspace".to_owned(),
             uid: "u".to_owned(),
             qos: QosClass::Burstable,
+            labels: BTreeMap::new(),
             annotations: annotations
                 .iter()
                 .map(|&(key, value)| (key.to_owned(), value.to_owned()))
@@ -447,6 +607,11 @@ mod tests {
             is_static: false,
             ending: false,
         }
+    }
+
+    /// The only wish of a pod that no policy means.
+    fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
+        wishes(pod, &[]).into_values().next().transpose()
     }
 
     const ACT: (&str, &str) = (MODE, "Act");
@@ -474,20 +639,21 @@ mod tests {
     #[test]
     fn what_is_left_raised_is_known_from_the_pod_alone() {
         let mut pod = pod(&[(MODE, "Off"), (ORIGINAL, "app=64Mi")]);
-        assert_eq!(left_raised(&pod), None);
+        assert_eq!(left_raised(&pod), []);
         pod.containers[0].memory_limit = Some("600Mi".to_owned());
         // Somebody else's wish.
-        assert_eq!(left_raised(&pod), None);
+        assert_eq!(left_raised(&pod), []);
         pod.containers[0].limit_manager = Some(MANAGER.to_owned());
         let raised = Raised {
+            container: "app".to_owned(),
             level: Level::Container(0),
             limit: "600Mi".to_owned(),
             original: "64Mi".to_owned(),
         };
-        assert_eq!(left_raised(&pod), Some(raised));
+        assert_eq!(left_raised(&pod), [raised]);
         pod.annotations
             .insert(ORIGINAL.to_owned(), "other=64Mi".to_owned());
-        assert_eq!(left_raised(&pod), None);
+        assert_eq!(left_raised(&pod), []);
     }
 
     #[test]
@@ -583,5 +749,92 @@ mod tests {
         let mut unlimited = pod(&[ACT, MAX]);
         unlimited.containers[0].memory_limit = None;
         assert!(matches!(wish(&unlimited), Err(Refusal::NoLimit(_))));
+    }
+
+    fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticPolicy {
+        ElasticPolicy {
+            name: name.to_owned(),
+            selector: elastic::Selector::default(),
+            mode,
+            containers: vec![elastic::ContainerRules {
+                name: container.map(str::to_owned),
+                memory: Some(elastic::MemoryRules {
+                    max: Bytes::mib(max),
+                    floor: None,
+                    shrink_after: Nanos::millis(7000),
+                }),
+                cpu: None,
+                boosts: Vec::new(),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_policy_means_every_container_that_has_a_limit() {
+        let mut three = pod(&[(ORIGINAL, "side=64Mi")]);
+        for name in ["side", "free"] {
+            let mut container = three.containers[0].clone();
+            name.clone_into(&mut container.name);
+            three.containers.push(container);
+        }
+        three.containers[2].memory_limit = None;
+        let wishes = wishes(&three, &[policy("dev/all", Mode::Act, None, 512)]);
+        assert_eq!(wishes.keys().collect::<Vec<_>>(), ["app", "side"]);
+        let [app, side] = ["app", "side"].map(|name| wishes[name].as_ref().unwrap());
+        assert_eq!(
+            (app.ceiling, app.recorded, app.policy.as_deref()),
+            (Bytes::mib(512), false, Some("dev/all"))
+        );
+        assert_eq!(app.shrink_after, Some(Nanos::millis(7000)));
+        assert!(side.recorded);
+        assert_eq!(with_original(&three, "app", "64Mi"), "side=64Mi,app=64Mi");
+        assert_eq!(with_original(&three, "side", "1Gi"), "side=1Gi");
+    }
+
+    #[test]
+    fn annotations_come_before_policies_and_opting_out_before_all() {
+        let policies = [policy("dev/all", Mode::Act, None, 512)];
+        let of = |annotations: &[(&str, &str)]| {
+            let wishes = wishes(&pod(annotations), &policies);
+            let wish = wishes.into_values().next().transpose().unwrap();
+            wish.map(|wish| (wish.mode, wish.ceiling.0 >> 20))
+        };
+        assert_eq!(of(&[]), Some((Mode::Act, 512)));
+        assert_eq!(of(&[(MODE, "Off")]), None);
+        assert_eq!(of(&[(MODE, "Observe")]), Some((Mode::Observe, 512)));
+        assert_eq!(of(&[ACT, MAX]), Some((Mode::Act, 1024)));
+    }
+
+    #[test]
+    fn a_floor_is_the_limit_at_rest_and_a_maximum_below_it_is_refused_by_name() {
+        let mut floored = policy("dev/all", Mode::Act, None, 512);
+        floored.containers[0].memory.as_mut().unwrap().floor = Some(Bytes::mib(32));
+        let wishes_of = |policy: &ElasticPolicy| wishes(&pod(&[]), std::slice::from_ref(policy));
+        let wish = wishes_of(&floored).remove("app").unwrap().unwrap();
+        assert_eq!(
+            (wish.rest, wish.rest_text.as_str(), wish.original),
+            (Bytes::mib(32), "32Mi", Bytes::mib(64))
+        );
+        let refusal = wishes_of(&policy("dev/small", Mode::Act, None, 16)).remove("app");
+        let refusal = refusal.unwrap().unwrap_err().to_string();
+        assert!(refusal.contains("dev/small"), "{refusal}");
+    }
+
+    #[test]
+    fn what_is_left_of_two_containers_is_told_of_both() {
+        let mut two = pod(&[(ORIGINAL, "app=64Mi,side=32Mi")]);
+        two.containers.push(Container {
+            name: "side".to_owned(),
+            ..two.containers[0].clone()
+        });
+        for container in &mut two.containers {
+            container.memory_limit = Some("600Mi".to_owned());
+            container.limit_manager = Some(MANAGER.to_owned());
+        }
+        let originals: Vec<String> = left_raised(&two)
+            .into_iter()
+            .map(|raised| raised.original)
+            .collect();
+        assert_eq!(originals, ["64Mi", "32Mi"]);
     }
 }

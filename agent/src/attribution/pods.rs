@@ -60,6 +60,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
             _ => QosClass::Burstable,
         },
         annotations: pod.annotations().clone(),
+        labels: pod.labels().clone(),
         containers: containers.collect(),
         memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),

@@ -147,6 +147,32 @@ pub fn parse(text: &str) -> Result<Vec<ElasticPolicy>, Problem> {
         .collect()
 }
 
+/// A policy that the API has: what stands in a file, except that its namespace is the one that it selects.
+///
+/// # Errors
+///
+/// What is wrong, and what to write instead.
+pub fn of_object(
+    name: &str,
+    namespace: &str,
+    spec: &serde_json::Value,
+) -> Result<ElasticPolicy, String> {
+    let document = serde_json::json!({
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": { "name": name },
+        "spec": spec,
+    });
+    // JSON is YAML.
+    let policies = parse(&document.to_string()).map_err(|problem| problem.what)?;
+    let mut policy = policies.into_iter().next().ok_or("it is empty")?;
+    if !policy.selector.namespaces.is_empty() {
+        return Err("a policy selects in its own namespace: leave out `namespaces`".to_owned());
+    }
+    policy.selector.namespaces = vec![namespace.to_owned()];
+    Ok(policy)
+}
+
 /// What policies say, for people: one line for each rule.
 #[must_use]
 pub fn told(policies: &[ElasticPolicy]) -> String {
@@ -672,5 +698,73 @@ spec:
         }
         // Nothing is no policy, and nothing wrong.
         assert_eq!(parse("").unwrap(), []);
+    }
+
+    #[test]
+    fn an_object_of_the_api_is_a_policy_of_its_namespace() {
+        let spec = serde_json::json!({
+            "mode": "Act",
+            "selector": { "matchLabels": { "app": "shop" } },
+            "containers": [{ "memory": { "max": "4Gi", "shrinkAfter": "7s" } }],
+        });
+        let policy = of_object("dev/shop", "dev", &spec).unwrap();
+        assert_eq!((policy.name.as_str(), policy.mode), ("dev/shop", Mode::Act));
+        assert_eq!(policy.selector.namespaces, ["dev"]);
+        assert_eq!(policy.containers[0].memory.unwrap().max, Bytes::mib(4096));
+        for (spec, part) in [
+            (serde_json::json!({ "containers": [] }), "no rules"),
+            (
+                serde_json::json!({ "containers": [{ "memory": { "maximum": 1 } }] }),
+                "did you mean `max`",
+            ),
+            (
+                serde_json::json!({ "selector": { "namespaces": ["a"] }, "containers": [{}] }),
+                "its own namespace",
+            ),
+            (serde_json::Value::Null, ""),
+        ] {
+            let why = of_object("a/b", "a", &spec).unwrap_err();
+            assert!(why.contains(part), "{why}");
+        }
+    }
+
+    /// What the API server lets through and what is read are the same fields.
+    #[test]
+    fn the_resource_definition_has_every_field() {
+        fn missing(
+            document: &serde_json::Value,
+            schema: &serde_json::Value,
+            at: &str,
+        ) -> Vec<String> {
+            match document {
+                serde_json::Value::Object(fields) => fields
+                    .iter()
+                    .flat_map(|(name, value)| {
+                        let at = format!("{at}.{name}");
+                        let named = &schema["properties"][name];
+                        if schema.get("additionalProperties").is_some() {
+                            Vec::new()
+                        } else if named.is_null() {
+                            vec![at]
+                        } else {
+                            missing(value, named, &at)
+                        }
+                    })
+                    .collect(),
+                serde_json::Value::Array(items) => items
+                    .iter()
+                    .flat_map(|item| missing(item, &schema["items"], at))
+                    .collect(),
+                _ => Vec::new(),
+            }
+        }
+        let definition = include_str!("../../../deploy/elasticpolicies.yaml");
+        let definition: serde_json::Value = serde_saphyr::from_str(definition).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let (_, example) = EXAMPLE.split_once(":\n").unwrap();
+        let example: serde_json::Value = serde_saphyr::from_str(example).unwrap();
+        let missing = missing(&example["spec"], &schema["properties"]["spec"], "spec");
+        // A file has no namespace of its own.
+        assert_eq!(missing, ["spec.selector.namespaces"]);
     }
 }

@@ -53,6 +53,11 @@ impl Events {
         self.publish(pod.object_ref(&()), EventType::Normal, "Watched", note);
     }
 
+    /// A policy that cannot be read.
+    pub(super) fn rejected(&self, policy: ObjectReference, note: String) {
+        self.publish(policy, EventType::Warning, "InvalidPolicy", note);
+    }
+
     /// A kill of a pod that is only watched.
     pub(super) fn killed(&self, pod: ObjectReference, note: String) {
         self.publish(pod, EventType::Warning, "OOMKillObserved", note);

@@ -9,9 +9,9 @@
 mod containers;
 mod events;
 mod lock;
+mod pods;
 mod restore;
 pub mod supervisor;
-mod watch;
 
 use std::{
     collections::BTreeMap,
@@ -257,7 +257,7 @@ impl Fast {
             inputs.clone(),
             told,
         );
-        let context = watch::Context {
+        let context = pods::Context {
             client,
             node: node.to_owned(),
             inputs: inputs.clone(),
@@ -271,7 +271,7 @@ impl Fast {
         Ok((
             inputs,
             self.control(resizer)?,
-            Box::pin(watch::pods(context)),
+            Box::pin(pods::watch(context)),
         ))
     }
 

@@ -2,7 +2,12 @@
 
 use bellows::attribution::{api, pods::convert};
 use bellows_core::{
-    pod::{CONTAINER, Level, MANAGER, MAX_MEMORY, MODE, ORIGINAL, Pod, QosClass, Wish, wish},
+    Bytes, Nanos,
+    elastic::{ContainerRules, ElasticPolicy, MemoryRules, Mode, Selector},
+    pod::{
+        CONTAINER, Level, MANAGER, MAX_MEMORY, MODE, ORIGINAL, Pod, QosClass, Wish, left_raised,
+        wishes, with_original,
+    },
     quantity,
 };
 use serde_json::{Value, json};
@@ -69,17 +74,43 @@ pub(crate) fn annotations(bytes: &[u8]) {
     }))
     .expect("a pod of the right shape");
     let pod = convert(&pod);
-    match wish(&pod) {
-        Ok(None) => {}
-        Ok(Some(wish)) => is_allowed(&pod, &wish),
-        Err(refusal) => {
-            assert!(!refusal.reason().is_empty() && !refusal.to_string().is_empty());
+    let policies: Vec<ElasticPolicy> = has('l').then(policy).into_iter().collect();
+    for wish in wishes(&pod, &policies).into_values() {
+        match wish {
+            Ok(wish) => is_allowed(&pod, &policies, &wish),
+            Err(refusal) => {
+                assert!(!refusal.reason().is_empty() && !refusal.to_string().is_empty());
+            }
         }
+    }
+    for raised in left_raised(&pod) {
+        assert_ne!(raised.limit, raised.original);
     }
 }
 
-fn is_allowed(pod: &Pod, meant: &Wish) {
-    assert_eq!(pod.annotations[MODE].trim(), "Act");
+/// A policy that means every container.
+fn policy() -> ElasticPolicy {
+    ElasticPolicy {
+        name: "default/all".to_owned(),
+        selector: Selector::default(),
+        mode: Mode::Act,
+        containers: vec![ContainerRules {
+            name: None,
+            memory: Some(MemoryRules {
+                max: Bytes::mib(4096),
+                floor: Some(Bytes::mib(64)),
+                shrink_after: Nanos::millis(5000),
+            }),
+            cpu: None,
+            boosts: Vec::new(),
+        }],
+    }
+}
+
+fn is_allowed(pod: &Pod, policies: &[ElasticPolicy], meant: &Wish) {
+    let mode = pod.annotations.get(MODE).map(|mode| mode.trim());
+    assert_ne!(mode, Some("Off"));
+    assert_ne!(meant.mode, Mode::Off);
     assert_ne!(pod.qos, QosClass::Guaranteed);
     let limit = match meant.level {
         Level::Pod => &pod.memory_limit,
@@ -92,17 +123,18 @@ fn is_allowed(pod: &Pod, meant: &Wish) {
     };
     assert_eq!(limit.as_deref(), Some(meant.limit_text.as_str()));
     assert!(!pod.ending);
-    assert!(meant.original <= meant.ceiling);
+    assert!(meant.rest <= meant.ceiling && meant.rest <= meant.original);
     assert_eq!(quantity::parse(&meant.limit_text), Ok(meant.limit));
     assert_eq!(quantity::parse(&meant.original_text), Ok(meant.original));
-    assert_eq!(
-        quantity::parse(&pod.annotations[MAX_MEMORY]),
-        Ok(meant.ceiling)
-    );
+    assert_eq!(quantity::parse(&meant.rest_text), Ok(meant.rest));
+    if meant.policy.is_none() {
+        let maximum = quantity::parse(&pod.annotations[MAX_MEMORY]);
+        assert_eq!(maximum, Ok(meant.ceiling));
+    }
     assert!(!meant.recorded || !meant.foreign);
     // What is recorded on the pod before the first raise is read back after it.
     let mut raised = pod.clone();
-    let original = format!("{}={}", meant.container, meant.original_text);
+    let original = with_original(pod, &meant.container, &meant.original_text);
     raised.annotations.insert(ORIGINAL.to_owned(), original);
     let (limit, manager) = match meant.level {
         Level::Pod => (&mut raised.memory_limit, &mut raised.limit_manager),
@@ -113,9 +145,10 @@ fn is_allowed(pod: &Pod, meant: &Wish) {
     };
     *limit = Some(quantity::format(meant.ceiling));
     *manager = Some(MANAGER.to_owned());
-    let again = wish(&raised)
-        .expect("it was allowed before")
-        .expect("it was guarded before");
+    let again = wishes(&raised, policies)
+        .remove(&meant.container)
+        .expect("it was guarded before")
+        .expect("it was allowed before");
     assert_eq!(again.original, meant.original);
     assert_eq!(again.original_text, meant.original_text);
     assert!(again.recorded && !again.foreign);

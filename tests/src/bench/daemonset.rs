@@ -15,10 +15,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bellows::cgroup::Limit;
+use bellows::cgroup::{Cgroup, Limit};
 use bellows_core::{Bytes, pod};
 use clap::Args;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node as ApiNode, Pod};
 use kube::{
     Api, Client, Config, ResourceExt as _,
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
@@ -41,7 +41,7 @@ pub(crate) struct Options {
     server: ApiServer,
 }
 
-const MANIFEST: &str = "/deploy/bellows.yaml";
+const MANIFESTS: [&str; 2] = ["/deploy/elasticpolicies.yaml", "/deploy/bellows.yaml"];
 const AUTHORITY: &str = "/deploy/ca.crt";
 const NAMESPACE: &str = "bellows";
 const AGENT: &str = "agent-node";
@@ -61,12 +61,20 @@ struct Bed {
 
 type Case = (&'static str, fn(&Bed) -> Result<()>);
 
-const CASES: [Case; 4] = [
+const CASES: [Case; 6] = [
     (
         "the agent runs with its own account and capabilities, without privileges",
         runs,
     ),
     ("a burst in a pod survives and is restored", burst),
+    (
+        "policies that are wrong are refused by the API server",
+        wrong_policies,
+    ),
+    (
+        "a policy guards each container that has a limit, and no longer than it is there",
+        by_policy,
+    ),
     (
         "its token changes nothing that it should not",
         least_privilege,
@@ -139,8 +147,12 @@ fn forward(server: &ApiServer) -> Result<()> {
 impl Bed {
     /// Applies the manifest; returns the template of the DaemonSet's pods.
     fn apply_all(&self) -> Result<Value> {
-        let text = fs::read_to_string(MANIFEST)?;
-        let documents: Vec<Value> = serde_saphyr::from_multiple(&text)?;
+        let mut documents: Vec<Value> = Vec::new();
+        for manifest in MANIFESTS {
+            documents.extend(serde_saphyr::from_multiple::<Value>(&fs::read_to_string(
+                manifest,
+            )?)?);
+        }
         let mut template = None;
         for document in documents {
             if document["kind"] == "DaemonSet" {
@@ -305,6 +317,147 @@ fn burst(bed: &Bed) -> Result<()> {
     restarts(bed)
 }
 
+fn policy(rules: &Value) -> Value {
+    json!({
+        "apiVersion": "bellows.dev/v1alpha1",
+        "kind": "ElasticPolicy",
+        "metadata": { "name": "elastic", "namespace": "default" },
+        "spec": {
+            "mode": "Act",
+            "selector": { "matchLabels": { "app": "elastic" } },
+            "containers": [rules],
+        },
+    })
+}
+
+fn wrong_policies(bed: &Bed) -> Result<()> {
+    for (rules, part) in [
+        (
+            json!({ "memory": { "max": "1Gi", "floor": "2Gi" } }),
+            "floor is above max",
+        ),
+        (
+            json!({ "memory": { "max": "4GB" } }),
+            "no size of 1Mi or more",
+        ),
+        (json!({ "memory": { "max": 17 } }), "expected string"),
+        (json!({ "memory": {} }), "max"),
+        (
+            json!({ "memory": { "max": "1Gi", "shrinkAfter": "soon" } }),
+            "shrinkAfter",
+        ),
+        (
+            json!({ "memory": { "maximum": "1Gi", "max": "1Gi" } }),
+            "maximum",
+        ),
+        (json!({ "cpu": { "max": "1m" } }), "cpu.max"),
+        (json!({ "boosts": [{ "on": {}, "cpu": 2 }] }), "one trigger"),
+        (
+            json!({ "boosts": [{ "on": { "start": true } }] }),
+            "a boost of nothing",
+        ),
+        (
+            json!({ "boosts": [{ "on": { "start": true }, "cpu": 2, "until": { "exit": true } }] }),
+            "a start has no exit",
+        ),
+    ] {
+        match bed.apply(policy(&rules)) {
+            Ok(()) => bail!("it was taken: {rules}"),
+            Err(error) => {
+                let text = format!("{error:#}");
+                ensure!(text.contains(part), "{rules}: {text}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn by_policy(bed: &Bed) -> Result<()> {
+    bed.apply(policy(&json!({
+        "memory": { "max": "1Gi", "shrinkAfter": "3s" },
+        "boosts": [{ "on": { "start": true }, "cpu": 2, "until": { "idle": "5s", "atMost": "2m" } }],
+    })))?;
+    let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
+    words.extend(["--rest-ms", "10000", "--after-ms", "120000"].map(str::to_owned));
+    let command = |words: &[String]| {
+        let load = ["/bellows-guest", "load"].map(str::to_owned);
+        load.into_iter()
+            .chain(words.iter().cloned())
+            .collect::<Vec<_>>()
+    };
+    let container = |name: &str, words: &[String]| {
+        json!({
+            "name": name, "image": node::IMAGE, "imagePullPolicy": "Never", "command": command(words),
+            "resources": { "limits": { "memory": "64Mi" }, "requests": { "memory": "32Mi" } },
+        })
+    };
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": { "name": "elastic", "labels": { "app": "elastic" } },
+        "spec": {
+            "nodeName": node::NAME,
+            "hostNetwork": true,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 0,
+            "automountServiceAccountToken": false,
+            "containers": [container("load", &words), container("side", &["pause".to_owned()])],
+        },
+    }))?;
+    let pods: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
+    bed.tasks
+        .block_on(pods.create(&PostParams::default(), &pod))?;
+    let cgroup = bed.cluster.wait_running("elastic")?;
+    let both = || -> Result<Vec<Limit>> {
+        let pod = cgroup.path().parent().context("a pod")?;
+        let mut brakes = Vec::new();
+        for entry in fs::read_dir(pod)?.flatten() {
+            if entry.file_type()?.is_dir()
+                && let Ok(inner) = Cgroup::open(&entry.path())
+                && inner.limit("memory.max")? != Limit::Max
+            {
+                brakes.push(inner.limit("memory.high")?);
+            }
+        }
+        Ok(brakes)
+    };
+    wait("both are braked", Duration::from_secs(60), || {
+        let brakes = both()?;
+        Ok(brakes.len() == 2 && brakes.iter().all(|&high| high != Limit::Max))
+    })?;
+    wait("its burst is over", Duration::from_secs(60), || {
+        let phase = bed.cluster.phase("elastic")?;
+        ensure!(phase == "Running", "it is {phase}");
+        Ok(!results(&bed.cluster, "elastic")?.is_empty())
+    })?;
+    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    wait("its limit is at rest", Duration::from_secs(60), || {
+        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
+    })?;
+    let originals = bed
+        .cluster
+        .get("elastic")?
+        .annotations()
+        .get(pod::ORIGINAL)
+        .cloned();
+    let originals = originals.unwrap_or_default();
+    ensure!(
+        originals.contains("load=64Mi") && originals.contains("side=64Mi"),
+        "the originals are `{originals}`"
+    );
+    let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
+    bed.tasks.block_on(async {
+        let (resource, _) = pinned_kind(&bed.client, &kind).await?;
+        let policies = bed.api(Some("default"), &resource);
+        policies.delete("elastic", &DeleteParams::default()).await?;
+        Ok::<_, anyhow::Error>(())
+    })?;
+    wait(
+        "nothing of it is guarded any more",
+        Duration::from_secs(60),
+        || Ok(both()?.iter().all(|&high| high == Limit::Max)),
+    )?;
+    bed.cluster.delete("elastic")
+}
+
 /// The agent's own token, as the kubelet has mounted it.
 fn token(bed: &Bed) -> Result<String> {
     let uid = bed.agent()?.uid().context("no uid")?;
@@ -328,6 +481,13 @@ fn least_privilege(bed: &Bed) -> Result<()> {
     let admin: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
     bed.tasks
         .block_on(admin.create(&PostParams::default(), &elsewhere))?;
+    // One that has room: what refuses a resize there must be the policy.
+    bed.apply(json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "another" } }))?;
+    let nodes: Api<ApiNode> = Api::all(bed.client.clone());
+    let room = json!({ "cpu": "2", "memory": "4Gi", "pods": "110" });
+    let room = Patch::Merge(json!({ "status": { "capacity": room, "allocatable": room } }));
+    bed.tasks
+        .block_on(nodes.patch_status("another", &PatchParams::default(), &room))?;
     let mut config = Config::new(bed.server.api.parse()?);
     config.accept_invalid_certs = true;
     config.auth_info.token = Some(token(bed)?.into());

@@ -1,0 +1,310 @@
+//! This node's pods: who opts in, by annotations or by a policy, is guarded or watched, who is gone is forgotten, who
+//! cannot be guarded is told.
+//!
+//! Pods and policies come from two watches of the API, each of which is taken up again with a backoff. A cluster without
+//! the resource definition of policies is one without policies.
+//!
+//! It must not change a limit that somebody waits for: that is the controller's.
+
+mod one;
+mod policies;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::pin,
+    sync::mpsc::SyncSender,
+    time::Duration,
+};
+
+use bellows_core::{
+    Actuation, CgroupId, Nanos, Policy, Signals,
+    elastic::Mode,
+    pod::{self, Raised},
+};
+use futures::TryStreamExt as _;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{
+    Api, Client, ResourceExt as _,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use tokio::{
+    sync::mpsc::UnboundedReceiver,
+    time::{Instant, MissedTickBehavior},
+};
+
+use super::events::Events;
+use crate::{
+    actuate::{
+        resize::{Observed, TIMEOUT, Target, limit_patch, parameters},
+        targets::Targets,
+    },
+    attribution::{api::Pod, pods::convert},
+    guard::Input,
+};
+use policies::Policies;
+
+/// What the watch needs.
+pub(super) struct Context {
+    pub(super) client: Client,
+    pub(super) node: String,
+    pub(super) inputs: SyncSender<Input>,
+    pub(super) targets: Targets<Target>,
+    pub(super) cpus: u64,
+    pub(super) actuation: Actuation,
+    pub(super) signals: Signals,
+    pub(super) shrink_after: Nanos,
+    /// What is told of those that are only watched.
+    pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
+}
+
+/// How often a pod is tried again that could not be guarded for a passing reason.
+const RETRY: Duration = Duration::from_secs(2);
+/// Shortest time between two Events of one container that is only watched: one whose workers are killed one after the
+/// other would fill the API with them.
+const EVENTS: Duration = Duration::from_secs(60);
+
+/// A container, by its pod's uid and its own name ([`pod::WHOLE_POD`] for all of the pod).
+type Key = (String, String);
+
+/// A container that is guarded or watched, or was refused.
+#[derive(Default)]
+struct Known {
+    mode: Mode,
+    cgroup: Option<CgroupId>,
+    /// The runtime's ids of the containers that run in it.
+    containers: Vec<String>,
+    policy: Option<Policy>,
+    refusal: Option<String>,
+}
+
+/// A container that is or was only watched. What is told of it may come when it is gone already.
+struct Watched {
+    key: Key,
+    pod: ObjectReference,
+    mode: Mode,
+    /// When an Event was last published.
+    told: Option<Instant>,
+}
+
+/// Watches for ever; broken connections are taken up again with a backoff.
+pub(super) async fn watch(context: Context) {
+    let api: Api<Pod> = Api::all(context.client.clone());
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.node));
+    let mut pods = pin!(watcher(api, config).default_backoff());
+    let config = watcher::Config::default();
+    let mut rules = pin!(watcher(policies::api(&context.client), config).default_backoff());
+    let mut watch = Watch {
+        events: Events::new(context.client.clone(), &context.node),
+        context,
+        policies: Policies::default(),
+        pods: BTreeMap::new(),
+        known: BTreeMap::new(),
+        pending: BTreeSet::new(),
+        watched: BTreeMap::new(),
+    };
+    let mut listed: Vec<String> = Vec::new();
+    let mut retry = tokio::time::interval(RETRY);
+    // Not polled while there is nothing to try again: a quiet node is not woken for it.
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let event = tokio::select! {
+            // In this order: who was killed must be told before its pod is gone.
+            biased;
+            Some((cgroup, observed)) = watch.context.observed.recv() => {
+                watch.tell(cgroup, observed);
+                continue;
+            }
+            event = rules.try_next() => {
+                if watch.policies.take(event, &watch.events) {
+                    watch.apply_all().await;
+                }
+                continue;
+            }
+            event = pods.try_next() => event,
+            _ = retry.tick(), if !watch.pending.is_empty() => {
+                watch.retry().await;
+                continue;
+            }
+        };
+        match event {
+            Ok(Some(watcher::Event::Init)) => listed.clear(),
+            Ok(Some(watcher::Event::InitApply(pod))) => {
+                listed.extend(pod.uid());
+                watch.apply(pod).await;
+            }
+            Ok(Some(watcher::Event::InitDone)) => watch.keep_only(&listed),
+            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
+            Ok(Some(watcher::Event::Delete(pod))) => watch.forget(&pod.uid().unwrap_or_default()),
+            Ok(None) => return,
+            Err(error) => tracing::warn!(%error, "the pod watch is interrupted"),
+        }
+    }
+}
+
+struct Watch {
+    context: Context,
+    events: Events,
+    policies: Policies,
+    /// This node's, by uid: policies may come to mean them.
+    pods: BTreeMap<String, Pod>,
+    known: BTreeMap<Key, Known>,
+    /// Pods of which something could not be guarded for a passing reason, by uid.
+    pending: BTreeSet<String>,
+    /// Those that are or were only watched, by their cgroup.
+    watched: BTreeMap<CgroupId, Watched>,
+}
+
+impl Watch {
+    async fn retry(&mut self) {
+        for uid in std::mem::take(&mut self.pending) {
+            if let Some(pod) = self.pods.get(&uid) {
+                self.apply(pod.clone()).await;
+            }
+        }
+    }
+
+    /// The policies have changed.
+    async fn apply_all(&mut self) {
+        let pods: Vec<Pod> = self.pods.values().cloned().collect();
+        for pod in pods {
+            self.apply(pod).await;
+        }
+    }
+
+    async fn apply(&mut self, pod: Pod) {
+        let mut seen = convert(&pod);
+        let uid = seen.uid.clone();
+        self.pending.remove(&uid);
+        let wishes = pod::wishes(&seen, self.policies.all());
+        for raised in pod::left_raised(&seen) {
+            let is_meant = |wish: &pod::Wish| wish.mode == Mode::Act;
+            let wish = wishes
+                .get(&raised.container)
+                .and_then(|wish| wish.as_ref().ok());
+            if self.policies.are_known() && !wish.is_some_and(is_meant) {
+                self.give_back(&seen, &raised).await;
+            }
+        }
+        let others = self
+            .keys(&uid)
+            .filter(|(_, name)| !wishes.contains_key(name));
+        let others: Vec<Key> = others.cloned().collect();
+        for key in others {
+            self.forget_cgroup(&key);
+            self.known.remove(&key);
+        }
+        for (name, wish) in wishes {
+            let key = (uid.clone(), name);
+            let done = match wish {
+                Ok(wish) if wish.mode == Mode::Act => {
+                    self.guard(&key, &pod, &mut seen, &wish).await
+                }
+                Ok(wish) => self.observe(&key, &pod, &seen, &wish),
+                Err(refusal) => {
+                    self.forget_cgroup(&key);
+                    self.refuse(&key, &pod, refusal.reason(), refusal.to_string());
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
+                tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container is not guarded");
+                self.pending.insert(uid.clone());
+            }
+        }
+        self.pods.insert(uid, pod);
+    }
+
+    /// What is known of a pod's containers.
+    fn keys<'a>(&'a self, uid: &'a str) -> impl Iterator<Item = &'a Key> {
+        let from = (uid.to_owned(), String::new());
+        let known = self.known.range(from..).map(|(key, _)| key);
+        known.take_while(move |(own, _)| own == uid)
+    }
+
+    /// Tells of a container that is only watched.
+    fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
+        let Some(watched) = self.watched.get_mut(&cgroup) else {
+            return;
+        };
+        if watched.told.is_some_and(|told| told.elapsed() < EVENTS) {
+            return;
+        }
+        let pod = watched.pod.clone();
+        match observed {
+            Observed::Kill(note) => {
+                watched.told = Some(Instant::now());
+                self.events.killed(pod, note);
+            }
+            // A kill that may follow is told all the same.
+            Observed::Raise(note) if watched.mode == Mode::Recommend => {
+                self.events.recommended(pod, note);
+            }
+            Observed::Raise(_) => {}
+        }
+    }
+
+    /// Tells why a container does not get what is asked for it, once.
+    fn refuse(&mut self, key: &Key, pod: &Pod, reason: &str, why: String) {
+        let known = self.known.entry(key.clone()).or_default();
+        if known.refusal.as_ref() != Some(&why) {
+            known.refusal = Some(why.clone());
+            self.events.refused(pod, reason, why);
+        }
+    }
+
+    fn send(&self, input: Input) {
+        if self.context.inputs.send(input).is_err() {
+            tracing::error!("the controller has ended");
+        }
+    }
+
+    /// A limit that was raised, and for which nobody asks any more, is what it was. The kubelet carries it out when usage
+    /// allows (it refuses a limit below usage and tries again).
+    async fn give_back(&self, seen: &pod::Pod, raised: &Raised) {
+        let Raised {
+            level,
+            limit,
+            original,
+            ..
+        } = raised;
+        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
+        let (parameters, patch) = (parameters(), limit_patch(*level, limit, original));
+        let patched = api.patch_resize(&seen.name, &parameters, &patch);
+        match tokio::time::timeout(TIMEOUT, patched).await {
+            Ok(Ok(_patched)) => {}
+            failed => tracing::warn!(
+                pod.name = seen.name,
+                ?failed,
+                "a limit could not be given back"
+            ),
+        }
+    }
+
+    fn forget_cgroup(&mut self, key: &Key) {
+        let known = self.known.get_mut(key);
+        if let Some(cgroup) = known.and_then(|known| known.cgroup.take()) {
+            let targets = &self.context.targets;
+            targets.with(|targets| drop(targets.remove(&cgroup)));
+            self.send(Input::Forget(cgroup));
+        }
+    }
+
+    fn forget(&mut self, uid: &str) {
+        let keys: Vec<Key> = self.keys(uid).cloned().collect();
+        for key in keys {
+            self.forget_cgroup(&key);
+            self.known.remove(&key);
+        }
+        self.watched.retain(|_, watched| watched.key.0 != uid);
+        self.pods.remove(uid);
+        self.pending.remove(uid);
+    }
+
+    fn keep_only(&mut self, listed: &[String]) {
+        let gone = self.pods.keys().filter(|uid| !listed.contains(uid));
+        let gone: Vec<String> = gone.cloned().collect();
+        for uid in gone {
+            self.forget(&uid);
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! One container of a pod: guarded, followed when somebody changes it, or only watched.
+
+use std::{path::Path, sync::Arc};
+
+use bellows_core::{
+    CgroupId, Policy, Signals, WHOLE,
+    elastic::Mode,
+    pod::{self, Level, ORIGINAL, Wish},
+};
+use kube::{Api, Resource as _, api::Patch};
+use serde_json::json;
+
+use super::{Context, Key, Known, Watch, Watched};
+use crate::{
+    actuate::resize::{TIMEOUT, Target, parameters},
+    attribution::{self, CGROUP_ROOT, api::Pod},
+    cgroup::Cgroup,
+    guard::{Input, Watching},
+};
+
+impl Watch {
+    fn policy(&self, wish: &Wish) -> Result<Policy, String> {
+        let Context {
+            cpus,
+            actuation,
+            signals,
+            shrink_after,
+            ..
+        } = &self.context;
+        let policy = Policy {
+            original: wish.rest,
+            ceiling: wish.ceiling,
+            actuation: *actuation,
+            signals: *signals,
+            patience: wish.patience,
+            cpus: *cpus,
+            shrink_after: wish.shrink_after.unwrap_or(*shrink_after),
+            usable_per_mille: WHOLE,
+        };
+        policy.validate().map_err(|error| error.to_string())
+    }
+
+    pub(super) async fn guard(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        wish: &Wish,
+    ) -> Result<(), String> {
+        let known = self.known.get(key);
+        if let Some((cgroup, policy)) = known
+            .filter(|known| known.containers == wish.running && known.mode == wish.mode)
+            .and_then(|known| Some((known.cgroup?, known.policy?)))
+        {
+            return self.follow(key, pod, seen, wish, cgroup, policy).await;
+        }
+        self.forget_cgroup(key);
+        let policy = self.policy(wish)?;
+        let cgroup = cgroup(seen, wish)?;
+        if !wish.recorded {
+            self.record_original(seen, wish).await?;
+        }
+        let target = Target {
+            namespace: seen.namespace.clone(),
+            name: seen.name.clone(),
+            container: wish.container.clone(),
+            level: wish.level,
+            limit: wish.limit_text.clone(),
+            original: (policy.original, wish.rest_text.clone()),
+            order: Arc::default(),
+        };
+        let targets = &self.context.targets;
+        targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
+        self.remember(key, wish, cgroup.id(), policy);
+        self.send(Input::Adopt(cgroup, policy, name(seen, wish)));
+        let note = format!(
+            "container {}: limit {}, at most {}{}",
+            wish.container,
+            policy.original,
+            policy.ceiling,
+            by(wish)
+        );
+        self.events.guarded(pod, note);
+        Ok(())
+    }
+
+    fn remember(&mut self, key: &Key, wish: &Wish, cgroup: CgroupId, policy: Policy) {
+        let known = Known {
+            mode: wish.mode,
+            cgroup: Some(cgroup),
+            containers: wish.running.clone(),
+            policy: Some(policy),
+            refusal: None,
+        };
+        self.known.insert(key.clone(), known);
+    }
+
+    /// Watches a container, and changes nothing.
+    pub(super) fn observe(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &pod::Pod,
+        wish: &Wish,
+    ) -> Result<(), String> {
+        let policy = self.policy(&Wish {
+            rest: wish.limit,
+            ..wish.clone()
+        });
+        let is_same = |known: &Known| {
+            known.containers == wish.running
+                && known.mode == wish.mode
+                && known.policy == policy.as_ref().ok().copied()
+        };
+        let known = self.known.get(key);
+        if known.is_some_and(|known| known.cgroup.is_some() && is_same(known)) {
+            return Ok(());
+        }
+        // It may have been guarded until now.
+        self.forget_cgroup(key);
+        let policy = policy?;
+        if self.context.signals == Signals::Files {
+            let why = "without kernel programs nobody is only watched: `bellows doctor` on the node tells what is missing";
+            self.refuse(key, pod, "NoKernelPrograms", why.to_owned());
+            return Ok(());
+        }
+        let cgroup = cgroup(seen, wish)?;
+        self.forget_watched(key);
+        let watched = Watched {
+            key: key.clone(),
+            pod: pod.object_ref(&()),
+            mode: wish.mode,
+            told: None,
+        };
+        self.watched.insert(cgroup.id(), watched);
+        self.remember(key, wish, cgroup.id(), policy);
+        self.send(Input::Observe(Watching {
+            cgroup,
+            policy,
+            name: name(seen, wish),
+            recommends: wish.mode == Mode::Recommend,
+        }));
+        let note = format!(
+            "container {}: only watched; limit {}, in mode Act at most {}{}",
+            wish.container,
+            policy.original,
+            policy.ceiling,
+            by(wish)
+        );
+        self.events.watched(pod, note);
+        Ok(())
+    }
+
+    /// Forgets the cgroups that a container had before its last one: their ids grow.
+    fn forget_watched(&mut self, key: &Key) {
+        let own = self
+            .watched
+            .iter()
+            .filter(|(_, watched)| watched.key == *key);
+        let old: Vec<CgroupId> = own.map(|(&cgroup, _)| cgroup).rev().skip(1).collect();
+        for cgroup in old {
+            self.watched.remove(&cgroup);
+        }
+    }
+
+    /// A guarded container has changed: by us, or by somebody else, who then wins.
+    async fn follow(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        wish: &Wish,
+        cgroup: CgroupId,
+        policy: Policy,
+    ) -> Result<(), String> {
+        let wanted = self.policy(wish)?;
+        if !wish.recorded {
+            self.record_original(seen, wish).await?;
+        }
+        if wish.foreign {
+            let note = format!(
+                "the limit was changed to {} by somebody else, which is the new original",
+                wish.limit
+            );
+            self.events.guarded(pod, note);
+        }
+        // Only now: a change that could not be recorded must be seen as one again.
+        self.context.targets.of(cgroup, |target| {
+            target.limit.clone_from(&wish.limit_text);
+            target.original = (wanted.original, wish.rest_text.clone());
+        });
+        if wanted != policy {
+            if let Some(known) = self.known.get_mut(key) {
+                known.policy = Some(wanted);
+            }
+            self.send(Input::Policy(cgroup, wanted));
+        }
+        Ok(())
+    }
+
+    /// Writes the limit as it was onto the pod, before anything is changed.
+    async fn record_original(&self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
+        let value = pod::with_original(seen, &wish.container, &wish.original_text);
+        let patch = json!({ "metadata": { "annotations": { ORIGINAL: value } } });
+        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
+        let (parameters, patch) = (parameters(), Patch::Merge(patch));
+        let patched = api.patch_metadata(&seen.name, &parameters, &patch);
+        match tokio::time::timeout(TIMEOUT, patched).await {
+            Ok(Ok(_patched)) => {
+                // What is recorded next of the same pod goes beside it.
+                seen.annotations.insert(ORIGINAL.to_owned(), value);
+                Ok(())
+            }
+            Ok(Err(error)) => Err(format!("its original limit cannot be recorded: {error}")),
+            Err(_elapsed) => {
+                Err("its original limit cannot be recorded: the API does not answer".to_owned())
+            }
+        }
+    }
+}
+
+/// What a container is, for people.
+fn name(seen: &pod::Pod, wish: &Wish) -> String {
+    format!("{}/{}/{}", seen.namespace, seen.name, wish.container)
+}
+
+/// Whose wish it is.
+fn by(wish: &Wish) -> String {
+    let policy = wish.policy.as_ref();
+    policy.map_or_else(String::new, |policy| format!(" (policy {policy})"))
+}
+
+/// The cgroup whose limit is meant.
+fn cgroup(seen: &pod::Pod, wish: &Wish) -> Result<Cgroup, String> {
+    let root = Path::new(CGROUP_ROOT);
+    let path = match &wish.id {
+        Some(id) => attribution::find(root, &seen.uid, id),
+        None => attribution::find_pod(root, &seen.uid),
+    };
+    let path = path.ok_or_else(|| format!("`{}` has no cgroup yet", wish.container))?;
+    let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+    match wish.level {
+        Level::Pod => cgroup.with_heirs().map_err(|error| error.to_string()),
+        Level::Container(_) => Ok(cgroup),
+    }
+}
