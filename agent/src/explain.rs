@@ -171,6 +171,9 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::Ended => "the guard ends",
     };
     match action {
+        Action::Raise { from, to } if reason == Reason::BelowRest => {
+            format!("{why}, {from}: raise to {to}")
+        }
         Action::Raise { from, to } => format!("{why} with {demand} of {from}: raise to {to}"),
         Action::Shrink { from, to } => format!("{why}, {demand} in use: lower from {from} to {to}"),
         Action::Hold => format!("{why} with {demand}: held"),

@@ -149,6 +149,9 @@ pub(crate) struct Options {
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
+    /// Only what no other bench has (faults).
+    #[arg(long)]
+    pub(crate) few: bool,
     /// Measure what follows, too (java).
     #[arg(long)]
     pub(crate) steady: bool,
@@ -185,6 +188,7 @@ impl Options {
             memory_qos: false,
             old_containerd: false,
             systemd: false,
+            few: false,
             steady: false,
             without_fixed: false,
             without_unlimited: false,
@@ -260,6 +264,7 @@ impl Options {
             (self.flip_lru, "--flip-lru"),
             (self.nested, "--nested"),
             (self.memory_qos, "--memory-qos"),
+            (self.few, "--few"),
             (self.steady, "--steady"),
             (self.without_fixed, "--without-fixed"),
             (self.without_unlimited, "--without-unlimited"),

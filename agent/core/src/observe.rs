@@ -129,6 +129,11 @@ impl Observed {
         (to > from).then_some(WouldRaise { demand, from, to })
     }
 
+    /// Its brake is somebody else's: mode Act would leave that alone, and only the freezer would be there.
+    pub const fn without_brake(&mut self) {
+        self.policy.patience.braked = Nanos(0);
+    }
+
     /// It is below its watermark again.
     pub const fn fell(&mut self) {
         self.above = None;

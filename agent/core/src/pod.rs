@@ -61,6 +61,8 @@ pub struct Container {
     pub id: Option<String>,
     /// `resources.limits.memory` as written.
     pub memory_limit: Option<String>,
+    /// `resources.requests.memory` as written: no limit may be below it.
+    pub memory_request: Option<String>,
     /// The field manager that has set it to what it is; `None` where the API does not say.
     pub limit_manager: Option<String>,
     /// Whether `resizePolicy` restarts it when memory changes.
@@ -221,7 +223,8 @@ pub type Wishes = BTreeMap<String, Result<Wish, Refusal>>;
 
 /// Whom a pod's annotations and the policies mean; nobody if it is ending, or opts out.
 ///
-/// With a size or a container in them the annotations are all that holds; else their mode holds in place of a policy's.
+/// With a size or a container in them the annotations are all that holds, but for the mode, which may be a policy's;
+/// else their mode holds in place of a policy's.
 #[must_use]
 pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     // What concerns no container in particular stands under no name.
@@ -236,6 +239,8 @@ pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     let names = [MAX_MEMORY, CONTAINER];
     let is_sized = names.iter().any(|name| pod.annotations.contains_key(*name));
     let by_policies = by_policies(pod, mode, policies);
+    let mut wished = by_policies.values().flatten();
+    let mode = mode.or_else(|| wished.next().map(|wish| wish.mode));
     match mode {
         Some(mode) if is_sized || by_policies.is_empty() => match by_annotations(pod, mode) {
             Ok(wish) => wish
@@ -245,6 +250,17 @@ pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
             Err(refusal) => refused(refusal),
         },
         _ => by_policies,
+    }
+}
+
+/// Whether it depends on policies what is asked for a pod.
+#[must_use]
+pub fn needs_policies(pod: &Pod) -> bool {
+    let is_complete = pod.annotations.contains_key(MAX_MEMORY);
+    match mode(pod) {
+        Ok(None) => true,
+        Ok(Some(Mode::Off)) | Err(_) => false,
+        Ok(Some(_)) => !is_complete,
     }
 }
 
@@ -371,20 +387,21 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
             .is_some_and(|(original, _)| *original != limit);
     let recorded = recorded.filter(|_| !foreign);
     let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.to_owned()));
-    let rest = floor.map_or(original, |floor| floor.min(original));
+    let least = least(pod, level);
+    let rest = floor.map_or(original, |floor| floor.max(least).min(original));
     let rest_text = if rest < original {
         quantity::format(rest)
     } else {
         original_text.clone()
     };
-    if ceiling < rest {
+    if ceiling < original {
         let whose = policy.as_ref().map_or_else(
             || format!("annotation {MAX_MEMORY}"),
             |policy| format!("memory.max of the policy {policy}"),
         );
         return Err(Refusal::MaximumBelowLimit {
             whose,
-            limit: rest,
+            limit: original,
             ceiling,
         });
     }
@@ -418,6 +435,17 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
     }))
 }
 
+/// The least limit that a container may have: no less than its request, nor the same, which might make another QoS class
+/// of the pod's.
+fn least(pod: &Pod, level: Level) -> Bytes {
+    let request = match level {
+        Level::Pod => None,
+        Level::Container(index) => pod.containers[index].memory_request.as_ref(),
+    };
+    let request = request.and_then(|request| quantity::parse(request).ok());
+    request.map_or(Bytes::ZERO, |request| request.plus(Bytes::mib(1)))
+}
+
 /// A limit that was left raised, of a container that is not guarded any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Raised {
@@ -429,6 +457,8 @@ pub struct Raised {
     pub limit: String,
     /// The limit as it was, as it was written.
     pub original: String,
+    /// The runtime's id of the container while it runs.
+    pub id: Option<String>,
 }
 
 /// What is left raised of a pod: its limit is ours, and above the original that stands on it. It can be so
@@ -445,13 +475,18 @@ pub fn left_raised(pod: &Pod) -> Vec<Raised> {
 }
 
 fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
-    let (level, limit, manager) = if name == WHOLE_POD {
-        (Level::Pod, &pod.memory_limit, &pod.limit_manager)
+    let (level, limit, manager, id) = if name == WHOLE_POD {
+        (Level::Pod, &pod.memory_limit, &pod.limit_manager, None)
     } else {
         let mut containers = pod.containers.iter().enumerate();
         let (index, container) = containers.find(|(_, container)| container.name == name)?;
         let (limit, manager) = (&container.memory_limit, &container.limit_manager);
-        (Level::Container(index), limit, manager)
+        (
+            Level::Container(index),
+            limit,
+            manager,
+            container.id.clone(),
+        )
     };
     let limit = limit.as_ref()?;
     let is_ours = manager.as_deref() == Some(MANAGER);
@@ -462,6 +497,7 @@ fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
         level,
         limit: limit.clone(),
         original: original.to_owned(),
+        id,
     })
 }
 
@@ -598,6 +634,7 @@ mod tests {
                 name: "app".to_owned(),
                 id: Some("c1".to_owned()),
                 memory_limit: Some("64Mi".to_owned()),
+                memory_request: Some("16Mi".to_owned()),
                 limit_manager: Some("kubectl".to_owned()),
                 restarts_on_resize: false,
                 probes: Vec::new(),
@@ -649,6 +686,7 @@ mod tests {
             level: Level::Container(0),
             limit: "600Mi".to_owned(),
             original: "64Mi".to_owned(),
+            id: Some("c1".to_owned()),
         };
         assert_eq!(left_raised(&pod), [raised]);
         pod.annotations
@@ -803,6 +841,12 @@ mod tests {
         assert_eq!(of(&[(MODE, "Off")]), None);
         assert_eq!(of(&[(MODE, "Observe")]), Some((Mode::Observe, 512)));
         assert_eq!(of(&[ACT, MAX]), Some((Mode::Act, 1024)));
+        assert_eq!(of(&[MAX]), Some((Mode::Act, 1024)));
+        let needs = |annotations: &[(&str, &str)]| needs_policies(&pod(annotations));
+        assert_eq!(
+            [&[][..], &[MAX], &[ACT], &[ACT, MAX], &[(MODE, "Off")]].map(needs),
+            [true, true, true, false, false]
+        );
     }
 
     #[test]
@@ -814,6 +858,13 @@ mod tests {
         assert_eq!(
             (wish.rest, wish.rest_text.as_str(), wish.original),
             (Bytes::mib(32), "32Mi", Bytes::mib(64))
+        );
+        // No limit may be below a request.
+        floored.containers[0].memory.as_mut().unwrap().floor = Some(Bytes::mib(8));
+        let wish = wishes_of(&floored).remove("app").unwrap().unwrap();
+        assert_eq!(
+            (wish.rest, wish.rest_text.as_str()),
+            (Bytes::mib(17), "17Mi")
         );
         let refusal = wishes_of(&policy("dev/small", Mode::Act, None, 16)).remove("app");
         let refusal = refusal.unwrap().unwrap_err().to_string();

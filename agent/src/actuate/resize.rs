@@ -1,11 +1,12 @@
 //! Changing a pod's limit through the API: the `resize` subresource (Kubernetes 1.33 and later).
 //!
 //! A JSON patch with a `test` on the old value, so that a change by somebody else is a conflict and
-//! not overwritten; a resourceVersion would conflict with every status update. Only the memory limit
-//! of one container is touched. The patch returning means that the API has taken it; that it is in
-//! force is seen in the cgroup, which is why success is not answered here.
+//! not overwritten; a resourceVersion would conflict with every status update. Only memory limits
+//! are touched: one container's, and those of others beside it whose lowering is taken back. The patch returning means
+//! that the API has taken it; that it is in force is seen in the cgroup, which is why success is not answered here.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
@@ -28,7 +29,7 @@ use crate::{
         api::Pod,
         pods::{limit_at, limit_manager},
     },
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Limit},
     guard::{Input, Refused, Requester, told_kill, told_raise},
     ledger::Record,
     metrics::{self, Call, METRICS},
@@ -44,6 +45,10 @@ pub struct Target {
     pub namespace: String,
     /// Name of the pod.
     pub name: String,
+    /// Its uid: another may have its name.
+    pub uid: String,
+    /// The guarded cgroup.
+    pub cgroup: Cgroup,
     /// The container.
     pub container: String,
     /// Where its limit stands in the spec.
@@ -52,8 +57,23 @@ pub struct Target {
     pub limit: String,
     /// The limit at rest, as it was written: what to write back.
     pub original: (Bytes, String),
-    /// One request at a time: a raise must not overtake the lowering that it answers.
-    pub order: Arc<tokio::sync::Mutex<()>>,
+    /// One request of a pod at a time: a raise must not overtake the lowering that it answers, and the kubelet carries
+    /// out all of a pod's resize or nothing of it.
+    pub order: Order,
+}
+
+/// Held while a request of a pod is under way.
+pub type Order = Arc<tokio::sync::Mutex<()>>;
+
+/// A change of one limit.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Where it stands.
+    pub level: Level,
+    /// What it must be.
+    pub from: String,
+    /// What it becomes.
+    pub to: String,
 }
 
 /// Sends resizes.
@@ -66,9 +86,11 @@ pub struct Resizer {
     observed: UnboundedSender<(CgroupId, Observed)>,
 }
 
-/// What is told of a container that is only watched.
+/// What the watch of pods is told of a container.
 #[derive(Clone, Debug)]
 pub enum Observed {
+    /// It is neither guarded nor watched, although it should be.
+    NotGuarded,
     /// A kill.
     Kill(String),
     /// A raise that it would have got.
@@ -135,16 +157,20 @@ impl Resizer {
     async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
         let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
         let _turn = order.lock().await;
-        let first = self.patch(cgroup, to).await;
+        let beside = self.lowerings_beside(cgroup, to)?;
+        let is_alone = beside.is_empty();
+        let first = self.patch(cgroup, to, beside).await;
         // 422: the test on the old value failed, or the value itself is refused. If the value in the
         // spec is ours, it was the former, and only our knowledge was old.
         match first {
-            Err((refused, Some(422))) if self.catch_up(cgroup).await? => {
+            // What is known of those beside it may be old, too.
+            Err((refused, Some(422))) if self.catch_up(cgroup).await? || !is_alone => {
                 tracing::debug!(
                     why = refused.why,
                     "patching again from the value in the spec"
                 );
-                self.patch(cgroup, to).await.map_err(|(refused, _)| refused)
+                let patched = self.patch(cgroup, to, BTreeMap::new()).await;
+                patched.map_err(|(refused, _)| refused)
             }
             result => result.map_err(|(refused, _)| refused),
         }
@@ -169,7 +195,12 @@ impl Resizer {
         })
     }
 
-    async fn patch(&self, cgroup: CgroupId, to: Bytes) -> Result<(), (Refused, Option<u16>)> {
+    async fn patch(
+        &self,
+        cgroup: CgroupId,
+        to: Bytes,
+        beside: BTreeMap<CgroupId, Change>,
+    ) -> Result<(), (Refused, Option<u16>)> {
         let (target, value) = self
             .target(cgroup, |target| {
                 let (original, text) = &target.original;
@@ -181,7 +212,14 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
-        let patch = limit_patch(target.level, &target.limit, &value);
+        let own = Change {
+            level: target.level,
+            from: target.limit.clone(),
+            to: value.clone(),
+        };
+        let changes = [own].into_iter().chain(beside.values().cloned());
+        let changes: Vec<Change> = changes.collect();
+        let patch = limits_patch(&target.uid, &changes);
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let patched = pods
             .patch_resize(&target.name, &parameters(), &patch)
@@ -200,11 +238,48 @@ impl Resizer {
                 );
                 (Refused { why, uncertain }, code)
             })?;
+        for (cgroup, change) in beside {
+            // One that is gone needs no limit.
+            self.targets.of(cgroup, |target| target.limit = change.to);
+        }
         if let Some(limit) = limit_at(&patched, target.level) {
             self.target(cgroup, |target| target.limit = limit)
                 .map_err(|refused| (refused, None))?;
         }
         Ok(())
+    }
+
+    /// Lowerings of a pod's other containers that are not in force. The kubelet carries out all of a pod's resize or
+    /// nothing (`validateMemoryResizeAction`, pkg/kubelet/kuberuntime/kuberuntime_manager.go, 1.37): a raise must not wait
+    /// for a lowering that it refuses, so it takes that back. It is asked for again later. None for a lowering.
+    fn lowerings_beside(
+        &self,
+        cgroup: CgroupId,
+        to: Bytes,
+    ) -> Result<BTreeMap<CgroupId, Change>, Refused> {
+        let (uid, limit) = self.target(cgroup, |target| {
+            (target.uid.clone(), quantity::parse(&target.limit))
+        })?;
+        if limit.is_ok_and(|limit| to <= limit) {
+            return Ok(BTreeMap::new());
+        }
+        Ok(self.targets.with(|targets| {
+            let beside = targets.iter();
+            let beside = beside.filter(|(id, target)| **id != cgroup && target.uid == uid);
+            let waiting = beside.filter_map(|(&id, target)| {
+                let Limit::At(in_force) = target.cgroup.limit("memory.max").ok()? else {
+                    return None;
+                };
+                let asked = quantity::parse(&target.limit).ok()?;
+                let change = Change {
+                    level: target.level,
+                    from: target.limit.clone(),
+                    to: quantity::format(in_force),
+                };
+                (asked.page_floor() < in_force).then_some((id, change))
+            });
+            waiting.collect()
+        }))
     }
 }
 
@@ -225,27 +300,32 @@ pub fn parameters() -> PatchParams {
     }
 }
 
-/// Replaces a memory limit if it is still `from`.
+/// Replaces memory limits of a pod if each is still what it was.
 #[must_use]
-pub fn limit_patch(level: Level, from: &str, to: &str) -> Patch<()> {
+pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
     let limit = ["resources", "limits", "memory"];
-    let path = match level {
-        Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
-        Level::Container(index) => {
-            let index = index.to_string();
-            PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
-        }
-    };
-    Patch::Json(json_patch::Patch(vec![
+    let test = |path, value: &str| {
         PatchOperation::Test(TestOperation {
-            path: path.clone(),
-            value: from.into(),
-        }),
-        PatchOperation::Replace(ReplaceOperation {
             path,
-            value: to.into(),
-        }),
-    ]))
+            value: value.into(),
+        })
+    };
+    let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
+    for Change { level, from, to } in changes {
+        let path = match level {
+            Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
+            Level::Container(index) => {
+                let index = index.to_string();
+                PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
+            }
+        };
+        operations.push(test(path.clone(), from));
+        operations.push(PatchOperation::Replace(ReplaceOperation {
+            path,
+            value: to.as_str().into(),
+        }));
+    }
+    Patch::Json(json_patch::Patch(operations))
 }
 
 /// What an error of the client means: an answer of the API is definite, anything else may have
@@ -287,5 +367,41 @@ impl Requester for Resizer {
         };
         // A watch that has ended tells nobody.
         drop(self.observed.send((cgroup.id(), observed)));
+    }
+
+    fn not_guarded(&mut self, cgroup: CgroupId) {
+        // A watch that has ended tries nobody again.
+        drop(self.observed.send((cgroup, Observed::NotGuarded)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patch_tests_whose_it_is_and_what_was() {
+        let change = |level, from: &str, to: &str| Change {
+            level,
+            from: from.to_owned(),
+            to: to.to_owned(),
+        };
+        let changes = [
+            change(Level::Container(1), "64Mi", "512Mi"),
+            change(Level::Pod, "1Gi", "2Gi"),
+        ];
+        let Patch::Json(patch) = limits_patch("0f8c", &changes) else {
+            panic!("no JSON patch")
+        };
+        let container = "/spec/containers/1/resources/limits/memory";
+        let pod = "/spec/resources/limits/memory";
+        let expected = serde_json::json!([
+            { "op": "test", "path": "/metadata/uid", "value": "0f8c" },
+            { "op": "test", "path": container, "value": "64Mi" },
+            { "op": "replace", "path": container, "value": "512Mi" },
+            { "op": "test", "path": pod, "value": "1Gi" },
+            { "op": "replace", "path": pod, "value": "2Gi" },
+        ]);
+        assert_eq!(serde_json::to_value(patch).unwrap(), expected);
     }
 }

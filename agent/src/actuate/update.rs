@@ -58,6 +58,8 @@ pub struct Target {
     pub said: Option<LinuxContainerResources>,
     /// Its pod.
     pub pod: Option<Arc<Pod>>,
+    /// Whether the controller could not guard it: to be tried again.
+    pub is_unguarded: bool,
     /// What is asked for and not yet on its way.
     pub(super) wanted: Option<Bytes>,
     /// Whether a memory limit is asked for that the runtime does not know yet.
@@ -84,6 +86,7 @@ impl Target {
             original,
             said,
             pod,
+            is_unguarded: false,
             wanted: None,
             is_moving: false,
             quota_moved: None,
@@ -435,5 +438,9 @@ impl Requester for Updater {
 
     fn record(&mut self, cgroup: &Cgroup, record: &Record) {
         tracing::info!(path = %cgroup.path().display(), ?record, "ledger");
+    }
+
+    fn not_guarded(&mut self, cgroup: CgroupId) {
+        self.targets.of(cgroup, |target| target.is_unguarded = true);
     }
 }

@@ -42,6 +42,7 @@ pub(super) struct Container {
 pub(super) struct Resources {
     /// Quantities as they were written.
     pub(super) limits: Option<BTreeMap<String, Quantity>>,
+    pub(super) requests: Option<BTreeMap<String, Quantity>>,
 }
 
 /// The API prints quantities as text, and takes numbers.
@@ -65,6 +66,11 @@ impl Resources {
     /// The memory limit as it was written.
     pub(super) fn memory_limit(&self) -> Option<String> {
         Some(self.limits.as_ref()?.get("memory")?.text())
+    }
+
+    /// The memory request as it was written.
+    pub(super) fn memory_request(&self) -> Option<String> {
+        Some(self.requests.as_ref()?.get("memory")?.text())
     }
 }
 

@@ -37,6 +37,10 @@ pub fn convert(pod: &api::Pod) -> Pod {
                 .resources
                 .as_ref()
                 .and_then(api::Resources::memory_limit),
+            memory_request: container
+                .resources
+                .as_ref()
+                .and_then(api::Resources::memory_request),
             limit_manager: limit_manager(pod, &container.name),
             restarts_on_resize: restarts
                 .filter(|policy| policy.resource_name == "memory")
@@ -196,6 +200,7 @@ mod tests {
             panic!("{seen:?}")
         };
         assert_eq!(app.memory_limit.as_deref(), Some("67108864"));
+        assert_eq!(app.memory_request.as_deref(), Some("32Mi"));
         assert_eq!(app.id.as_deref(), Some("abc"));
         assert!(app.restarts_on_resize);
         let kinds: Vec<_> = app.probes.iter().map(|probe| probe.kind).collect();

@@ -389,6 +389,10 @@ impl Requester for Delayed {
     fn record(&mut self, _cgroup: &Cgroup, record: &Record) {
         tracing::debug!(?record, "ledger");
     }
+
+    fn not_guarded(&mut self, cgroup: CgroupId) {
+        tracing::error!(cgroup.id = cgroup.0, "the command is not guarded");
+    }
 }
 
 impl Delayed {

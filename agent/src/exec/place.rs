@@ -55,12 +55,29 @@ pub(crate) fn enter_scope() -> Result<(), PlaceError> {
     let error = Command::new("systemd-run")
         .args(["--scope", "--quiet", "--collect", "--property=Delegate=yes"])
         .arg(format!("--unit=bellows-exec-{}", std::process::id()))
+        .args(takes_words_as_they_are()?)
         .arg("--")
         .arg(executable)
         .args(env::args_os().skip(1))
         .env(SCOPE_VARIABLE, "1")
         .exec();
     Err(PlaceError::SystemdRun(error))
+}
+
+/// What keeps `systemd-run` from expanding `$` in the command: it does so for scopes, too, in newer versions (seen
+/// with 262), unless it is told not to, which it can be from 254 on (its NEWS).
+fn takes_words_as_they_are() -> Result<Option<&'static str>, PlaceError> {
+    let told = Command::new("systemd-run").arg("--version").output();
+    let told = told.map_err(PlaceError::SystemdRun)?.stdout;
+    let version = version(&String::from_utf8_lossy(&told));
+    Ok((version >= Some(254)).then_some("--expand-environment=no"))
+}
+
+/// `systemd 252 (252.38-1~deb12u1)`, and more lines.
+fn version(told: &str) -> Option<u32> {
+    let version = told.split_whitespace().nth(1)?;
+    let end = version.find(|letter: char| !letter.is_ascii_digit());
+    version[..end.unwrap_or(version.len())].parse().ok()
 }
 
 /// A cgroup below which the command's one is made.
@@ -153,4 +170,18 @@ pub(crate) fn remove_tree(cgroup: &Cgroup) -> Result<(), CgroupError> {
         .children()
         .try_for_each(|child| remove_tree(&child?))?;
     cgroup.remove()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_systemd_is_understood() {
+        let told = "systemd 252 (252.38-1~deb12u1)\n+PAM +AUDIT";
+        assert_eq!(version(told), Some(252));
+        assert_eq!(version("systemd 259~rc1-1"), Some(259));
+        assert_eq!(version("systemd v1"), None);
+        assert_eq!(version(""), None);
+    }
 }

@@ -78,6 +78,8 @@ pub enum Input {
     Observe(Watching),
     /// A guarded cgroup's rules have changed.
     Policy(CgroupId, Policy),
+    /// A guarded cgroup's limit is below the one at rest, and not because somebody else wants it so: raise it.
+    ToRest(CgroupId),
     /// Guard or watch it no more.
     Forget(CgroupId),
     /// End.
@@ -106,6 +108,9 @@ pub trait Requester {
 
     /// Takes note of what was decided and observed, for people.
     fn record(&mut self, cgroup: &Cgroup, record: &Record);
+
+    /// Takes note that a cgroup is neither guarded nor watched, although it should be.
+    fn not_guarded(&mut self, cgroup: CgroupId);
 }
 
 /// Why a cgroup cannot be guarded.
@@ -290,17 +295,21 @@ impl<R: Requester> Controller<R> {
                 }
             }
             Input::Adopt(cgroup, policy, name) => {
-                let path = cgroup.path().to_owned();
+                let (path, id) = (cgroup.path().to_owned(), cgroup.id());
                 if let Err(error) = self.adopt(cgroup, policy, name) {
+                    self.requester.not_guarded(id);
                     tracing::error!(path = %path.display(), %error, "cannot guard a container");
                 }
             }
             Input::Observe(watching) => {
-                let path = watching.cgroup.path().to_owned();
+                let cgroup = &watching.cgroup;
+                let (path, id) = (cgroup.path().to_owned(), cgroup.id());
                 if let Err(error) = self.observe(watching) {
+                    self.requester.not_guarded(id);
                     tracing::error!(path = %path.display(), %error, "cannot watch a container");
                 }
             }
+            Input::ToRest(id) => self.raise_to_rest(id),
             Input::Forget(id) => {
                 self.stop_observing(id);
                 drop(self.forget(id));

@@ -83,14 +83,10 @@ impl Watched {
 
 impl<R: Requester> Controller<R> {
     /// Watches a cgroup, or goes on with other rules.
-    pub(super) fn observe(&mut self, mut watching: Watching) -> Result<(), GuardError> {
+    pub(super) fn observe(&mut self, watching: Watching) -> Result<(), GuardError> {
         let cgroup = &watching.cgroup;
         let id = cgroup.id();
         let limit = cgroup.limit_in_force()?;
-        if cgroup.limit("memory.high")? != Limit::Max {
-            // Somebody else's, which mode Act would leave alone: only the freezer would be there.
-            watching.policy.patience.braked = Nanos(0);
-        }
         let pod = cgroup
             .path()
             .parent()
@@ -178,6 +174,17 @@ impl<R: Requester> Controller<R> {
             return;
         }
         watched.is_armed = false;
+        let cgroup = &watched.watching.cgroup;
+        if cgroup
+            .limit("memory.high")
+            .is_ok_and(|high| high != Limit::Max)
+        {
+            watched.observed.without_brake();
+        }
+        // Whoever was killed before was not so by this limit.
+        if let Ok(events) = cgroup.events() {
+            watched.kills = events.oom_kill;
+        }
         self.reflex.send(Command::Watch(id, None));
         let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));
         let (grown, within) = (

@@ -68,6 +68,21 @@ impl<R: Requester> Controller<R> {
         Ok(())
     }
 
+    /// Raises a limit that was left below the one at rest by other rules.
+    pub(super) fn raise_to_rest(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get(&id) else {
+            return;
+        };
+        let (from, to) = (guarded.limit, guarded.policy.original);
+        let is_busy = guarded.requested.is_some() || now() < guarded.raise_not_before;
+        if from < to
+            && !is_busy
+            && let Err(error) = self.carry_out(id, Action::Raise { from, to }, Reason::BelowRest)
+        {
+            tracing::warn!(cgroup.id = id.0, %error, "a limit stays below the one at rest");
+        }
+    }
+
     /// Makes room for a lower limit, on a thread of its own: giving back gibibytes of dirty page cache takes
     /// seconds, in which others must get their raises.
     fn make_room(&mut self, id: CgroupId, to: Bytes) -> Result<(), GuardError> {

@@ -193,6 +193,16 @@ impl Bed {
         }
     }
 
+    fn remove_policy(&self) -> Result<()> {
+        let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
+        self.tasks.block_on(async {
+            let (resource, _) = pinned_kind(&self.client, &kind).await?;
+            let policies = self.api(Some("default"), &resource);
+            policies.delete("elastic", &DeleteParams::default()).await?;
+            Ok(())
+        })
+    }
+
     fn pods(&self) -> Api<Pod> {
         Api::namespaced(self.client.clone(), NAMESPACE)
     }
@@ -346,11 +356,12 @@ fn wrong_policies(bed: &Bed) -> Result<()> {
             json!({ "memory": { "max": "1Gi", "shrinkAfter": "soon" } }),
             "shrinkAfter",
         ),
-        (
-            json!({ "memory": { "maximum": "1Gi", "max": "1Gi" } }),
-            "maximum",
-        ),
         (json!({ "cpu": { "max": "1m" } }), "cpu.max"),
+        (json!({ "cpu": { "max": 0 } }), "cpu.max"),
+        (
+            json!({ "memory": { "max": "1Gi", "shrinkAfter": "25h" } }),
+            "no time from 1s to 24h",
+        ),
         (json!({ "boosts": [{ "on": {}, "cpu": 2 }] }), "one trigger"),
         (
             json!({ "boosts": [{ "on": { "start": true } }] }),
@@ -369,7 +380,19 @@ fn wrong_policies(bed: &Bed) -> Result<()> {
             }
         }
     }
-    Ok(())
+    // What the server does not know is refused by the agent.
+    bed.apply(policy(
+        &json!({ "memory": { "maximum": "2Gi", "max": "1Gi" } }),
+    ))?;
+    let mut last = Vec::new();
+    let told = wait("an Event InvalidPolicy", Duration::from_secs(30), || {
+        last = bed.cluster.events("elastic")?;
+        Ok(last
+            .iter()
+            .any(|(reason, note)| reason == "InvalidPolicy" && note.contains("`max`")))
+    });
+    told.with_context(|| format!("{last:?}"))?;
+    bed.remove_policy()
 }
 
 fn by_policy(bed: &Bed) -> Result<()> {
@@ -443,13 +466,7 @@ fn by_policy(bed: &Bed) -> Result<()> {
         originals.contains("load=64Mi") && originals.contains("side=64Mi"),
         "the originals are `{originals}`"
     );
-    let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
-    bed.tasks.block_on(async {
-        let (resource, _) = pinned_kind(&bed.client, &kind).await?;
-        let policies = bed.api(Some("default"), &resource);
-        policies.delete("elastic", &DeleteParams::default()).await?;
-        Ok::<_, anyhow::Error>(())
-    })?;
+    bed.remove_policy()?;
     wait(
         "nothing of it is guarded any more",
         Duration::from_secs(60),
@@ -519,6 +536,13 @@ fn least_privilege(bed: &Bed) -> Result<()> {
             "PATCH",
             "pods/elsewhere",
             annotation(pod::ORIGINAL),
+            false,
+        ),
+        (
+            "a CPU limit",
+            "PATCH",
+            "pods/own/resize",
+            json!({ "spec": { "containers": [{ "name": "load", "resources": { "limits": { "cpu": "1" } } }] } }),
             false,
         ),
         (

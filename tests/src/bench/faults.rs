@@ -48,6 +48,9 @@ pub(crate) struct Options {
     /// Seed of the cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Only what no other bench has.
+    #[arg(long)]
+    few: bool,
 }
 
 /// What the agent was doing when it was killed.
@@ -98,6 +101,19 @@ const FAULTS: [Fault; 11] = [
 ];
 
 impl Fault {
+    /// Whether something like it is in no other bench: a runtime that hangs is in `container-edges`, deaths while it rests
+    /// or holds in `deaths`.
+    fn is_only_here(self) -> bool {
+        ![
+            Self::RequestsLate,
+            Self::AnswersLate,
+            Self::AgentKilled(Step::Rest),
+            Self::AgentKilled(Step::Held),
+            Self::AgentKilled(Step::Asked),
+        ]
+        .contains(&self)
+    }
+
     /// The metric that must tell of it.
     const fn metric(self) -> Option<&'static str> {
         match self {
@@ -205,9 +221,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     };
     bed.start_agent()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
-    let possible = FAULTS
-        .into_iter()
-        .filter(|&fault| fault != Fault::DaemonReload || has_systemd());
+    let is_possible = |fault: &Fault| {
+        (*fault != Fault::DaemonReload || has_systemd()) && (!options.few || fault.is_only_here())
+    };
+    let possible = FAULTS.into_iter().filter(is_possible);
     let possible: Vec<Fault> = possible.collect();
     for round in 0..options.n {
         for (number, &fault) in possible.iter().enumerate() {

@@ -7,6 +7,7 @@ use bellows_core::{
 
 use super::{Context, Watch, text};
 use crate::{
+    actuate::update::Target,
     cgroup::{Cgroup, Limit},
     cri::{memory_limit, resources},
     guard::Input,
@@ -23,6 +24,13 @@ impl Watch {
         cgroup: &Cgroup,
         rules: Option<MemoryRules>,
     ) -> Result<(), String> {
+        let targets = self.context.updater.targets();
+        let is_unguarded = |target: &mut Target| std::mem::take(&mut target.is_unguarded);
+        if targets.of(cgroup.id(), is_unguarded) == Some(true)
+            && let Some(known) = self.known.get_mut(id)
+        {
+            known.memory = None;
+        }
         let is_guarded = self
             .known
             .get(id)

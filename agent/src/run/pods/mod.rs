@@ -11,6 +11,7 @@ mod policies;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     pin::pin,
     sync::mpsc::SyncSender,
     time::Duration,
@@ -19,7 +20,8 @@ use std::{
 use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals,
     elastic::Mode,
-    pod::{self, Raised},
+    pod::{self, Level, ORIGINAL, Raised, Refusal},
+    quantity,
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -35,10 +37,12 @@ use tokio::{
 use super::events::Events;
 use crate::{
     actuate::{
-        resize::{Observed, TIMEOUT, Target, limit_patch, parameters},
+        resize::{Change, Observed, Order, TIMEOUT, Target, limits_patch, parameters},
+        shrink,
         targets::Targets,
     },
-    attribution::{api::Pod, pods::convert},
+    attribution::{self, CGROUP_ROOT, api::Pod, pods::convert},
+    cgroup::Cgroup,
     guard::Input,
 };
 use policies::Policies;
@@ -59,6 +63,8 @@ pub(super) struct Context {
 
 /// How often a pod is tried again that could not be guarded for a passing reason.
 const RETRY: Duration = Duration::from_secs(2);
+/// For how long they are, one after the other.
+const RETRIES: Duration = Duration::from_secs(1);
 /// Shortest time between two Events of one container that is only watched: one whose workers are killed one after the
 /// other would fill the API with them.
 const EVENTS: Duration = Duration::from_secs(60);
@@ -100,7 +106,10 @@ pub(super) async fn watch(context: Context) {
         pods: BTreeMap::new(),
         known: BTreeMap::new(),
         pending: BTreeSet::new(),
+        retried: String::new(),
         watched: BTreeMap::new(),
+        originals: BTreeMap::new(),
+        orders: BTreeMap::new(),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);
@@ -150,17 +159,40 @@ struct Watch {
     known: BTreeMap<Key, Known>,
     /// Pods of which something could not be guarded for a passing reason, by uid.
     pending: BTreeSet<String>,
+    /// Where among them the next is looked for.
+    retried: String,
     /// Those that are or were only watched, by their cgroup.
     watched: BTreeMap<CgroupId, Watched>,
+    /// Originals that were written onto pods: what the API says of a pod may be older than that.
+    originals: BTreeMap<Key, String>,
+    /// Of each pod with something guarded in it.
+    orders: BTreeMap<String, Order>,
 }
 
 impl Watch {
+    /// Tries pods again, in turn: each may wait for the API for long, and what is new must not wait for all of them.
     async fn retry(&mut self) {
-        for uid in std::mem::take(&mut self.pending) {
-            if let Some(pod) = self.pods.get(&uid) {
-                self.apply(pod.clone()).await;
+        let begun = Instant::now();
+        for _ in 0..self.pending.len() {
+            self.retry_next().await;
+            if begun.elapsed() >= RETRIES {
+                return;
             }
         }
+    }
+
+    async fn retry_next(&mut self) {
+        let next = self.pending.range(self.retried.clone()..).next();
+        let next = next.or_else(|| self.pending.iter().next()).cloned();
+        let Some(uid) = next else {
+            return;
+        };
+        self.pending.remove(&uid);
+        if let Some(pod) = self.pods.get(&uid) {
+            self.apply(pod.clone()).await;
+        }
+        // The next one after it.
+        self.retried = uid + "\0";
     }
 
     /// The policies have changed.
@@ -172,17 +204,32 @@ impl Watch {
     }
 
     async fn apply(&mut self, pod: Pod) {
-        let mut seen = convert(&pod);
+        let mut seen = self.seen(&pod);
         let uid = seen.uid.clone();
         self.pending.remove(&uid);
-        let wishes = pod::wishes(&seen, self.policies.all());
+        let are_known = self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen);
+        let mut wishes = pod::wishes(&seen, self.policies.all());
+        if !are_known {
+            // A policy may yet say it.
+            wishes.retain(|_, wish| !matches!(wish, Err(Refusal::NoMaximum)));
+        }
         for raised in pod::left_raised(&seen) {
             let is_meant = |wish: &pod::Wish| wish.mode == Mode::Act;
             let wish = wishes
                 .get(&raised.container)
                 .and_then(|wish| wish.as_ref().ok());
-            if self.policies.are_known() && !wish.is_some_and(is_meant) {
-                self.give_back(&seen, &raised).await;
+            if are_known
+                && !wish.is_some_and(is_meant)
+                && let Err(why) = self.give_back(&seen, &raised).await
+            {
+                tracing::warn!(
+                    pod.namespace = seen.namespace,
+                    pod.name = seen.name,
+                    container = raised.container,
+                    why,
+                    "a limit is not given back yet"
+                );
+                self.pending.insert(uid.clone());
             }
         }
         let others = self
@@ -214,6 +261,21 @@ impl Watch {
         self.pods.insert(uid, pod);
     }
 
+    /// A pod as the API has it, with what was written onto it since.
+    fn seen(&self, pod: &Pod) -> pod::Pod {
+        let mut seen = convert(pod);
+        let own = self.originals.range((seen.uid.clone(), String::new())..);
+        let own = own.take_while(|((uid, _), _)| *uid == seen.uid);
+        let written: Vec<(&str, &str)> = own
+            .map(|((_, name), original)| (name.as_str(), original.as_str()))
+            .collect();
+        for (name, original) in written {
+            let value = pod::with_original(&seen, name, original);
+            seen.annotations.insert(ORIGINAL.to_owned(), value);
+        }
+        seen
+    }
+
     /// What is known of a pod's containers.
     fn keys<'a>(&'a self, uid: &'a str) -> impl Iterator<Item = &'a Key> {
         let from = (uid.to_owned(), String::new());
@@ -223,6 +285,9 @@ impl Watch {
 
     /// Tells of a container that is only watched.
     fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
+        if matches!(observed, Observed::NotGuarded) {
+            return self.try_again(cgroup);
+        }
         let Some(watched) = self.watched.get_mut(&cgroup) else {
             return;
         };
@@ -239,7 +304,16 @@ impl Watch {
             Observed::Raise(note) if watched.mode == Mode::Recommend => {
                 self.events.recommended(pod, note);
             }
-            Observed::Raise(_) => {}
+            Observed::Raise(_) | Observed::NotGuarded => {}
+        }
+    }
+
+    /// The controller could not guard or watch a container.
+    fn try_again(&mut self, cgroup: CgroupId) {
+        let mut known = self.known.iter_mut();
+        if let Some((key, known)) = known.find(|(_, known)| known.cgroup == Some(cgroup)) {
+            known.cgroup = None;
+            self.pending.insert(key.0.clone());
         }
     }
 
@@ -258,26 +332,54 @@ impl Watch {
         }
     }
 
-    /// A limit that was raised, and for which nobody asks any more, is what it was. The kubelet carries it out when usage
-    /// allows (it refuses a limit below usage and tries again).
-    async fn give_back(&self, seen: &pod::Pod, raised: &Raised) {
+    /// A limit that was raised, and for which nobody asks any more, is what it was, as soon as usage allows it: the kubelet
+    /// refuses one below usage, does not look again until the pod changes, and carries out no other resize of the pod
+    /// meanwhile.
+    async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), String> {
         let Raised {
             level,
             limit,
             original,
+            id,
             ..
         } = raised;
+        let root = Path::new(CGROUP_ROOT);
+        let path = match (level, id) {
+            (Level::Pod, _) => attribution::find_pod(root, &seen.uid),
+            (Level::Container(_), Some(id)) => attribution::find(root, &seen.uid, id),
+            (Level::Container(_), None) => None,
+        };
+        let to = quantity::parse(original).map_err(|error| error.to_string())?;
+        if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
+            let made = tokio::task::spawn_blocking(move || shrink::make_room_in(&cgroup, to));
+            if !matches!(made.await, Ok(Ok(true))) {
+                return Err(format!("more than {original} is in use"));
+            }
+        }
+        let _turn = self.order(&seen.uid).lock_owned().await;
+        let change = Change {
+            level: *level,
+            from: limit.clone(),
+            to: original.clone(),
+        };
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (parameters(), limit_patch(*level, limit, original));
+        let (parameters, patch) = (parameters(), limits_patch(&seen.uid, &[change]));
         let patched = api.patch_resize(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
-            Ok(Ok(_patched)) => {}
-            failed => tracing::warn!(
-                pod.name = seen.name,
-                ?failed,
-                "a limit could not be given back"
-            ),
+            Ok(Ok(_patched)) => Ok(()),
+            // It has changed since, which will be told.
+            Ok(Err(kube::Error::Api(status))) if [404, 409, 422].contains(&status.code) => {
+                tracing::debug!(pod.name = seen.name, %status, "a limit is not what it was");
+                Ok(())
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_elapsed) => Err("the API does not answer".to_owned()),
         }
+    }
+
+    /// Held while a request of a pod is under way.
+    fn order(&self, uid: &str) -> Order {
+        self.orders.get(uid).cloned().unwrap_or_default()
     }
 
     fn forget_cgroup(&mut self, key: &Key) {
@@ -296,6 +398,8 @@ impl Watch {
             self.known.remove(&key);
         }
         self.watched.retain(|_, watched| watched.key.0 != uid);
+        self.originals.retain(|(own, _), _| own != uid);
+        self.orders.remove(uid);
         self.pods.remove(uid);
         self.pending.remove(uid);
     }

@@ -1,6 +1,6 @@
 //! One container of a pod: guarded, followed when somebody changes it, or only watched.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use bellows_core::{
     CgroupId, Policy, Signals, WHOLE,
@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Context, Key, Known, Watch, Watched};
 use crate::{
-    actuate::resize::{TIMEOUT, Target, parameters},
+    actuate::resize::{Order, TIMEOUT, Target, parameters},
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
     guard::{Input, Watching},
@@ -55,7 +55,13 @@ impl Watch {
             return self.follow(key, pod, seen, wish, cgroup, policy).await;
         }
         self.forget_cgroup(key);
-        let policy = self.policy(wish)?;
+        let policy = match self.policy(wish) {
+            Ok(policy) => policy,
+            Err(why) => {
+                self.refuse(key, pod, "InvalidLimit", why);
+                return Ok(());
+            }
+        };
         let cgroup = cgroup(seen, wish)?;
         if !wish.recorded {
             self.record_original(seen, wish).await?;
@@ -63,11 +69,13 @@ impl Watch {
         let target = Target {
             namespace: seen.namespace.clone(),
             name: seen.name.clone(),
+            uid: seen.uid.clone(),
+            cgroup: cgroup.clone(),
             container: wish.container.clone(),
             level: wish.level,
             limit: wish.limit_text.clone(),
             original: (policy.original, wish.rest_text.clone()),
-            order: Arc::default(),
+            order: Order::clone(self.orders.entry(seen.uid.clone()).or_default()),
         };
         let targets = &self.context.targets;
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
@@ -118,7 +126,13 @@ impl Watch {
         }
         // It may have been guarded until now.
         self.forget_cgroup(key);
-        let policy = policy?;
+        let policy = match policy {
+            Ok(policy) => policy,
+            Err(why) => {
+                self.refuse(key, pod, "InvalidLimit", why);
+                return Ok(());
+            }
+        };
         if self.context.signals == Signals::Files {
             let why = "without kernel programs nobody is only watched: `bellows doctor` on the node tells what is missing";
             self.refuse(key, pod, "NoKernelPrograms", why.to_owned());
@@ -195,20 +209,28 @@ impl Watch {
             }
             self.send(Input::Policy(cgroup, wanted));
         }
+        if wish.limit < wish.rest && wish.recorded {
+            // Other rules had a floor.
+            self.send(Input::ToRest(cgroup));
+            return Err("its limit is below the one at rest, and is raised to it".to_owned());
+        }
         Ok(())
     }
 
     /// Writes the limit as it was onto the pod, before anything is changed.
-    async fn record_original(&self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
+    async fn record_original(&mut self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
         let value = pod::with_original(seen, &wish.container, &wish.original_text);
-        let patch = json!({ "metadata": { "annotations": { ORIGINAL: value } } });
+        // Another pod may have got its name.
+        let patch = json!({ "metadata": { "uid": seen.uid, "annotations": { ORIGINAL: value } } });
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
         let (parameters, patch) = (parameters(), Patch::Merge(patch));
         let patched = api.patch_metadata(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => {
-                // What is recorded next of the same pod goes beside it.
+                // What is recorded next of the same pod goes beside it, and what is seen of it may be older.
                 seen.annotations.insert(ORIGINAL.to_owned(), value);
+                let key = (seen.uid.clone(), wish.container.clone());
+                self.originals.insert(key, wish.original_text.clone());
                 Ok(())
             }
             Ok(Err(error)) => Err(format!("its original limit cannot be recorded: {error}")),
