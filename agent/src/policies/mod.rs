@@ -737,14 +737,24 @@ spec:
             at: &str,
         ) -> Vec<String> {
             match document {
+                serde_json::Value::Object(fields)
+                    if schema.get("additionalProperties").is_some() =>
+                {
+                    assert!(!fields.is_empty(), "{at}");
+                    Vec::new()
+                }
+                // What it does not know must reach whoever refuses it.
+                serde_json::Value::Object(_)
+                    if schema["x-kubernetes-preserve-unknown-fields"] != true =>
+                {
+                    vec![format!("{at} drops what it does not know")]
+                }
                 serde_json::Value::Object(fields) => fields
                     .iter()
                     .flat_map(|(name, value)| {
                         let at = format!("{at}.{name}");
                         let named = &schema["properties"][name];
-                        if schema.get("additionalProperties").is_some() {
-                            Vec::new()
-                        } else if named.is_null() {
+                        if named.is_null() {
                             vec![at]
                         } else {
                             missing(value, named, &at)

@@ -83,8 +83,8 @@ const MAX: Bytes = Bytes::mib(3072);
 const SMALL: Bytes = Bytes::mib(64);
 /// A build that takes longer is taken for stuck.
 const LONGEST: Duration = Duration::from_secs(900);
-/// The same for a limit that does not come down.
-const RESTORE: Duration = Duration::from_secs(60);
+/// The same for a limit that does not come down: one that was raised for page cache is kept for a minute.
+const RESTORE: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let machine = Machine::start()?;
