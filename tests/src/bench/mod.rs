@@ -18,6 +18,7 @@ mod hook_cost;
 mod idle;
 mod inside;
 mod java;
+mod least_privilege;
 mod observe_edges;
 mod page_cache;
 mod plateau;

@@ -1,0 +1,271 @@
+use super::*;
+
+fn pod(annotations: &[(&str, &str)]) -> Pod {
+    Pod {
+        namespace: "dev".to_owned(),
+        name: "workspace".to_owned(),
+        uid: "u".to_owned(),
+        qos: QosClass::Burstable,
+        labels: BTreeMap::new(),
+        annotations: annotations
+            .iter()
+            .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+            .collect(),
+        containers: vec![Container {
+            name: "app".to_owned(),
+            id: Some("c1".to_owned()),
+            memory_limit: Some("64Mi".to_owned()),
+            memory_request: Some("16Mi".to_owned()),
+            limit_manager: Some("kubectl".to_owned()),
+            restarts_on_resize: false,
+            probes: Vec::new(),
+        }],
+        memory_limit: None,
+        limit_manager: None,
+        is_static: false,
+        ending: false,
+    }
+}
+
+/// The only wish of a pod that no policy means.
+fn wish(pod: &Pod) -> Result<Option<Wish>, Refusal> {
+    wishes(pod, &[]).into_values().next().transpose()
+}
+
+const ACT: (&str, &str) = (MODE, "Act");
+const MAX: (&str, &str) = (MAX_MEMORY, "1Gi");
+
+#[test]
+fn a_pod_that_does_not_ask_is_left_alone() {
+    for annotations in [&[][..], &[MAX], &[(MODE, "Off"), MAX]] {
+        assert_eq!(wish(&pod(annotations)), Ok(None));
+    }
+}
+
+#[test]
+fn a_pod_that_is_only_watched_is_told_from_one_that_is_guarded() {
+    for (text, mode) in [
+        ("Act", Mode::Act),
+        ("Observe", Mode::Observe),
+        (" Recommend ", Mode::Recommend),
+    ] {
+        let wish = wish(&pod(&[(MODE, text), MAX])).unwrap();
+        assert_eq!(wish.map(|wish| wish.mode), Some(mode));
+    }
+}
+
+#[test]
+fn what_is_left_raised_is_known_from_the_pod_alone() {
+    let mut pod = pod(&[(MODE, "Off"), (ORIGINAL, "app=64Mi")]);
+    assert_eq!(left_raised(&pod), []);
+    pod.containers[0].memory_limit = Some("600Mi".to_owned());
+    // Somebody else's wish.
+    assert_eq!(left_raised(&pod), []);
+    pod.containers[0].limit_manager = Some(MANAGER.to_owned());
+    let raised = Raised {
+        container: "app".to_owned(),
+        level: Level::Container(0),
+        limit: "600Mi".to_owned(),
+        original: "64Mi".to_owned(),
+        id: Some("c1".to_owned()),
+    };
+    assert_eq!(left_raised(&pod), [raised]);
+    pod.annotations
+        .insert(ORIGINAL.to_owned(), "other=64Mi".to_owned());
+    assert_eq!(left_raised(&pod), []);
+}
+
+#[test]
+fn the_only_container_is_meant() {
+    let wish = wish(&pod(&[ACT, MAX])).unwrap().unwrap();
+    assert_eq!(
+        (wish.container.as_str(), wish.original, wish.recorded),
+        ("app", Bytes::mib(64), false)
+    );
+}
+
+#[test]
+fn the_recorded_original_holds_after_a_raise() {
+    let mut raised = pod(&[ACT, MAX, (ORIGINAL, "app=64Mi")]);
+    raised.containers[0].memory_limit = Some("640Mi".to_owned());
+    for manager in [Some(MANAGER.to_owned()), None] {
+        raised.containers[0].limit_manager = manager;
+        let wish = wish(&raised).unwrap().unwrap();
+        assert_eq!(
+            (wish.limit, wish.original, wish.recorded, wish.foreign),
+            (Bytes::mib(640), Bytes::mib(64), true, false)
+        );
+    }
+}
+
+#[test]
+fn a_limit_that_somebody_else_has_set_is_the_new_original() {
+    let mut changed = pod(&[ACT, MAX, (ORIGINAL, "app=64Mi")]);
+    changed.containers[0].memory_limit = Some("96Mi".to_owned());
+    let wish = wish(&changed).unwrap().unwrap();
+    assert_eq!(
+        (wish.original, wish.recorded, wish.foreign),
+        (Bytes::mib(96), false, true)
+    );
+}
+
+#[test]
+fn a_limit_of_the_pod_is_guarded_as_a_whole() {
+    let mut whole = pod(&[ACT, MAX, (ORIGINAL, "*=128Mi")]);
+    whole.memory_limit = Some("256Mi".to_owned());
+    whole.limit_manager = Some(MANAGER.to_owned());
+    whole.containers[0].memory_limit = None;
+    whole.containers.push(Container {
+        name: "sidecar".to_owned(),
+        ..whole.containers[0].clone()
+    });
+    let wish = wish(&whole).unwrap().unwrap();
+    assert_eq!(
+        (wish.level, wish.id, wish.limit, wish.original),
+        (Level::Pod, None, Bytes::mib(256), Bytes::mib(128))
+    );
+}
+
+#[test]
+fn a_container_never_gets_more_than_its_pod() {
+    let mut both = pod(&[ACT, MAX]);
+    both.memory_limit = Some("512Mi".to_owned());
+    let wish = wish(&both).unwrap().unwrap();
+    assert_eq!(
+        (wish.level, wish.ceiling),
+        (Level::Container(0), Bytes::mib(512))
+    );
+}
+
+#[test]
+fn bad_annotations_are_named() {
+    let cases = [
+        (vec![(MODE, "act"), MAX], "`act`"),
+        (vec![ACT], MAX_MEMORY),
+        (vec![ACT, (MAX_MEMORY, "4GB")], "`4GB`"),
+        (vec![ACT, (MAX_MEMORY, "32Mi")], "below the limit"),
+        (vec![ACT, MAX, (CONTAINER, "db")], "`db`"),
+        (vec![ACT, MAX, (ORIGINAL, "nonsense")], "`nonsense`"),
+    ];
+    for (annotations, part) in cases {
+        let refusal = wish(&pod(&annotations)).unwrap_err();
+        assert!(refusal.to_string().contains(part), "{refusal}");
+        assert_eq!(refusal.reason(), "InvalidAnnotation");
+    }
+}
+
+#[test]
+fn what_a_resize_would_break_is_refused() {
+    let mut guaranteed = pod(&[ACT, MAX]);
+    guaranteed.qos = QosClass::Guaranteed;
+    assert_eq!(wish(&guaranteed), Err(Refusal::Guaranteed));
+    let mut restarting = pod(&[ACT, MAX]);
+    restarting.containers[0].restarts_on_resize = true;
+    assert!(matches!(
+        wish(&restarting),
+        Err(Refusal::RestartsOnResize(_))
+    ));
+    let mut unlimited = pod(&[ACT, MAX]);
+    unlimited.containers[0].memory_limit = None;
+    assert!(matches!(wish(&unlimited), Err(Refusal::NoLimit(_))));
+}
+
+fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticPolicy {
+    ElasticPolicy {
+        name: name.to_owned(),
+        selector: elastic::Selector::default(),
+        mode,
+        containers: vec![elastic::ContainerRules {
+            name: container.map(str::to_owned),
+            memory: Some(elastic::MemoryRules {
+                max: Bytes::mib(max),
+                floor: None,
+                shrink_after: Nanos::millis(7000),
+            }),
+            cpu: None,
+            boosts: Vec::new(),
+        }],
+    }
+}
+
+#[test]
+fn a_policy_means_every_container_that_has_a_limit() {
+    let mut three = pod(&[(ORIGINAL, "side=64Mi")]);
+    for name in ["side", "free"] {
+        let mut container = three.containers[0].clone();
+        name.clone_into(&mut container.name);
+        three.containers.push(container);
+    }
+    three.containers[2].memory_limit = None;
+    let wishes = wishes(&three, &[policy("dev/all", Mode::Act, None, 512)]);
+    assert_eq!(wishes.keys().collect::<Vec<_>>(), ["app", "side"]);
+    let [app, side] = ["app", "side"].map(|name| wishes[name].as_ref().unwrap());
+    assert_eq!(
+        (app.ceiling, app.recorded, app.policy.as_deref()),
+        (Bytes::mib(512), false, Some("dev/all"))
+    );
+    assert_eq!(app.shrink_after, Some(Nanos::millis(7000)));
+    assert!(side.recorded);
+    assert_eq!(with_original(&three, "app", "64Mi"), "side=64Mi,app=64Mi");
+    assert_eq!(with_original(&three, "side", "1Gi"), "side=1Gi");
+}
+
+#[test]
+fn annotations_come_before_policies_and_opting_out_before_all() {
+    let policies = [policy("dev/all", Mode::Act, None, 512)];
+    let of = |annotations: &[(&str, &str)]| {
+        let wishes = wishes(&pod(annotations), &policies);
+        let wish = wishes.into_values().next().transpose().unwrap();
+        wish.map(|wish| (wish.mode, wish.ceiling.0 >> 20))
+    };
+    assert_eq!(of(&[]), Some((Mode::Act, 512)));
+    assert_eq!(of(&[(MODE, "Off")]), None);
+    assert_eq!(of(&[(MODE, "Observe")]), Some((Mode::Observe, 512)));
+    assert_eq!(of(&[ACT, MAX]), Some((Mode::Act, 1024)));
+    assert_eq!(of(&[MAX]), Some((Mode::Act, 1024)));
+    let needs = |annotations: &[(&str, &str)]| needs_policies(&pod(annotations));
+    assert_eq!(
+        [&[][..], &[MAX], &[ACT], &[ACT, MAX], &[(MODE, "Off")]].map(needs),
+        [true, true, true, false, false]
+    );
+}
+
+#[test]
+fn a_floor_is_the_limit_at_rest_and_a_maximum_below_it_is_refused_by_name() {
+    let mut floored = policy("dev/all", Mode::Act, None, 512);
+    floored.containers[0].memory.as_mut().unwrap().floor = Some(Bytes::mib(32));
+    let wishes_of = |policy: &ElasticPolicy| wishes(&pod(&[]), std::slice::from_ref(policy));
+    let wish = wishes_of(&floored).remove("app").unwrap().unwrap();
+    assert_eq!(
+        (wish.rest, wish.rest_text.as_str(), wish.original),
+        (Bytes::mib(32), "32Mi", Bytes::mib(64))
+    );
+    // No limit may be below a request.
+    floored.containers[0].memory.as_mut().unwrap().floor = Some(Bytes::mib(8));
+    let wish = wishes_of(&floored).remove("app").unwrap().unwrap();
+    assert_eq!(
+        (wish.rest, wish.rest_text.as_str()),
+        (Bytes::mib(17), "17Mi")
+    );
+    let refusal = wishes_of(&policy("dev/small", Mode::Act, None, 16)).remove("app");
+    let refusal = refusal.unwrap().unwrap_err().to_string();
+    assert!(refusal.contains("dev/small"), "{refusal}");
+}
+
+#[test]
+fn what_is_left_of_two_containers_is_told_of_both() {
+    let mut two = pod(&[(ORIGINAL, "app=64Mi,side=32Mi")]);
+    two.containers.push(Container {
+        name: "side".to_owned(),
+        ..two.containers[0].clone()
+    });
+    for container in &mut two.containers {
+        container.memory_limit = Some("600Mi".to_owned());
+        container.limit_manager = Some(MANAGER.to_owned());
+    }
+    let originals: Vec<String> = left_raised(&two)
+        .into_iter()
+        .map(|raised| raised.original)
+        .collect();
+    assert_eq!(originals, ["64Mi", "32Mi"]);
+}
