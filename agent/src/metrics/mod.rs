@@ -64,6 +64,19 @@ pub struct Observed {
     pub would: &'static str,
 }
 
+impl Observed {
+    const fn of(would: Would) -> Self {
+        let would = match would {
+            Would::Live => "live",
+            Would::AtCeiling => "at_ceiling",
+            Would::Impatient => "impatient",
+            Would::TooFast => "too_fast",
+            Would::Unseen => "unseen",
+        };
+        Self { would }
+    }
+}
+
 /// What is counted.
 pub struct Metrics {
     registry: Registry,
@@ -125,8 +138,14 @@ pub const OK: &str = "ok";
 pub const REFUSED: &str = "refused";
 /// See [`OK`].
 pub const SILENT: &str = "silent";
-/// [`Would`] as a label.
-const WOULD: [&str; 5] = ["live", "at_ceiling", "impatient", "too_fast", "unseen"];
+/// All that may become of a container that is only watched.
+const WOULD: [Would; 5] = [
+    Would::Live,
+    Would::AtCeiling,
+    Would::Impatient,
+    Would::TooFast,
+    Would::Unseen,
+];
 /// Where a verdict of the reflex is lost, or a record that it does not know.
 pub const VERDICTS: &str = "verdicts";
 
@@ -228,7 +247,7 @@ impl Metrics {
             drop(self.api_calls.get_or_create(&Call { call, result }));
         }
         for would in WOULD {
-            drop(self.observed_kills.get_or_create(&Observed { would }));
+            drop(self.observed_kills.get_or_create(&Observed::of(would)));
         }
     }
 
@@ -253,14 +272,9 @@ impl Metrics {
 
     /// Counts a kill in a container that is only watched.
     pub fn observed(&self, would: Would) {
-        let would = match would {
-            Would::Live => WOULD[0],
-            Would::AtCeiling => WOULD[1],
-            Would::Impatient => WOULD[2],
-            Would::TooFast => WOULD[3],
-            Would::Unseen => WOULD[4],
-        };
-        self.observed_kills.get_or_create(&Observed { would }).inc();
+        self.observed_kills
+            .get_or_create(&Observed::of(would))
+            .inc();
     }
 
     /// As Prometheus reads them (OpenMetrics 1.0).

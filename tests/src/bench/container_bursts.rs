@@ -246,10 +246,15 @@ pub(super) fn is_at_rest(
     started: &Started,
     limit: Option<Bytes>,
 ) -> Result<bool> {
+    Ok(limits(machine, started)? == [limit; 3])
+}
+
+/// The limits that its runtime, its cgroup and its pod's have.
+pub(super) fn limits(machine: &Machine, started: &Started) -> Result<[Option<Bytes>; 3]> {
     let resources = machine.status(started)?.resources;
     let said = resources.and_then(|resources| memory_limit(&resources.linux?));
     let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok();
-    Ok([of(&started.cgroup), of(&started.pod), said] == [limit; 3])
+    Ok([said, of(&started.cgroup), of(&started.pod)])
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {

@@ -312,20 +312,25 @@ pub(super) fn spec(name: &str, words: &[String]) -> Spec {
     }
 }
 
+/// Waits for the end of its burst, which it must survive, and for its limit at rest.
+fn survives(bed: &Bed, name: &str, cgroup: &Cgroup) -> Result<()> {
+    wait("its burst is over", Duration::from_secs(60), || {
+        let phase = bed.cluster.phase(name)?;
+        ensure!(phase == "Running", "it is {phase}");
+        Ok(!results(&bed.cluster, name)?.is_empty())
+    })?;
+    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    wait("its limit is at rest", Duration::from_secs(60), || {
+        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
+    })
+}
+
 fn burst(bed: &Bed) -> Result<()> {
     let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
     words.extend(["--rest-ms", "6000", "--after-ms", "120000"].map(str::to_owned));
     bed.cluster.create(&spec("burst", &words))?;
     let cgroup = bed.cluster.wait_running("burst")?;
-    wait("its burst is over", Duration::from_secs(60), || {
-        let phase = bed.cluster.phase("burst")?;
-        ensure!(phase == "Running", "it is {phase}");
-        Ok(!results(&bed.cluster, "burst")?.is_empty())
-    })?;
-    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
-    wait("its limit is at rest", Duration::from_secs(60), || {
-        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
-    })?;
+    survives(bed, "burst", &cgroup)?;
     bed.cluster.delete("burst")?;
     restarts(bed)
 }
@@ -449,15 +454,7 @@ fn by_policy(bed: &Bed) -> Result<()> {
         let brakes = both()?;
         Ok(brakes.len() == 2 && brakes.iter().all(|&high| high != Limit::Max))
     })?;
-    wait("its burst is over", Duration::from_secs(60), || {
-        let phase = bed.cluster.phase("elastic")?;
-        ensure!(phase == "Running", "it is {phase}");
-        Ok(!results(&bed.cluster, "elastic")?.is_empty())
-    })?;
-    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
-    wait("its limit is at rest", Duration::from_secs(60), || {
-        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
-    })?;
+    survives(bed, "elastic", &cgroup)?;
     let originals = bed
         .cluster
         .get("elastic")?

@@ -251,7 +251,7 @@ fn wait_for(cluster: &Cluster, name: &str, cgroup: &Cgroup, case: Case) -> Resul
     Ok(())
 }
 
-fn is_held(cgroup: &Cgroup) -> bool {
+pub(super) fn is_held(cgroup: &Cgroup) -> bool {
     cgroup
         .read("cgroup.freeze")
         .is_ok_and(|text| text.trim() == "1")

@@ -20,8 +20,6 @@ use bellows::{
     attribution::CGROUP_ROOT,
     cgroup::{Cgroup, Limit},
     clock::now,
-    cri::memory_limit,
-    originals::{Original, Records as Originals},
 };
 use bellows_core::{Bytes, Nanos};
 use clap::Args;
@@ -30,7 +28,9 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::burst_words,
-    container_bursts::{is_at_rest, said},
+    container_bursts::{is_at_rest, limits, said},
+    container_edges::recorded,
+    deaths::is_held,
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -398,7 +398,7 @@ impl Bed {
         let is_now = || -> Result<bool> {
             Ok(match step {
                 Step::Rest => started.cgroup.limit("memory.high")? != Limit::Max,
-                Step::Held => is_held(started),
+                Step::Held => is_held(&started.cgroup),
                 Step::Asked => asked().is_some_and(|to| to > case.limit) && limit()? == case.limit,
                 Step::Raised => limit()? > case.limit,
                 Step::Lowering => {
@@ -466,11 +466,8 @@ impl Bed {
     }
 
     fn do_agree(&self, started: &Started) -> Result<bool> {
-        let resources = self.machine.status(started)?.resources;
-        let told = resources.and_then(|resources| memory_limit(&resources.linux?));
-        let of = |cgroup: &Cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok();
-        let own = of(&started.cgroup);
-        Ok(own.is_some() && own == told && of(&started.pod) >= own && !is_held(started))
+        let [told, own, pod] = limits(&self.machine, started)?;
+        Ok(own.is_some() && own == told && pod >= own && !is_held(&started.cgroup))
     }
 
     /// What is not as it should be in the end.
@@ -499,7 +496,7 @@ impl Bed {
             )),
             Err(error) => wrong.push(error.to_string()),
         }
-        if is_held(started) {
+        if is_held(&started.cgroup) {
             wrong.push("it is held".to_owned());
         }
         wrong
@@ -522,15 +519,6 @@ fn spec(case: Case) -> Spec {
         labels: vec![("guard".to_owned(), GUARDED.to_owned())],
         ..Spec::of(&format!("fault-{}", case.index), command)
     }
-}
-
-fn is_held(started: &Started) -> bool {
-    let frozen = started.cgroup.read("cgroup.freeze");
-    frozen.is_ok_and(|text| text.trim() == "1")
-}
-
-fn recorded(started: &Started) -> Option<Original> {
-    Originals::containers().read(&started.id)
 }
 
 /// Takes all room that is left.

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use bellows::cgroup::Limit;
 
 use super::container_edges::{Bed, Case, GUARD, LIMIT, MAX, bellows, recorded, wait_guarded};
+use super::deaths::is_held;
 use crate::{
     containers::{POLICIES, Started, policy},
     node::{log_text, wait},
@@ -51,8 +52,7 @@ fn touched(started: &Started) -> Result<()> {
     let pod = started.pod.limit("memory.max")?;
     ensure!(pod == Limit::At(LIMIT), "its pod's limit was moved");
     ensure!(recorded(started).is_none(), "it has a record");
-    let frozen = started.cgroup.read("cgroup.freeze")?;
-    ensure!(frozen.trim() == "0", "it is held");
+    ensure!(!is_held(&started.cgroup), "it is held");
     Ok(())
 }
 

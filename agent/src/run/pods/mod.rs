@@ -11,7 +11,6 @@ mod policies;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
     pin::pin,
     sync::mpsc::SyncSender,
     time::Duration,
@@ -20,7 +19,7 @@ use std::{
 use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals,
     elastic::Mode,
-    pod::{self, Level, ORIGINAL, Raised, Refusal},
+    pod::{self, ORIGINAL, Raised, Refusal},
     quantity,
 };
 use futures::TryStreamExt as _;
@@ -41,7 +40,7 @@ use crate::{
         shrink,
         targets::Targets,
     },
-    attribution::{self, CGROUP_ROOT, api::Pod, pods::convert},
+    attribution::{api::Pod, pods::convert},
     cgroup::Cgroup,
     guard::Input,
 };
@@ -343,12 +342,7 @@ impl Watch {
             id,
             ..
         } = raised;
-        let root = Path::new(CGROUP_ROOT);
-        let path = match (level, id) {
-            (Level::Pod, _) => attribution::find_pod(root, &seen.uid),
-            (Level::Container(_), Some(id)) => attribution::find(root, &seen.uid, id),
-            (Level::Container(_), None) => None,
-        };
+        let path = one::find(&seen.uid, *level, id.as_deref());
         let to = quantity::parse(original).map_err(|error| error.to_string())?;
         if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
             let made = tokio::task::spawn_blocking(move || shrink::make_room_in(&cgroup, to));

@@ -1,6 +1,6 @@
 //! One container of a pod: guarded, followed when somebody changes it, or only watched.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bellows_core::{
     CgroupId, Policy, Signals, WHOLE,
@@ -252,13 +252,18 @@ fn by(wish: &Wish) -> String {
     policy.map_or_else(String::new, |policy| format!(" (policy {policy})"))
 }
 
+/// Where the cgroup of a limit is; `None` for a container that does not run.
+pub(super) fn find(uid: &str, level: Level, id: Option<&str>) -> Option<PathBuf> {
+    let root = Path::new(CGROUP_ROOT);
+    match level {
+        Level::Pod => attribution::find_pod(root, uid),
+        Level::Container(_) => attribution::find(root, uid, id?),
+    }
+}
+
 /// The cgroup whose limit is meant.
 fn cgroup(seen: &pod::Pod, wish: &Wish) -> Result<Cgroup, String> {
-    let root = Path::new(CGROUP_ROOT);
-    let path = match &wish.id {
-        Some(id) => attribution::find(root, &seen.uid, id),
-        None => attribution::find_pod(root, &seen.uid),
-    };
+    let path = find(&seen.uid, wish.level, wish.id.as_deref());
     let path = path.ok_or_else(|| format!("`{}` has no cgroup yet", wish.container))?;
     let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
     match wish.level {
