@@ -110,6 +110,12 @@ pub struct Run {
     /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9464 [default: none are served].
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
+    /// Serve /healthz at this address, such as 0.0.0.0:9465, for whoever starts an agent again that hangs.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    health: Option<SocketAddr>,
+    /// Change nothing, whatever policies and annotations say: mode Act counts as Observe.
+    #[arg(long, conflicts_with = "standalone")]
+    observe: bool,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
@@ -130,6 +136,8 @@ impl Run {
             runtime_endpoint: endpoint,
             shrink_after,
             metrics,
+            health,
+            observe,
             without_bpf,
         } = self;
         let of = match policies {
@@ -139,11 +147,13 @@ impl Run {
                 shrink_after: Nanos::millis(
                     shrink_after.unwrap_or(SHRINK_AFTER).saturating_mul(1000),
                 ),
+                only_observes: observe,
             },
         };
         Some(run::Options {
             of,
             metrics,
+            health,
             without_bpf,
         })
     }

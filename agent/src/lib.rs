@@ -26,6 +26,7 @@ pub mod policies;
 pub mod quota;
 pub mod recover;
 pub mod run;
+pub mod serve;
 pub mod signal;
 mod signals;
 pub mod state;

@@ -221,6 +221,15 @@ impl Refusal {
 /// What is to be guarded or watched in a pod, by container; `Err` for one that is asked for and cannot be.
 pub type Wishes = BTreeMap<String, Result<Wish, Refusal>>;
 
+/// What is left of wishes where nobody's limit may be moved.
+pub fn only_observe(wishes: &mut Wishes) {
+    for wish in wishes.values_mut().flatten() {
+        if wish.mode == Mode::Act {
+            wish.mode = Mode::Observe;
+        }
+    }
+}
+
 /// Whom a pod's annotations and the policies mean; nobody if it is ending, or opts out.
 ///
 /// With a size or a container in them the annotations are all that holds, but for the mode, which may be a policy's;

@@ -23,6 +23,7 @@ use bellows_ebpf_common::{
     loss,
 };
 use thiserror::Error;
+use tokio::sync::oneshot;
 
 use crate::{
     actuate::reflex::{Arm, Command, Controls, Reflex, Verdict},
@@ -82,6 +83,8 @@ pub enum Input {
     ToRest(CgroupId),
     /// Guard or watch it no more.
     Forget(CgroupId),
+    /// Somebody asks whether the controller and the reflex go round: the reflex answers.
+    Alive(oneshot::Sender<()>),
     /// End.
     Stop,
 }
@@ -314,6 +317,7 @@ impl<R: Requester> Controller<R> {
                 self.stop_observing(id);
                 drop(self.forget(id));
             }
+            Input::Alive(answer) => self.reflex.send(Command::Alive(answer)),
             Input::Stop => {}
         }
     }

@@ -7,8 +7,6 @@
 //! No series may name a container, a pod or a cgroup: a node sees thousands of them, and each would stay for ever.
 //! Counting must not wait: the thread that reacts counts, too.
 
-mod serve;
-
 use std::{
     fmt,
     sync::{LazyLock, atomic::AtomicU64},
@@ -26,8 +24,6 @@ use prometheus_client::{
     },
     registry::{Metric, Registry},
 };
-
-pub use serve::serve;
 
 /// Those of this process.
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);

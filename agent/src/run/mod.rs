@@ -50,11 +50,12 @@ use crate::{
     explain::LEDGER,
     guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
-    metrics::{self, METRICS},
+    metrics::METRICS,
     originals::Records,
     policies::{self, PolicyFileError},
     quota::Quotas,
     recover::recover,
+    serve::{Served, serve},
     signal::{
         files::Files,
         programs::{Kernel, LoadError, Purpose, Reflexes},
@@ -72,6 +73,8 @@ pub struct Options {
     pub of: Of,
     /// Where metrics are served, if anywhere.
     pub metrics: Option<SocketAddr>,
+    /// Where it is told whether the agent is alive, if anywhere.
+    pub health: Option<SocketAddr>,
     /// Works from cgroup files, without even trying to load kernel programs.
     pub without_bpf: bool,
 }
@@ -85,6 +88,8 @@ pub enum Of {
         name: String,
         /// Quiet time after which a raised limit is lowered again.
         shrink_after: Nanos,
+        /// Whether nothing is changed, whatever policies and annotations say.
+        only_observes: bool,
     },
     /// What policies select; the container runtime is asked.
     Machine {
@@ -162,10 +167,14 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     LazyLock::force(&METRICS);
     state::keep_reserve();
     if let Some(address) = options.metrics {
-        runtime.spawn(metrics::serve(address));
+        runtime.spawn(serve(address, Served::Metrics));
     }
     let (inputs, controller, watch) = match &options.of {
-        Of::Node { name, shrink_after } => {
+        Of::Node {
+            name,
+            shrink_after,
+            only_observes,
+        } => {
             let client = runtime.block_on(async {
                 let config = kube::Config::infer().await.map_err(RunError::Config)?;
                 Ok::<_, RunError>(Client::try_from(config)?)
@@ -175,6 +184,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
                 runtime.handle(),
                 name,
                 *shrink_after,
+                *only_observes,
             )?
         }
         Of::Machine { policies, endpoint } => {
@@ -186,6 +196,9 @@ pub fn run(options: &Options) -> Result<(), RunError> {
             fast.of_machine(containers, runtime.handle(), policies, read)?
         }
     };
+    if let Some(address) = options.health {
+        runtime.spawn(serve(address, Served::Health(inputs.clone())));
+    }
     let result = runtime.block_on(until_stopped(watch));
     if inputs.send(Input::Stop).is_err() || controller.join().is_err() {
         return result.and(Err(RunError::Ended("the controller")));
@@ -246,6 +259,7 @@ impl Fast {
         tasks: &Handle,
         node: &str,
         shrink_after: Nanos,
+        only_observes: bool,
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
         let targets = Targets::default();
         let inputs = self.inputs.clone();
@@ -266,6 +280,7 @@ impl Fast {
             actuation: Actuation::Requested { p95: ASSUMED_P95 },
             signals: self.signals,
             shrink_after,
+            only_observes,
             observed,
         };
         Ok((

@@ -55,6 +55,20 @@ fn a_pod_that_is_only_watched_is_told_from_one_that_is_guarded() {
 }
 
 #[test]
+fn nobody_is_guarded_where_nothing_may_be_changed() {
+    for (text, mode) in [
+        ("Act", Mode::Observe),
+        ("Observe", Mode::Observe),
+        ("Recommend", Mode::Recommend),
+    ] {
+        let mut wishes = wishes(&pod(&[(MODE, text), MAX]), &[]);
+        only_observe(&mut wishes);
+        let modes = wishes.values().flatten().map(|wish| wish.mode);
+        assert_eq!(modes.collect::<Vec<_>>(), [mode]);
+    }
+}
+
+#[test]
 fn what_is_left_raised_is_known_from_the_pod_alone() {
     let mut pod = pod(&[(MODE, "Off"), (ORIGINAL, "app=64Mi")]);
     assert_eq!(left_raised(&pod), []);

@@ -31,6 +31,7 @@ use std::{
 
 use bellows_core::{Bytes, CgroupId, Nanos, Policy, Reason, Signals, Watermark};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
+use tokio::sync::oneshot;
 
 use crate::{
     clock::now,
@@ -75,6 +76,8 @@ pub enum Command {
     Disarm(CgroupId),
     /// Write into this ledger from now on.
     Ledger(Ledger),
+    /// Answer: somebody asks whether the thread goes round.
+    Alive(oneshot::Sender<()>),
     /// End the thread, after disarming everything.
     Stop,
 }
@@ -371,6 +374,8 @@ impl Worker {
                 Ok(Command::Unwatch(_)) => {}
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
                 Ok(Command::Ledger(ledger)) => self.ledger = ledger,
+                // Whoever asked may have gone.
+                Ok(Command::Alive(answer)) => drop(answer.send(())),
                 Err(mpsc::TryRecvError::Empty) => return true,
                 Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
             }

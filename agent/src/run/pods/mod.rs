@@ -56,6 +56,8 @@ pub(super) struct Context {
     pub(super) actuation: Actuation,
     pub(super) signals: Signals,
     pub(super) shrink_after: Nanos,
+    /// Whether mode Act counts as Observe, and nothing is given back.
+    pub(super) only_observes: bool,
     /// What is told of those that are only watched.
     pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
 }
@@ -208,6 +210,9 @@ impl Watch {
         self.pending.remove(&uid);
         let are_known = self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen);
         let mut wishes = pod::wishes(&seen, self.policies.all());
+        if self.context.only_observes {
+            pod::only_observe(&mut wishes);
+        }
         if !are_known {
             // A policy may yet say it.
             wishes.retain(|_, wish| !matches!(wish, Err(Refusal::NoMaximum)));
@@ -218,6 +223,7 @@ impl Watch {
                 .get(&raised.container)
                 .and_then(|wish| wish.as_ref().ok());
             if are_known
+                && !self.context.only_observes
                 && !wish.is_some_and(is_meant)
                 && let Err(why) = self.give_back(&seen, &raised).await
             {
