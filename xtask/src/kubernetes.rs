@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::{
     debian, root,
-    shell::{has, output, quiet, step, tail},
+    shell::{output, quiet, step, tail},
     tools,
 };
 
@@ -58,9 +58,7 @@ pub(crate) fn binaries() -> Result<Binaries> {
 }
 
 fn build(directory: &Path, component: &Path) -> Result<()> {
-    if !has("go") {
-        tools::install(&["golang-go"])?;
-    }
+    tools::go()?;
     let name = component
         .file_name()
         .and_then(|name| name.to_str())

@@ -9,6 +9,7 @@ mod build;
 mod checks;
 mod debian;
 mod demo;
+mod deploy;
 mod fuzz;
 mod guest;
 mod kubernetes;
@@ -42,15 +43,18 @@ enum Command {
     },
     /// Build the kernel programs into target/ebpf/bellows.o.
     BuildEbpf,
-    /// Generate what is checked in and not written by hand: the runtime's interface.
+    /// Generate what is checked in and not written by hand: the runtime's interface, the manifest of the chart.
     Codegen {
+        /// Only one of them.
+        #[arg(value_enum)]
+        part: Option<Generated>,
         /// Only tell whether it is up to date.
         #[arg(long)]
         check: bool,
     },
     /// Run the checks: all tiers, or the named ones.
     Test {
-        /// unit, kernel, node or pod.
+        /// unit, kernel, node, pod; or deploy, which is not among all of them.
         tiers: Vec<test::Tier>,
         /// Run only the benches whose check has this in its name, such as 5.10.
         #[arg(long)]
@@ -65,7 +69,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
-        Command::Codegen { check } => codegen(check),
+        Command::Codegen { part, check } => codegen(part, check),
         Command::Demo { pod } => demo::run(pod),
         Command::Test { tiers, only } => test::run(&tiers, only),
         Command::Bench(options) => bench::command(&options),
@@ -81,8 +85,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// What is generated.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Generated {
+    /// The runtime's interface, from its protocol.
+    Runtime,
+    /// The manifests, from the chart.
+    Deploy,
+}
+
+fn codegen(part: Option<Generated>, check: bool) -> Result<bool> {
+    let is_wanted = |generated| part.is_none_or(|part| part == generated);
+    let runtime = !is_wanted(Generated::Runtime) || runtime(check)?;
+    let deploy = !is_wanted(Generated::Deploy) || deploy::codegen(check)?;
+    Ok(runtime && deploy)
+}
+
 /// The generator is a program of its own: whoever does not need it does not compile it.
-fn codegen(check: bool) -> Result<bool> {
+fn runtime(check: bool) -> Result<bool> {
     let mut command = std::process::Command::new("cargo");
     command.args(["run", "--quiet", "--locked", "-p", "bellows-codegen", "--"]);
     command.args(check.then_some("--check"));

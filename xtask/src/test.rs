@@ -12,7 +12,7 @@ use crate::{
     bench::{self, Name},
     build::{self, Binaries},
     checks::{Checks, at_least, at_most, edges, judge},
-    root,
+    deploy, root,
     shell::{quiet, step},
     tools,
 };
@@ -28,8 +28,11 @@ pub(crate) enum Tier {
     Node,
     /// A real kubelet and API server.
     Pod,
+    /// The chart and what is made of it; only if it is named, because Helm is built for minutes.
+    Deploy,
 }
 
+/// What is run if none is named.
 const ALL: [Tier; 4] = [Tier::Unit, Tier::Kernel, Tier::Node, Tier::Pod];
 
 /// Runs tiers; returns whether all checks passed.
@@ -42,6 +45,7 @@ pub(crate) fn run(tiers: &[Tier], only: Option<String>) -> Result<bool> {
             Tier::Kernel => kernel(&mut checks),
             Tier::Node => node(&mut checks),
             Tier::Pod => pod(&mut checks),
+            Tier::Deploy => deploy::tier(&mut checks),
         };
         if let Err(error) = result {
             checks.check(&format!("the {tier:?} tier can run"), Err(error));

@@ -2,8 +2,9 @@
 
 use std::{
     env, fs,
+    io::Write as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -140,6 +141,39 @@ pub(crate) fn bpf_linker() -> Result<PathBuf> {
     Ok(root.join("bin"))
 }
 
+/// A program that is built from its Go module, with the dependencies that the module pins.
+pub(crate) fn go_program(name: &str, version: &str, package: &str) -> Result<PathBuf> {
+    let directory = cache()?.join("go").join(format!("{name}-{version}"));
+    let program = directory.join(name);
+    if is_intact(&program) {
+        return Ok(program);
+    }
+    go()?;
+    step(&format!("build {name} {version} (minutes, once)"), || {
+        let mut command = Command::new("go");
+        command
+            .args(["install", "-trimpath", "-ldflags", "-s -w"])
+            .arg(format!("{package}@v{version}"))
+            .env("GOBIN", &directory)
+            .env("CGO_ENABLED", "0")
+            .env("GOTOOLCHAIN", "auto")
+            .env("GOFLAGS", "")
+            .current_dir(root_of(&directory)?);
+        quiet(&mut command)?;
+        seal(&program)
+    })?;
+    Ok(program)
+}
+
+/// The Go compiler; it fetches the release that a module wants.
+pub(crate) fn go() -> Result<()> {
+    if has("go") {
+        Ok(())
+    } else {
+        install(&["golang-go"])
+    }
+}
+
 fn root_of(directory: &Path) -> Result<PathBuf> {
     fs::create_dir_all(directory)?;
     Ok(directory.to_owned())
@@ -172,4 +206,21 @@ fn checksum(file: &Path) -> Result<String> {
         .next()
         .map(str::to_owned)
         .context("sha256sum said nothing")
+}
+
+/// The SHA-256 of bytes.
+pub(crate) fn sha256(bytes: &[u8]) -> Result<String> {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run sha256sum")?;
+    let mut input = child.stdin.take().context("sha256sum has no input")?;
+    input.write_all(bytes)?;
+    drop(input);
+    let said = child.wait_with_output()?;
+    ensure!(said.status.success(), "sha256sum failed");
+    let text = String::from_utf8(said.stdout)?;
+    let sum = text.split_whitespace().next();
+    Ok(sum.context("sha256sum said nothing")?.to_owned())
 }

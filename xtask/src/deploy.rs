@@ -1,0 +1,436 @@
+//! What is installed in a cluster: generated from the chart, and checked.
+//!
+//! The chart (`deploy/chart`) is the one source. The manifest without Helm, and the copies of it that the overlays
+//! build upon, are generated and checked in; their first lines tell checksums, by which the unit tier sees without
+//! Helm that one was changed without the other. Helm and kustomize are built from their Go modules, so whatever needs
+//! them is left to `codegen` and to the tier `deploy`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    checks::Checks,
+    root,
+    shell::{output, quiet},
+    tools,
+};
+
+const HELM: &str = "4.3.1";
+const KUSTOMIZE: &str = "5.8.1";
+
+const CHART: &str = "deploy/chart";
+/// What the manifest is rendered with.
+const RENDERED: &str = "deploy/chart/ci/rendered.yaml";
+const DEFINITION: &str = "deploy/chart/crds/elasticpolicies.yaml";
+const NAMESPACE: &str = "bellows";
+/// Where each generated file goes; the base of the overlays has a copy.
+const PLACES: [&str; 2] = ["deploy", "deploy/kustomize/base"];
+
+const ABOUT: &str = "\
+# Bellows on every node: `kubectl apply -f deploy/elasticpolicies.yaml -f deploy/bellows.yaml`. Pods opt in by policies
+# or annotations. How to take it away, and what else there is to know: docs/deploy.md.
+#
+# Where `system-node-critical` is for kube-system only, add a ResourceQuota for it to the namespace, or take it out.
+";
+
+fn helm() -> Result<PathBuf> {
+    tools::go_program("helm", HELM, "helm.sh/helm/v4/cmd/helm")
+}
+
+fn kustomize() -> Result<PathBuf> {
+    tools::go_program("kustomize", KUSTOMIZE, "sigs.k8s.io/kustomize/kustomize/v5")
+}
+
+/// Generates what is checked in, or tells whether it is what would be generated.
+pub(crate) fn codegen(check: bool) -> Result<bool> {
+    let generated = [
+        ("bellows.yaml", manifest()?),
+        ("elasticpolicies.yaml", definition()?),
+    ];
+    let mut is_same = true;
+    for place in PLACES {
+        for (name, text) in &generated {
+            let file = format!("{place}/{name}");
+            let path = root()?.join(&file);
+            if !check {
+                fs::write(&path, text)?;
+            } else if fs::read_to_string(&path).ok().as_ref() != Some(text) {
+                eprintln!("{file} is not what {CHART} gives: run `cargo xtask codegen`");
+                is_same = false;
+            }
+        }
+    }
+    Ok(is_same)
+}
+
+/// The resource definition of policies.
+fn definition() -> Result<String> {
+    let text = fs::read_to_string(root()?.join(DEFINITION))?;
+    Ok(format!(
+        "# Generated from {DEFINITION} by `cargo xtask codegen`.\n{text}"
+    ))
+}
+
+/// All else, as the chart gives it.
+fn manifest() -> Result<String> {
+    let rendered = template(NAMESPACE, &[RENDERED])?;
+    let mut documents = documents(&rendered);
+    // The agent comes last: by then it may do what it must, and nothing else.
+    documents.sort_by_key(|document| document.contains("\nkind: DaemonSet\n"));
+    let text = format!("{ABOUT}{}\n", documents.join("\n---\n"));
+    Ok(format!("{}{text}", header(&chart_sum()?, &sum(&text)?)))
+}
+
+/// The first lines of the manifest.
+fn header(chart: &str, rest: &str) -> String {
+    format!("# Generated from {CHART} by `cargo xtask codegen`.\n# {chart} {rest}\n")
+}
+
+/// The documents of a rendered chart, without the names of their templates.
+fn documents(rendered: &str) -> Vec<String> {
+    let all = rendered.split("---\n# Source: ").map(|document| {
+        let (_template, text) = document.split_once('\n').unwrap_or_default();
+        text.trim().to_owned()
+    });
+    all.filter(|document| !document.is_empty()).collect()
+}
+
+fn template(namespace: &str, values: &[&str]) -> Result<String> {
+    let mut command = Command::new(helm()?);
+    command.args(["template", "bellows", CHART, "--namespace", namespace]);
+    for file in values {
+        command.args(["--values", file]);
+    }
+    output(command.current_dir(root()?))
+}
+
+/// A checksum of all that the manifest is made from, the options included.
+fn chart_sum() -> Result<String> {
+    let mut files = vec![root()?.join(RENDERED)];
+    for part in ["Chart.yaml", "values.yaml", ".helmignore"] {
+        files.push(root()?.join(CHART).join(part));
+    }
+    let templates = fs::read_dir(root()?.join(CHART).join("templates"))?;
+    for template in templates {
+        files.push(template?.path());
+    }
+    files.sort();
+    let mut all = String::new();
+    for file in files {
+        let name = file.file_name().and_then(|name| name.to_str());
+        let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        all.push_str(name.context("a file has a name")?);
+        all.push('\n');
+        all.push_str(&text);
+    }
+    sum(&all)
+}
+
+/// Enough of a checksum to see a change.
+fn sum(text: &str) -> Result<String> {
+    Ok(tools::sha256(text.as_bytes())?.chars().take(16).collect())
+}
+
+/// The tier: everything about the chart that can be said without a cluster.
+pub(crate) fn tier(checks: &mut Checks) -> Result<()> {
+    let helm = helm()?;
+    let kustomize = kustomize()?;
+    for (name, values) in VALUES {
+        checks.check(&format!("helm lint: {name}"), lint(&helm, values));
+        let judged = rendered("bellows", values).and_then(|all| judge(&all, values));
+        checks.check(&format!("helm template: {name}"), judged);
+    }
+    checks.check(
+        "the policies of admission follow the namespace, and nothing else",
+        follows_namespace(),
+    );
+    for (set, part) in WRONG {
+        checks.check(&format!("refused: {set}"), refused(&helm, set, part));
+    }
+    let built = codegen(true).and_then(|is_same| {
+        ensure!(is_same, "something is not what the chart gives");
+        Ok(())
+    });
+    checks.check("what is generated from the chart is up to date", built);
+    for mode in ["observe", "act"] {
+        checks.check(&format!("kustomize: {mode}"), overlay(&kustomize, mode));
+    }
+    Ok(())
+}
+
+/// Values that the chart is rendered with.
+const VALUES: [(&str, Option<&str>); 4] = [
+    ("default", None),
+    ("act", Some("deploy/chart/ci/act.yaml")),
+    ("all options", Some("deploy/chart/ci/all.yaml")),
+    ("as in deploy/bellows.yaml", Some(RENDERED)),
+];
+
+/// Values that are refused, and a part of what is said of each.
+const WRONG: [(&str, &str); 12] = [
+    ("moed=Act", "moed"),
+    ("mode=act", "mode"),
+    ("mode=Recommend", "mode"),
+    ("metrics.enable=true", "enable"),
+    ("metrics.enabled=yes", "enabled"),
+    ("metrics.port=0", "port"),
+    ("health.port=65536", "port"),
+    ("policy.namespaces={dev}", "max"),
+    ("policy.memory.max=4GB", "max"),
+    ("image.digest=sha256:12", "digest"),
+    ("runtimeSocket.directory=run", "directory"),
+    ("resources.agent.limit.memory=1Gi", "limit"),
+];
+
+fn lint(helm: &Path, values: Option<&str>) -> Result<()> {
+    let mut command = Command::new(helm);
+    command.args(["lint", "--strict", CHART]);
+    command.args(values.into_iter().flat_map(|file| ["--values", file]));
+    quiet(command.current_dir(root()?))
+}
+
+fn refused(helm: &Path, set: &str, part: &str) -> Result<()> {
+    let mut command = Command::new(helm);
+    command.args(["template", "bellows", CHART, "--set", set]);
+    let Err(error) = quiet(command.current_dir(root()?)) else {
+        bail!("it was taken");
+    };
+    let text = format!("{error:#}");
+    let about = "values don't meet the specifications of the schema";
+    let is_named = text
+        .split_once(about)
+        .is_some_and(|(_, why)| why.contains(part));
+    ensure!(is_named, "{text}");
+    Ok(())
+}
+
+fn rendered(namespace: &str, values: Option<&str>) -> Result<Vec<Value>> {
+    parsed(&template(namespace, values.as_slice())?)
+}
+
+/// The documents of a file in YAML.
+fn parsed(text: &str) -> Result<Vec<Value>> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(text)?;
+    Ok(documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect())
+}
+
+fn of_kind<'a>(all: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    all.iter().filter(|object| object["kind"] == kind).collect()
+}
+
+fn only<'a>(all: &'a [Value], kind: &str) -> Result<&'a Value> {
+    match of_kind(all, kind)[..] {
+        [only] => Ok(only),
+        ref found => bail!("{} of kind {kind}", found.len()),
+    }
+}
+
+/// What must hold whatever the options are, and what must follow them.
+fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
+    let values: Value = match values {
+        Some(file) => serde_saphyr::from_str(&fs::read_to_string(root()?.join(file))?)?,
+        None => json!({}),
+    };
+    let acts = values["mode"] == "Act";
+    may_do(all, acts)?;
+    let spec = &only(all, "DaemonSet")?["spec"]["template"]["spec"];
+    let containers = spec["containers"].as_array().context("no containers")?;
+    let [agent, releaser] = &containers[..] else {
+        bail!("not two containers");
+    };
+    ensure!(agent["name"] == "agent" && releaser["name"] == "releaser");
+    for container in containers {
+        let context = &container["securityContext"];
+        ensure!(context["readOnlyRootFilesystem"] == true);
+        ensure!(container["resources"]["limits"]["memory"].is_string());
+        ensure!(container["image"] == image(&values));
+    }
+    let is_privileged = values["privileged"] == true;
+    ensure!(agent["securityContext"]["privileged"] == is_privileged);
+    for context in [&agent["securityContext"], &releaser["securityContext"]]
+        .into_iter()
+        .skip(usize::from(is_privileged))
+    {
+        ensure!(context["allowPrivilegeEscalation"] == false);
+        ensure!(context["capabilities"]["drop"] == json!(["ALL"]));
+    }
+    for field in ["hostNetwork", "hostPID", "hostIPC"] {
+        ensure!(spec[field].is_null(), "{field}");
+    }
+    let volumes = spec["volumes"].as_array().context("no volumes")?;
+    let paths: Vec<&Value> = volumes
+        .iter()
+        .map(|volume| &volume["hostPath"]["path"])
+        .collect();
+    let mut expected = vec![json!("/sys/fs/cgroup"), json!("/run/bellows")];
+    if values["runtimeSocket"]["enabled"] == true {
+        expected.push(values["runtimeSocket"]["directory"].clone());
+    }
+    ensure!(paths == expected.iter().collect::<Vec<_>>(), "{paths:?}");
+    for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
+        ensure!(agent[probe]["httpGet"]["port"] == "health", "{probe}");
+    }
+    let has_metrics = values["metrics"]["enabled"] == true;
+    ensure!(has(&agent["args"], "--metrics") == has_metrics);
+    let ports = agent["ports"].as_array().map_or(0, Vec::len);
+    ensure!(ports == 1 + usize::from(has_metrics));
+    let network = &only(all, "NetworkPolicy")?["spec"];
+    let ingress = network["ingress"].as_array().map_or(0, Vec::len);
+    ensure!(ingress == ports, "the network lets in more than is served");
+    ensure!(
+        network["podSelector"]["matchLabels"]
+            == only(all, "DaemonSet")?["spec"]["selector"]["matchLabels"]
+    );
+    let wanted = values["policy"]["namespaces"].as_array();
+    let policies = of_kind(all, "ElasticPolicy");
+    ensure!(policies.len() == wanted.map_or(0, Vec::len));
+    for (policy, namespace) in policies.iter().zip(wanted.into_iter().flatten()) {
+        ensure!(policy["metadata"]["namespace"] == *namespace);
+        ensure!(policy["spec"]["mode"] == values["mode"]);
+        let max = &policy["spec"]["containers"][0]["memory"]["max"];
+        ensure!(*max == values["policy"]["memory"]["max"]);
+    }
+    Ok(())
+}
+
+/// What the chart makes of the values of an image.
+fn image(values: &Value) -> String {
+    let image = &values["image"];
+    match (image["repository"].as_str(), image["digest"].as_str()) {
+        (Some(repository), Some(digest)) => format!("{repository}@{digest}"),
+        _ => "bellows.dev/agent:dev".to_owned(),
+    }
+}
+
+fn has(list: &Value, word: &str) -> bool {
+    list.as_array()
+        .is_some_and(|list| list.iter().any(|item| item == word))
+}
+
+/// Whether the agent is told to act, and may, or neither.
+fn may_do(all: &[Value], acts: bool) -> Result<()> {
+    let role = only(all, "ClusterRole")?;
+    let mut rights: Vec<String> = Vec::new();
+    for rule in role["rules"].as_array().context("no rules")? {
+        let words = |key: &str| {
+            let words = rule[key].as_array().into_iter().flatten();
+            words
+                .filter_map(Value::as_str)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        rights.push(format!("{}: {}", words("resources"), words("verbs")));
+    }
+    let pods: &[&str] = if acts {
+        &["pods: get list watch patch", "pods/resize: patch"]
+    } else {
+        &["pods: list watch"]
+    };
+    let others = ["elasticpolicies: list watch", "events: create"];
+    let expected: Vec<&str> = pods.iter().chain(&others).copied().collect();
+    ensure!(rights == expected, "it may {rights:?}");
+    let daemons = only(all, "DaemonSet")?;
+    let args = &daemons["spec"]["template"]["spec"]["containers"][0]["args"];
+    ensure!(args[0] == "run" && has(args, "--observe") != acts, "{args}");
+    // Whoever may act is kept to its own node, and its annotation to itself.
+    for kind in [
+        "ValidatingAdmissionPolicy",
+        "ValidatingAdmissionPolicyBinding",
+    ] {
+        let found = of_kind(all, kind);
+        let names: Vec<&Value> = found
+            .iter()
+            .map(|object| &object["metadata"]["name"])
+            .collect();
+        ensure!(names == ["bellows-agent", "bellows-originals"], "{names:?}");
+    }
+    Ok(())
+}
+
+fn follows_namespace() -> Result<()> {
+    let here = rendered("bellows", None)?;
+    let there = rendered("kube-system", None)?;
+    let kind = "ValidatingAdmissionPolicy";
+    for (here, there) in of_kind(&here, kind).iter().zip(of_kind(&there, kind)) {
+        let (here, there) = (here.to_string(), there.to_string());
+        let moved = here.replace(
+            "system:serviceaccount:bellows:agent",
+            "system:serviceaccount:kube-system:agent",
+        );
+        ensure!(moved != here, "it names no account");
+        ensure!(moved == there, "{there}");
+    }
+    let subject = &only(&there, "ClusterRoleBinding")?["subjects"][0];
+    ensure!(subject["namespace"] == "kube-system", "{subject}");
+    Ok(())
+}
+
+fn overlay(kustomize: &Path, mode: &str) -> Result<()> {
+    let mut command = Command::new(kustomize);
+    command.args(["build", &format!("deploy/kustomize/{mode}")]);
+    let all = parsed(&output(command.current_dir(root()?))?)?;
+    may_do(&all, mode == "act")?;
+    let mut base = Vec::new();
+    for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+        let text = fs::read_to_string(root()?.join("deploy").join(name))?;
+        base.extend(parsed(&text)?);
+    }
+    // Nothing is lost on the way, and nothing else is touched.
+    ensure!(all.len() == base.len(), "{} objects", all.len());
+    let touched = ["DaemonSet", "ClusterRole"];
+    let same =
+        |object: &&Value| mode == "act" || !touched.iter().any(|kind| object["kind"] == *kind);
+    let all: Vec<Value> = all.into_iter().map(folded).collect();
+    for object in base.iter().filter(same) {
+        let name = (&object["kind"], &object["metadata"]["name"]);
+        ensure!(all.contains(&folded(object.clone())), "it changes {name:?}");
+    }
+    Ok(())
+}
+
+/// With one space for all white space in texts: kustomize writes line breaks of folded ones twice, which means nothing
+/// in CEL and in descriptions.
+fn folded(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(text.split_whitespace().collect::<Vec<_>>().join(" ")),
+        Value::Array(items) => Value::Array(items.into_iter().map(folded).collect()),
+        Value::Object(fields) => Value::Object(
+            fields
+                .into_iter()
+                .map(|(name, value)| (name, folded(value)))
+                .collect(),
+        ),
+        other @ (Value::Null | Value::Bool(_) | Value::Number(_)) => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_generated_is_of_this_chart() {
+        let read = |file: String| fs::read_to_string(root().unwrap().join(file)).unwrap();
+        let [original, copy] = PLACES;
+        let manifest = read(format!("{original}/bellows.yaml"));
+        let rest = manifest.splitn(3, '\n').last().unwrap();
+        let header = header(&chart_sum().unwrap(), &sum(rest).unwrap());
+        let again = "change the chart, and run `cargo xtask codegen`";
+        assert!(manifest.starts_with(&header), "{again}");
+        let policies = read(format!("{original}/elasticpolicies.yaml"));
+        assert!(policies == definition().unwrap(), "{again}");
+        for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+            let same = read(format!("{original}/{name}")) == read(format!("{copy}/{name}"));
+            assert!(same, "{copy}/{name}: {again}");
+        }
+    }
+}
