@@ -12,6 +12,7 @@ mod demo;
 mod deploy;
 mod fuzz;
 mod guest;
+mod image;
 mod kubernetes;
 mod shell;
 mod test;
@@ -52,6 +53,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Make the container image, as target/image/bellows.tar.
+    Image(image::Options),
     /// Run the checks: all tiers, or the named ones.
     Test {
         /// unit, kernel, node, pod; or deploy, which is not among all of them.
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf => build::ebpf().map(|_object| true),
         Command::Codegen { part, check } => codegen(part, check),
         Command::Demo { pod } => demo::run(pod),
+        Command::Image(options) => image::command(&options),
         Command::Test { tiers, only } => test::run(&tiers, only),
         Command::Bench(options) => bench::command(&options),
         Command::Fuzz(options) => fuzz::command(&options),
