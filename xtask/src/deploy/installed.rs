@@ -1,0 +1,224 @@
+//! The chart, installed by Helm: a real API server takes what it gives, upgrades it, and is rid of it.
+//!
+//! There are no nodes and no controllers: nobody runs the agent here, which the bench `daemonset` does.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::CHART;
+use crate::{
+    checks::Checks,
+    kubernetes::{self, ControlPlane, TOKEN},
+    root,
+    shell::{output, quiet},
+    tools,
+};
+
+const NAMESPACE: &str = "bellows";
+
+struct Cluster<'a> {
+    helm: &'a Path,
+    configuration: PathBuf,
+    url: String,
+    _control: ControlPlane,
+}
+
+type Case = (&'static str, fn(&Cluster<'_>) -> Result<()>);
+
+/// Each goes on where the one before it has ended.
+const CASES: [Case; 4] = [
+    ("helm install: an agent that may only watch", install),
+    (
+        "helm upgrade: it may act, by policies of the chart",
+        upgrade,
+    ),
+    ("helm upgrade: every option but privileges", all_options),
+    ("helm uninstall: nothing is left but policies", uninstall),
+];
+
+pub(super) fn checks(checks: &mut Checks, helm: &Path) -> Result<()> {
+    tools::packages()?;
+    let control = ControlPlane::start(&kubernetes::binaries()?)?;
+    let url = format!("https://127.0.0.1:{}", control.port);
+    let configuration = root()?.join("target/guests/control-plane/kubeconfig");
+    let file = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "it", "cluster": { "server": url, "insecure-skip-tls-verify": true } }],
+        "users": [{ "name": "it", "user": { "token": TOKEN } }],
+        "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "it" } }],
+        "current-context": "it",
+    });
+    fs::write(&configuration, file.to_string())?;
+    let cluster = Cluster {
+        helm,
+        configuration,
+        url,
+        _control: control,
+    };
+    for (name, case) in CASES {
+        checks.check(name, case(&cluster));
+    }
+    Ok(())
+}
+
+impl Cluster<'_> {
+    fn helm(&self, arguments: &[&str]) -> Result<()> {
+        let mut command = Command::new(self.helm);
+        command
+            .arg("--kubeconfig")
+            .arg(&self.configuration)
+            .args(["--namespace", NAMESPACE])
+            .args(arguments);
+        quiet(command.current_dir(root()?))
+    }
+
+    /// What the API server says; `None` where nothing is.
+    fn ask(&self, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+        let mut command = Command::new("curl");
+        command
+            .args(["--silent", "--insecure", "--max-time", "30"])
+            .args(["--header", "Content-Type: application/json", "--header"])
+            .arg(format!("Authorization: Bearer {TOKEN}"));
+        if let Some(body) = body {
+            command.args(["--data", &body.to_string()]);
+        }
+        let said = output(command.arg(format!("{}{path}", self.url)))?;
+        let said: Value = serde_json::from_str(&said)?;
+        if said["kind"] != "Status" {
+            return Ok(Some(said));
+        }
+        match said["code"].as_u64() {
+            Some(404) => Ok(None),
+            _ => bail!("{path}: {said}"),
+        }
+    }
+
+    /// Whether the agent's account may do something to all pods.
+    fn may(&self, verb: &str, subresource: &str) -> Result<bool> {
+        let review = json!({
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SubjectAccessReview",
+            "spec": {
+                "user": format!("system:serviceaccount:{NAMESPACE}:agent"),
+                "resourceAttributes": { "resource": "pods", "subresource": subresource, "verb": verb },
+            },
+        });
+        let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+        let said = self.ask(path, Some(&review))?.unwrap_or_default();
+        Ok(said["status"]["allowed"] == true)
+    }
+
+    fn agent(&self) -> Result<Option<Value>> {
+        self.ask(
+            &format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/agent"),
+            None,
+        )
+    }
+
+    fn policy(&self, namespace: &str) -> Result<Option<Value>> {
+        let api = "/apis/bellows.dev/v1alpha1";
+        let path = format!("{api}/namespaces/{namespace}/elasticpolicies/default");
+        self.ask(&path, None)
+    }
+}
+
+fn install(cluster: &Cluster<'_>) -> Result<()> {
+    cluster.helm(&["install", "bellows", CHART, "--create-namespace"])?;
+    ensure!(cluster.agent()?.is_some(), "there is no DaemonSet");
+    ensure!(cluster.may("list", "")? && cluster.may("watch", "")?);
+    for (verb, subresource) in [
+        ("patch", ""),
+        ("update", ""),
+        ("patch", "resize"),
+        ("get", "log"),
+    ] {
+        ensure!(
+            !cluster.may(verb, subresource)?,
+            "it may {verb} pods/{subresource}"
+        );
+    }
+    Ok(())
+}
+
+fn upgrade(cluster: &Cluster<'_>) -> Result<()> {
+    for name in ["dev", "ci"] {
+        let namespace =
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } });
+        drop(cluster.ask("/api/v1/namespaces", Some(&namespace))?);
+    }
+    cluster.helm(&[
+        "upgrade",
+        "bellows",
+        CHART,
+        "--values",
+        "deploy/chart/ci/act.yaml",
+    ])?;
+    ensure!(cluster.may("patch", "")? && cluster.may("patch", "resize")?);
+    for (verb, subresource) in [("update", ""), ("delete", ""), ("create", "eviction")] {
+        ensure!(
+            !cluster.may(verb, subresource)?,
+            "it may {verb} pods/{subresource}"
+        );
+    }
+    let policy = cluster.policy("ci")?.unwrap_or_default();
+    ensure!(policy["spec"]["mode"] == "Act", "{policy}");
+    Ok(())
+}
+
+fn all_options(cluster: &Cluster<'_>) -> Result<()> {
+    // A namespace that is there is not the release's to make, and this API server allows no privileges.
+    let values = "namespace.create=false,privileged=false";
+    cluster.helm(&[
+        "upgrade",
+        "bellows",
+        CHART,
+        "--values",
+        "deploy/chart/ci/all.yaml",
+        "--set",
+        values,
+    ])?;
+    let agent = cluster.agent()?.unwrap_or_default();
+    let spec = &agent["spec"]["template"]["spec"];
+    let runtime = &spec["volumes"][2]["hostPath"]["path"];
+    ensure!(runtime == "/run/crio", "{spec}");
+    ensure!(cluster.policy("dev")?.is_some() && cluster.policy("ci")?.is_none());
+    Ok(())
+}
+
+fn uninstall(cluster: &Cluster<'_>) -> Result<()> {
+    let own = json!({
+        "apiVersion": "bellows.dev/v1alpha1",
+        "kind": "ElasticPolicy",
+        "metadata": { "name": "default", "namespace": "ci" },
+        "spec": { "containers": [{ "memory": { "max": "1Gi" } }] },
+    });
+    let path = "/apis/bellows.dev/v1alpha1/namespaces/ci/elasticpolicies";
+    drop(cluster.ask(path, Some(&own))?);
+    // Nobody is here to run the hook.
+    cluster.helm(&["uninstall", "bellows", "--no-hooks"])?;
+    ensure!(cluster.agent()?.is_none(), "the DaemonSet is left");
+    ensure!(!cluster.may("list", "")?, "its rights are left");
+    let admission = "/apis/admissionregistration.k8s.io/v1";
+    for path in [
+        format!("{admission}/validatingadmissionpolicies/bellows-agent"),
+        format!("{admission}/validatingadmissionpolicybindings/bellows-originals"),
+        format!("/api/v1/namespaces/{NAMESPACE}/serviceaccounts/agent"),
+        format!("/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies/agent"),
+    ] {
+        ensure!(cluster.ask(&path, None)?.is_none(), "{path} is left");
+    }
+    ensure!(
+        cluster.policy("dev")?.is_none(),
+        "the chart's policy is left"
+    );
+    // What people have written outlives the agent; it means nothing without.
+    ensure!(cluster.policy("ci")?.is_some(), "somebody's policy is gone");
+    Ok(())
+}
