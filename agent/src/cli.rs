@@ -35,6 +35,12 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         runtime_endpoint: Option<PathBuf>,
     },
+    /// Delete a DaemonSet, and wait until its agents have given limits back (used by the chart).
+    #[command(hide = true)]
+    Uninstall {
+        /// Its name, in this pod's namespace.
+        daemon_set: String,
+    },
     /// Stay beside `bellows run` and lift brakes and holds when it dies (a second container).
     Releaser,
     /// Tell what works on this machine, what does not, and what to do.
@@ -116,6 +122,9 @@ pub struct Run {
     /// Change nothing, whatever policies and annotations say: mode Act counts as Observe.
     #[arg(long, conflicts_with = "standalone")]
     observe: bool,
+    /// Give limits back at the end if this DaemonSet, in the agent's own namespace, is deleted then.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["standalone", "observe"])]
+    restore_with: Option<String>,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
@@ -138,6 +147,7 @@ impl Run {
             metrics,
             health,
             observe,
+            restore_with,
             without_bpf,
         } = self;
         let of = match policies {
@@ -148,6 +158,7 @@ impl Run {
                     shrink_after.unwrap_or(SHRINK_AFTER).saturating_mul(1000),
                 ),
                 only_observes: observe,
+                daemon_set: restore_with,
             },
         };
         Some(run::Options {

@@ -75,6 +75,7 @@ fn main() -> ExitCode {
             }
             Err(error) => report(Err(error.to_string())),
         },
+        Command::Uninstall { daemon_set } => uninstall(&daemon_set),
         Command::Releaser => {
             report(run::release_after_agents().map_err(|error| format!("the releaser: {error}")))
         }
@@ -103,6 +104,27 @@ fn log_filter() -> Targets {
         eprintln!("bellows: BELLOWS_LOG is `{text}`: {error}; use warn, info or debug, or bellows::guard=debug");
         warnings
     })
+}
+
+fn uninstall(daemon_set: &str) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let gone = runtime
+        .map_err(|error| error.to_string())
+        .and_then(|runtime| {
+            let gone = runtime.block_on(run::uninstall(daemon_set));
+            gone.map_err(|error| error.to_string())
+        });
+    match gone {
+        Ok(true) => println!("all agents have ended"),
+        // What is to be taken away is taken away all the same.
+        Ok(false) => println!(
+            "some agents have not ended, on nodes that do not answer: limits may stay raised there"
+        ),
+        Err(error) => return report(Err(error)),
+    }
+    ExitCode::SUCCESS
 }
 
 fn diagnose(json: bool) -> ExitCode {

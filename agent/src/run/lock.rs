@@ -13,6 +13,10 @@ use std::{
     io,
     os::fd::AsFd,
     path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -21,6 +25,7 @@ use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
 };
+use signal_hook::consts::SIGTERM;
 
 use crate::{explain::LEDGER, ledger, recover::recover};
 
@@ -82,12 +87,15 @@ fn try_lock(file: &File) -> io::Result<bool> {
 }
 
 /// The body of `bellows releaser`: releases whatever an agent leaves when it dies, for ever. What it cannot
-/// release it tries again: it must not end where the next death would find nobody.
+/// release it tries again: it must not end where the next death would find nobody. Told to end (SIGTERM), it
+/// does so with the agent beside it, which is told at the same time: a pod that waits for it keeps its successor away.
 ///
 /// # Errors
 ///
 /// When the lock cannot be used.
 pub fn release_after_agents() -> io::Result<()> {
+    let is_ending = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGTERM, Arc::clone(&is_ending))?;
     let mut is_released = false;
     loop {
         let file = open()?;
@@ -108,6 +116,9 @@ pub fn release_after_agents() -> io::Result<()> {
             }
         }
         drop(file);
+        if is_released && is_ending.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         if nobody_lives {
             thread::sleep(NO_AGENT);
         }

@@ -38,6 +38,7 @@ use tokio::{
 };
 
 pub use lock::release_after_agents;
+pub use pods::uninstall;
 pub use restore::restore;
 
 use crate::{
@@ -65,6 +66,7 @@ use crate::{
 };
 use containers::Hands;
 use lock::AgentLock;
+use pods::Leaving;
 
 /// What `bellows run` is asked to do.
 #[derive(Clone, Debug)]
@@ -90,6 +92,8 @@ pub enum Of {
         shrink_after: Nanos,
         /// Whether nothing is changed, whatever policies and annotations say.
         only_observes: bool,
+        /// The DaemonSet with whose end limits are given back.
+        daemon_set: Option<String>,
     },
     /// What policies select; the container runtime is asked.
     Machine {
@@ -140,7 +144,8 @@ const ASSUMED_P95: Nanos = Nanos::millis(1500);
 /// The same of an update by the runtime, its pod's limit included (0.35 to 0.8 s on an emulated machine).
 const ASSUMED_UPDATE_P95: Nanos = Nanos::millis(1000);
 
-/// The agent itself: runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay.
+/// The agent itself: runs until SIGTERM or SIGINT; brakes and holds are lifted then, limits stay, unless nobody comes
+/// after it.
 ///
 /// # Errors
 ///
@@ -169,16 +174,23 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     if let Some(address) = options.metrics {
         runtime.spawn(serve(address, Served::Metrics));
     }
+    let mut leaving = None;
     let (inputs, controller, watch) = match &options.of {
         Of::Node {
             name,
             shrink_after,
             only_observes,
+            daemon_set,
         } => {
             let client = runtime.block_on(async {
                 let config = kube::Config::infer().await.map_err(RunError::Config)?;
                 Ok::<_, RunError>(Client::try_from(config)?)
             })?;
+            leaving = daemon_set.clone().map(|daemon_set| Leaving {
+                client: client.clone(),
+                node: name.clone(),
+                daemon_set,
+            });
             Fast::start(options, &ledger_path)?.of_node(
                 client,
                 runtime.handle(),
@@ -202,6 +214,9 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let result = runtime.block_on(until_stopped(watch));
     if inputs.send(Input::Stop).is_err() || controller.join().is_err() {
         return result.and(Err(RunError::Ended("the controller")));
+    }
+    if let (Ok(()), Some(leaving)) = (&result, leaving) {
+        runtime.block_on(leaving.leave());
     }
     result
 }

@@ -73,7 +73,7 @@ fn definition() -> Result<String> {
 
 /// All else, as the chart gives it.
 fn manifest() -> Result<String> {
-    let rendered = template(NAMESPACE, &[RENDERED])?;
+    let rendered = template(NAMESPACE, &["--no-hooks", "--values", RENDERED])?;
     let mut documents = documents(&rendered);
     // The agent comes last: by then it may do what it must, and nothing else.
     documents.sort_by_key(|document| document.contains("\nkind: DaemonSet\n"));
@@ -95,13 +95,10 @@ fn documents(rendered: &str) -> Vec<String> {
     all.filter(|document| !document.is_empty()).collect()
 }
 
-fn template(namespace: &str, values: &[&str]) -> Result<String> {
+fn template(namespace: &str, options: &[&str]) -> Result<String> {
     let mut command = Command::new(helm()?);
     command.args(["template", "bellows", CHART, "--namespace", namespace]);
-    for file in values {
-        command.args(["--values", file]);
-    }
-    output(command.current_dir(root()?))
+    output(command.args(options).current_dir(root()?))
 }
 
 /// A checksum of all that the manifest is made from, the options included.

@@ -86,7 +86,8 @@ fn refused(helm: &Path, set: &str, part: &str) -> Result<()> {
 }
 
 fn rendered(namespace: &str, values: Option<&str>) -> Result<Vec<Value>> {
-    parsed(&template(namespace, values.as_slice())?)
+    let options: Vec<&str> = values.iter().flat_map(|file| ["--values", file]).collect();
+    parsed(&template(namespace, &options)?)
 }
 
 /// The documents of a file in YAML.
@@ -117,6 +118,7 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
     };
     let acts = values["mode"] == "Act";
     may_do(all, acts)?;
+    ends(all, acts)?;
     let spec = &only(all, "DaemonSet")?["spec"]["template"]["spec"];
     let containers = spec["containers"].as_array().context("no containers")?;
     let [agent, releaser] = &containers[..] else {
@@ -216,6 +218,10 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
     let daemons = only(all, "DaemonSet")?;
     let args = &daemons["spec"]["template"]["spec"]["containers"][0]["args"];
     ensure!(args[0] == "run" && has(args, "--observe") != acts, "{args}");
+    ensure!(has(args, "--restore-with") == acts, "{args}");
+    let roles = of_kind(all, "Role");
+    let own = |role: &&Value| role["metadata"]["name"] == "agent";
+    ensure!(roles.into_iter().any(|role| own(&role)) == acts);
     // Whoever may act is kept to its own node, and its annotation to itself.
     for kind in [
         "ValidatingAdmissionPolicy",
@@ -227,6 +233,29 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
             .map(|object| &object["metadata"]["name"])
             .collect();
         ensure!(names == ["bellows-agent", "bellows-originals"], "{names:?}");
+    }
+    Ok(())
+}
+
+/// Whether what agents have raised is given back at the end: where they may act, they are waited for before their
+/// rights are taken away.
+fn ends(all: &[Value], acts: bool) -> Result<()> {
+    let jobs = of_kind(all, "Job");
+    ensure!(jobs.len() == usize::from(acts));
+    for job in jobs {
+        ensure!(job["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete");
+        let spec = &job["spec"]["template"]["spec"];
+        ensure!(spec["securityContext"]["runAsNonRoot"] == true);
+        ensure!(spec["containers"][0]["args"] == json!(["uninstall", "agent"]));
+        // It may do that, and nothing else.
+        let own = |object: &&&Value| object["metadata"]["name"] == "uninstall";
+        let roles = of_kind(all, "Role");
+        let rules = roles.iter().find(own).map(|role| &role["rules"]);
+        let rule = json!([{
+            "apiGroups": ["apps"], "resources": ["daemonsets"], "resourceNames": ["agent"],
+            "verbs": ["get", "delete"],
+        }]);
+        ensure!(rules == Some(&rule), "{rules:?}");
     }
     Ok(())
 }
@@ -260,10 +289,13 @@ fn overlay(kustomize: &Path, mode: &str) -> Result<()> {
         base.extend(parsed(&text)?);
     }
     // Nothing is lost on the way, and nothing else is touched.
-    ensure!(all.len() == base.len(), "{} objects", all.len());
-    let touched = ["DaemonSet", "ClusterRole"];
-    let same =
-        |object: &&Value| mode == "act" || !touched.iter().any(|kind| object["kind"] == *kind);
+    let touched: &[&str] = match mode {
+        "act" => &[],
+        _ => &["DaemonSet", "ClusterRole", "Role", "RoleBinding"],
+    };
+    let gone = if mode == "act" { 0 } else { 2 };
+    ensure!(all.len() + gone == base.len(), "{} objects", all.len());
+    let same = |object: &&Value| !touched.iter().any(|kind| object["kind"] == *kind);
     let all: Vec<Value> = all.into_iter().map(folded).collect();
     for object in base.iter().filter(same) {
         let name = (&object["kind"], &object["metadata"]["name"]);

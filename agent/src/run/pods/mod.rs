@@ -6,6 +6,7 @@
 //!
 //! It must not change a limit that somebody waits for: that is the controller's.
 
+mod give_back;
 mod one;
 mod policies;
 
@@ -20,7 +21,6 @@ use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals,
     elastic::Mode,
     pod::{self, ORIGINAL, Raised, Refusal},
-    quantity,
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -33,15 +33,16 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 
+pub(super) use give_back::Leaving;
+pub use give_back::uninstall;
+
 use super::events::Events;
 use crate::{
     actuate::{
-        resize::{Change, Observed, Order, TIMEOUT, Target, limits_patch, parameters},
-        shrink,
+        resize::{Observed, Order, Target},
         targets::Targets,
     },
     attribution::{api::Pod, pods::convert},
-    cgroup::Cgroup,
     guard::Input,
 };
 use policies::Policies;
@@ -337,44 +338,8 @@ impl Watch {
         }
     }
 
-    /// A limit that was raised, and for which nobody asks any more, is what it was, as soon as usage allows it: the kubelet
-    /// refuses one below usage, does not look again until the pod changes, and carries out no other resize of the pod
-    /// meanwhile.
     async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), String> {
-        let Raised {
-            level,
-            limit,
-            original,
-            id,
-            ..
-        } = raised;
-        let path = one::find(&seen.uid, *level, id.as_deref());
-        let to = quantity::parse(original).map_err(|error| error.to_string())?;
-        if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
-            let made = tokio::task::spawn_blocking(move || shrink::make_room_in(&cgroup, to));
-            if !matches!(made.await, Ok(Ok(true))) {
-                return Err(format!("more than {original} is in use"));
-            }
-        }
-        let _turn = self.order(&seen.uid).lock_owned().await;
-        let change = Change {
-            level: *level,
-            from: limit.clone(),
-            to: original.clone(),
-        };
-        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (parameters(), limits_patch(&seen.uid, &[change]));
-        let patched = api.patch_resize(&seen.name, &parameters, &patch);
-        match tokio::time::timeout(TIMEOUT, patched).await {
-            Ok(Ok(_patched)) => Ok(()),
-            // It has changed since, which will be told.
-            Ok(Err(kube::Error::Api(status))) if [404, 409, 422].contains(&status.code) => {
-                tracing::debug!(pod.name = seen.name, %status, "a limit is not what it was");
-                Ok(())
-            }
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_elapsed) => Err("the API does not answer".to_owned()),
-        }
+        give_back::give_back(&self.context.client, self.order(&seen.uid), seen, raised).await
     }
 
     /// Held while a request of a pod is under way.

@@ -1,0 +1,182 @@
+//! Limits that were raised, and for which nobody asks any more, are what they were.
+//!
+//! An agent that ends leaves limits as they are: its successor goes on with them. When its DaemonSet is deleted there
+//! will be none, so the last thing that it does is to give back what it can: what is not in use, for as long as the
+//! kubelet lets it live. It cannot do so once its account is gone, so whoever takes everything away deletes the
+//! DaemonSet first ([`uninstall`]).
+
+use std::time::Duration;
+
+use bellows_core::{
+    pod::{self, Raised},
+    quantity,
+};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::{
+    Api, Client,
+    api::{DeleteParams, ListParams},
+};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::one;
+use crate::{
+    actuate::{
+        resize::{Change, Order, TIMEOUT, limits_patch, parameters},
+        shrink,
+    },
+    attribution::{api::Pod, pods::convert},
+    cgroup::Cgroup,
+    run::RunError,
+};
+
+/// For how long an agent that ends for good gives back: less than the kubelet lets it live (`terminationGracePeriod` in
+/// `deploy/chart/templates/daemonset.yaml`).
+const LAST: Duration = Duration::from_secs(20);
+/// How long it takes to find out whether it does.
+const ASKED: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_secs(1);
+/// For how long the end of all agents is waited for. A node that does not answer must not keep Bellows installed.
+const ALL_AGENTS: Duration = Duration::from_secs(180);
+
+/// As soon as usage allows it: the kubelet refuses a limit below usage, does not look again until the pod changes, and
+/// carries out no other resize of the pod meanwhile.
+pub(super) async fn give_back(
+    client: &Client,
+    order: Order,
+    seen: &pod::Pod,
+    raised: &Raised,
+) -> Result<(), String> {
+    let Raised {
+        level,
+        limit,
+        original,
+        id,
+        ..
+    } = raised;
+    let path = one::find(&seen.uid, *level, id.as_deref());
+    let to = quantity::parse(original).map_err(|error| error.to_string())?;
+    if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
+        let made = tokio::task::spawn_blocking(move || shrink::make_room_in(&cgroup, to));
+        if !matches!(made.await, Ok(Ok(true))) {
+            return Err(format!("more than {original} is in use"));
+        }
+    }
+    let _turn = order.lock_owned().await;
+    let change = Change {
+        level: *level,
+        from: limit.clone(),
+        to: original.clone(),
+    };
+    let api: Api<Pod> = Api::namespaced(client.clone(), &seen.namespace);
+    let (parameters, patch) = (parameters(), limits_patch(&seen.uid, &[change]));
+    let patched = api.patch_resize(&seen.name, &parameters, &patch);
+    match timeout(TIMEOUT, patched).await {
+        Ok(Ok(_patched)) => Ok(()),
+        // It has changed since, which will be told.
+        Ok(Err(kube::Error::Api(status))) if [404, 409, 422].contains(&status.code) => {
+            tracing::debug!(pod.name = seen.name, %status, "a limit is not what it was");
+            Ok(())
+        }
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_elapsed) => Err("the API does not answer".to_owned()),
+    }
+}
+
+/// Who gives back when it ends for good.
+pub(in crate::run) struct Leaving {
+    pub(in crate::run) client: Client,
+    pub(in crate::run) node: String,
+    /// In the agent's own namespace.
+    pub(in crate::run) daemon_set: String,
+}
+
+impl Leaving {
+    /// The end of an agent whose controller has ended: gives back all that is raised on its node, if it is for good.
+    pub(in crate::run) async fn leave(&self) {
+        if !self.is_for_good().await {
+            return;
+        }
+        tracing::info!("the DaemonSet is deleted: limits are given back");
+        let begun = Instant::now();
+        loop {
+            let rest = LAST.saturating_sub(begun.elapsed());
+            match timeout(rest, self.give_back_all()).await {
+                Ok(Ok(0)) => return,
+                Ok(Ok(_some)) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "limits are not given back yet"),
+                Err(_elapsed) => {
+                    tracing::error!("some limits stay raised: there was no time left");
+                    return;
+                }
+            }
+            sleep(AGAIN).await;
+        }
+    }
+
+    /// A DaemonSet that is there has a successor for this agent, and so has one of which nothing is known.
+    async fn is_for_good(&self) -> bool {
+        let api: Api<DaemonSet> = Api::default_namespaced(self.client.clone());
+        match timeout(ASKED, api.get_metadata_opt(&self.daemon_set)).await {
+            Ok(Ok(found)) => found.is_none_or(|found| found.metadata.deletion_timestamp.is_some()),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "limits stay: it is not known whether this agent comes back");
+                false
+            }
+            Err(_elapsed) => {
+                tracing::warn!("limits stay: the API does not say whether this agent comes back");
+                false
+            }
+        }
+    }
+
+    /// Returns how many limits were still raised.
+    async fn give_back_all(&self) -> kube::Result<usize> {
+        let api: Api<Pod> = Api::all(self.client.clone());
+        let own = ListParams::default().fields(&format!("spec.nodeName={}", self.node));
+        let mut found = 0;
+        for pod in api.list(&own).await? {
+            let seen = convert(&pod);
+            for raised in pod::left_raised(&seen) {
+                found += 1;
+                let given = give_back(&self.client, Order::default(), &seen, &raised).await;
+                if let Err(why) = given {
+                    tracing::warn!(
+                        pod.namespace = seen.namespace,
+                        pod.name = seen.name,
+                        container = raised.container,
+                        why,
+                        "a limit is not given back yet"
+                    );
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// `bellows uninstall`: deletes a DaemonSet of this pod's namespace, and waits until its agents have ended. Returns
+/// whether they have.
+///
+/// # Errors
+///
+/// When the API cannot be asked.
+pub async fn uninstall(daemon_set: &str) -> Result<bool, RunError> {
+    let config = kube::Config::infer().await.map_err(RunError::Config)?;
+    let api: Api<DaemonSet> = Api::default_namespaced(Client::try_from(config)?);
+    // It is there until its pods have ended.
+    match api.delete(daemon_set, &DeleteParams::foreground()).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(true),
+        Err(error) => return Err(error.into()),
+        Ok(_deleting) => {}
+    }
+    let begun = Instant::now();
+    while begun.elapsed() < ALL_AGENTS {
+        match api.get_metadata_opt(daemon_set).await {
+            Ok(None) => return Ok(true),
+            Ok(Some(_)) => {}
+            Err(error) => tracing::warn!(%error, "asked again"),
+        }
+        sleep(AGAIN).await;
+    }
+    Ok(false)
+}
