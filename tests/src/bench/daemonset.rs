@@ -18,7 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bellows::cgroup::{Cgroup, Limit};
 use bellows_core::{Bytes, pod};
 use clap::Args;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Pod};
 use kube::{
     Api, Client, Config, ResourceExt as _,
     api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
@@ -60,11 +60,13 @@ pub(super) struct Bed {
     pub(super) client: Client,
     pub(super) cluster: Cluster,
     pub(super) server: ApiServer,
+    /// Of the DaemonSet's pods.
+    template: Value,
 }
 
 type Case = (&'static str, fn(&Bed) -> Result<()>);
 
-const CASES: [Case; 6] = [
+const CASES: [Case; 7] = [
     (
         "the agent runs with its own account and capabilities, without privileges",
         runs,
@@ -86,6 +88,10 @@ const CASES: [Case; 6] = [
         "what it has braked is let go when its pod is deleted",
         deleted,
     ),
+    (
+        "what it has raised is given back when its DaemonSet is deleted",
+        given_back,
+    ),
 ];
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
@@ -99,15 +105,16 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
         Ok::<_, anyhow::Error>(Client::try_from(config)?)
     })?;
-    let bed = Bed {
+    let mut bed = Bed {
         tasks,
         client,
         cluster: Cluster::connect()?,
         server: options.server.clone(),
+        template: Value::Null,
     };
     bed.cluster.wait_node_ready()?;
-    let template = bed.apply_all()?;
-    bed.start_agent(&template)?;
+    bed.template = bed.apply_all()?;
+    bed.start_agent()?;
     for (case, check) in CASES {
         let failure = check(&bed).err().map(|error| {
             let logs = ["agent", "releaser"].map(|container| bed.log(container));
@@ -211,8 +218,8 @@ impl Bed {
     }
 
     /// Makes the pod that the DaemonSet's controller would make, as the admission plugin would complete it.
-    fn start_agent(&self, template: &Value) -> Result<()> {
-        let mut pod = template.clone();
+    fn start_agent(&self) -> Result<()> {
+        let mut pod = self.template.clone();
         pod["metadata"]["name"] = json!(AGENT);
         let spec = &mut pod["spec"];
         spec["nodeName"] = json!(node::NAME);
@@ -258,9 +265,9 @@ impl Bed {
     }
 }
 
-fn runs(bed: &Bed) -> Result<()> {
+fn is_ready(bed: &Bed) -> Result<()> {
     let ready = wait(
-        "both of its containers run",
+        "both of its containers run, and it is alive",
         Duration::from_secs(120),
         || {
             let status = bed.agent()?.status.unwrap_or_default();
@@ -268,7 +275,11 @@ fn runs(bed: &Bed) -> Result<()> {
             Ok(statuses.len() == 2 && statuses.iter().all(|status| status.ready))
         },
     );
-    ready.with_context(|| node::log_tail("kubelet", 30))?;
+    ready.with_context(|| node::log_tail("kubelet", 30))
+}
+
+fn runs(bed: &Bed) -> Result<()> {
+    is_ready(bed)?;
     wait("its metrics are served", Duration::from_secs(60), || {
         Ok(TcpStream::connect(METRICS).is_ok())
     })?;
@@ -403,25 +414,23 @@ fn wrong_policies(bed: &Bed) -> Result<()> {
     bed.remove_policy()
 }
 
-fn by_policy(bed: &Bed) -> Result<()> {
-    bed.apply(policy(&json!({
-        "memory": { "max": "1Gi", "shrinkAfter": "3s" },
-        "boosts": [{ "on": { "start": true }, "cpu": 2, "until": { "idle": "5s", "atMost": "2m" } }],
-    })))?;
+/// Rests, bursts, and then lets time pass with next to nothing.
+fn bursting() -> Vec<String> {
     let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
     words.extend(["--rest-ms", "10000", "--after-ms", "120000"].map(str::to_owned));
-    let command = |words: &[String]| {
-        let load = ["/bellows-guest", "load"].map(str::to_owned);
-        load.into_iter()
-            .chain(words.iter().cloned())
-            .collect::<Vec<_>>()
-    };
-    let container = |name: &str, words: &[String]| {
+    words
+}
+
+/// A pod that the policy means; the first of its containers is what is waited for.
+fn elastic(bed: &Bed, containers: &[(&str, Vec<String>)]) -> Result<Cgroup> {
+    let containers = containers.iter().map(|(name, words)| {
+        let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
+        command.extend_from_slice(words);
         json!({
-            "name": name, "image": node::IMAGE, "imagePullPolicy": "Never", "command": command(words),
+            "name": name, "image": node::IMAGE, "imagePullPolicy": "Never", "command": command,
             "resources": { "limits": { "memory": "64Mi" }, "requests": { "memory": "32Mi" } },
         })
-    };
+    });
     let pod: Pod = serde_json::from_value(json!({
         "metadata": { "name": "elastic", "labels": { "app": "elastic" } },
         "spec": {
@@ -430,13 +439,24 @@ fn by_policy(bed: &Bed) -> Result<()> {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": 0,
             "automountServiceAccountToken": false,
-            "containers": [container("load", &words), container("side", &["pause".to_owned()])],
+            "containers": containers.collect::<Vec<_>>(),
         },
     }))?;
     let pods: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
     bed.tasks
         .block_on(pods.create(&PostParams::default(), &pod))?;
-    let cgroup = bed.cluster.wait_running("elastic")?;
+    bed.cluster.wait_running("elastic")
+}
+
+fn by_policy(bed: &Bed) -> Result<()> {
+    bed.apply(policy(&json!({
+        "memory": { "max": "1Gi", "shrinkAfter": "3s" },
+        "boosts": [{ "on": { "start": true }, "cpu": 2, "until": { "idle": "5s", "atMost": "2m" } }],
+    })))?;
+    let cgroup = elastic(
+        bed,
+        &[("load", bursting()), ("side", vec!["pause".to_owned()])],
+    )?;
     let both = || -> Result<Vec<Limit>> {
         let pod = cgroup.path().parent().context("a pod")?;
         let mut brakes = Vec::new();
@@ -488,4 +508,36 @@ fn deleted(bed: &Bed) -> Result<()> {
         Ok(cgroup.limit("memory.high")? == Limit::Max)
     })?;
     bed.cluster.delete("resting")
+}
+
+/// What the chart's hook does at its end: the agents' rights are still there.
+fn given_back(bed: &Bed) -> Result<()> {
+    bed.start_agent()?;
+    is_ready(bed)?;
+    // By itself it would lower nothing meanwhile.
+    bed.apply(policy(
+        &json!({ "memory": { "max": "1Gi", "shrinkAfter": "1h" } }),
+    ))?;
+    let cgroup = elastic(bed, &[("load", bursting())])?;
+    wait("its burst is over", Duration::from_secs(60), || {
+        Ok(!results(&bed.cluster, "elastic")?.is_empty())
+    })?;
+    let raised = cgroup.limit("memory.max")?;
+    ensure!(raised.bytes() > LIMIT, "its limit is {raised:?}");
+    let daemons: Api<DaemonSet> = Api::namespaced(bed.client.clone(), NAMESPACE);
+    bed.tasks
+        .block_on(daemons.delete("agent", &DeleteParams::foreground()))?;
+    // Which the garbage collector does.
+    let parameters = DeleteParams::default();
+    bed.tasks.block_on(bed.pods().delete(AGENT, &parameters))?;
+    wait("its limit is what it was", Duration::from_secs(60), || {
+        Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
+    })?;
+    ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    // Its releaser has not kept it for all of its grace period.
+    wait("it has ended", Duration::from_secs(25), || {
+        Ok(bed.agent().is_err())
+    })?;
+    bed.remove_policy()?;
+    bed.cluster.delete("elastic")
 }
