@@ -194,3 +194,39 @@ impl Exec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(words: &[&str]) -> Result<Command, clap::Error> {
+        let words = ["bellows"].iter().chain(words);
+        Cli::try_parse_from(words).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn what_is_installed_is_understood() {
+        let manifest = include_str!("../../deploy/bellows.yaml");
+        let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(manifest).unwrap();
+        let daemons = documents
+            .iter()
+            .find(|document| document["kind"] == "DaemonSet")
+            .unwrap();
+        let containers = &daemons["spec"]["template"]["spec"]["containers"];
+        let commands = containers.as_array().unwrap().iter().map(|container| {
+            let words = container["args"].as_array().unwrap().iter();
+            let words: Vec<&str> = words.map(|word| word.as_str().unwrap()).collect();
+            parsed(&words).unwrap()
+        });
+        let commands: Vec<Command> = commands.collect();
+        assert!(matches!(commands[..], [Command::Run(_), Command::Releaser]));
+        // Where nothing may be changed, and at the end.
+        let only_observes = parsed(&["run", "--observe", "--health", "0.0.0.0:9465"]).unwrap();
+        let Command::Run(run) = only_observes else {
+            panic!("{only_observes:?}");
+        };
+        assert!(run.observe);
+        assert!(parsed(&["uninstall", "agent"]).is_ok());
+        assert!(parsed(&["run", "--observe", "--restore-with", "agent"]).is_err());
+    }
+}
