@@ -104,6 +104,8 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
             } => {
                 match action {
                     Action::Raise { .. } | Action::Shrink { .. } => requested = Some(*at),
+                    // What it was asked for with stays what it is waited for with.
+                    Action::RaiseByHand { .. } => {}
                     Action::Hold => held = Some(*at),
                     Action::Release | Action::Brake { .. } => {}
                 }
@@ -160,6 +162,9 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::RaiseUnderWay => "reached the limit before its raise",
         Reason::CacheThrashes => "its page cache is read back again and again",
         Reason::GrowsWhileHeld => "grows inside a system call, where the freezer does not hold it",
+        Reason::AnswerLate => "no answer in time",
+        Reason::RequestFailed => "the raise could not be asked for",
+        Reason::RaisedFirst => "its policy raises first and asks at once",
         Reason::RaiseArrived => "the raise has arrived",
         Reason::HoldExpired => "no raise came in time",
         Reason::BurstOver => "the burst is over",
@@ -175,6 +180,9 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
             format!("{why}, {from}: raise to {to}")
         }
         Action::Raise { from, to } => format!("{why} with {demand} of {from}: raise to {to}"),
+        Action::RaiseByHand { from, to } => {
+            format!("{why}, {demand} in use: raise from {from} to {to} by hand")
+        }
         Action::Shrink { from, to } => format!("{why}, {demand} in use: lower from {from} to {to}"),
         Action::Hold => format!("{why} with {demand}: held"),
         Action::Brake { high } => format!("{why}, {demand} in use: braked at {high}"),

@@ -13,7 +13,7 @@ use std::{
 use bellows_core::{Bytes, Cpu, boost::Boosts, moved::MovedLimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{cgroup::quota::Quota, state::with_reserve};
+use crate::{actuate::by_hand::ByHand, cgroup::quota::Quota, state::with_reserve};
 
 /// A container as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,6 +156,14 @@ impl Records<Original> {
     }
 }
 
+impl Records<Original> {
+    /// Those of containers in pods that the API owns: what is moved of their CPU.
+    #[must_use]
+    pub fn in_pods() -> Self {
+        Self::at(PathBuf::from("/run/bellows/in-pods"))
+    }
+}
+
 impl Records<PodOriginal> {
     /// Those of pods.
     #[must_use]
@@ -169,6 +177,14 @@ impl Records<PodQuota> {
     #[must_use]
     pub fn pod_quotas() -> Self {
         Self::at(PathBuf::from("/run/bellows/pod-quotas"))
+    }
+}
+
+impl Records<ByHand> {
+    /// Those of limits that were written by hand, of pods that the API owns.
+    #[must_use]
+    pub fn by_hand() -> Self {
+        Self::at(PathBuf::from("/run/bellows/by-hand"))
     }
 }
 

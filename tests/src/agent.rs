@@ -1,7 +1,7 @@
 //! The agent under test, `bellows run`, in a cgroup of its own as its container would have one.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -55,10 +55,16 @@ const CGROUP: &str = "agent-under-test";
 pub(crate) struct Agent {
     parent: Child,
     cgroup: Cgroup,
+    kubeconfig: PathBuf,
 }
 
 impl Agent {
     pub(crate) fn start() -> Result<Self> {
+        Self::start_with(node::kubeconfig())
+    }
+
+    /// The same, with another way to the API.
+    pub(crate) fn start_with(kubeconfig: &Path) -> Result<Self> {
         let root = Cgroup::open(Path::new(CGROUP_ROOT))?;
         let path = root.path().join(CGROUP);
         let cgroup = if path.is_dir() {
@@ -67,14 +73,15 @@ impl Agent {
             root.create_child(CGROUP)?
         };
         Ok(Self {
-            parent: spawn(&cgroup)?,
+            parent: spawn(&cgroup, kubeconfig)?,
             cgroup,
+            kubeconfig: kubeconfig.to_owned(),
         })
     }
 
     /// Starts it again after its end.
     pub(crate) fn start_again(&mut self) -> Result<()> {
-        self.parent = spawn(&self.cgroup)?;
+        self.parent = spawn(&self.cgroup, &self.kubeconfig)?;
         Ok(())
     }
 
@@ -167,9 +174,9 @@ impl Releaser {
     }
 }
 
-fn spawn(cgroup: &Cgroup) -> Result<Child> {
+fn spawn(cgroup: &Cgroup, kubeconfig: &Path) -> Result<Child> {
     let mut command = logged(&["run", "--node-name", node::NAME])?;
-    command.env("KUBECONFIG", node::kubeconfig());
+    command.env("KUBECONFIG", kubeconfig);
     cgroup.admit(&mut command)?;
     command.spawn().context("run bellows run")
 }

@@ -5,6 +5,7 @@
 //! load, and on the host it recomputes the summary of a bench from its raw records.
 
 mod agent;
+mod api_proxy;
 mod bench;
 mod containers;
 mod fake;

@@ -6,6 +6,8 @@
 
 use std::{
     fs::{self, File},
+    io::{Read as _, Write as _},
+    net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
     thread,
@@ -34,6 +36,22 @@ pub(crate) struct ApiServer {
     /// The token to authenticate with.
     #[arg(long, default_value = "")]
     pub(crate) token: String,
+    /// Where the machine listens that the API server runs on: what is said there stops it, and starts it again.
+    #[arg(long, default_value = "")]
+    pub(crate) control: String,
+}
+
+impl ApiServer {
+    /// Has something done to the API server or its etcd.
+    pub(crate) fn control(&self, what: &str) -> Result<()> {
+        let mut stream =
+            TcpStream::connect(&self.control).context("no way to the control plane")?;
+        writeln!(stream, "{what}")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.trim() == "done", "{what}: {answer}");
+        Ok(())
+    }
 }
 
 /// A process that ends with its owner.

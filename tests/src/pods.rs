@@ -11,12 +11,14 @@ use bellows::{
     attribution::{self, CGROUP_ROOT, container_id},
     cgroup::Cgroup,
 };
-use bellows_core::{Bytes, pod, quantity};
+use bellows_core::{Bytes, Cpu, pod, quantity};
 use k8s_openapi::api::core::v1::{ContainerStatus, Event, Node as ApiNode, Pod};
 use kube::{
     Api, Client, Config, ResourceExt as _,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
+    core::GroupVersionKind,
+    discovery::pinned_kind,
 };
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -34,6 +36,13 @@ pub(crate) struct Cluster {
     events: Api<Event>,
 }
 
+/// A client of the real API server.
+pub(crate) async fn client() -> Result<Client> {
+    let kubeconfig = Kubeconfig::read_from(node::kubeconfig())?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
 /// What a pod should be.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
@@ -48,17 +57,16 @@ pub(crate) struct Spec {
     pub(crate) liveness: Option<Value>,
     /// Its limit stands at the pod's own level, and its container has none.
     pub(crate) whole_pod: bool,
+    /// Its CPU limit.
+    pub(crate) cpu: Option<Cpu>,
+    /// The kubelet starts its container again when that ends.
+    pub(crate) restarts: bool,
 }
 
 impl Cluster {
     pub(crate) fn connect() -> Result<Self> {
         let runtime = Runtime::new()?;
-        let client = runtime.block_on(async {
-            let kubeconfig = Kubeconfig::read_from(node::kubeconfig())?;
-            let config =
-                Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-            Ok::<_, anyhow::Error>(Client::try_from(config)?)
-        })?;
+        let client = runtime.block_on(client())?;
         let pods = Api::namespaced(client.clone(), NAMESPACE);
         let events = Api::namespaced(client.clone(), NAMESPACE);
         let nodes = Api::all(client);
@@ -90,6 +98,11 @@ impl Cluster {
         self.create_with(spec, &annotations, false)
     }
 
+    /// Creates a pod with these labels.
+    pub(crate) fn create_labelled(&self, spec: &Spec, labels: &Value) -> Result<()> {
+        self.create_as(spec, &json!({ "labels": labels }), false)
+    }
+
     /// Creates a pod with these annotations; a Guaranteed one on demand.
     pub(crate) fn create_with(
         &self,
@@ -97,9 +110,19 @@ impl Cluster {
         annotations: &Value,
         guaranteed: bool,
     ) -> Result<()> {
+        self.create_as(spec, &json!({ "annotations": annotations }), guaranteed)
+    }
+
+    fn create_as(&self, spec: &Spec, metadata: &Value, guaranteed: bool) -> Result<()> {
+        let mut metadata = metadata.clone();
+        metadata["name"] = json!(spec.name);
         let mut limits = json!({ "memory": quantity::format(spec.limit) });
         // Below the limit, so that the pod is Burstable and its limit may move alone.
         let mut requests = json!({ "memory": quantity::format(spec.limit.per_mille(500)) });
+        if let Some(cpu) = spec.cpu {
+            limits["cpu"] = json!(cpu.to_string());
+            requests["cpu"] = json!("10m");
+        }
         if guaranteed {
             limits["cpu"] = json!("100m");
             requests = limits.clone();
@@ -126,11 +149,11 @@ impl Cluster {
             volumes = json!([{ "name": "host", "hostPath": { "path": "/" } }]);
         }
         let manifest = json!({
-            "metadata": { "name": spec.name, "annotations": annotations },
+            "metadata": metadata,
             "spec": {
                 "nodeName": node::NAME,
                 "hostNetwork": true,
-                "restartPolicy": "Never",
+                "restartPolicy": if spec.restarts { "Always" } else { "Never" },
                 "terminationGracePeriodSeconds": 0,
                 "automountServiceAccountToken": false,
                 "enableServiceLinks": false,
@@ -211,6 +234,14 @@ impl Cluster {
         Ok(statuses.and_then(|statuses| statuses.into_iter().next()))
     }
 
+    /// Whether it has not ended.
+    pub(crate) fn is_running(&self, name: &str) -> Result<bool> {
+        Ok(!matches!(
+            self.phase(name)?.as_str(),
+            "Failed" | "Succeeded"
+        ))
+    }
+
     pub(crate) fn phase(&self, name: &str) -> Result<String> {
         Ok(self
             .get(name)?
@@ -239,17 +270,66 @@ impl Cluster {
         Ok(Cgroup::open(&found.context("no cgroup")?)?)
     }
 
+    /// Applies a document, as `kubectl apply` does.
+    pub(crate) fn apply(&self, document: Value) -> Result<()> {
+        let object: DynamicObject = serde_json::from_value(document)?;
+        let types = object.types.clone().context("a document without a kind")?;
+        let kind = GroupVersionKind::try_from(&types)?;
+        let name = object.name_any();
+        let parameters = PatchParams::apply("kubectl").force();
+        self.runtime.block_on(async {
+            let client = self.nodes.clone().into_client();
+            let (resource, _) = pinned_kind(&client, &kind).await?;
+            let api: Api<DynamicObject> = match object.namespace() {
+                Some(namespace) => Api::namespaced_with(client, &namespace, &resource),
+                None => Api::all_with(client, &resource),
+            };
+            api.patch(&name, &parameters, &Patch::Apply(&object))
+                .await?;
+            Ok(())
+        })
+    }
+
+    /// Applies the resource definition of policies, and waits until the API server knows it.
+    pub(crate) fn define_policies(&self) -> Result<()> {
+        let text = fs::read_to_string("/deploy/elasticpolicies.yaml")?;
+        for document in serde_saphyr::from_multiple::<Value>(&text)? {
+            self.apply(document)?;
+        }
+        let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
+        wait("policies are defined", Duration::from_secs(60), || {
+            let client = self.nodes.clone().into_client();
+            Ok(self.runtime.block_on(pinned_kind(&client, &kind)).is_ok())
+        })
+    }
+
+    /// The cgroup of its container while that runs.
+    pub(crate) fn cgroup(&self, name: &str) -> Result<Option<Cgroup>> {
+        let uid = self.get(name)?.uid().unwrap_or_default();
+        let id = self.status(name)?.and_then(|status| status.container_id);
+        let path =
+            id.and_then(|id| attribution::find(Path::new(CGROUP_ROOT), &uid, container_id(&id)));
+        Ok(path.and_then(|path| Cgroup::open(&path).ok()))
+    }
+
     /// What the container has printed that is JSON, one value a line.
     pub(crate) fn said(&self, name: &str) -> Result<Vec<Value>> {
+        Ok(node::said_in(&self.log(name)?))
+    }
+
+    /// What it has printed, of all its starts, the oldest first.
+    pub(crate) fn log(&self, name: &str) -> Result<String> {
         let uid = self.get(name)?.uid().unwrap_or_default();
         let directory = PathBuf::from(format!(
             "/var/log/pods/{NAMESPACE}_{name}_{uid}/{CONTAINER}"
         ));
-        let mut text = String::new();
-        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-            text += &fs::read_to_string(entry.path()).unwrap_or_default();
-        }
-        Ok(node::said_in(&text))
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        let texts = paths
+            .iter()
+            .map(|path| fs::read_to_string(path).unwrap_or_default());
+        Ok(texts.collect())
     }
 
     /// Deletes it and waits until it is gone.

@@ -39,6 +39,8 @@ pub(crate) enum Name {
     PodBursts,
     PodBuild,
     PodEdges,
+    PodFaults,
+    PodJava,
     Daemonset,
     Kill,
     Deaths,
@@ -72,6 +74,8 @@ impl Name {
             Self::PodBursts
                 | Self::PodBuild
                 | Self::PodEdges
+                | Self::PodFaults
+                | Self::PodJava
                 | Self::Daemonset
                 | Self::Kill
                 | Self::Deaths
@@ -323,7 +327,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         let binaries = kubernetes::binaries()?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
         let control = ControlPlane::start(&binaries)?;
-        if options.name == Name::Daemonset {
+        if matches!(options.name, Name::Daemonset | Name::PodJava) {
             for name in ["bellows.yaml", "elasticpolicies.yaml"] {
                 files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
             }
@@ -342,6 +346,8 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             api,
             "--token".to_owned(),
             kubernetes::TOKEN.to_owned(),
+            "--control".to_owned(),
+            format!("10.0.2.2:{}", control.control),
         ]);
     }
     let guest = Guest {

@@ -6,9 +6,11 @@
 
 use std::{
     fs::{self, File},
-    net::TcpListener,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, PoisonError, Weak},
     thread,
     time::{Duration, Instant},
 };
@@ -143,11 +145,70 @@ impl Drop for Service {
 pub(crate) struct ControlPlane {
     /// The port on this machine's loopback.
     pub(crate) port: u16,
+    /// The port where a guest may have both stopped and started.
+    pub(crate) control: u16,
     /// Who vouches for the API server.
     pub(crate) authority: PathBuf,
+    services: Arc<Mutex<Services>>,
+}
+
+struct Services {
+    start_apiserver: Command,
     // Dropped in this order.
     apiserver: Service,
-    _etcd: Service,
+    etcd: Service,
+}
+
+impl Services {
+    /// Does what a guest asks for.
+    fn act(&mut self, what: &str) -> Result<()> {
+        match what {
+            "stop apiserver" => {
+                self.apiserver.0.kill()?;
+                self.apiserver.0.wait()?;
+                Ok(())
+            }
+            "start apiserver" => {
+                self.apiserver = Service(self.start_apiserver.spawn()?);
+                Ok(())
+            }
+            "pause etcd" => signal(&self.etcd.0, "STOP"),
+            "resume etcd" => signal(&self.etcd.0, "CONT"),
+            other => bail!("`{other}` is nothing that can be done"),
+        }
+    }
+}
+
+fn signal(process: &Child, name: &str) -> Result<()> {
+    let process = process.id().to_string();
+    quiet(Command::new("kill").args(["-s", name, &process]))
+}
+
+/// Does what guests ask for, one line a connection, until this process ends.
+fn listen(listener: TcpListener, services: Weak<Mutex<Services>>) {
+    let answer = move |stream: TcpStream| -> Result<bool> {
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        let Some(services) = services.upgrade() else {
+            return Ok(false);
+        };
+        let done = services
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .act(line.trim());
+        let done = done.map_or_else(|error| format!("{error:#}"), |()| "done".to_owned());
+        (&stream).write_all(done.as_bytes())?;
+        Ok(true)
+    };
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            match answer(stream) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => eprintln!("control plane: {error:#}"),
+            }
+        }
+    });
 }
 
 impl ControlPlane {
@@ -222,17 +283,24 @@ impl ControlPlane {
             .arg(format!("--cert-dir={}", certificates.display()));
         let apiserver = service(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
-        let mut control = Self {
-            port,
-            authority: certificates.join("apiserver.crt"),
+        let services = Arc::new(Mutex::new(Services {
+            start_apiserver: command,
             apiserver,
-            _etcd: running_etcd,
+            etcd: running_etcd,
+        }));
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let control = Self {
+            port,
+            control: listener.local_addr()?.port(),
+            authority: certificates.join("apiserver.crt"),
+            services,
         };
+        listen(listener, Arc::downgrade(&control.services));
         control.wait_ready(&directory)?;
         Ok(control)
     }
 
-    fn wait_ready(&mut self, directory: &Path) -> Result<()> {
+    fn wait_ready(&self, directory: &Path) -> Result<()> {
         let url = format!("https://127.0.0.1:{}/readyz", self.port);
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(90) {
@@ -251,11 +319,13 @@ impl ControlPlane {
             if quiet(&mut probe).is_ok() {
                 return Ok(());
             }
+            let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
             ensure!(
-                self.apiserver.0.try_wait()?.is_none(),
+                services.apiserver.0.try_wait()?.is_none(),
                 "kube-apiserver has ended:\n{}",
                 log_tail(directory)
             );
+            drop(services);
             thread::sleep(Duration::from_millis(200));
         }
         bail!(

@@ -16,6 +16,12 @@ pub enum Reason {
     CacheThrashes,
     /// Growth goes on inside a system call although the container is held.
     GrowsWhileHeld,
+    /// The raise that was asked for is late.
+    AnswerLate,
+    /// The raise that was asked for could not be, for a passing reason.
+    RequestFailed,
+    /// The policy wants the limit raised first, and asked for at once.
+    RaisedFirst,
     /// The raise that a hold waited for has arrived.
     RaiseArrived,
     /// The raise did not arrive within the time that a hold may last.
@@ -42,6 +48,13 @@ pub enum Reason {
 pub enum Action {
     /// Raise the limit to `to`. Undone by [`Action::Shrink`] to `from`.
     Raise {
+        /// The limit before.
+        from: Bytes,
+        /// The limit after.
+        to: Bytes,
+    },
+    /// Raise the limit to `to`, which was asked for, without waiting for the answer. Undone by [`Action::Shrink`] to `from`.
+    RaiseByHand {
         /// The limit before.
         from: Bytes,
         /// The limit after.

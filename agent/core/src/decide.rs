@@ -7,6 +7,10 @@
 //! is on its way, at least 3.1 times the demand (sixteen times the limit in three requests), at
 //! most 4.5 times (a wrong rate must not grant a node).
 //!
+//! **By hand.** A raise whose answer does not come in time, or could not be asked for, is written without it where the
+//! rules allow that ([`Policy::by_hand_after`]). The hazard is a smaller limit that is still on its way: whoever carries that
+//! out looks at no usage, and kills. So it is waited for, for as long as the container's patience allows.
+//!
 //! **Down.** A burst is over when demand has not grown for the quiet period. The limit goes to
 //! 1.25 times the demand, never below the original, and only if that gives back at least a fifth:
 //! a limit that follows every breath would pay a request for each.
@@ -64,6 +68,22 @@ pub struct Snapshot {
     pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
     pub raise_not_before: Nanos,
+    /// Whether the request could not be made, for a passing reason.
+    pub request_failed: bool,
+    /// Whether the raise that was asked for may be written by hand.
+    pub by_hand: ByHand,
+}
+
+/// Whether a raise that was asked for may be written by hand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ByHand {
+    /// It may not: there is no room, or nobody else than who was asked may raise.
+    #[default]
+    No,
+    /// Another limit may still come into force, and would be below usage.
+    NotYet,
+    /// It may.
+    Yes,
 }
 
 /// What to do: actions in order, and what the reflex does from now on.
@@ -80,6 +100,7 @@ pub struct Plan {
 pub fn decide(snapshot: &Snapshot) -> Plan {
     let mut actions = Vec::new();
     actions.extend(raise(snapshot).or_else(|| raise_for_cache(snapshot)));
+    actions.extend(raise_by_hand(snapshot));
     actions.extend(release(snapshot));
     actions.extend(shrink(snapshot));
     Plan {
@@ -168,6 +189,38 @@ fn raise_for_cache(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         .then_some((Action::Raise { from: *limit, to }, Reason::CacheThrashes))
 }
 
+fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
+    let Snapshot {
+        now,
+        policy,
+        limit,
+        requested,
+        held_since,
+        request_failed,
+        by_hand,
+        ..
+    } = snapshot;
+    let after = policy.by_hand_after?;
+    let (to, asked) = requested.filter(|(to, _)| to > limit)?;
+    let last_moment = policy.last_moment();
+    let reason = if after == Nanos(0) {
+        Reason::RaisedFirst
+    } else if *request_failed {
+        Reason::RequestFailed
+    } else if now.since(asked) >= after.min(last_moment) {
+        Reason::AnswerLate
+    } else {
+        return None;
+    };
+    let is_urgent = held_since.is_some_and(|since| now.since(since) >= last_moment);
+    let may = match by_hand {
+        ByHand::No => false,
+        ByHand::NotYet => is_urgent,
+        ByHand::Yes => true,
+    };
+    may.then_some((Action::RaiseByHand { from: *limit, to }, reason))
+}
+
 fn release(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let Snapshot {
         policy,
@@ -241,7 +294,69 @@ mod tests {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            request_failed: false,
+            by_hand: ByHand::No,
         }
+    }
+
+    #[test]
+    fn a_late_raise_is_written_by_hand_where_that_may_be() {
+        let mut late = snapshot(REQUESTED);
+        late.policy.by_hand_after = Some(Nanos::millis(2000));
+        late.by_hand = ByHand::Yes;
+        late.history.demand = Bytes::mib(63);
+        let (from, to) = (late.limit, Bytes::mib(200));
+        late.requested = Some((to, late.now));
+        let by_hand = |reason| vec![(Action::RaiseByHand { from, to }, reason)];
+        let after = |late: &Snapshot, ms| {
+            let now = Nanos(late.now.0 + Nanos::millis(ms).0);
+            decide(&Snapshot { now, ..*late }).actions
+        };
+        assert_eq!(after(&late, 1999), []);
+        assert_eq!(after(&late, 2000), by_hand(Reason::AnswerLate));
+        late.request_failed = true;
+        assert_eq!(after(&late, 0), by_hand(Reason::RequestFailed));
+        // Another limit is on its way: it is waited for until patience ends.
+        late.by_hand = ByHand::NotYet;
+        late.held_since = Some(late.now);
+        assert_eq!(after(&late, 7000), []);
+        assert_eq!(after(&late, 7500), by_hand(Reason::RequestFailed));
+        late.by_hand = ByHand::No;
+        assert_eq!(after(&late, 60_000), []);
+        late.by_hand = ByHand::Yes;
+        late.policy.by_hand_after = None;
+        assert_eq!(after(&late, 60_000), []);
+    }
+
+    #[test]
+    fn a_lowering_and_what_is_in_force_are_not_written_by_hand() {
+        let mut raised = snapshot(REQUESTED);
+        raised.policy.by_hand_after = Some(Nanos(0));
+        raised.by_hand = ByHand::Yes;
+        raised.limit = Bytes::mib(200);
+        raised.history.demand = Bytes::mib(10);
+        for to in [Bytes::mib(64), Bytes::mib(200)] {
+            raised.requested = Some((to, Nanos(0)));
+            assert_eq!(decide(&raised).actions, [], "{to}");
+        }
+        raised.requested = Some((Bytes::mib(300), raised.now));
+        let [(Action::RaiseByHand { .. }, Reason::RaisedFirst)] = decide(&raised).actions[..]
+        else {
+            panic!("{:?}", decide(&raised))
+        };
+    }
+
+    #[test]
+    fn a_container_with_little_patience_is_raised_before_that_ends() {
+        let mut late = snapshot(REQUESTED);
+        late.policy.by_hand_after = Some(Nanos::millis(2000));
+        late.policy.patience.frozen = Nanos::millis(800);
+        late.by_hand = ByHand::Yes;
+        late.requested = Some((Bytes::mib(200), Nanos(late.now.0 - Nanos::millis(600).0)));
+        assert!(matches!(
+            decide(&late).actions[..],
+            [(Action::RaiseByHand { .. }, Reason::AnswerLate)]
+        ));
     }
 
     const REQUESTED: Actuation = Actuation::Requested {

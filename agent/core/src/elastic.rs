@@ -73,6 +73,18 @@ pub struct CpuRules {
     pub throttled_per_mille: u64,
 }
 
+/// In which order a limit is raised that the Kubernetes API owns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// The API is asked, and the container held until the kubelet has carried it out. The limit is written without it only if
+    /// that is late.
+    #[default]
+    PatchFirst,
+    /// The limit is written at once, and the API asked right after: no stall, and for a moment the node runs what the API does
+    /// not know, or refuses.
+    RaiseFirst,
+}
+
 /// What a container may have of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryRules {
@@ -82,6 +94,8 @@ pub struct MemoryRules {
     pub floor: Option<Bytes>,
     /// Time without growth after which a raised limit is lowered.
     pub shrink_after: Nanos,
+    /// In which order it is raised where the Kubernetes API owns it.
+    pub order: Order,
 }
 
 /// A container, as far as policies look at it.
@@ -151,6 +165,7 @@ mod tests {
                 max: Bytes::mib(mib),
                 floor: None,
                 shrink_after: Nanos::millis(5000),
+                order: Order::PatchFirst,
             }),
             cpu: None,
             boosts: Vec::new(),

@@ -8,16 +8,20 @@
 //!
 //! This knows nothing of the API's types: the shell converts them, once.
 
+mod cpu;
+
 use std::collections::BTreeMap;
 
 use thiserror::Error;
 
 use crate::{
-    elastic::{self, ElasticPolicy, Mode},
+    elastic::{self, ElasticPolicy, Mode, Order},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::{Bytes, Nanos},
 };
+
+pub use cpu::{CpuRefusal, CpuWish, CpuWishes, ORIGINAL_CPU, cpu_wishes, starting};
 
 /// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
 pub const MODE: &str = "bellows.dev/mode";
@@ -59,8 +63,16 @@ pub struct Container {
     pub name: String,
     /// The runtime's id while it runs.
     pub id: Option<String>,
+    /// When it was started, in seconds since 1970, while it runs.
+    pub started_at: Option<u64>,
     /// `resources.limits.memory` as written.
     pub memory_limit: Option<String>,
+    /// `resources.limits.cpu` as written.
+    pub cpu_limit: Option<String>,
+    /// The field manager that has set it to what it is.
+    pub cpu_limit_manager: Option<String>,
+    /// Whether `resizePolicy` restarts it when CPU changes.
+    pub restarts_on_cpu_resize: bool,
     /// `resources.requests.memory` as written: no limit may be below it.
     pub memory_request: Option<String>,
     /// The field manager that has set it to what it is; `None` where the API does not say.
@@ -92,6 +104,10 @@ pub struct Pod {
     pub memory_limit: Option<String>,
     /// The field manager that has set it to what it is.
     pub limit_manager: Option<String>,
+    /// Whether it has a CPU limit of its own (`spec.resources.limits.cpu`).
+    pub has_cpu_limit: bool,
+    /// Whether the kubelet says that there is no room for what the spec says (PodResizePending, 1.33 and later).
+    pub is_resize_pending: bool,
     /// Whether the kubelet made it from a file: the API cannot resize it.
     pub is_static: bool,
     /// Whether it is being deleted or has ended.
@@ -129,6 +145,8 @@ pub struct Wish {
     pub patience: Patience,
     /// Quiet time before a raised limit is lowered, where a policy says that.
     pub shrink_after: Option<Nanos>,
+    /// In which order its limit is raised.
+    pub order: Order,
     /// The policy that means it; `None` where annotations do.
     pub policy: Option<String>,
     /// Whether the original stands on the pod already.
@@ -290,6 +308,7 @@ struct Asked {
     ceiling: Bytes,
     floor: Option<Bytes>,
     shrink_after: Option<Nanos>,
+    order: Order,
     policy: Option<String>,
 }
 
@@ -304,6 +323,7 @@ fn by_annotations(pod: &Pod, mode: Mode) -> Result<Option<Wish>, Refusal> {
         ceiling,
         floor: None,
         shrink_after: None,
+        order: Order::default(),
         policy: None,
     };
     wish(pod, subject(pod)?, asked)
@@ -334,6 +354,7 @@ fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wis
             ceiling: memory.max,
             floor: memory.floor,
             shrink_after: Some(memory.shrink_after),
+            order: memory.order,
             policy: Some(policy.name.clone()),
         };
         let subject = Subject::of(pod, index, container, text);
@@ -351,6 +372,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         ceiling,
         floor,
         shrink_after,
+        order,
         policy,
     } = asked;
     let Subject {
@@ -438,6 +460,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         ceiling,
         patience: Patience::with(&probes),
         shrink_after,
+        order,
         policy,
         recorded: recorded.is_some(),
         foreign,
@@ -477,7 +500,7 @@ pub fn left_raised(pod: &Pod) -> Vec<Raised> {
     if pod.ending {
         return Vec::new();
     }
-    let originals = originals(pod).filter_map(|entry| entry.split_once('='));
+    let originals = entries(pod, ORIGINAL).filter_map(|entry| entry.split_once('='));
     originals
         .filter_map(|(name, original)| raised(pod, name, original))
         .collect()
@@ -510,15 +533,15 @@ fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
     })
 }
 
-/// The entries of the annotation with the originals.
-fn originals(pod: &Pod) -> impl Iterator<Item = &str> {
-    let value = pod.annotations.get(ORIGINAL);
+/// The entries of an annotation with originals.
+fn entries<'a>(pod: &'a Pod, annotation: &str) -> impl Iterator<Item = &'a str> + use<'a> {
+    let value = pod.annotations.get(annotation);
     value.into_iter().flat_map(|value| value.split(','))
 }
 
-/// The annotation with the originals, with another one in it. What is left of containers that do not exist is not kept.
+/// An annotation with originals, with another one in it. What is left of containers that do not exist is not kept.
 #[must_use]
-pub fn with_original(pod: &Pod, container: &str, original: &str) -> String {
+pub fn with_original(pod: &Pod, annotation: &str, container: &str, original: &str) -> String {
     let exists = |name: &str| {
         name == WHOLE_POD
             || pod
@@ -526,7 +549,7 @@ pub fn with_original(pod: &Pod, container: &str, original: &str) -> String {
                 .iter()
                 .any(|container| container.name == name)
     };
-    let mut entries: Vec<String> = originals(pod)
+    let mut entries: Vec<String> = entries(pod, annotation)
         .filter(|entry| {
             let name = entry.split_once('=').map(|(name, _)| name);
             name.is_some_and(|name| name != container && exists(name))
@@ -612,7 +635,7 @@ fn recorded_original(pod: &Pod, container: &str) -> Result<Option<(Bytes, String
         name: ORIGINAL,
         source,
     };
-    for entry in originals(pod) {
+    for entry in entries(pod, ORIGINAL) {
         let Some((name, size)) = entry.split_once('=') else {
             return Err(wrong(QuantityError::NoNumber(entry.to_owned())));
         };

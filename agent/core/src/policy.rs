@@ -51,7 +51,13 @@ pub struct Policy {
     /// The share of the limit at which somebody else throttles (the kubelet's MemoryQoS keeps
     /// `memory.high` there and moves it with the limit), in thousandths; [`WHOLE`] where nobody does.
     pub usable_per_mille: u64,
+    /// How long a raise that was asked for may be on its way before it is written by hand; at once with zero. `None`
+    /// where only whoever is asked may raise, or does that by itself.
+    pub by_hand_after: Option<Nanos>,
 }
+
+/// The share of a container's patience after which its raise is written by hand, however short that is.
+const PATIENT_PER_MILLE: u64 = 750;
 
 /// All of a limit can be used.
 pub const WHOLE: u64 = 1000;
@@ -90,6 +96,23 @@ impl Policy {
         usable.scaled(WHOLE, self.usable_per_mille)
     }
 
+    /// How long it may be held.
+    #[must_use]
+    pub fn allowance(&self) -> Nanos {
+        let allowed = if self.patience.may_freeze() {
+            self.patience.frozen
+        } else {
+            self.patience.braked
+        };
+        Patience::left(allowed, Nanos(0))
+    }
+
+    /// After which part of that its raise must be there.
+    #[must_use]
+    pub fn last_moment(&self) -> Nanos {
+        self.allowance().per_mille(PATIENT_PER_MILLE)
+    }
+
     /// Checks that the limits are possible, and rounds them down to pages as the kernel will.
     ///
     /// # Errors
@@ -124,6 +147,7 @@ impl Policy {
             cpus: 2,
             shrink_after: Nanos::millis(2000),
             usable_per_mille: WHOLE,
+            by_hand_after: None,
         }
     }
 }

@@ -1,26 +1,25 @@
-//! Moving a container's CPU quota: written at once, the runtime told of it later.
+//! Moving a container's CPU quota: written at once, its owner (the runtime, or the API) told of it later.
 //!
 //! The order is that of memory: the pod up before its container, and down after it. A quota kills nobody, so it is
-//! written first, and the runtime, which needs tenths of a second for it, is told of what has become of it a few
-//! times a minute at most. Until then it may set the quota again that it remembers, with whatever it is asked for;
+//! written first, and its owner, who needs tenths of a second for it, is told of what has become of it a few
+//! times a minute at most. Until then that may set the quota again that it remembers, with whatever it is asked for;
 //! that is known as ours, and the next throttled period raises it again.
 //!
 //! A quota that somebody else has set is not moved: the watch of containers takes it over first.
+
+use std::ptr;
 
 use bellows_core::{Amount as _, CgroupId, Cpu, Reason};
 use tokio::time::Instant;
 
 use super::{
+    containers::{Containers, Moved, QuotaTimes},
     pod::{May, Pod},
-    update::{Target, Updater},
 };
-use crate::{
-    cgroup::{Cgroup, quota::Quota},
-    cri::RuntimeError,
-};
+use crate::cgroup::{Cgroup, quota::Quota};
 
-impl Updater {
-    /// Sets the quota of a container at once, and has its runtime told.
+impl<T: Moved> Containers<T> {
+    /// Sets the quota of a container at once. Whoever owns it is to be told.
     ///
     /// # Errors
     ///
@@ -29,19 +28,18 @@ impl Updater {
         let in_force = cgroup.quota().map_err(text)?;
         let in_force = in_force.ok_or("it has no CPU limit (any more)")?;
         let wanted = in_force.with(to);
-        let known = self.target(cgroup.id(), |target| {
-            let quota = target.original.quota.as_ref();
+        let known = self.targets().of(cgroup.id(), |target| {
+            let quota = target.original().quota.as_ref();
             let is_ours = quota.is_some_and(|quota| quota.is_ours(in_force));
-            is_ours.then(|| (target.original.name.clone(), target.pod.clone()))
+            is_ours.then(|| (target.original().name.clone(), target.pod().cloned()))
         });
-        let known = known.map_err(|refused| refused.why)?;
+        let known = known.ok_or("the container is gone")?;
         let (container, pod) = known.ok_or("somebody else has set it")?;
-        let asked = self.change(cgroup.id(), |original| {
+        self.change(cgroup.id(), |original| {
             if let Some(quota) = &mut original.quota {
                 quota.cpu.ask(wanted.cpu, in_force.cpu);
             }
-        });
-        asked.map_err(|refused| refused.why)?;
+        })?;
         let pod = pod.as_deref();
         if to > in_force.cpu {
             self.settle_pod_quota(pod, May::Rise)?;
@@ -51,10 +49,10 @@ impl Updater {
         if to < in_force.cpu {
             self.settle_pod_quota(pod, May::Fall)?;
         }
-        let woken = self.wake(cgroup.id(), |target| {
-            target.quota_moved.get_or_insert_with(Instant::now);
+        self.targets().of(cgroup.id(), |target| {
+            target.times().moved.get_or_insert_with(Instant::now);
         });
-        woken.map_err(|refused| refused.why)
+        Ok(())
     }
 
     /// Sees to it that the pod of a container holds what that has.
@@ -63,8 +61,10 @@ impl Updater {
     ///
     /// Why it does not, for people.
     pub fn settle_pod_of(&self, cgroup: &Cgroup) -> Result<(), String> {
-        let pod = self.target(cgroup.id(), |target| target.pod.clone());
-        let pod = pod.map_err(|refused| refused.why)?;
+        let pod = self
+            .targets()
+            .of(cgroup.id(), |target| target.pod().cloned());
+        let pod = pod.flatten();
         self.settle_pod_quota(pod.as_deref(), May::Rise)
     }
 
@@ -77,14 +77,15 @@ impl Updater {
         let Some(pod) = pod else {
             return Ok(());
         };
-        let of_target = |target: &Target| {
-            let quota = target.original.quota.clone()?;
-            let in_force = target.cgroup.quota().ok()??;
+        let of_target = |target: &T| {
+            let quota = target.original().quota.clone()?;
+            let in_force = target.cgroup().quota().ok()??;
             Some(quota.cpu.raised_by(in_force.cpu))
         };
         let raised = || {
             self.targets().with(|targets| {
-                let own = targets.values().filter(|target| target.is_in(pod));
+                let is_in = |target: &&T| target.pod().is_some_and(|own| ptr::eq(&**own, pod));
+                let own = targets.values().filter(is_in);
                 own.map(|target| of_target(target).unwrap_or(Cpu::ZERO))
                     .collect()
             })
@@ -92,7 +93,7 @@ impl Updater {
         pod.settle_quota(raised, may).map_err(text)
     }
 
-    /// The quota of which the runtime is told with whatever it is asked for; that it may set it is written down.
+    /// The quota of which its owner is told with whatever it is asked for; that it may set it is written down.
     pub(super) fn quota_to_tell(&self, id: CgroupId) -> Option<Quota> {
         let noted = self.change(id, |original| {
             let quota = original.quota.as_mut()?;
@@ -103,32 +104,24 @@ impl Updater {
         noted.ok().flatten()
     }
 
-    /// The runtime was told of a quota.
-    pub(super) fn quota_is_told(
-        &self,
-        id: CgroupId,
-        told: Quota,
-        answer: &Result<(), RuntimeError>,
-    ) {
-        if answer.as_ref().is_err_and(RuntimeError::is_uncertain) {
-            return;
-        }
+    /// Its owner was told of a quota, and has taken it or refused.
+    pub(super) fn quota_is_told(&self, id: CgroupId, told: Quota, is_taken: bool) {
         let noted = self.change(id, |original| {
             if let Some(quota) = &mut original.quota {
                 quota.telling = None;
-                if answer.is_ok() {
+                if is_taken {
                     quota.told = told.cpu;
                 }
             }
         });
-        let noted = noted.and_then(|()| {
-            self.target(id, |target| {
-                target.quota_told = Some(Instant::now());
-                target.quota_moved = None;
-            })
+        self.targets().of(id, |target| {
+            *target.times() = QuotaTimes {
+                moved: None,
+                told: Some(Instant::now()),
+            };
         });
-        if let Err(refused) = noted {
-            tracing::debug!(why = refused.why, "a CPU quota that was told is not noted");
+        if let Err(why) = noted {
+            tracing::debug!(why, "a CPU quota that was told is not noted");
         }
     }
 }

@@ -4,6 +4,9 @@
 //! not overwritten; a resourceVersion would conflict with every status update. Only memory limits
 //! are touched: one container's, and those of others beside it whose lowering is taken back. The patch returning means
 //! that the API has taken it; that it is in force is seen in the cgroup, which is why success is not answered here.
+//!
+//! Where the API is away, late or busy the limit is raised by hand ([`super::by_hand`]), and the API asked again and again
+//! until it says the same, or the burst is over. A refusal is not overridden.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +16,8 @@ use std::{
 
 use bellows_core::{
     Bytes, CgroupId,
-    pod::{Level, MANAGER},
+    decide::ByHand,
+    pod::{self, Level, MANAGER, Wish},
     quantity,
 };
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
@@ -21,9 +25,14 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use tokio::{runtime::Handle, sync::mpsc::UnboundedSender};
+use tokio::{
+    runtime::Handle,
+    sync::mpsc::UnboundedSender,
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
+};
 
-use super::targets::Targets;
+use super::{by_hand::ByHands, targets::Targets};
 use crate::{
     attribution::{
         api::Pod,
@@ -37,6 +46,13 @@ use crate::{
 
 /// Longest time that the API may take to answer.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a resize: until it has answered, what it was asked for may come, and no other limit can be written by hand.
+pub(super) const RESIZE_TIMEOUT: Duration = Duration::from_secs(8);
+/// For so long the kubelet may be about to carry out what the API has taken (0.3 to 1.5 s on an idle node).
+const CARRIED_OUT: Duration = Duration::from_secs(2);
+/// How soon the API is asked again to say what was raised by hand, and how seldom at last.
+const AGREE: Duration = Duration::from_millis(500);
+const LONGEST_AGREE: Duration = Duration::from_secs(5);
 
 /// Where a guarded cgroup's limit is written in the API.
 #[derive(Clone, Debug)]
@@ -57,9 +73,72 @@ pub struct Target {
     pub limit: String,
     /// The limit at rest, as it was written: what to write back.
     pub original: (Bytes, String),
+    /// The limit that was written by hand and that the spec does not say.
+    pub by_hand: Option<Bytes>,
+    /// Whether the limit of the pod's cgroup is the sum of its containers', and not the spec's own.
+    pub pod_follows: bool,
+    /// Whether the kubelet says that it cannot have what the spec says: there is no room.
+    pub is_pending: bool,
+    /// What is asked for and not answered.
+    asking: Vec<Bytes>,
+    /// What the API took last, and when.
+    taken: Option<(Bytes, Instant)>,
+    /// Whether a task asks the API to say what was raised by hand.
+    is_agreeing: bool,
     /// One request of a pod at a time: a raise must not overtake the lowering that it answers, and the kubelet carries
     /// out all of a pod's resize or nothing of it.
     pub order: Order,
+}
+
+impl Target {
+    /// One that nothing was asked for yet.
+    #[must_use]
+    pub fn new(pod: &pod::Pod, wish: &Wish, cgroup: Cgroup, rest: Bytes, order: Order) -> Self {
+        Self {
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+            cgroup,
+            container: wish.container.clone(),
+            level: wish.level,
+            limit: wish.limit_text.clone(),
+            original: (rest, wish.rest_text.clone()),
+            by_hand: None,
+            pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
+            is_pending: pod.is_resize_pending,
+            asking: Vec::new(),
+            taken: None,
+            is_agreeing: false,
+            order,
+        }
+    }
+
+    /// What the spec says, as the kernel has it.
+    fn in_spec(&self) -> Option<Bytes> {
+        let limit = quantity::parse(&self.limit).ok()?;
+        Some(limit.page_floor())
+    }
+
+    fn by_hand_change(&self) -> Option<Change> {
+        let to = quantity::format(self.by_hand?);
+        Some(Change::memory(self.level, self.limit.clone(), to))
+    }
+
+    fn may_be_raised_by_hand(&self, to: Bytes) -> ByHand {
+        if self.is_pending {
+            return ByHand::No;
+        }
+        let is_below = |limit: Bytes| limit.page_floor() < to.page_floor();
+        let is_asking = self.asking.iter().copied().any(is_below);
+        let is_coming = self
+            .taken
+            .is_some_and(|(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT);
+        if is_asking || is_coming {
+            ByHand::NotYet
+        } else {
+            ByHand::Yes
+        }
+    }
 }
 
 /// Held while a request of a pod is under way.
@@ -68,12 +147,34 @@ pub type Order = Arc<tokio::sync::Mutex<()>>;
 /// A change of one limit.
 #[derive(Clone, Debug)]
 pub struct Change {
-    /// Where it stands.
-    pub level: Level,
-    /// What it must be.
-    pub from: String,
-    /// What it becomes.
-    pub to: String,
+    resource: &'static str,
+    level: Level,
+    from: String,
+    to: String,
+}
+
+impl Change {
+    /// Of memory: where it stands, what it must be, what it becomes.
+    #[must_use]
+    pub const fn memory(level: Level, from: String, to: String) -> Self {
+        Self {
+            resource: "memory",
+            level,
+            from,
+            to,
+        }
+    }
+
+    /// The same of CPU.
+    #[must_use]
+    pub const fn cpu(level: Level, from: String, to: String) -> Self {
+        Self {
+            resource: "cpu",
+            level,
+            from,
+            to,
+        }
+    }
 }
 
 /// Sends resizes.
@@ -84,6 +185,7 @@ pub struct Resizer {
     targets: Targets<Target>,
     inputs: SyncSender<Input>,
     observed: UnboundedSender<(CgroupId, Observed)>,
+    by_hands: ByHands,
 }
 
 /// What the watch of pods is told of a container.
@@ -95,6 +197,8 @@ pub enum Observed {
     Kill(String),
     /// A raise that it would have got.
     Raise(String),
+    /// It was raised without the API.
+    ByHand(String),
 }
 
 impl std::fmt::Debug for Resizer {
@@ -106,36 +210,34 @@ impl std::fmt::Debug for Resizer {
 impl Resizer {
     /// A requester for a node's pods.
     #[must_use]
-    pub const fn new(
+    pub fn new(
         client: Client,
         runtime: Handle,
-        targets: Targets<Target>,
         inputs: SyncSender<Input>,
         observed: UnboundedSender<(CgroupId, Observed)>,
     ) -> Self {
         Self {
             client,
             runtime,
-            targets,
+            targets: Targets::default(),
             inputs,
             observed,
+            by_hands: ByHands::default(),
         }
+    }
+
+    /// What may be asked for.
+    #[must_use]
+    pub const fn targets(&self) -> &Targets<Target> {
+        &self.targets
     }
 
     fn send(&self, cgroup: CgroupId, to: Bytes) {
         let this = self.clone();
+        self.note(cgroup, |target| target.asking.push(to));
         self.runtime.spawn(async move {
-            let result = match tokio::time::timeout(TIMEOUT, this.resize(cgroup, to)).await {
-                Ok(result) => result,
-                Err(_elapsed) => {
-                    count(metrics::SILENT);
-                    let why = format!("the API did not answer within {} s", TIMEOUT.as_secs());
-                    Err(Refused {
-                        why,
-                        uncertain: true,
-                    })
-                }
-            };
+            let result = this.resize(cgroup, to).await;
+            this.is_answered(cgroup, to);
             if result.is_err() {
                 // A controller that has ended needs no answer.
                 drop(this.inputs.try_send(Input::Answered { cgroup, to, result }));
@@ -151,12 +253,20 @@ impl Resizer {
         self.targets.of(cgroup, change).ok_or_else(|| Refused {
             why: "the pod is gone".to_owned(),
             uncertain: false,
+            is_passing: false,
         })
     }
 
     async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
         let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
         let _turn = order.lock().await;
+        if self.is_lowered_by_hand(cgroup, to).await? {
+            return Ok(());
+        }
+        self.resize_in_turn(cgroup, to).await
+    }
+
+    async fn resize_in_turn(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
         let beside = self.lowerings_beside(cgroup, to)?;
         let is_alone = beside.is_empty();
         let first = self.patch(cgroup, to, beside).await;
@@ -212,41 +322,187 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
-        let own = Change {
-            level: target.level,
-            from: target.limit.clone(),
-            to: value.clone(),
-        };
-        let changes = [own].into_iter().chain(beside.values().cloned());
-        let changes: Vec<Change> = changes.collect();
+        let own = Change::memory(target.level, target.limit.clone(), value.clone());
+        let by_hand = self.by_hand_beside(cgroup, &beside);
+        let others = beside.values().chain(&by_hand).cloned();
+        let changes: Vec<Change> = [own].into_iter().chain(others).collect();
         let patch = limits_patch(&target.uid, &changes);
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
-        let patched = pods
-            .patch_resize(&target.name, &parameters(), &patch)
-            .await
-            .inspect(|_| count(metrics::OK))
-            .map_err(|error| {
-                let (Refused { why, uncertain }, code) = refusal(&error);
-                count(if uncertain {
-                    metrics::SILENT
-                } else {
-                    metrics::REFUSED
-                });
-                let why = format!(
-                    "resize of {}/{} to {value}: {why}",
-                    target.namespace, target.name
-                );
-                (Refused { why, uncertain }, code)
-            })?;
-        for (cgroup, change) in beside {
-            // One that is gone needs no limit.
-            self.targets.of(cgroup, |target| target.limit = change.to);
+        let parameters = parameters();
+        let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let patched = timeout(RESIZE_TIMEOUT, patched).await;
+        counted(&patched);
+        let (refused, code) = match patched {
+            Ok(Ok(patched)) => {
+                for (cgroup, change) in beside {
+                    self.note(cgroup, |target| target.limit = change.to);
+                }
+                self.is_taken_in(&target.uid, &patched);
+                return Ok(());
+            }
+            Ok(Err(error)) => refusal(&error),
+            Err(_elapsed) => {
+                let why = format!("no answer within {} s", RESIZE_TIMEOUT.as_secs());
+                let refused = Refused {
+                    why,
+                    uncertain: true,
+                    is_passing: true,
+                };
+                (refused, None)
+            }
+        };
+        let (namespace, name, why) = (&target.namespace, &target.name, &refused.why);
+        let why = format!("resize of {namespace}/{name} to {value}: {why}");
+        Err((Refused { why, ..refused }, code))
+    }
+
+    fn is_answered(&self, cgroup: CgroupId, to: Bytes) {
+        self.note(cgroup, |target| {
+            let asked = target.asking.iter().position(|&asked| asked == to);
+            if let Some(index) = asked {
+                target.asking.remove(index);
+            }
+        });
+    }
+
+    /// Changes a target; one that is gone needs no change.
+    fn note(&self, cgroup: CgroupId, change: impl FnOnce(&mut Target)) {
+        self.targets.of(cgroup, change);
+    }
+
+    /// The API has taken a resize of the pod of a target.
+    fn is_taken(&self, cgroup: CgroupId, patched: &Pod) {
+        let agreed = self.targets.of(cgroup, |target| {
+            target.limit = limit_at(patched, target.level)?;
+            let in_spec = target.in_spec()?;
+            target.taken = Some((in_spec, Instant::now()));
+            // Whatever it is: the kubelet sets it, and the pod's with it.
+            target.by_hand.take()?;
+            Some(target.cgroup.path().to_owned())
+        });
+        if let Some(path) = agreed.flatten() {
+            self.by_hands.is_known(&path);
         }
-        if let Some(limit) = limit_at(&patched, target.level) {
-            self.target(cgroup, |target| target.limit = limit)
-                .map_err(|refused| (refused, None))?;
+    }
+
+    /// The API has taken a resize of this pod.
+    pub(super) fn is_taken_in(&self, uid: &str, patched: &Pod) {
+        for cgroup in self.of_pod(uid) {
+            self.is_taken(cgroup, patched);
         }
-        Ok(())
+    }
+
+    /// What was raised by hand in a pod, for a patch of something else.
+    pub(super) fn by_hand_in(&self, uid: &str) -> Vec<Change> {
+        self.targets.with(|targets| {
+            let own = targets.values().filter(|target| target.uid == uid);
+            own.filter_map(Target::by_hand_change).collect()
+        })
+    }
+
+    /// Targets in one pod.
+    fn of_pod(&self, uid: &str) -> Vec<CgroupId> {
+        self.targets.with(|targets| {
+            let own = targets.iter().filter(|(_, target)| target.uid == uid);
+            own.map(|(&cgroup, _)| cgroup).collect()
+        })
+    }
+
+    /// What was raised by hand in the same pod: with the next resize of any resource the kubelet sets what the spec says.
+    fn by_hand_beside(
+        &self,
+        cgroup: CgroupId,
+        lowerings: &BTreeMap<CgroupId, Change>,
+    ) -> Vec<Change> {
+        let Some(uid) = self.targets.of(cgroup, |target| target.uid.clone()) else {
+            return Vec::new();
+        };
+        self.targets.with(|targets| {
+            let own = targets.iter().filter(|(id, target)| {
+                **id != cgroup && target.uid == uid && !lowerings.contains_key(*id)
+            });
+            own.filter_map(|(_, target)| target.by_hand_change())
+                .collect()
+        })
+    }
+
+    /// Lowers a limit to what the spec says all the time: nobody else would.
+    async fn is_lowered_by_hand(&self, cgroup: CgroupId, to: Bytes) -> Result<bool, Refused> {
+        let by_hand = self.target(cgroup, |target| {
+            let by_hand = target.by_hand?;
+            let is_lowering = to < by_hand && target.in_spec() == Some(to.page_floor());
+            is_lowering.then(|| target.cgroup.clone())
+        })?;
+        let Some(own) = by_hand else {
+            return Ok(false);
+        };
+        let by_hands = self.by_hands.clone();
+        let lowered = spawn_blocking(move || by_hands.lower(&own, to)).await;
+        let refused = |why: String| Refused {
+            why,
+            uncertain: false,
+            is_passing: false,
+        };
+        match lowered.map(|lowered| lowered.map_err(|error| error.to_string())) {
+            Ok(Ok(true)) => {
+                self.note(cgroup, |target| target.by_hand = None);
+                Ok(true)
+            }
+            Ok(Ok(false)) => Err(refused("usage has grown meanwhile".to_owned())),
+            Ok(Err(why)) => Err(refused(why)),
+            Err(error) => Err(refused(error.to_string())),
+        }
+    }
+
+    /// Sees to it that the API comes to say what was raised by hand.
+    pub fn agree(&self, cgroup: CgroupId) {
+        let is_new = self.targets.of(cgroup, |target| {
+            !std::mem::replace(&mut target.is_agreeing, true)
+        });
+        if is_new == Some(true) {
+            drop(self.runtime.spawn(self.clone().until_agreed(cgroup)));
+        }
+    }
+
+    async fn until_agreed(self, cgroup: CgroupId) {
+        let mut wait = AGREE;
+        loop {
+            sleep(wait).await;
+            wait = (wait * 2).min(LONGEST_AGREE);
+            match self.is_agreed(cgroup).await {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(refused) if refused.is_passing => {
+                    tracing::debug!(
+                        why = refused.why,
+                        "the API does not say yet what was raised by hand"
+                    );
+                }
+                Err(Refused { why, .. }) => {
+                    tracing::warn!(
+                        why,
+                        "the API refuses what was raised by hand: it is lowered when the burst is over"
+                    );
+                    return self.note(cgroup, |target| target.is_agreeing = false);
+                }
+            }
+        }
+    }
+
+    async fn is_agreed(&self, cgroup: CgroupId) -> Result<bool, Refused> {
+        let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
+        let _turn = order.lock().await;
+        let by_hand = self.target(cgroup, |target| {
+            target.is_agreeing = target.by_hand.is_some();
+            target.by_hand
+        })?;
+        let Some(to) = by_hand else {
+            return Ok(true);
+        };
+        self.note(cgroup, |target| target.asking.push(to));
+        let resized = self.resize_in_turn(cgroup, to).await;
+        self.is_answered(cgroup, to);
+        resized.map(|()| false)
     }
 
     /// Lowerings of a pod's other containers that are not in force. The kubelet carries out all of a pod's resize or
@@ -271,16 +527,22 @@ impl Resizer {
                     return None;
                 };
                 let asked = quantity::parse(&target.limit).ok()?;
-                let change = Change {
-                    level: target.level,
-                    from: target.limit.clone(),
-                    to: quantity::format(in_force),
-                };
+                let to = quantity::format(in_force);
+                let change = Change::memory(target.level, target.limit.clone(), to);
                 (asked.page_floor() < in_force).then_some((id, change))
             });
             waiting.collect()
         }))
     }
+}
+
+/// Counts a resize that ended so.
+pub(super) fn counted<T, E>(ended: &Result<Result<T, kube::Error>, E>) {
+    count(match ended {
+        Ok(Ok(_)) => metrics::OK,
+        Ok(Err(error)) if !refusal(error).0.uncertain => metrics::REFUSED,
+        _ => metrics::SILENT,
+    });
 }
 
 fn count(result: &'static str) {
@@ -300,10 +562,9 @@ pub fn parameters() -> PatchParams {
     }
 }
 
-/// Replaces memory limits of a pod if each is still what it was.
+/// Replaces limits of a pod if each is still what it was.
 #[must_use]
 pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
-    let limit = ["resources", "limits", "memory"];
     let test = |path, value: &str| {
         PatchOperation::Test(TestOperation {
             path,
@@ -311,7 +572,14 @@ pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
         })
     };
     let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
-    for Change { level, from, to } in changes {
+    for Change {
+        resource,
+        level,
+        from,
+        to,
+    } in changes
+    {
+        let limit = ["resources", "limits", *resource];
         let path = match level {
             Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
             Level::Container(index) => {
@@ -336,10 +604,13 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
         _ => None,
     };
     let uncertain = code.is_none_or(|code| code >= 500);
+    // A conflict, or too many requests.
+    let is_busy = code.is_some_and(|code| [409, 429].contains(&code));
     (
         Refused {
             why: error.to_string(),
             uncertain,
+            is_passing: uncertain || is_busy,
         },
         code,
     )
@@ -356,6 +627,32 @@ impl Requester for Resizer {
 
     fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
         self.send(cgroup.id(), limit);
+    }
+
+    fn by_hand(&self, cgroup: CgroupId, to: Bytes) -> ByHand {
+        let may = self
+            .targets
+            .of(cgroup, |target| target.may_be_raised_by_hand(to));
+        may.unwrap_or_default()
+    }
+
+    fn raise_by_hand(&mut self, cgroup: &Cgroup, to: Bytes) -> Result<(), String> {
+        let id = cgroup.id();
+        let target = self.targets.of(id, |target| target.clone());
+        let target = target.ok_or("the pod is gone")?;
+        let before = target.in_spec().ok_or("its limit is no size")?;
+        let to = to.page_floor();
+        self.by_hands
+            .raise(&target.cgroup, to, before, target.pod_follows)?;
+        self.note(id, |target| target.by_hand = Some(to));
+        self.agree(id);
+        let note = format!(
+            "container {}: limit raised to {to} on the node, before the API",
+            target.container
+        );
+        // A watch that has ended tells nobody.
+        drop(self.observed.send((id, Observed::ByHand(note))));
+        Ok(())
     }
 
     fn record(&mut self, cgroup: &Cgroup, record: &Record) {
@@ -381,26 +678,28 @@ mod tests {
 
     #[test]
     fn a_patch_tests_whose_it_is_and_what_was() {
-        let change = |level, from: &str, to: &str| Change {
-            level,
-            from: from.to_owned(),
-            to: to.to_owned(),
-        };
+        let change =
+            |level, from: &str, to: &str| Change::memory(level, from.to_owned(), to.to_owned());
+        let level = Level::Container(0);
         let changes = [
             change(Level::Container(1), "64Mi", "512Mi"),
             change(Level::Pod, "1Gi", "2Gi"),
+            Change::cpu(level, "250m".to_owned(), "2".to_owned()),
         ];
         let Patch::Json(patch) = limits_patch("0f8c", &changes) else {
             panic!("no JSON patch")
         };
         let container = "/spec/containers/1/resources/limits/memory";
         let pod = "/spec/resources/limits/memory";
+        let cpu = "/spec/containers/0/resources/limits/cpu";
         let expected = serde_json::json!([
             { "op": "test", "path": "/metadata/uid", "value": "0f8c" },
             { "op": "test", "path": container, "value": "64Mi" },
             { "op": "replace", "path": container, "value": "512Mi" },
             { "op": "test", "path": pod, "value": "1Gi" },
             { "op": "replace", "path": pod, "value": "2Gi" },
+            { "op": "test", "path": cpu, "value": "250m" },
+            { "op": "replace", "path": cpu, "value": "2" },
         ]);
         assert_eq!(serde_json::to_value(patch).unwrap(), expected);
     }

@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use super::{
+    containers::Owner as _,
     shrink,
     update::{LATE, Target, Updater},
 };
@@ -24,9 +25,6 @@ use crate::{
     metrics::METRICS,
 };
 
-/// How long a CPU quota must have been moved before the runtime is told of it, and how often it is at most.
-const QUOTA_AFTER: Duration = Duration::from_secs(1);
-const QUOTA_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a runtime that did not take a limit is told of it again, and how seldom at last.
 const SETTLE: Duration = Duration::from_millis(500);
 const LONGEST_SETTLE: Duration = Duration::from_secs(2);
@@ -53,19 +51,6 @@ pub(super) enum Delivered {
     Overtaken,
 }
 
-impl Target {
-    /// When the runtime is to be told of the CPU quota; `None` if it knows.
-    fn quota_due(&self) -> Option<Instant> {
-        let quota = self.original.quota.as_ref()?;
-        if quota.latest().cpu == quota.told && quota.telling.is_none() {
-            return None;
-        }
-        let moved = self.quota_moved.unwrap_or_else(Instant::now) + QUOTA_AFTER;
-        let told = self.quota_told.map(|told| told + QUOTA_INTERVAL);
-        Some(told.map_or(moved, |told| told.max(moved)))
-    }
-}
-
 impl Updater {
     /// Tells the runtime what is asked for until it knows the latest. With its next update of anything else it would
     /// set the limit that it remembers.
@@ -82,7 +67,7 @@ impl Updater {
                     return None;
                 }
                 let wanted = target.wanted.take();
-                let quota_due = target.quota_due();
+                let quota_due = target.times.due(target.original.quota.as_ref());
                 target.is_moving = wanted.is_some() || untold.is_some();
                 target.is_telling = target.is_moving || quota_due.is_some();
                 Some((wanted, quota_due, target.clone()))
@@ -159,7 +144,7 @@ impl Updater {
         }
         // Known or not, it is not asked again at once.
         drop(self.target(target.cgroup.id(), |target| {
-            target.quota_told = Some(Instant::now());
+            target.times.told = Some(Instant::now());
         }));
         Told::Known
     }
@@ -221,12 +206,14 @@ impl Updater {
             None => LinuxContainerResources::default(),
         };
         let original = &target.original.id;
-        let Some(quota) = self.quota_to_tell(id) else {
+        let Some(quota) = self.containers().quota_to_tell(id) else {
             return self.runtime().update(original, resources).await;
         };
         let resources = with_quota(resources, quota);
         let answer = self.runtime().update(original, resources).await;
-        self.quota_is_told(id, quota, &answer);
+        if !answer.as_ref().is_err_and(RuntimeError::is_uncertain) {
+            self.containers().quota_is_told(id, quota, answer.is_ok());
+        }
         answer
     }
 }

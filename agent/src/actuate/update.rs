@@ -14,18 +14,15 @@
 use std::{
     collections::BTreeSet,
     ptr,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool, mpsc::SyncSender},
+    sync::{Arc, atomic::AtomicBool, mpsc::SyncSender},
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId};
-use tokio::{
-    runtime::Handle,
-    sync::Notify,
-    time::{Instant, timeout},
-};
+use bellows_core::{Bytes, CgroupId, Cpu, Reason};
+use tokio::{runtime::Handle, sync::Notify, time::timeout};
 
 use super::{
+    containers::{Containers, Moved, Owner, QuotaTimes},
     pod::{May, Pod, Who},
     shrink,
     targets::Targets,
@@ -64,12 +61,46 @@ pub struct Target {
     pub(super) wanted: Option<Bytes>,
     /// Whether a memory limit is asked for that the runtime does not know yet.
     pub(super) is_moving: bool,
-    /// When the CPU quota was first moved away from what the runtime knows, and when that was told of one last.
-    pub(super) quota_moved: Option<Instant>,
-    pub(super) quota_told: Option<Instant>,
+    pub(super) times: QuotaTimes,
     /// Whether a task tells the runtime, which [`Target::changed`] wakes.
     pub(super) is_telling: bool,
     pub(super) changed: Arc<Notify>,
+}
+
+impl Moved for Target {
+    fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    fn original(&self) -> &Original {
+        &self.original
+    }
+
+    fn original_mut(&mut self) -> &mut Original {
+        &mut self.original
+    }
+
+    fn pod(&self) -> Option<&Arc<Pod>> {
+        self.pod.as_ref()
+    }
+
+    fn times(&mut self) -> &mut QuotaTimes {
+        &mut self.times
+    }
+}
+
+impl Owner for Updater {
+    type Target = Target;
+
+    fn containers(&self) -> &Containers<Target> {
+        &self.containers
+    }
+
+    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+        self.containers.set_quota(cgroup, to, reason)?;
+        let woken = self.wake(cgroup.id(), |_| {});
+        woken.map_err(|refused| refused.why)
+    }
 }
 
 impl Target {
@@ -89,8 +120,7 @@ impl Target {
             is_unguarded: false,
             wanted: None,
             is_moving: false,
-            quota_moved: None,
-            quota_told: None,
+            times: QuotaTimes::default(),
             is_telling: false,
             changed: Arc::default(),
         }
@@ -120,11 +150,8 @@ impl Target {
 pub struct Updater {
     runtime: Runtime,
     tasks: Handle,
-    targets: Targets<Target>,
+    containers: Containers<Target>,
     inputs: SyncSender<Input>,
-    records: Records<Original>,
-    /// Held while a record is changed.
-    writing: Arc<Mutex<()>>,
     /// Whether the runtime was late when it was asked last.
     pub(super) is_late: Arc<AtomicBool>,
 }
@@ -141,10 +168,8 @@ impl Updater {
         Self {
             runtime,
             tasks,
-            targets: Targets::default(),
+            containers: Containers::new(records),
             inputs,
-            records,
-            writing: Arc::default(),
             is_late: Arc::default(),
         }
     }
@@ -152,7 +177,7 @@ impl Updater {
     /// What may be asked for.
     #[must_use]
     pub const fn targets(&self) -> &Targets<Target> {
-        &self.targets
+        self.containers.targets()
     }
 
     /// The runtime that is asked.
@@ -173,21 +198,20 @@ impl Updater {
         let (status, _process) = self.runtime.status(&target.original.id).await?;
         let said = resources(status);
         let id = target.cgroup.id();
-        self.targets
+        self.targets()
             .of(id, |target| target.said = Some(said.clone()));
         Ok(said)
     }
 
     /// Forgets a container: what is under way for it is not written down any more.
     pub fn forget(&self, cgroup: CgroupId) {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        self.targets.with(|targets| drop(targets.remove(&cgroup)));
+        self.containers.forget(cgroup);
     }
 
     /// Where originals are kept.
     #[must_use]
     pub const fn records(&self) -> &Records<Original> {
-        &self.records
+        self.containers.records()
     }
 
     /// Asks for a limit, in place of whatever is asked for and not yet on its way.
@@ -227,7 +251,7 @@ impl Updater {
         cgroup: CgroupId,
         change: impl FnOnce(&mut Target) -> T,
     ) -> Result<T, Refused> {
-        self.targets
+        self.targets()
             .of(cgroup, change)
             .ok_or_else(|| refused("the container is gone", false))
     }
@@ -243,12 +267,8 @@ impl Updater {
         cgroup: CgroupId,
         change: impl FnOnce(&mut Original) -> T,
     ) -> Result<T, Refused> {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut original = self.target(cgroup, |target| target.original.clone())?;
-        let result = change(&mut original);
-        self.records.write(&original).map_err(text)?;
-        self.target(cgroup, |target| target.original = original)?;
-        Ok(result)
+        let changed = self.containers.change(cgroup, change);
+        changed.map_err(|why| refused(&why, false))
     }
 
     /// Writes down what will be asked for, before it is.
@@ -360,13 +380,14 @@ impl Updater {
         };
         settled.map_err(text)?;
         // systemd may have set its own CPU quota again on the way.
-        self.settle_pod_quota(Some(pod), May::Rise)
+        self.containers
+            .settle_pod_quota(Some(pod), May::Rise)
             .map_err(|why| refused(&why, false))
     }
 
     /// By how much each container of a pod is raised.
     fn raised_in(&self, pod: &Pod, who: Who) -> Vec<Bytes> {
-        let (mut limits, mut known): (Vec<_>, BTreeSet<_>) = self.targets.with(|targets| {
+        let (mut limits, mut known): (Vec<_>, BTreeSet<_>) = self.targets().with(|targets| {
             let same = targets.values().filter(|target| target.is_in(pod));
             let same = same.map(|target| {
                 let Target {
@@ -380,7 +401,7 @@ impl Updater {
             same.unzip()
         });
         if who == Who::All {
-            let left = self.records.all().into_iter();
+            let left = self.records().all().into_iter();
             let left = left.filter(|left| {
                 left.path.parent() == Some(pod.cgroup().path()) && known.insert(left.id.clone())
             });
@@ -412,6 +433,8 @@ fn refused(why: &str, uncertain: bool) -> Refused {
     Refused {
         why: why.to_owned(),
         uncertain,
+        // What passes is waited for here.
+        is_passing: false,
     }
 }
 
@@ -441,6 +464,7 @@ impl Requester for Updater {
     }
 
     fn not_guarded(&mut self, cgroup: CgroupId) {
-        self.targets.of(cgroup, |target| target.is_unguarded = true);
+        self.targets()
+            .of(cgroup, |target| target.is_unguarded = true);
     }
 }

@@ -7,7 +7,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, api::Resize, core::NamespaceResourceScope};
 use serde::Deserialize;
 
@@ -68,6 +68,11 @@ impl Resources {
         Some(self.limits.as_ref()?.get("memory")?.text())
     }
 
+    /// The CPU limit as it was written.
+    pub(super) fn cpu_limit(&self) -> Option<String> {
+        Some(self.limits.as_ref()?.get("cpu")?.text())
+    }
+
     /// The memory request as it was written.
     pub(super) fn memory_request(&self) -> Option<String> {
         Some(self.requests.as_ref()?.get("memory")?.text())
@@ -97,6 +102,14 @@ pub(super) struct Status {
     pub(super) phase: Option<String>,
     pub(super) qos_class: Option<String>,
     pub(super) container_statuses: Option<Vec<ContainerStatus>>,
+    pub(super) conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Condition {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) status: String,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -110,7 +123,13 @@ pub(super) struct ContainerStatus {
 
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct State {
-    pub(super) running: Option<serde::de::IgnoredAny>,
+    pub(super) running: Option<Running>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Running {
+    pub(super) started_at: Option<Time>,
 }
 
 impl Resource for Pod {

@@ -47,7 +47,8 @@ impl Places {
 }
 
 /// The container's id in the name of its cgroup.
-fn id_in(path: &str) -> Option<&str> {
+#[must_use]
+pub fn id_in(path: &str) -> Option<&str> {
     let name = path.rsplit('/').next()?;
     let name = name.strip_suffix(".scope").unwrap_or(name);
     let id = name.rsplit('-').next()?;

@@ -27,12 +27,20 @@ pub fn convert(pod: &api::Pod) -> Pod {
                     .as_ref()
                     .is_some_and(|state| state.running.is_some())
         });
-        let restarts = container.resize_policy.iter().flatten();
+        let restarts_on = |resource: &str| {
+            let policies = container.resize_policy.iter().flatten();
+            policies
+                .filter(|policy| policy.resource_name == resource)
+                .any(|policy| policy.restart_policy == "RestartContainer")
+        };
         Container {
             name: container.name.clone(),
             id: running
                 .and_then(|status| status.container_id.as_deref())
                 .map(|id| container_id(id).to_owned()),
+            started_at: running
+                .and_then(|status| status.state.as_ref()?.running.as_ref()?.started_at.as_ref())
+                .and_then(|time| u64::try_from(time.0.as_second()).ok()),
             memory_limit: container
                 .resources
                 .as_ref()
@@ -42,9 +50,13 @@ pub fn convert(pod: &api::Pod) -> Pod {
                 .as_ref()
                 .and_then(api::Resources::memory_request),
             limit_manager: limit_manager(pod, &container.name),
-            restarts_on_resize: restarts
-                .filter(|policy| policy.resource_name == "memory")
-                .any(|policy| policy.restart_policy == "RestartContainer"),
+            cpu_limit: container
+                .resources
+                .as_ref()
+                .and_then(api::Resources::cpu_limit),
+            cpu_limit_manager: manager_of(pod, &container.name, "f:cpu"),
+            restarts_on_resize: restarts_on("memory"),
+            restarts_on_cpu_resize: restarts_on("cpu"),
             probes: [&container.liveness_probe, &container.startup_probe]
                 .into_iter()
                 .flatten()
@@ -68,6 +80,16 @@ pub fn convert(pod: &api::Pod) -> Pod {
         containers: containers.collect(),
         memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),
+        has_cpu_limit: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.resources.as_ref()?.cpu_limit())
+            .is_some(),
+        is_resize_pending: status
+            .and_then(|status| status.conditions.as_deref())
+            .unwrap_or_default()
+            .iter()
+            .any(|condition| condition.kind == "PodResizePending" && condition.status == "True"),
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }
@@ -82,6 +104,22 @@ pub fn limit_at(pod: &api::Pod, level: Level) -> Option<String> {
         Level::Container(index) => spec.containers.get(index)?.resources.as_ref(),
     };
     resources?.memory_limit()
+}
+
+/// The CPU limit of a container in the spec, as it was written.
+#[must_use]
+pub fn cpu_limit_at(pod: &api::Pod, index: usize) -> Option<String> {
+    let container = pod.spec.as_ref()?.containers.get(index)?;
+    container.resources.as_ref()?.cpu_limit()
+}
+
+/// Whether that was set by us.
+#[must_use]
+pub fn cpu_limit_is_ours(pod: &api::Pod, index: usize) -> bool {
+    let containers = pod.spec.as_ref().map(|spec| &spec.containers);
+    let container = containers.and_then(|containers| containers.get(index));
+    let manager = container.and_then(|container| manager_of(pod, &container.name, "f:cpu"));
+    manager.as_deref() == Some(MANAGER)
 }
 
 /// A probe with the API's own defaults for what it leaves open.
@@ -109,6 +147,11 @@ fn probe(probe: &api::Probe) -> Probe {
 /// value. Ours comes first where several have set the same one.
 #[must_use]
 pub fn limit_manager(pod: &api::Pod, container: &str) -> Option<String> {
+    manager_of(pod, container, "f:memory")
+}
+
+/// The same of a limit of any resource, as managed fields name it.
+fn manager_of(pod: &api::Pod, container: &str, resource: &str) -> Option<String> {
     let key = format!("k:{}", json!({ "name": container }));
     let of_container = [
         "f:spec",
@@ -116,10 +159,10 @@ pub fn limit_manager(pod: &api::Pod, container: &str) -> Option<String> {
         &key,
         "f:resources",
         "f:limits",
-        "f:memory",
+        resource,
     ];
     let path = if container == WHOLE_POD {
-        &["f:spec", "f:resources", "f:limits", "f:memory"][..]
+        &["f:spec", "f:resources", "f:limits", resource][..]
     } else {
         &of_container
     };
@@ -186,6 +229,7 @@ mod tests {
             "status": {
                 "phase": "Running",
                 "qosClass": "Burstable",
+                "conditions": [{ "type": "PodResizePending", "status": "True", "reason": "Deferred" }],
                 "containerStatuses": [
                     { "name": "app", "containerID": "containerd://abc", "state": { "running": { "startedAt": null } } },
                     { "name": "side", "containerID": "containerd://def", "state": { "waiting": {} } },
@@ -196,6 +240,7 @@ mod tests {
         let seen = convert(&pod);
         assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
         assert_eq!((seen.qos, seen.ending), (QosClass::Burstable, false));
+        assert!(seen.is_resize_pending);
         let [app, side] = &seen.containers[..] else {
             panic!("{seen:?}")
         };

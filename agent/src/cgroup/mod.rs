@@ -325,6 +325,28 @@ impl Cgroup {
         self.write(file, &limit.text())
     }
 
+    /// Sets `memory.max`, its heirs' with it: the pod up before its containers, and down after them.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError::Io`] when one cannot be written.
+    pub fn set_limit_and_heirs(&self, to: Bytes) -> Result<(), CgroupError> {
+        let is_raise = self.limit("memory.max")?.bytes() < to;
+        if is_raise {
+            self.set_limit("memory.max", Limit::At(to))?;
+        }
+        for path in &self.heirs {
+            match Self::open(path).and_then(|heir| heir.set_limit("memory.max", Limit::At(to))) {
+                Err(error) if !error.is_gone() => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        if is_raise {
+            return Ok(());
+        }
+        self.set_limit("memory.max", Limit::At(to))
+    }
+
     /// `memory.events`, which counts the cgroups below as well.
     ///
     /// # Errors

@@ -161,6 +161,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         cpus: u64::try_from(cpus).unwrap_or(1),
         shrink_after: options.shrink_after,
         usable_per_mille: WHOLE,
+        by_hand_after: None,
     }
     .validate()
 }
@@ -405,6 +406,7 @@ impl Delayed {
                 .map_err(|error| Refused {
                     why: error.to_string(),
                     uncertain: false,
+                    is_passing: false,
                 });
             let cgroup: CgroupId = cgroup.id();
             // A controller that has ended does not need the answer.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash};
+use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash, decide::ByHand};
 
 use super::{foreign_brake::ForeignBrake, seconds};
 use crate::{
@@ -89,6 +89,10 @@ pub(super) struct Guarded {
     pub(super) held_since: Option<Nanos>,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
+    /// Whether what is requested could not be asked for, for a passing reason.
+    pub(super) request_failed: bool,
+    /// A raise by hand has failed; it is not tried again before.
+    pub(super) by_hand_not_before: Nanos,
     /// How long the last raise took, if that was not asked for yet.
     answered: Option<Nanos>,
     pub(super) report: Report,
@@ -147,6 +151,8 @@ impl Guarded {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            request_failed: false,
+            by_hand_not_before: Nanos(0),
             answered: None,
             report: Report {
                 limits: vec![(at, limit)],
@@ -237,7 +243,7 @@ impl Guarded {
             || self.requested.is_some()
     }
 
-    pub(super) const fn snapshot(&self, now: Nanos) -> Snapshot {
+    pub(super) const fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
         Snapshot {
             now,
             policy: self.policy,
@@ -249,6 +255,8 @@ impl Guarded {
             held_since: self.held_since,
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
+            request_failed: self.request_failed,
+            by_hand,
         }
     }
 
@@ -311,6 +319,7 @@ mod tests {
             cpus: 2,
             shrink_after: Nanos::millis(5000),
             usable_per_mille: WHOLE,
+            by_hand_after: None,
         };
         let mut guarded = Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), LIMIT);
         guarded.requested = Some((to, Nanos(0)));

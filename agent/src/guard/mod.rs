@@ -17,7 +17,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bellows_core::{Bytes, CgroupId, History, Nanos, Policy, decide, thrash::Look};
+use bellows_core::{
+    Bytes, CgroupId, History, Nanos, Policy,
+    decide::{ByHand, decide},
+    thrash::Look,
+};
 use bellows_ebpf_common::{
     Growth, Holds, KIND_EXIT, KIND_OOM, KIND_RECLAIM, KIND_WATERMARK, KIND_WRITTEN, MemoryEvent,
     loss,
@@ -96,6 +100,8 @@ pub struct Refused {
     pub why: String,
     /// Whether it may be carried out all the same: nobody has answered.
     pub uncertain: bool,
+    /// Whether the same may be granted later: whoever was asked is away, or busy.
+    pub is_passing: bool,
 }
 
 /// Carries changes to limits that somebody else owns.
@@ -108,6 +114,20 @@ pub trait Requester {
 
     /// Takes back a request for `to` that was not carried out in time: the limit is still `limit`.
     fn take_back(&mut self, cgroup: &Cgroup, to: Bytes, limit: Bytes);
+
+    /// Whether a raise to `to` that was asked for may be written by hand. Never, where that is the requester's own affair.
+    fn by_hand(&self, _cgroup: CgroupId, _to: Bytes) -> ByHand {
+        ByHand::No
+    }
+
+    /// Raises a limit by hand that was asked for, and sees to it that its owner comes to know it. Must not block.
+    ///
+    /// # Errors
+    ///
+    /// Why not, for people.
+    fn raise_by_hand(&mut self, _cgroup: &Cgroup, _to: Bytes) -> Result<(), String> {
+        Err("limits are not raised by hand here".to_owned())
+    }
 
     /// Takes note of what was decided and observed, for people.
     fn record(&mut self, cgroup: &Cgroup, record: &Record);
@@ -558,7 +578,12 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get(&id) else {
             return;
         };
-        let plan = decide(&guarded.snapshot(now()));
+        let at = now();
+        let by_hand = match guarded.requested {
+            Some((to, _)) if at >= guarded.by_hand_not_before => self.requester.by_hand(id, to),
+            _ => ByHand::No,
+        };
+        let plan = decide(&guarded.snapshot(at, by_hand));
         for (action, reason) in plan.actions {
             if let Err(error) = self.carry_out(id, action, reason) {
                 tracing::warn!(cgroup.id = id.0, ?action, ?reason, %error, "an action failed");

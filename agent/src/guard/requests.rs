@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use bellows_core::{Action, Actuation, Bytes, CgroupId, Nanos, Reason};
+use bellows_core::{Action, Actuation, Bytes, CgroupId, Nanos, Reason, decide::ByHand};
 
 use super::{Controller, GuardError, Input, Refused, Requester};
 use crate::{
@@ -14,6 +14,9 @@ use crate::{
 
 /// A refused raise is not asked for again for this long.
 const REFUSED_FOR: Nanos = Nanos::millis(10_000);
+
+/// So long after it failed a raise by hand is tried again.
+const BY_HAND_AGAIN: Nanos = Nanos::millis(1000);
 
 /// How a request ended that was not carried out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,16 +59,45 @@ impl<R: Requester> Controller<R> {
                     Actuation::Direct => self.reflex.send(Command::Raise(id, to)),
                     Actuation::Requested { .. } => {
                         guarded.requested = Some((to, at));
+                        guarded.request_failed = false;
                         self.requester.raise(&guarded.cgroup, from, to);
                     }
                 }
             }
+            Action::RaiseByHand { to, .. } => self.raise_by_hand(id, to),
             Action::Release => self.reflex.send(Command::Release(id, reason)),
             Action::Shrink { to, .. } => self.make_room(id, to)?,
             // The reflex holds and brakes by its table.
             Action::Hold | Action::Brake { .. } => {}
         }
         Ok(())
+    }
+
+    /// Raises a limit without whoever was asked for it.
+    fn raise_by_hand(&mut self, id: CgroupId, to: Bytes) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let raised = self.requester.raise_by_hand(&guarded.cgroup, to);
+        let in_force = guarded.cgroup.limit_in_force();
+        match (raised, in_force) {
+            (Ok(()), Ok(limit)) if limit > guarded.limit => {
+                METRICS.raises_by_hand.inc();
+                // How long the answer takes is not learnt from what did not wait for it.
+                guarded.requested = None;
+                guarded.lowering = None;
+                guarded.limit_is(now(), limit);
+                self.verify(id, None);
+                self.arm(&self.guards[&id], None);
+            }
+            (raised, _) => {
+                guarded.by_hand_not_before = Nanos(now().0.saturating_add(BY_HAND_AGAIN.0));
+                let why = raised.err();
+                let why = why.unwrap_or_else(|| format!("the limit is not {to}"));
+                tracing::warn!(path = %guarded.cgroup.path().display(), %to, why, "a limit cannot be raised by hand");
+                guarded.report.failed(why);
+            }
+        }
     }
 
     /// Raises a limit that was left below the one at rest by other rules.
@@ -148,14 +180,23 @@ impl<R: Requester> Controller<R> {
         if let Err(Refused {
             why: error,
             uncertain,
+            is_passing,
         }) = result
         {
             tracing::warn!(path = %guarded.cgroup.path().display(), %to, %error, "a change of the limit failed");
             guarded.report.failed(error.clone());
-            if guarded
+            let is_meant = guarded
                 .requested
-                .is_some_and(|(requested, _)| requested == to)
+                .is_some_and(|(requested, _)| requested == to);
+            let by_hand = self.requester.by_hand(id, to);
+            if is_meant
+                && is_passing
+                && to > guarded.limit
+                && guarded.policy.by_hand_after.is_some()
+                && by_hand != ByHand::No
             {
+                guarded.request_failed = true;
+            } else if is_meant {
                 if uncertain {
                     let limit = guarded.limit;
                     self.requester.take_back(&guarded.cgroup, to, limit);

@@ -16,7 +16,7 @@ use std::{
 
 use bellows_core::{
     Bytes, Cpu, Nanos,
-    elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Selector},
+    elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Order, Selector},
     quantity,
 };
 use serde::Deserialize;
@@ -42,6 +42,7 @@ A policy:
         max: 4Gi           # never more than this, but for boosts
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
+        order: PatchFirst  # or RaiseFirst: raised on the node, and the Kubernetes API asked right after
       cpu:
         max: 2             # never more than this, but for boosts; 500m is half a CPU
         throttleTarget: 0% # the share of periods that may be throttled; none, if left out
@@ -323,6 +324,8 @@ struct Memory {
     max: Spanned<String>,
     floor: Option<Spanned<String>>,
     shrink_after: Option<Spanned<String>>,
+    #[serde(default)]
+    order: Order,
 }
 
 impl Document {
@@ -411,6 +414,7 @@ impl Memory {
                 .shrink_after
                 .as_ref()
                 .map_or(Ok(SHRINK_AFTER), duration)?,
+            order: self.order,
         })
     }
 }
@@ -545,6 +549,7 @@ spec:
             max: Bytes::mib(4096),
             floor: Some(Bytes::mib(128)),
             shrink_after: Nanos::millis(90_000),
+            order: Order::PatchFirst,
         };
         assert_eq!(named.memory, Some(memory));
         let cpu = CpuRules {

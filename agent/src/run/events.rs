@@ -53,6 +53,11 @@ impl Events {
         self.publish(pod.object_ref(&()), EventType::Normal, "Watched", note);
     }
 
+    /// A limit was raised before the API.
+    pub(super) fn raised_by_hand(&self, pod: &Pod, note: String) {
+        self.publish(pod.object_ref(&()), EventType::Normal, "RaisedByHand", note);
+    }
+
     /// A policy that cannot be read.
     pub(super) fn rejected(&self, policy: ObjectReference, note: String) {
         self.publish(policy, EventType::Warning, "InvalidPolicy", note);

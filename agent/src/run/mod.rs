@@ -8,6 +8,7 @@
 
 mod containers;
 mod events;
+mod hands;
 mod lock;
 mod pods;
 mod restore;
@@ -43,7 +44,7 @@ pub use restore::restore;
 
 use crate::{
     actuate::{
-        pod::PodRecords, reflex::Reflex, resize::Resizer, targets::Targets, update::Updater,
+        pod::PodRecords, pod_cpu::CpuResizer, reflex::Reflex, resize::Resizer, update::Updater,
     },
     attribution::CGROUP_ROOT,
     cri::{self, Runtime, RuntimeError},
@@ -54,7 +55,7 @@ use crate::{
     metrics::METRICS,
     originals::Records,
     policies::{self, PolicyFileError},
-    quota::Quotas,
+    quota::{Quotas, Setter},
     recover::recover,
     serve::{Served, serve},
     signal::{
@@ -64,7 +65,8 @@ use crate::{
     },
     state,
 };
-use containers::Hands;
+use containers::cpu::is_young;
+use hands::{Hands, MADE};
 use lock::AgentLock;
 use pods::Leaving;
 
@@ -268,6 +270,16 @@ impl Fast {
             .map_err(|error| RunError::System("cannot start the controller thread", error))
     }
 
+    fn start_quotas(&mut self, setter: impl Setter) -> Result<Quotas, RunError> {
+        // Without the programs counters are looked at.
+        let told = match &mut self.kernel {
+            Some(kernel) => (kernel.take_throttles()?, kernel.take_starts()?),
+            None => (None, None),
+        };
+        Quotas::start(told, setter, self.cpus, PathBuf::from(CGROUP_ROOT))
+            .map_err(|error| RunError::System("cannot start the quotas thread", error))
+    }
+
     fn of_node(
         self,
         client: Client,
@@ -276,31 +288,37 @@ impl Fast {
         shrink_after: Nanos,
         only_observes: bool,
     ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
-        let targets = Targets::default();
         let inputs = self.inputs.clone();
         let (told, observed) = tokio::sync::mpsc::unbounded_channel();
-        let resizer = Resizer::new(
-            client.clone(),
-            tasks.clone(),
-            targets.clone(),
-            inputs.clone(),
-            told,
-        );
+        let resizer = Resizer::new(client.clone(), tasks.clone(), inputs.clone(), told);
+        let mut fast = self;
+        let (made, receiver) = tokio::sync::mpsc::channel(MADE);
+        let cpus = CpuResizer::new(client.clone(), tasks.clone(), resizer.clone());
+        let hands = Hands {
+            owner: cpus.clone(),
+            made,
+            // Nothing of memory is lent to pods.
+            lent: Arc::default(),
+        };
+        let quotas = fast.start_quotas(hands)?;
         let context = pods::Context {
             client,
             node: node.to_owned(),
             inputs: inputs.clone(),
-            targets,
-            cpus: self.cpus,
+            resizer: resizer.clone(),
+            online_cpus: fast.cpus,
+            cpus,
+            quotas,
+            made: receiver,
             actuation: Actuation::Requested { p95: ASSUMED_P95 },
-            signals: self.signals,
+            signals: fast.signals,
             shrink_after,
             only_observes,
             observed,
         };
         Ok((
             inputs,
-            self.control(resizer)?,
+            fast.control(resizer)?,
             Box::pin(pods::watch(context)),
         ))
     }
@@ -320,20 +338,14 @@ impl Fast {
             Records::containers(),
         );
         let mut fast = self;
-        // Without the programs counters are looked at.
-        let told = match &mut fast.kernel {
-            Some(kernel) => (kernel.take_throttles()?, kernel.take_starts()?),
-            None => (None, None),
-        };
-        let (made, receiver) = tokio::sync::mpsc::channel(containers::MADE);
+        let (made, receiver) = tokio::sync::mpsc::channel(MADE);
         let lent = Arc::default();
         let hands = Hands {
-            updater: updater.clone(),
+            owner: updater.clone(),
             made,
             lent: Arc::clone(&lent),
         };
-        let quotas = Quotas::start(told, hands, fast.cpus, PathBuf::from(CGROUP_ROOT))
-            .map_err(|error| RunError::System("cannot start the quotas thread", error))?;
+        let quotas = fast.start_quotas(hands)?;
         let context = containers::Context {
             updater: updater.clone(),
             quotas,

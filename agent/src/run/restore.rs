@@ -13,7 +13,7 @@ use tokio::runtime;
 
 use super::{RunError, lock::AgentLock, text};
 use crate::{
-    actuate::{pod_cgroup, shrink},
+    actuate::{by_hand::ByHands, pod_cgroup, shrink},
     cgroup::{Cgroup, CgroupError, Limit},
     cri::{self, LinuxContainerResources, Runtime, resources, with_memory, with_quota},
     explain::LEDGER,
@@ -36,6 +36,10 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
     let (all, pods_left) = (records.all(), pods.all());
     let quotas = Records::pod_quotas();
     let quotas_left = quotas.all();
+    if !by_hand_back() {
+        let why = "limits of pods that were raised by hand are left as they are: they are in use; stop what runs there, and try again";
+        return Ok((vec![why.to_owned()], false));
+    }
     if all.is_empty() && pods_left.is_empty() && quotas_left.is_empty() {
         return Ok((Vec::new(), true));
     }
@@ -87,6 +91,50 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
         }
         Ok((lines, is_whole))
     })
+}
+
+/// Puts back what was raised by hand in pods that the API owns; returns whether all of it is.
+pub(super) fn by_hand_back() -> bool {
+    let mut is_whole = !ByHands::default().lower_left(|_| false);
+    let (records, quotas) = (Records::in_pods(), Records::pod_quotas());
+    let all = records.all();
+    for original in &all {
+        match quota_in_pod_back(original) {
+            Ok(()) => records.remove(original.key()),
+            Err(why) => {
+                is_whole = false;
+                tracing::warn!(container = original.name, why, "a CPU limit stays for now");
+            }
+        }
+    }
+    let is_above = |pod: &PodQuota| {
+        let mut own = all.iter();
+        own.any(|original| original.path.parent() == Some(&pod.path))
+    };
+    for pod in quotas.all().into_iter().filter(is_above) {
+        match lower_pod_quota(&quotas, &pod, &[]) {
+            Ok(true) => quotas.remove(pod.key()),
+            Ok(false) => {}
+            Err(why) => {
+                is_whole = false;
+                tracing::warn!(path = %pod.path.display(), why, "the CPU limit of a pod stays for now");
+            }
+        }
+    }
+    is_whole
+}
+
+/// What somebody else has set stays.
+fn quota_in_pod_back(original: &Original) -> Result<(), String> {
+    let (Some(cgroup), Some(moved)) = (opened(&original.path)?, &original.quota) else {
+        return Ok(());
+    };
+    match cgroup.quota().map_err(text)? {
+        Some(quota) if moved.is_ours(quota) => cgroup
+            .set_quota(quota.with(moved.cpu.at_rest))
+            .map_err(text),
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// A cgroup that was written down; `None` if it is gone.
@@ -275,5 +323,6 @@ fn rest(limit: Bytes) -> Policy {
         cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
         shrink_after: Nanos(0),
         usable_per_mille: WHOLE,
+        by_hand_after: None,
     }
 }

@@ -49,6 +49,7 @@ pub(crate) fn events(bytes: &[u8]) {
         cpus: input.word().into(),
         shrink_after: Nanos(input.word().into()),
         usable_per_mille: u64::from(input.word()) % WHOLE + 1,
+        by_hand_after: input.flag().then(|| Nanos(input.word().into())),
     };
     let Ok(policy) = policy.validate() else {
         return;
@@ -77,6 +78,9 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            request_failed: input.flag(),
+            by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
+                [usize::from(input.flag()) + usize::from(input.flag())],
         };
         limit = judged(&snapshot);
     }
@@ -95,6 +99,8 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            request_failed: false,
+            by_hand: ByHand::No,
         };
         let shrinks = decide(&snapshot)
             .actions
@@ -118,6 +124,11 @@ fn judged(snapshot: &Snapshot) -> Bytes {
             Action::Raise { from, to } => {
                 assert!(from < to && to <= policy.ceiling, "{snapshot:?} {action:?}");
                 limit = limit.max(to);
+            }
+            Action::RaiseByHand { from, to } => {
+                let asked = snapshot.requested.map(|(to, _)| to);
+                assert!(from < to && asked == Some(to), "{snapshot:?} {action:?}");
+                assert!(snapshot.by_hand != ByHand::No, "{snapshot:?}");
             }
             Action::Shrink { from, to } => {
                 assert!(

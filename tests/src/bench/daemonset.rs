@@ -21,7 +21,7 @@ use clap::Args;
 use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Pod};
 use kube::{
     Api, Client, Config, ResourceExt as _,
-    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
+    api::{DeleteParams, DynamicObject, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::GroupVersionKind,
     discovery::pinned_kind,
@@ -182,32 +182,15 @@ impl Bed {
     }
 
     pub(super) fn apply(&self, document: Value) -> Result<()> {
-        let object: DynamicObject = serde_json::from_value(document)?;
-        let types = object.types.clone().context("a document without a kind")?;
-        let kind = GroupVersionKind::try_from(&types)?;
-        let name = object.name_any();
-        let parameters = PatchParams::apply("kubectl").force();
-        self.tasks.block_on(async {
-            let (resource, _) = pinned_kind(&self.client, &kind).await?;
-            let api = self.api(object.namespace().as_deref(), &resource);
-            api.patch(&name, &parameters, &Patch::Apply(&object))
-                .await?;
-            Ok(())
-        })
-    }
-
-    fn api(&self, namespace: Option<&str>, resource: &ApiResource) -> Api<DynamicObject> {
-        match namespace {
-            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, resource),
-            None => Api::all_with(self.client.clone(), resource),
-        }
+        self.cluster.apply(document)
     }
 
     fn remove_policy(&self) -> Result<()> {
         let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
         self.tasks.block_on(async {
             let (resource, _) = pinned_kind(&self.client, &kind).await?;
-            let policies = self.api(Some("default"), &resource);
+            let policies: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), "default", &resource);
             policies.delete("elastic", &DeleteParams::default()).await?;
             Ok(())
         })
@@ -320,6 +303,8 @@ pub(super) fn spec(name: &str, words: &[String]) -> Spec {
         host: false,
         liveness: None,
         whole_pod: false,
+        cpu: None,
+        restarts: false,
     }
 }
 

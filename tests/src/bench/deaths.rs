@@ -225,6 +225,8 @@ fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
         host: false,
         liveness: None,
         whole_pod: false,
+        cpu: None,
+        restarts: false,
     })?;
     cluster.wait_running(name)
 }

@@ -146,6 +146,8 @@ fn create(cluster: &Cluster, indexes: std::ops::Range<u64>) -> Result<Vec<PathBu
             host: false,
             liveness: None,
             whole_pod: false,
+            cpu: None,
+            restarts: false,
         };
         cluster.create(&spec)?;
         // As long as the ids of containerd.

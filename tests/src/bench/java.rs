@@ -145,7 +145,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 }
 
 /// A Tomcat of its own: Debian's is configured for a service of the machine.
-fn prepare() -> Result<()> {
+pub(super) fn prepare() -> Result<()> {
     let home = "/var/lib/tomcat11";
     ensure!(Path::new(home).exists(), "the guest's disk has no Tomcat");
     for directory in ["conf", "webapps", "logs", "temp", "work"] {
@@ -264,24 +264,7 @@ impl Bench {
     fn spec(&mut self, how: How) -> (Spec, u64) {
         self.ports += 1;
         let port = FIRST_PORT + self.ports;
-        let words = [
-            "/usr/bin/java",
-            "-Xlog:gc+init",
-            // As development environments have it: its fast compiler only. (It halves the time in an emulator.)
-            "-XX:TieredStopAtLevel=1",
-            "-XX:-UsePerfData",
-            "-cp",
-            "/usr/share/tomcat11/bin/bootstrap.jar:/usr/share/tomcat11/bin/tomcat-juli.jar",
-            "-Dcatalina.home=/usr/share/tomcat11",
-        ];
-        let mut command = words.map(str::to_owned).to_vec();
-        command.extend([
-            format!("-Dcatalina.base={BASE}"),
-            format!("-Djava.io.tmpdir={BASE}/temp"),
-            format!("-Dbellows.port={port}"),
-            "org.apache.catalina.startup.Bootstrap".to_owned(),
-            "start".to_owned(),
-        ]);
+        let command = tomcat(port);
         let is_boosted = how == How::Boosted;
         let guard = is_boosted.then(|| ("guard".to_owned(), GUARDED.to_owned()));
         let system = ["/usr", "/lib", "/lib64", "/etc", "/srv", "/var/lib"];
@@ -322,6 +305,29 @@ impl Bench {
     }
 }
 
+/// What runs Tomcat at a port.
+pub(super) fn tomcat(port: u64) -> Vec<String> {
+    let words = [
+        "/usr/bin/java",
+        "-Xlog:gc+init",
+        // As development environments have it: its fast compiler only. (It halves the time in an emulator.)
+        "-XX:TieredStopAtLevel=1",
+        "-XX:-UsePerfData",
+        "-cp",
+        "/usr/share/tomcat11/bin/bootstrap.jar:/usr/share/tomcat11/bin/tomcat-juli.jar",
+        "-Dcatalina.home=/usr/share/tomcat11",
+    ];
+    let mut command = words.map(str::to_owned).to_vec();
+    command.extend([
+        format!("-Dcatalina.base={BASE}"),
+        format!("-Djava.io.tmpdir={BASE}/temp"),
+        format!("-Dbellows.port={port}"),
+        "org.apache.catalina.startup.Bootstrap".to_owned(),
+        "start".to_owned(),
+    ]);
+    command
+}
+
 /// Returns whether all are; one may have died.
 fn wait_ready(machine: &Machine, tomcats: &mut [Tomcat]) -> Result<bool> {
     let begun = now();
@@ -357,7 +363,7 @@ fn has_died(machine: &Machine, started: &Started) -> Result<bool> {
 }
 
 /// Whether it answers with a page.
-fn is_ready(port: u64) -> bool {
+pub(super) fn is_ready(port: u64) -> bool {
     let asked = || -> io::Result<String> {
         let mut stream = TcpStream::connect(format!("127.0.0.1:{port}"))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -386,7 +392,7 @@ fn pages(port: u64) -> Vec<u64> {
 }
 
 /// `CPUs: 4 total, 2 available`.
-fn cpus_seen(log: &str) -> Option<u64> {
+pub(super) fn cpus_seen(log: &str) -> Option<u64> {
     let (_, said) = log.split_once("CPUs: ")?;
     let (_, available) = said.split_once("total, ")?;
     available.split_whitespace().next()?.parse().ok()

@@ -25,6 +25,8 @@ mod plateau;
 mod pod_build;
 mod pod_bursts;
 mod pod_edges;
+mod pod_faults;
+mod pod_java;
 mod reaction;
 mod record;
 mod runner;
@@ -77,6 +79,10 @@ pub(crate) enum Bench {
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// Tomcat in a pod with a quarter of a CPU.
+    PodJava(pod_java::Options),
+    /// What happens to the API under the agent, while pods burst.
+    PodFaults(pod_faults::Options),
     /// What `bellows run` promises at its edges: Events, and changes by others.
     PodEdges(pod_edges::Options),
     /// The agent as its manifest runs it.
@@ -121,6 +127,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::PodJava(options) => pod_java::run(options, &mut records),
+        Bench::PodFaults(options) => pod_faults::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Daemonset(options) => daemonset::run(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
@@ -143,6 +151,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "thrash" => thrash::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "pod-java" => pod_java::summarize(&read(path)?),
+        "pod-faults" => pod_faults::summarize(&read(path)?),
         "container-bursts" => container_bursts::summarize(&read(path)?),
         "container-build" => container_build::summarize(&read(path)?),
         "throttle" => throttle::summarize(&read(path)?),

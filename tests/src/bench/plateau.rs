@@ -125,6 +125,8 @@ fn in_pod(
         host: false,
         liveness: None,
         whole_pod: false,
+        cpu: None,
+        restarts: false,
     };
     observe(cluster, probe, &spec, None)
 }

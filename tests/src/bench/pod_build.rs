@@ -77,6 +77,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         host: true,
         liveness: None,
         whole_pod: false,
+        cpu: None,
+        restarts: false,
     };
     eprintln!("build -j8 in a pod with a fixed limit of {memory}");
     let fixed = observe(&cluster, &probe, &spec("fixed", None), None)?;

@@ -297,6 +297,8 @@ fn run_pod(
             host: false,
             liveness: None,
             whole_pod: false,
+            cpu: None,
+            restarts: false,
         },
         max.is_some().then_some(2),
     )

@@ -165,6 +165,8 @@ fn spec(name: &str) -> Spec {
         host: false,
         liveness: None,
         whole_pod: false,
+        cpu: None,
+        restarts: false,
     }
 }
 
@@ -402,6 +404,8 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
         max: Some(Bytes::mib(512)),
         command,
         whole_pod: true,
+        cpu: None,
+        restarts: false,
         ..spec(name)
     })?;
     let container = cluster.wait_running(name)?;

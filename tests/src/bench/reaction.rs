@@ -132,6 +132,7 @@ fn policy() -> Result<Policy> {
         cpus: u64::try_from(cpus)?,
         shrink_after: Nanos::millis(2000),
         usable_per_mille: WHOLE,
+        by_hand_after: None,
     };
     Ok(policy.validate()?)
 }

@@ -1,6 +1,6 @@
 use super::*;
 
-fn pod(annotations: &[(&str, &str)]) -> Pod {
+pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
     Pod {
         namespace: "dev".to_owned(),
         name: "workspace".to_owned(),
@@ -16,12 +16,18 @@ fn pod(annotations: &[(&str, &str)]) -> Pod {
             id: Some("c1".to_owned()),
             memory_limit: Some("64Mi".to_owned()),
             memory_request: Some("16Mi".to_owned()),
+            started_at: None,
+            cpu_limit: None,
+            cpu_limit_manager: None,
+            restarts_on_cpu_resize: false,
             limit_manager: Some("kubectl".to_owned()),
             restarts_on_resize: false,
             probes: Vec::new(),
         }],
         memory_limit: None,
         limit_manager: None,
+        has_cpu_limit: false,
+        is_resize_pending: false,
         is_static: false,
         ending: false,
     }
@@ -195,6 +201,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
                 max: Bytes::mib(max),
                 floor: None,
                 shrink_after: Nanos::millis(7000),
+                order: Order::RaiseFirst,
             }),
             cpu: None,
             boosts: Vec::new(),
@@ -220,8 +227,11 @@ fn a_policy_means_every_container_that_has_a_limit() {
     );
     assert_eq!(app.shrink_after, Some(Nanos::millis(7000)));
     assert!(side.recorded);
-    assert_eq!(with_original(&three, "app", "64Mi"), "side=64Mi,app=64Mi");
-    assert_eq!(with_original(&three, "side", "1Gi"), "side=1Gi");
+    assert_eq!(
+        with_original(&three, ORIGINAL, "app", "64Mi"),
+        "side=64Mi,app=64Mi"
+    );
+    assert_eq!(with_original(&three, ORIGINAL, "side", "1Gi"), "side=1Gi");
 }
 
 #[test]

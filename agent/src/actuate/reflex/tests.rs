@@ -62,6 +62,7 @@ impl Stage {
             cpus: 2,
             shrink_after: Nanos::millis(2000),
             usable_per_mille: WHOLE,
+            by_hand_after: None,
         };
         let arm = Arm {
             cgroup: ID,

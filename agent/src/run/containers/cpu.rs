@@ -218,7 +218,7 @@ fn said_quota(said: &LinuxContainerResources) -> Option<Quota> {
 }
 
 /// Whether it has started so lately that a boost of its start would not be over.
-fn is_young(started_at: Option<SystemTime>, boosts: &[BoostRules]) -> bool {
+pub(in crate::run) fn is_young(started_at: Option<SystemTime>, boosts: &[BoostRules]) -> bool {
     let of_start = boosts.iter().filter(|boost| boost.on == Trigger::Start);
     let longest = of_start.map(|boost| boost.until.at_most).max();
     let age = started_at.and_then(|at| SystemTime::now().duration_since(at).ok());

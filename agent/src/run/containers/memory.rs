@@ -2,7 +2,9 @@
 //! without any.
 
 use bellows_core::{
-    Bytes, Nanos, Patience, Policy, WHOLE, elastic::MemoryRules, moved::MovedLimit,
+    Bytes, Nanos, Patience, Policy, WHOLE,
+    elastic::{MemoryRules, Order},
+    moved::MovedLimit,
 };
 
 use super::{Context, Watch, text};
@@ -205,7 +207,12 @@ impl Watch {
             max: original,
             floor: None,
             shrink_after: AT_ONCE,
+            order: Order::PatchFirst,
         });
+        if memory.order == Order::RaiseFirst {
+            let why = "memory.order RaiseFirst is for pods of Kubernetes: leave it out";
+            return Err(why.to_owned());
+        }
         let least = boost.unwrap_or(Bytes::ZERO);
         let original = memory.floor.map_or(original, |floor| floor.min(original));
         let policy = Policy {
@@ -217,6 +224,7 @@ impl Watch {
             cpus: *cpus,
             shrink_after: memory.shrink_after,
             usable_per_mille: WHOLE,
+            by_hand_after: None,
         };
         policy.validate().map_err(text)
     }

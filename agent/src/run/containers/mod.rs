@@ -7,15 +7,13 @@
 //!
 //! It must not change a limit: that is the controller's, through the runtime.
 
-mod cpu;
+pub(super) mod cpu;
 mod events;
-mod hands;
 mod memory;
 mod one;
 mod watched;
 
 use events::Events;
-pub(super) use hands::{Hands, Lent};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,9 +33,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::text;
+use super::{hands::Lent, text};
 use crate::{
     actuate::{
+        containers::Owner as _,
         pod::{May, Pod, PodRecords},
         update::{Target, Updater},
     },
@@ -57,9 +56,6 @@ const OFTEN: Duration = Duration::from_secs(1);
 /// So long after a look the runtime is not asked because of somebody who is new: what starts together is looked at
 /// together.
 const SETTLE: Duration = Duration::from_millis(20);
-
-/// Cgroups that were made and not looked at yet, at most.
-pub(super) const MADE: usize = 4096;
 
 /// What the watch needs.
 pub(super) struct Context {
@@ -372,7 +368,7 @@ impl Watch {
             let updater = &self.context.updater;
             let settled = updater.settle_pod(Some(&pod), May::Fall).await;
             let settled = settled.map_err(|refused| refused.why);
-            let settled = settled.and(updater.settle_pod_quota(Some(&pod), May::Fall));
+            let settled = settled.and(updater.containers().settle_pod_quota(Some(&pod), May::Fall));
             // Whoever has it beside us is one of its containers.
             if Arc::strong_count(&pod) == 1 && pod.is_left() {
                 continue;

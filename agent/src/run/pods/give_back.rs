@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use bellows_core::{
-    pod::{self, Raised},
+    pod::{self, Level, Raised},
     quantity,
 };
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -16,7 +16,10 @@ use kube::{
     Api, Client,
     api::{DeleteParams, ListParams},
 };
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
+};
 
 use super::one;
 use crate::{
@@ -26,7 +29,7 @@ use crate::{
     },
     attribution::{api::Pod, pods::convert},
     cgroup::Cgroup,
-    run::RunError,
+    run::{RunError, restore::by_hand_back},
 };
 
 /// For how long an agent that ends for good gives back: less than the kubelet lets it live (`terminationGracePeriod` in
@@ -56,17 +59,17 @@ pub(super) async fn give_back(
     let path = one::find(&seen.uid, *level, id.as_deref());
     let to = quantity::parse(original).map_err(|error| error.to_string())?;
     if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
-        let made = tokio::task::spawn_blocking(move || shrink::make_room_in(&cgroup, to));
+        let made = spawn_blocking(move || shrink::make_room_in(&cgroup, to));
         if !matches!(made.await, Ok(Ok(true))) {
             return Err(format!("more than {original} is in use"));
         }
     }
     let _turn = order.lock_owned().await;
-    let change = Change {
-        level: *level,
-        from: limit.clone(),
-        to: original.clone(),
-    };
+    let change = Change::memory(*level, limit.clone(), original.clone());
+    changed_back(client, seen, change).await
+}
+
+async fn changed_back(client: &Client, seen: &pod::Pod, change: Change) -> Result<(), String> {
     let api: Api<Pod> = Api::namespaced(client.clone(), &seen.namespace);
     let (parameters, patch) = (parameters(), limits_patch(&seen.uid, &[change]));
     let patched = api.patch_resize(&seen.name, &parameters, &patch);
@@ -133,7 +136,9 @@ impl Leaving {
     async fn give_back_all(&self) -> kube::Result<usize> {
         let api: Api<Pod> = Api::all(self.client.clone());
         let own = ListParams::default().fields(&format!("spec.nodeName={}", self.node));
-        let mut found = 0;
+        // What the API says does not tell of these.
+        let by_hand = spawn_blocking(by_hand_back).await.unwrap_or(false);
+        let mut found = usize::from(!by_hand);
         for pod in api.list(&own).await? {
             let seen = convert(&pod);
             for raised in pod::left_raised(&seen) {
@@ -146,6 +151,19 @@ impl Leaving {
                         container = raised.container,
                         why,
                         "a limit is not given back yet"
+                    );
+                }
+            }
+            for wish in pod::cpu_wishes(&seen, &[]).into_values().flatten() {
+                found += 1;
+                let level = Level::Container(wish.index);
+                let change = Change::cpu(level, wish.limit_text, wish.original_text);
+                if let Err(why) = changed_back(&self.client, &seen, change).await {
+                    tracing::warn!(
+                        pod.namespace = seen.namespace,
+                        pod.name = seen.name,
+                        why,
+                        "a CPU limit is not given back yet"
                     );
                 }
             }

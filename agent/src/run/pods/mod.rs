@@ -6,12 +6,14 @@
 //!
 //! It must not change a limit that somebody waits for: that is the controller's.
 
+mod cpu;
 mod give_back;
 mod one;
 mod policies;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
     pin::pin,
     sync::mpsc::SyncSender,
     time::Duration,
@@ -20,7 +22,7 @@ use std::{
 use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals,
     elastic::Mode,
-    pod::{self, ORIGINAL, Raised, Refusal},
+    pod::{self, Raised, Refusal},
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -29,7 +31,7 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use tokio::{
-    sync::mpsc::UnboundedReceiver,
+    sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
     time::{Instant, MissedTickBehavior},
 };
 
@@ -39,12 +41,15 @@ pub use give_back::uninstall;
 use super::events::Events;
 use crate::{
     actuate::{
-        resize::{Observed, Order, Target},
-        targets::Targets,
+        by_hand::ByHands,
+        pod_cpu::CpuResizer,
+        resize::{Observed, Order, Resizer},
     },
     attribution::{api::Pod, pods::convert},
     guard::Input,
+    quota::Quotas,
 };
+use cpu::{Begun, KnownCpu};
 use policies::Policies;
 
 /// What the watch needs.
@@ -52,8 +57,12 @@ pub(super) struct Context {
     pub(super) client: Client,
     pub(super) node: String,
     pub(super) inputs: SyncSender<Input>,
-    pub(super) targets: Targets<Target>,
-    pub(super) cpus: u64,
+    pub(super) resizer: Resizer,
+    pub(super) online_cpus: u64,
+    pub(super) cpus: CpuResizer,
+    pub(super) quotas: Quotas,
+    /// Paths of cgroups as they are made.
+    pub(super) made: Receiver<String>,
     pub(super) actuation: Actuation,
     pub(super) signals: Signals,
     pub(super) shrink_after: Nanos,
@@ -101,6 +110,7 @@ pub(super) async fn watch(context: Context) {
     let mut pods = pin!(watcher(api, config).default_backoff());
     let config = watcher::Config::default();
     let mut rules = pin!(watcher(policies::api(&context.client), config).default_backoff());
+    let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
         context,
@@ -112,6 +122,14 @@ pub(super) async fn watch(context: Context) {
         watched: BTreeMap::new(),
         originals: BTreeMap::new(),
         orders: BTreeMap::new(),
+        by_hands: ByHands::default(),
+        // A predecessor may have raised by hand what nobody asks for any more.
+        is_any_left: true,
+        is_listed: false,
+        begun,
+        starting: BTreeMap::new(),
+        cpus: BTreeMap::new(),
+        cpu_refused: BTreeMap::new(),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);
@@ -125,6 +143,14 @@ pub(super) async fn watch(context: Context) {
                 watch.tell(cgroup, observed);
                 continue;
             }
+            Some(begun) = begun_here.recv() => {
+                watch.begin(begun).await;
+                continue;
+            }
+            Some(path) = watch.context.made.recv() => {
+                watch.made(&path);
+                continue;
+            }
             event = rules.try_next() => {
                 if watch.policies.take(event, &watch.events) {
                     watch.apply_all().await;
@@ -132,8 +158,9 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             event = pods.try_next() => event,
-            _ = retry.tick(), if !watch.pending.is_empty() => {
+            _ = retry.tick(), if !watch.pending.is_empty() || watch.is_any_left => {
                 watch.retry().await;
+                watch.lower_left().await;
                 continue;
             }
         };
@@ -143,7 +170,10 @@ pub(super) async fn watch(context: Context) {
                 listed.extend(pod.uid());
                 watch.apply(pod).await;
             }
-            Ok(Some(watcher::Event::InitDone)) => watch.keep_only(&listed),
+            Ok(Some(watcher::Event::InitDone)) => {
+                watch.keep_only(&listed);
+                watch.is_listed = true;
+            }
             Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
             Ok(Some(watcher::Event::Delete(pod))) => watch.forget(&pod.uid().unwrap_or_default()),
             Ok(None) => return,
@@ -166,9 +196,21 @@ struct Watch {
     /// Those that are or were only watched, by their cgroup.
     watched: BTreeMap<CgroupId, Watched>,
     /// Originals that were written onto pods: what the API says of a pod may be older than that.
-    originals: BTreeMap<Key, String>,
+    originals: BTreeMap<(String, &'static str, String), String>,
     /// Of each pod with something guarded in it.
     orders: BTreeMap<String, Order>,
+    by_hands: ByHands,
+    /// Whether a limit may be raised by hand for which nobody is responsible any more.
+    is_any_left: bool,
+    /// To this watch: cgroups of containers that start, once they have limits.
+    begun: UnboundedSender<Begun>,
+    /// Their paths, until the API says whose they are.
+    starting: BTreeMap<Key, PathBuf>,
+    cpus: BTreeMap<Key, KnownCpu>,
+    /// Why a container does not get what a policy says of CPU, as it was told.
+    cpu_refused: BTreeMap<Key, String>,
+    /// Whether this node's pods were listed: until then whom they are for is not known.
+    is_listed: bool,
 }
 
 impl Watch {
@@ -195,6 +237,35 @@ impl Watch {
         }
         // The next one after it.
         self.retried = uid + "\0";
+    }
+
+    /// Gives back what was raised by hand where nobody asks for it any more: the API says what it was all the time.
+    async fn lower_left(&mut self) {
+        let is_known = |pod: &Pod| {
+            let seen = convert(pod);
+            self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen)
+        };
+        if !self.is_listed || !self.is_any_left || !self.pods.values().all(is_known) {
+            return;
+        }
+        let targets = self.context.resizer.targets();
+        let cared_for: BTreeSet<PathBuf> = targets.with(|targets| {
+            let paths = targets.values().map(|target| target.cgroup.path());
+            paths.map(Path::to_owned).collect()
+        });
+        let pending: Vec<String> = self.pending.iter().cloned().collect();
+        let by_hands = self.by_hands.clone();
+        let lowered = tokio::task::spawn_blocking(move || {
+            by_hands.lower_left(|path| {
+                let name = path.to_string_lossy();
+                // One that is about to be guarded.
+                let is_pending = |uid: &String| {
+                    name.contains(uid.as_str()) || name.contains(&uid.replace('-', "_"))
+                };
+                cared_for.contains(path) || pending.iter().any(is_pending)
+            })
+        });
+        self.is_any_left = lowered.await.unwrap_or(true);
     }
 
     /// The policies have changed.
@@ -264,20 +335,27 @@ impl Watch {
                 self.pending.insert(uid.clone());
             }
         }
+        if self.policies.are_known(&seen.namespace) && !self.context.only_observes {
+            self.follow_cpu(&pod, &mut seen).await;
+        }
         self.pods.insert(uid, pod);
     }
 
     /// A pod as the API has it, with what was written onto it since.
     fn seen(&self, pod: &Pod) -> pod::Pod {
         let mut seen = convert(pod);
-        let own = self.originals.range((seen.uid.clone(), String::new())..);
-        let own = own.take_while(|((uid, _), _)| *uid == seen.uid);
-        let written: Vec<(&str, &str)> = own
-            .map(|((_, name), original)| (name.as_str(), original.as_str()))
+        let own = self
+            .originals
+            .range((seen.uid.clone(), "", String::new())..);
+        let own = own.take_while(|((uid, _, _), _)| *uid == seen.uid);
+        let written: Vec<(&str, &str, &str)> = own
+            .map(|((_, annotation, name), original)| {
+                (*annotation, name.as_str(), original.as_str())
+            })
             .collect();
-        for (name, original) in written {
-            let value = pod::with_original(&seen, name, original);
-            seen.annotations.insert(ORIGINAL.to_owned(), value);
+        for (annotation, name, original) in written {
+            let value = pod::with_original(&seen, annotation, name, original);
+            seen.annotations.insert(annotation.to_owned(), value);
         }
         seen
     }
@@ -293,6 +371,9 @@ impl Watch {
     fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
         if matches!(observed, Observed::NotGuarded) {
             return self.try_again(cgroup);
+        }
+        if let Observed::ByHand(note) = observed {
+            return self.tell_by_hand(cgroup, note);
         }
         let Some(watched) = self.watched.get_mut(&cgroup) else {
             return;
@@ -310,7 +391,15 @@ impl Watch {
             Observed::Raise(note) if watched.mode == Mode::Recommend => {
                 self.events.recommended(pod, note);
             }
-            Observed::Raise(_) | Observed::NotGuarded => {}
+            Observed::Raise(_) | Observed::ByHand(_) | Observed::NotGuarded => {}
+        }
+    }
+
+    fn tell_by_hand(&self, cgroup: CgroupId, note: String) {
+        let mut known = self.known.iter();
+        let key = known.find(|(_, known)| known.cgroup == Some(cgroup));
+        if let Some(pod) = key.and_then(|((uid, _), _)| self.pods.get(uid)) {
+            self.events.raised_by_hand(pod, note);
         }
     }
 
@@ -350,20 +439,28 @@ impl Watch {
     fn forget_cgroup(&mut self, key: &Key) {
         let known = self.known.get_mut(key);
         if let Some(cgroup) = known.and_then(|known| known.cgroup.take()) {
-            let targets = &self.context.targets;
+            let targets = self.context.resizer.targets();
             targets.with(|targets| drop(targets.remove(&cgroup)));
             self.send(Input::Forget(cgroup));
+            self.is_any_left = true;
         }
     }
 
     fn forget(&mut self, uid: &str) {
+        let cpus = self.cpus.keys().filter(|(own, _)| own == uid);
+        let cpus: Vec<Key> = cpus.cloned().collect();
+        for key in cpus {
+            self.forget_cpu(&key);
+        }
+        self.starting.retain(|(own, _), _| own != uid);
+        self.cpu_refused.retain(|(own, _), _| own != uid);
         let keys: Vec<Key> = self.keys(uid).cloned().collect();
         for key in keys {
             self.forget_cgroup(&key);
             self.known.remove(&key);
         }
         self.watched.retain(|_, watched| watched.key.0 != uid);
-        self.originals.retain(|(own, _), _| own != uid);
+        self.originals.retain(|(own, _, _), _| own != uid);
         self.orders.remove(uid);
         self.pods.remove(uid);
         self.pending.remove(uid);

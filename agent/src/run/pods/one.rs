@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use bellows_core::{
-    CgroupId, Policy, Signals, WHOLE,
-    elastic::Mode,
+    CgroupId, Nanos, Policy, Signals, WHOLE,
+    elastic::{Mode, Order as RaiseOrder},
     pod::{self, Level, ORIGINAL, Wish},
 };
 use kube::{Api, Resource as _, api::Patch};
@@ -18,10 +18,13 @@ use crate::{
     guard::{Input, Watching},
 };
 
+/// A raise that the API and the kubelet have not brought after this time is written by hand.
+const BY_HAND_AFTER: Nanos = Nanos::millis(2000);
+
 impl Watch {
     fn policy(&self, wish: &Wish) -> Result<Policy, String> {
         let Context {
-            cpus,
+            online_cpus,
             actuation,
             signals,
             shrink_after,
@@ -33,9 +36,13 @@ impl Watch {
             actuation: *actuation,
             signals: *signals,
             patience: wish.patience,
-            cpus: *cpus,
+            cpus: *online_cpus,
             shrink_after: wish.shrink_after.unwrap_or(*shrink_after),
             usable_per_mille: WHOLE,
+            by_hand_after: Some(match wish.order {
+                RaiseOrder::PatchFirst => BY_HAND_AFTER,
+                RaiseOrder::RaiseFirst => Nanos(0),
+            }),
         };
         policy.validate().map_err(|error| error.to_string())
     }
@@ -64,21 +71,22 @@ impl Watch {
         };
         let cgroup = cgroup(seen, wish)?;
         if !wish.recorded {
-            self.record_original(seen, wish).await?;
+            self.record_memory(seen, wish).await?;
         }
-        let target = Target {
-            namespace: seen.namespace.clone(),
-            name: seen.name.clone(),
-            uid: seen.uid.clone(),
-            cgroup: cgroup.clone(),
-            container: wish.container.clone(),
-            level: wish.level,
-            limit: wish.limit_text.clone(),
-            original: (policy.original, wish.rest_text.clone()),
-            order: Order::clone(self.orders.entry(seen.uid.clone()).or_default()),
-        };
-        let targets = &self.context.targets;
+        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let mut target = Target::new(seen, wish, cgroup.clone(), policy.original, order);
+        let is_by_hand = self.by_hands.contains(cgroup.path());
+        if is_by_hand {
+            // A predecessor's: the API is to come to know it, or it comes down.
+            let in_force = cgroup.limit_in_force().map_err(|error| error.to_string())?;
+            target.by_hand = Some(in_force);
+        }
+        let resizer = &self.context.resizer;
+        let targets = resizer.targets();
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
+        if is_by_hand {
+            resizer.agree(cgroup.id());
+        }
         self.remember(key, wish, cgroup.id(), policy);
         self.send(Input::Adopt(cgroup, policy, name(seen, wish)));
         let note = format!(
@@ -189,7 +197,7 @@ impl Watch {
     ) -> Result<(), String> {
         let wanted = self.policy(wish)?;
         if !wish.recorded {
-            self.record_original(seen, wish).await?;
+            self.record_memory(seen, wish).await?;
         }
         if wish.foreign {
             let note = format!(
@@ -199,7 +207,8 @@ impl Watch {
             self.events.guarded(pod, note);
         }
         // Only now: a change that could not be recorded must be seen as one again.
-        self.context.targets.of(cgroup, |target| {
+        self.context.resizer.targets().of(cgroup, |target| {
+            target.is_pending = seen.is_resize_pending;
             target.limit.clone_from(&wish.limit_text);
             target.original = (wanted.original, wish.rest_text.clone());
         });
@@ -217,20 +226,32 @@ impl Watch {
         Ok(())
     }
 
-    /// Writes the limit as it was onto the pod, before anything is changed.
-    async fn record_original(&mut self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
-        let value = pod::with_original(seen, &wish.container, &wish.original_text);
+    async fn record_memory(&mut self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
+        self.record_original(seen, ORIGINAL, &wish.container, &wish.original_text)
+            .await
+    }
+
+    /// Writes a limit as it was onto the pod, before it is changed.
+    pub(super) async fn record_original(
+        &mut self,
+        seen: &mut pod::Pod,
+        annotation: &'static str,
+        container: &str,
+        original: &str,
+    ) -> Result<(), String> {
+        let value = pod::with_original(seen, annotation, container, original);
         // Another pod may have got its name.
-        let patch = json!({ "metadata": { "uid": seen.uid, "annotations": { ORIGINAL: value } } });
+        let patch =
+            json!({ "metadata": { "uid": seen.uid, "annotations": { annotation: value } } });
         let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
         let (parameters, patch) = (parameters(), Patch::Merge(patch));
         let patched = api.patch_metadata(&seen.name, &parameters, &patch);
         match tokio::time::timeout(TIMEOUT, patched).await {
             Ok(Ok(_patched)) => {
                 // What is recorded next of the same pod goes beside it, and what is seen of it may be older.
-                seen.annotations.insert(ORIGINAL.to_owned(), value);
-                let key = (seen.uid.clone(), wish.container.clone());
-                self.originals.insert(key, wish.original_text.clone());
+                seen.annotations.insert(annotation.to_owned(), value);
+                let key = (seen.uid.clone(), annotation, container.to_owned());
+                self.originals.insert(key, original.to_owned());
                 Ok(())
             }
             Ok(Err(error)) => Err(format!("its original limit cannot be recorded: {error}")),

@@ -8,21 +8,25 @@ use std::{
 use bellows_core::{CgroupId, Cpu, Reason, boost::Boosts};
 use tokio::sync::{Notify, mpsc};
 
-use crate::{actuate::update::Updater, cgroup::Cgroup, quota::Setter};
+use crate::{actuate::containers::Owner, cgroup::Cgroup, quota::Setter};
+
+/// Cgroups that were made and not looked at yet, at most.
+pub(super) const MADE: usize = 4096;
 
 /// Hands for the quotas thread.
 #[derive(Debug)]
-pub(in crate::run) struct Hands {
-    pub(in crate::run) updater: Updater,
+pub(super) struct Hands<O> {
+    /// Who writes quotas, and tells whoever owns them.
+    pub(super) owner: O,
     /// To the watch: paths of cgroups that were made.
-    pub(in crate::run) made: mpsc::Sender<String>,
+    pub(super) made: mpsc::Sender<String>,
     /// To the watch: what is lent of memory.
-    pub(in crate::run) lent: Arc<Lent>,
+    pub(super) lent: Arc<Lent>,
 }
 
 /// Containers to which other memory is lent than before.
 #[derive(Debug, Default)]
-pub(in crate::run) struct Lent {
+pub(super) struct Lent {
     cgroups: Mutex<BTreeSet<CgroupId>>,
     woken: Notify,
 }
@@ -46,22 +50,22 @@ impl Lent {
     }
 }
 
-impl Setter for Hands {
+impl<O: Owner> Setter for Hands<O> {
     fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
-        self.updater.set_quota(cgroup, to, reason)
+        self.owner.set_quota(cgroup, to, reason)
     }
 
     fn settle(&self, cgroup: &Cgroup) -> Result<(), String> {
-        self.updater.settle_pod_of(cgroup)
+        self.owner.containers().settle_pod_of(cgroup)
     }
 
     fn boosted(&self, cgroup: &Cgroup, boosts: &Boosts) -> Result<(), String> {
-        let changed = self.updater.change(cgroup.id(), |original| {
+        let changed = self.owner.containers().change(cgroup.id(), |original| {
             original.has_begun |= !boosts.is_empty();
             let before = std::mem::replace(&mut original.boosts, boosts.clone());
             before.memory() != boosts.memory()
         });
-        if changed.map_err(|refused| refused.why)? {
+        if changed? {
             self.lent.add(cgroup.id());
         }
         Ok(())

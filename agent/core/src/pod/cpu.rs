@@ -1,0 +1,388 @@
+//! What a pod's containers may have of CPU, by policy.
+//!
+//! There is no annotation for it: who wants more than a limit of memory says it in a policy. A container may be meant before
+//! it runs, because what is lent to its start must be there when that counts its CPUs.
+//!
+//! What is left raised of a container that nobody means any more is a wish without rules: it is brought to rest.
+
+use std::collections::BTreeMap;
+
+use thiserror::Error;
+
+use super::{Container, MANAGER, Pod, QosClass, entries, mode};
+use crate::{
+    boost::BoostRules,
+    elastic::{self, CpuRules, ElasticPolicy, Mode},
+    quantity,
+    units::Cpu,
+};
+
+/// Written by Bellows at adoption: `CONTAINER=LIMIT` of CPU as they were, with commas between them.
+pub const ORIGINAL_CPU: &str = "bellows.dev/original-cpu";
+
+/// What a container may have of CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuWish {
+    /// Its index in the spec.
+    pub index: usize,
+    /// The runtime's id while it runs.
+    pub id: Option<String>,
+    /// The limit in the spec, as written.
+    pub limit_text: String,
+    /// The same.
+    pub limit: Cpu,
+    /// The limit as it was.
+    pub original: Cpu,
+    /// The same as it was written.
+    pub original_text: String,
+    /// What its quota may be; `None` leaves it at what it was.
+    pub rules: Option<CpuRules>,
+    /// What it is lent.
+    pub boosts: Vec<BoostRules>,
+    /// Whether the original stands on the pod already.
+    pub recorded: bool,
+    /// Whether somebody else has changed the limit since the original was recorded.
+    pub foreign: bool,
+}
+
+impl CpuWish {
+    /// Whether anybody asks for more than what it was.
+    #[must_use]
+    pub fn has_rules(&self) -> bool {
+        self.rules.is_some() || !self.boosts.is_empty()
+    }
+}
+
+/// Why a container does not get what a policy says of CPU.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CpuRefusal {
+    /// A size does not parse.
+    #[error("container `{container}`: its CPU limit is no amount of CPU: {why}")]
+    Limit {
+        /// The container.
+        container: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// Requests would have to follow.
+    #[error(
+        "the pod is Guaranteed: raising its CPU limit alone would change its QoS class, which the API refuses; set a CPU request below the limit"
+    )]
+    Guaranteed,
+    /// The pod is static.
+    #[error("the pod is static: the API cannot resize it; change its file on the node")]
+    Static,
+    /// A resize would restart the container.
+    #[error(
+        "container `{0}` has resizePolicy RestartContainer for cpu: a resize would restart it; use NotRequired"
+    )]
+    RestartsOnResize(String),
+    /// The pod has a limit of its own.
+    #[error(
+        "the pod has a CPU limit at its own level, which is not moved: leave that out, or the policy's cpu and boosts"
+    )]
+    WholePod,
+    /// The maximum is below the limit.
+    #[error(
+        "cpu.max of the policy {policy} is {max}, below the CPU limit of {limit}: raise it, or lower the limit"
+    )]
+    MaximumBelowLimit {
+        /// The policy.
+        policy: String,
+        /// The maximum.
+        max: Cpu,
+        /// The limit.
+        limit: Cpu,
+    },
+}
+
+impl CpuRefusal {
+    /// The reason of the Event.
+    #[must_use]
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::Limit { .. } => "NoCpuLimit",
+            Self::Guaranteed => "GuaranteedNotSupported",
+            Self::Static => "StaticPodNotSupported",
+            Self::RestartsOnResize(_) => "ResizeRestartsContainer",
+            Self::WholePod => "PodLevelCpuNotSupported",
+            Self::MaximumBelowLimit { .. } => "InvalidLimit",
+        }
+    }
+}
+
+/// By container; `Err` for one that a policy means and that cannot have it.
+pub type CpuWishes = BTreeMap<String, Result<CpuWish, CpuRefusal>>;
+
+/// What the containers of a pod may have of CPU; nothing if it is ending. Containers without a CPU limit are not meant:
+/// there is nothing to raise.
+#[must_use]
+pub fn cpu_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> CpuWishes {
+    if pod.ending {
+        return CpuWishes::new();
+    }
+    let containers = pod.containers.iter().enumerate();
+    let wishes = containers.filter_map(|(index, container)| {
+        let text = container.cpu_limit.as_ref()?;
+        let wish = wish(pod, policies, index, container, text).transpose()?;
+        Some((container.name.clone(), wish))
+    });
+    wishes.collect()
+}
+
+fn wish(
+    pod: &Pod,
+    policies: &[ElasticPolicy],
+    index: usize,
+    container: &Container,
+    text: &str,
+) -> Result<Option<CpuWish>, CpuRefusal> {
+    let name = &container.name;
+    let size = |text: &str| {
+        quantity::parse_cpu(text).map_err(|why| CpuRefusal::Limit {
+            container: name.clone(),
+            why,
+        })
+    };
+    let asked = asked(pod, policies, container);
+    let recorded = entries(pod, ORIGINAL_CPU).find_map(|entry| {
+        let (own, original) = entry.split_once('=')?;
+        (own == name).then_some(original)
+    });
+    if asked.is_none() && recorded.is_none() {
+        return Ok(None);
+    }
+    let limit = size(text)?;
+    let recorded = recorded.map(|original| Ok((size(original)?, original)));
+    let recorded: Option<(Cpu, &str)> = recorded.transpose()?;
+    let manager = container.cpu_limit_manager.as_deref();
+    let is_theirs = manager.is_some_and(|manager| manager != MANAGER);
+    let foreign = is_theirs && recorded.is_some_and(|(original, _)| original != limit);
+    let known = recorded.filter(|_| !foreign);
+    let (original, original_text) = known.unwrap_or((limit, text));
+    if asked.is_none() && (foreign || original == limit) {
+        return Ok(None);
+    }
+    let (policy, rules, boosts) = asked.unwrap_or_default();
+    if let Some(refusal) = refusal(pod, container) {
+        return Err(refusal);
+    }
+    if let Some(CpuRules { max, .. }) = rules
+        && max < original
+    {
+        return Err(CpuRefusal::MaximumBelowLimit {
+            policy,
+            max,
+            limit: original,
+        });
+    }
+    Ok(Some(CpuWish {
+        index,
+        id: container.id.clone(),
+        limit_text: text.to_owned(),
+        limit,
+        original,
+        original_text: original_text.to_owned(),
+        rules,
+        boosts,
+        recorded: known.is_some(),
+        foreign,
+    }))
+}
+
+/// The policy that means a container, and what it says of CPU.
+fn asked(
+    pod: &Pod,
+    policies: &[ElasticPolicy],
+    container: &Container,
+) -> Option<(String, Option<CpuRules>, Vec<BoostRules>)> {
+    let own = mode(pod).ok()?;
+    let subject = elastic::Subject {
+        namespace: pod.namespace.clone(),
+        pod: pod.name.clone(),
+        container: container.name.clone(),
+        labels: pod.labels.clone(),
+    };
+    let (policy, rules) = elastic::rules(policies, &subject)?;
+    let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
+    let is_more = rules.cpu.is_some() || rules.boosts.iter().any(|boost| boost.cpu.is_some());
+    let boosts = rules.boosts.clone();
+    (is_meant && is_more).then(|| (policy.name.clone(), rules.cpu, boosts))
+}
+
+fn refusal(pod: &Pod, container: &Container) -> Option<CpuRefusal> {
+    if pod.is_static {
+        Some(CpuRefusal::Static)
+    } else if pod.qos == QosClass::Guaranteed {
+        Some(CpuRefusal::Guaranteed)
+    } else if pod.has_cpu_limit {
+        Some(CpuRefusal::WholePod)
+    } else if container.restarts_on_cpu_resize {
+        Some(CpuRefusal::RestartsOnResize(container.name.clone()))
+    } else {
+        None
+    }
+}
+
+/// Which container of a pod a cgroup is that has these limits, of those that do not run yet: the API says it only once it
+/// runs. `None` if it could be several, or none.
+#[must_use]
+pub fn starting<'a>(
+    pod: &'a Pod,
+    wishes: &CpuWishes,
+    id: &str,
+    cpu: Cpu,
+    memory: Option<crate::Bytes>,
+) -> Option<&'a str> {
+    let has_limits = |container: &&Container| {
+        let own_cpu = container.cpu_limit.as_deref().map(quantity::parse_cpu);
+        let own_memory = container.memory_limit.as_deref().map(quantity::parse);
+        let own_memory = own_memory.map(|limit| limit.map(crate::Bytes::page_floor));
+        own_cpu == Some(Ok(cpu))
+            && own_memory.transpose().ok() == Some(memory)
+            && container.id.as_deref().is_none_or(|own| own != id)
+    };
+    let mut meant = pod.containers.iter().filter(has_limits);
+    let (only, other) = (meant.next()?, meant.next());
+    let is_meant = matches!(wishes.get(&only.name), Some(Ok(wish)) if !wish.boosts.is_empty());
+    (other.is_none() && is_meant).then_some(only.name.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Bytes, Nanos,
+        boost::{Trigger, Until},
+        elastic::{ContainerRules, Selector},
+        pod::{MODE, tests::pod},
+    };
+
+    fn policy(cpu: Option<Cpu>, boost: Option<Cpu>) -> ElasticPolicy {
+        let boost = boost.map(|cpu| BoostRules {
+            on: Trigger::Start,
+            cpu: Some(cpu),
+            memory: None,
+            until: Until {
+                ready: None,
+                exit: false,
+                idle: None,
+                at_most: Nanos::millis(60_000),
+            },
+        });
+        ElasticPolicy {
+            name: "java".to_owned(),
+            selector: Selector::default(),
+            mode: Mode::Act,
+            containers: vec![ContainerRules {
+                name: None,
+                memory: None,
+                cpu: cpu.map(|max| CpuRules {
+                    max,
+                    throttled_per_mille: 10,
+                }),
+                boosts: boost.into_iter().collect(),
+            }],
+        }
+    }
+
+    fn limited(limit: &str, manager: &str, annotations: &[(&str, &str)]) -> Pod {
+        let mut pod = pod(annotations);
+        pod.containers[0].cpu_limit = Some(limit.to_owned());
+        pod.containers[0].cpu_limit_manager = Some(manager.to_owned());
+        pod
+    }
+
+    fn only(pod: &Pod, policies: &[ElasticPolicy]) -> Option<Result<CpuWish, CpuRefusal>> {
+        cpu_wishes(pod, policies).into_values().next()
+    }
+
+    #[test]
+    fn a_policy_means_containers_with_a_limit_and_an_opt_out_wins() {
+        let policies = [policy(Some(Cpu::millis(2000)), None)];
+        let meant = only(&limited("250m", "kubectl", &[]), &policies);
+        let meant = meant.unwrap().unwrap();
+        assert_eq!((meant.original, meant.recorded), (Cpu::millis(250), false));
+        assert!(meant.has_rules());
+        assert_eq!(only(&pod(&[]), &policies), None);
+        for mode in ["Off", "Observe", "of"] {
+            let out = limited("250m", "kubectl", &[(MODE, mode)]);
+            assert_eq!(only(&out, &policies), None, "{mode}");
+        }
+        let mut observing = policies;
+        observing[0].mode = Mode::Observe;
+        let asking = limited("250m", "kubectl", &[(MODE, "Act")]);
+        assert!(only(&asking, &observing).is_some());
+    }
+
+    #[test]
+    fn what_is_left_raised_is_brought_to_rest_unless_somebody_else_has_set_it() {
+        let was = [(ORIGINAL_CPU, "app=250m")];
+        let left = only(&limited("2", MANAGER, &was), &[]).unwrap().unwrap();
+        assert!(!left.has_rules());
+        assert_eq!(
+            (left.limit, left.original),
+            (Cpu::millis(2000), Cpu::millis(250))
+        );
+        assert_eq!(only(&limited("250m", MANAGER, &was), &[]), None);
+        assert_eq!(only(&limited("2", "kubectl", &was), &[]), None);
+    }
+
+    #[test]
+    fn somebody_elses_change_is_the_new_original() {
+        let policies = [policy(None, Some(Cpu::millis(2000)))];
+        let was = [(ORIGINAL_CPU, "app=250m")];
+        let wish = only(&limited("500m", "kubectl", &was), &policies);
+        let wish = wish.unwrap().unwrap();
+        assert!(wish.foreign && !wish.recorded);
+        assert_eq!(wish.original_text, "500m");
+        let ours = only(&limited("2", MANAGER, &was), &policies);
+        assert_eq!(ours.unwrap().unwrap().original_text, "250m");
+    }
+
+    #[test]
+    fn what_cannot_be_resized_is_refused() {
+        let policies = [policy(Some(Cpu::millis(200)), None)];
+        let refusal = |change: &dyn Fn(&mut Pod)| {
+            let mut pod = limited("250m", "kubectl", &[]);
+            change(&mut pod);
+            only(&pod, &policies).unwrap().unwrap_err()
+        };
+        assert_eq!(refusal(&|pod| pod.is_static = true), CpuRefusal::Static);
+        let guaranteed = refusal(&|pod| pod.qos = QosClass::Guaranteed);
+        assert_eq!(guaranteed, CpuRefusal::Guaranteed);
+        assert_eq!(
+            refusal(&|pod| pod.has_cpu_limit = true),
+            CpuRefusal::WholePod
+        );
+        let restarts = refusal(&|pod| pod.containers[0].restarts_on_cpu_resize = true);
+        assert_eq!(restarts.reason(), "ResizeRestartsContainer");
+        assert_eq!(refusal(&|_| {}).reason(), "InvalidLimit");
+        let odd = refusal(&|pod| pod.containers[0].cpu_limit = Some("2 CPUs".to_owned()));
+        assert_eq!(odd.reason(), "NoCpuLimit");
+    }
+
+    #[test]
+    fn a_cgroup_is_told_by_its_limits_before_the_api_says_whose_it_is() {
+        let policies = [policy(None, Some(Cpu::millis(2000)))];
+        let mut pod = limited("250m", "kubectl", &[]);
+        let side = Container {
+            name: "side".to_owned(),
+            memory_limit: Some("32Mi".to_owned()),
+            ..pod.containers[0].clone()
+        };
+        pod.containers.push(side);
+        let find = |pod: &Pod, cpu, mib| {
+            let wishes = cpu_wishes(pod, &policies);
+            let found = starting(pod, &wishes, "new", cpu, Some(Bytes::mib(mib)));
+            found.map(str::to_owned)
+        };
+        let quarter = Cpu::millis(250);
+        assert_eq!(find(&pod, quarter, 64).as_deref(), Some("app"));
+        assert_eq!(find(&pod, quarter, 32).as_deref(), Some("side"));
+        assert_eq!(find(&pod, quarter, 16), None);
+        assert_eq!(find(&pod, Cpu::millis(300), 64), None);
+        pod.containers[1].memory_limit = Some("64Mi".to_owned());
+        assert_eq!(find(&pod, quarter, 64), None, "it could be either");
+    }
+}

@@ -1,0 +1,199 @@
+//! A limit that is written before whoever owns it has carried it out: the API is away, late, or to be told at once
+//! afterwards.
+//!
+//! The order is the kubelet's: the pod's cgroup up before its container's, and down after it. The kubelet (1.33 and later)
+//! leaves such a limit alone until it carries out the next resize of the pod, of whatever resource; then it sets what the
+//! spec says, with no regard to usage, and kills. So the spec must come to say it as soon as it can, or the limit must come
+//! down again. Until one of both is done a record in `/run/bellows` says that it is ours, and what was before.
+//!
+//! A pod's own limit follows its containers'. Whatever was before, it is never set below the sum of what they have: the
+//! kubelet may have moved both meanwhile. A limit that the spec has at the pod's own level is not moved for a container.
+//!
+//! It must not lower what usage does not fit.
+
+use std::path::{Path, PathBuf};
+
+use bellows_core::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::shrink;
+use crate::{
+    attribution,
+    cgroup::{Cgroup, CgroupError, Limit},
+    originals::{Recorded, Records, key_of},
+};
+
+/// A limit that was written by hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByHand {
+    /// The container's cgroup, or the pod's where the limit stands there.
+    pub path: PathBuf,
+    /// The limit before: what its owner knows.
+    pub before: Bytes,
+    /// The limit of the pod's cgroup before, where that had to be moved.
+    pub pod_before: Option<Bytes>,
+}
+
+impl Recorded for ByHand {
+    fn key(&self) -> &str {
+        key_of(&self.path)
+    }
+}
+
+/// Limits that were written by hand.
+#[derive(Clone, Debug)]
+pub struct ByHands(Records<ByHand>);
+
+impl Default for ByHands {
+    fn default() -> Self {
+        Self(Records::by_hand())
+    }
+}
+
+impl ByHands {
+    /// Whether a cgroup's limit is one.
+    #[must_use]
+    pub fn contains(&self, cgroup: &Path) -> bool {
+        self.0.read(key_of(cgroup)).is_some()
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<ByHand> {
+        self.0.all()
+    }
+
+    /// Its owner knows the limit, or it is gone.
+    pub fn is_known(&self, cgroup: &Path) {
+        self.0.remove(key_of(cgroup));
+    }
+
+    /// Raises a limit, and before it that of the pod where that follows. Nothing is reclaimed by this.
+    ///
+    /// # Errors
+    ///
+    /// Why not, for people. What was written down stays, so that nothing is left raised.
+    pub fn raise(
+        &self,
+        cgroup: &Cgroup,
+        to: Bytes,
+        before: Bytes,
+        with_pod: bool,
+    ) -> Result<(), String> {
+        let pod = if with_pod { pod_of(cgroup)? } else { None };
+        let known = self.0.read(key_of(cgroup.path()));
+        let record = known.unwrap_or_else(|| ByHand {
+            path: cgroup.path().to_owned(),
+            before,
+            pod_before: pod.as_ref().map(|(_, limit)| *limit),
+        });
+        self.0.write(&record).map_err(text)?;
+        if let Some((pod, limit)) = pod {
+            let needed = sum_in(
+                &pod,
+                |child, limit| {
+                    if child.id() == cgroup.id() { to } else { limit }
+                },
+            );
+            if limit < needed {
+                pod.set_limit("memory.max", Limit::At(needed))
+                    .map_err(text)?;
+            }
+        }
+        let in_force = cgroup.limit_in_force().map_err(text)?;
+        if in_force < to {
+            cgroup.set_limit_and_heirs(to).map_err(text)?;
+        }
+        Ok(())
+    }
+
+    /// Lowers a limit that was written by hand, and after it that of the pod; returns whether usage fits both. May block
+    /// while page cache is given back.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`]; what is written down stays.
+    pub fn lower(&self, cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
+        if cgroup.limit_in_force()? > to {
+            if !shrink::make_room_in(cgroup, to)? {
+                return Ok(false);
+            }
+            cgroup.set_limit_and_heirs(to)?;
+        }
+        let key = key_of(cgroup.path());
+        let before = self.0.read(key).and_then(|record| record.pod_before);
+        if let Some(before) = before
+            && let Ok(Some((pod, limit))) = pod_of(cgroup)
+        {
+            let to = sum_in(&pod, |_, limit| limit).max(before);
+            if limit > to {
+                if !shrink::make_room_in(&pod, to)? {
+                    return Ok(false);
+                }
+                pod.set_limit("memory.max", Limit::At(to))?;
+            }
+        }
+        self.0.remove(key);
+        Ok(true)
+    }
+
+    /// Lowers limits that nobody is responsible for any more; returns whether any is left.
+    pub fn lower_left(&self, is_cared_for: impl Fn(&Path) -> bool) -> bool {
+        let left = self.all().into_iter();
+        let left = left.filter(|left| !is_cared_for(&left.path));
+        let mut is_any_left = false;
+        for ByHand { path, before, .. } in left {
+            let lowered = match Cgroup::open(&path).and_then(Cgroup::with_heirs) {
+                Ok(cgroup) => self.lower(&cgroup, before),
+                Err(error) => Err(error),
+            };
+            match lowered {
+                Ok(true) => {
+                    tracing::info!(path = %path.display(), to = %before, "a limit that was raised by hand is given back");
+                }
+                Ok(false) => is_any_left = true,
+                Err(error) if error.is_gone() => self.is_known(&path),
+                Err(error) => {
+                    is_any_left = true;
+                    tracing::warn!(path = %path.display(), %error, "a limit that was raised by hand stays for now");
+                }
+            }
+        }
+        is_any_left
+    }
+}
+
+/// The pod of a container's cgroup and its limit; `None` where it has none.
+fn pod_of(cgroup: &Cgroup) -> Result<Option<(Cgroup, Bytes)>, String> {
+    let parent = cgroup.path().parent();
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let Some(pod) = parent.filter(|path| attribution::is_a_pod(&name(path))) else {
+        return Ok(None);
+    };
+    let pod = Cgroup::open(pod).map_err(text)?;
+    match pod.limit("memory.max").map_err(text)? {
+        Limit::At(limit) => Ok(Some((pod, limit))),
+        Limit::Max => Ok(None),
+    }
+}
+
+/// What the containers of a pod may have together. Those without a limit (the sandbox) count for nothing, as with the
+/// kubelet.
+fn sum_in(pod: &Cgroup, limit_of: impl Fn(&Cgroup, Bytes) -> Bytes) -> Bytes {
+    let children = pod.children().filter_map(Result::ok);
+    let limits = children.filter_map(|child| match child.limit("memory.max") {
+        Ok(Limit::At(limit)) => Some(limit_of(&child, limit)),
+        Ok(Limit::Max) | Err(_) => None,
+    });
+    limits.fold(Bytes::ZERO, Bytes::plus)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
+fn text(error: impl ToString) -> String {
+    error.to_string()
+}

@@ -1,0 +1,249 @@
+//! The CPU limits of pods: the quota is written at once, the API told of it later.
+//!
+//! A start that is to be boosted counts its CPUs within milliseconds, and a resize takes tenths of a second: so the quota is
+//! written by hand, the pod's before its container's. The API hears of what has become of it after a second, and a few times
+//! a minute at most for each container: what is over by then costs nobody a write. Until it has heard, a resize of anything in
+//! the pod brings the quota back that it knows, which throttles and kills nobody, and is put right with the next throttled
+//! period.
+//!
+//! Each patch carries what was raised by hand of memory in the same pod: the kubelet sets all of a container's limits with
+//! any resize, and would kill.
+//!
+//! It must not tell the API of a limit before what it was is recorded on the pod.
+
+use std::sync::Arc;
+
+use bellows_core::{CgroupId, Cpu, Reason, pod::Level};
+use kube::{Api, Client};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    containers::{Containers, Moved, Owner, QuotaTimes},
+    pod::Pod,
+    resize::{Change, Order, RESIZE_TIMEOUT, Resizer, counted, limits_patch, parameters},
+};
+use crate::{
+    attribution::{
+        api,
+        pods::{cpu_limit_at, cpu_limit_is_ours},
+    },
+    cgroup::{Cgroup, quota::Quota},
+    originals::{Original, Records},
+};
+
+/// A container whose CPU limit is moved.
+#[derive(Clone, Debug)]
+pub struct CpuTarget {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub name: String,
+    /// Its uid: another may have its name.
+    pub uid: String,
+    /// The container's cgroup.
+    pub cgroup: Cgroup,
+    /// Its index in the spec.
+    pub index: usize,
+    /// The limit in the spec, as last seen or written.
+    pub limit: String,
+    /// What to write back.
+    pub original_text: String,
+    /// Whether that is recorded on the pod.
+    pub is_recorded: bool,
+    /// What it had, and what we have asked for.
+    pub original: Original,
+    /// Its pod's cgroup.
+    pub pod: Option<Arc<Pod>>,
+    /// One request of a pod at a time.
+    pub order: Order,
+    /// When its quota was moved and told.
+    pub times: QuotaTimes,
+    /// Whether a task tells the API.
+    pub is_telling: bool,
+}
+
+impl Moved for CpuTarget {
+    fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    fn original(&self) -> &Original {
+        &self.original
+    }
+
+    fn original_mut(&mut self) -> &mut Original {
+        &mut self.original
+    }
+
+    fn pod(&self) -> Option<&Arc<Pod>> {
+        self.pod.as_ref()
+    }
+
+    fn times(&mut self) -> &mut QuotaTimes {
+        &mut self.times
+    }
+}
+
+/// Tells the API of CPU limits; clones share what they know.
+#[derive(Clone)]
+pub struct CpuResizer {
+    client: Client,
+    tasks: Handle,
+    containers: Containers<CpuTarget>,
+    memory: Resizer,
+}
+
+impl std::fmt::Debug for CpuResizer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("CpuResizer").finish_non_exhaustive()
+    }
+}
+
+impl Owner for CpuResizer {
+    type Target = CpuTarget;
+
+    fn containers(&self) -> &Containers<CpuTarget> {
+        &self.containers
+    }
+
+    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+        self.containers.set_quota(cgroup, to, reason)?;
+        self.tell(cgroup.id());
+        Ok(())
+    }
+}
+
+impl CpuResizer {
+    /// One for a node's pods, beside what resizes their memory.
+    #[must_use]
+    pub fn new(client: Client, tasks: Handle, memory: Resizer) -> Self {
+        Self {
+            client,
+            tasks,
+            containers: Containers::new(Records::in_pods()),
+            memory,
+        }
+    }
+
+    /// Sees to it that the API is told of a quota that it does not know.
+    pub fn tell(&self, cgroup: CgroupId) {
+        let targets = self.containers.targets();
+        let is_new = targets.of(cgroup, |target| {
+            !std::mem::replace(&mut target.is_telling, true)
+        });
+        if is_new == Some(true) {
+            drop(self.tasks.spawn(self.clone().until_told(cgroup)));
+        }
+    }
+
+    async fn until_told(self, cgroup: CgroupId) {
+        loop {
+            let due = self.containers.targets().of(cgroup, |target| {
+                let due = target.times.due(target.original.quota.as_ref());
+                target.is_telling = due.is_some();
+                due
+            });
+            let Some(Some(due)) = due else {
+                return;
+            };
+            sleep_until(due).await;
+            self.tell_once(cgroup).await;
+        }
+    }
+
+    async fn tell_once(&self, cgroup: CgroupId) {
+        let targets = self.containers.targets();
+        let Some(target) = targets.of(cgroup, |target| target.clone()) else {
+            return;
+        };
+        let is_known = |target: &CpuTarget| {
+            let due = target.times.due(target.original.quota.as_ref());
+            due.is_none()
+        };
+        let turn = target.order.lock().await;
+        // It may have been brought to rest meanwhile, or taken over from somebody else.
+        let Some(target) = targets.of(cgroup, |target| target.clone()) else {
+            return;
+        };
+        if is_known(&target) {
+            return;
+        }
+        // Whatever comes of it, the API is not asked again at once.
+        targets.of(cgroup, |target| target.times.told = Some(Instant::now()));
+        if !target.is_recorded {
+            return;
+        }
+        let Some(quota) = self.containers.quota_to_tell(cgroup) else {
+            return;
+        };
+        let told = self.patch(&target, quota).await;
+        drop(turn);
+        match told {
+            Ok(()) => self.containers.quota_is_told(cgroup, quota, true),
+            Err((why, is_certain)) => {
+                tracing::warn!(pod.namespace = target.namespace, pod.name = target.name, cpu = %quota.cpu, why, "the API does not know a CPU limit yet");
+                if is_certain {
+                    self.containers.quota_is_told(cgroup, quota, false);
+                }
+            }
+        }
+    }
+
+    /// The error comes with whether it is certain that nothing was changed.
+    async fn patch(&self, target: &CpuTarget, quota: Quota) -> Result<(), (String, bool)> {
+        let id = target.cgroup.id();
+        let at_rest = target.original.quota.as_ref();
+        let is_at_rest = at_rest.is_some_and(|known| known.cpu.at_rest == quota.cpu);
+        let to = if is_at_rest {
+            target.original_text.clone()
+        } else {
+            quota.cpu.to_string()
+        };
+        let level = Level::Container(target.index);
+        let own = Change::cpu(level, target.limit.clone(), to);
+        let by_hand = self.memory.by_hand_in(&target.uid);
+        let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
+        let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
+        let (parameters, patch) = (parameters(), limits_patch(&target.uid, &changes));
+        let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let patched = timeout(RESIZE_TIMEOUT, patched).await;
+        counted(&patched);
+        match patched {
+            Ok(Ok(patched)) => {
+                self.memory.is_taken_in(&target.uid, &patched);
+                self.is_in_spec(id, target.index, &patched);
+                Ok(())
+            }
+            Ok(Err(kube::Error::Api(status))) => {
+                if status.code == 422 {
+                    self.catch_up(id, target).await;
+                }
+                Err((status.to_string(), status.code < 500))
+            }
+            Ok(Err(error)) => Err((error.to_string(), false)),
+            Err(_elapsed) => Err(("no answer in time".to_owned(), false)),
+        }
+    }
+
+    fn is_in_spec(&self, cgroup: CgroupId, index: usize, pod: &api::Pod) {
+        if let Some(limit) = cpu_limit_at(pod, index) {
+            let targets = self.containers.targets();
+            targets.of(cgroup, |target| target.limit = limit);
+        }
+    }
+
+    /// Reads the limit in the spec: if it is a value of ours, only our knowledge was old.
+    async fn catch_up(&self, cgroup: CgroupId, target: &CpuTarget) {
+        let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
+        match timeout(RESIZE_TIMEOUT, pods.get(&target.name)).await {
+            Ok(Ok(pod)) if cpu_limit_is_ours(&pod, target.index) => {
+                self.is_in_spec(cgroup, target.index, &pod);
+            }
+            // Somebody else's is taken over by whoever watches the pod.
+            _ => {}
+        }
+    }
+}

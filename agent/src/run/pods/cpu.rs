@@ -1,0 +1,473 @@
+//! The CPU limits of a pod's containers: taken over when somebody else sets them, moved by a policy's rules, brought to rest
+//! without any.
+//!
+//! What is lent to a start must be there before that counts its CPUs, and the API says which cgroup a container has only a
+//! second after it runs. So the kernel's word of each cgroup that is made is taken, and whose it is told from the limits
+//! that it is given (`starting` in core). Where several containers of a pod have the same limits that cannot be told, and
+//! the boost begins when the API says that the container runs.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use bellows_core::{
+    Bytes, Cpu,
+    boost::Boosts,
+    cpu::CpuPolicy,
+    moved::MovedLimit,
+    pod::{self, CpuWish, Level, ORIGINAL_CPU},
+};
+use tokio::time::sleep;
+
+use super::{Key, Watch, one};
+use crate::{
+    actuate::{
+        containers::{Containers, Owner as _, QuotaTimes},
+        pod::{Pod as PodCgroup, PodRecords},
+        pod_cpu::CpuTarget,
+        resize::Order,
+    },
+    attribution::{self, CGROUP_ROOT, api::Pod, places::id_in},
+    cgroup::{Cgroup, Limit, quota::Quota},
+    originals::{MovedQuota, Original, Records, key_of},
+    quota::{Rules, Watched},
+    run::is_young,
+};
+
+/// How often a cgroup that was made is looked at for its limits, and for how long.
+const LOOK: Duration = Duration::from_millis(5);
+const LOOKS: u32 = 1000;
+/// What the API says within this time of our own change may be older than that.
+const OLD: Duration = Duration::from_secs(2);
+/// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
+const PERIOD: u64 = 100_000;
+
+/// A container whose CPU limit is followed.
+pub(super) struct KnownCpu {
+    cgroup: Cgroup,
+    rules: Option<Rules>,
+}
+
+/// A cgroup that was made in a pod, with the limits that it was given.
+#[derive(Debug)]
+pub(super) struct Begun {
+    uid: String,
+    path: PathBuf,
+    cpu: Cpu,
+    memory: Option<Bytes>,
+}
+
+impl Watch {
+    /// A cgroup was made: if it can be that of a container whose start is boosted, its limits are waited for.
+    pub(super) fn made(&self, path: &str) {
+        let path = Path::new(CGROUP_ROOT).join(path.trim_start_matches('/'));
+        let parent = path.parent().and_then(Path::file_name);
+        let parent = parent.unwrap_or_default().to_string_lossy();
+        if !attribution::is_a_pod(&parent) {
+            return;
+        }
+        let mut pods = self.pods.iter();
+        let Some((uid, pod)) = pods.find(|(uid, _)| attribution::is_pod(&parent, uid)) else {
+            return;
+        };
+        let seen = self.seen(pod);
+        let wishes = pod::cpu_wishes(&seen, self.policies.all());
+        let mut wishes = wishes.values().flatten();
+        if !wishes.any(|wish| !wish.boosts.is_empty()) {
+            return;
+        }
+        let (begun, uid) = (self.begun.clone(), uid.clone());
+        drop(tokio::spawn(async move {
+            for _ in 0..LOOKS {
+                match limits(&path) {
+                    Ok(Some((cpu, memory))) => {
+                        let told = Begun {
+                            uid,
+                            path,
+                            cpu,
+                            memory,
+                        };
+                        // A watch that has ended boosts nobody.
+                        return drop(begun.send(told));
+                    }
+                    Ok(None) => sleep(LOOK).await,
+                    // It is gone again.
+                    Err(()) => return,
+                }
+            }
+        }));
+    }
+
+    /// A cgroup that was made has its limits.
+    pub(super) async fn begin(&mut self, begun: Begun) {
+        let Begun {
+            uid,
+            path,
+            cpu,
+            memory,
+        } = begun;
+        let Some(pod) = self.pods.get(&uid).cloned() else {
+            return;
+        };
+        let id = path.to_str().and_then(id_in).unwrap_or_default();
+        let mut seen = self.seen(&pod);
+        let wishes = pod::cpu_wishes(&seen, self.policies.all());
+        let Some(name) = pod::starting(&seen, &wishes, id, cpu, memory) else {
+            return;
+        };
+        let key = (uid, name.to_owned());
+        let Some(Ok(wish)) = wishes.get(name) else {
+            return;
+        };
+        let wish = wish.clone();
+        self.starting.insert(key.clone(), path);
+        if let Err(error) = self.follow_one(&key, &pod, &mut seen, &wish).await {
+            tracing::warn!(container = key.1, %error, "a start is not boosted");
+            self.pending.insert(key.0);
+        }
+    }
+
+    /// Follows what policies say of the CPU of a pod's containers.
+    pub(super) async fn follow_cpu(&mut self, pod: &Pod, seen: &mut pod::Pod) {
+        let uid = seen.uid.clone();
+        let wishes = pod::cpu_wishes(seen, self.policies.all());
+        let known = self.cpus.range((uid.clone(), String::new())..);
+        let known = known.take_while(|((own, _), _)| *own == uid);
+        let others: Vec<Key> = known
+            .filter(|((_, name), _)| !matches!(wishes.get(name), Some(Ok(_))))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in others {
+            if !seen.ending && !self.bring_cpu_to_rest(&key) {
+                self.pending.insert(uid.clone());
+            } else {
+                self.forget_cpu(&key);
+            }
+        }
+        for (name, wish) in wishes {
+            let key = (uid.clone(), name);
+            match wish {
+                Ok(wish) => {
+                    if let Err(error) = self.follow_one(&key, pod, seen, &wish).await {
+                        tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container's CPU limit is not followed");
+                        self.pending.insert(uid.clone());
+                    }
+                }
+                Err(refusal) => {
+                    let why = refusal.to_string();
+                    if self.cpu_refused.get(&key) != Some(&why) {
+                        self.events.refused(pod, refusal.reason(), why.clone());
+                        self.cpu_refused.insert(key, why);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn follow_one(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        wish: &CpuWish,
+    ) -> Result<(), String> {
+        if wish.boosts.iter().any(|boost| boost.memory.is_some()) {
+            let why = "memory of a boost is not lent to pods yet: only its cpu is".to_owned();
+            if self.cpu_refused.get(key) != Some(&why) {
+                self.events
+                    .refused(pod, "BoostMemoryNotSupported", why.clone());
+                self.cpu_refused.insert(key.clone(), why);
+            }
+        }
+        let found = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
+        let starting = self.starting.get(key).cloned();
+        let path = match (found, starting) {
+            // What starts is newer than what the API says.
+            (_, Some(path)) if path.exists() => path,
+            (Some(path), _) => path,
+            (None, _) => return Ok(()),
+        };
+        let id = path.to_str().and_then(id_in);
+        let is_starting = id.is_none() || wish.id.as_deref() != id;
+        if !is_starting {
+            self.starting.remove(key);
+        }
+        let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+        let known = self.cpus.get(key).map(|known| known.cgroup.id());
+        if known != Some(cgroup.id()) {
+            self.forget_cpu(key);
+            self.adopt_cpu(key, seen, wish, &cgroup)?;
+            let note = format!(
+                "container {}: CPU limit {}, {}",
+                key.1,
+                wish.original,
+                told(wish)
+            );
+            self.events.guarded(pod, note);
+        }
+        self.update_cpu(seen, wish, &cgroup)?;
+        self.give_rules(key, seen, wish, &cgroup, is_starting);
+        // Only now: what starts must not wait for the API.
+        if !wish.recorded && wish.has_rules() {
+            let (name, text) = (key.1.clone(), wish.original_text.clone());
+            self.record_original(seen, ORIGINAL_CPU, &name, &text)
+                .await?;
+            let targets = self.context.cpus.containers().targets();
+            targets.of(cgroup.id(), |target| target.is_recorded = true);
+        }
+        Ok(())
+    }
+
+    fn containers(&self) -> &Containers<CpuTarget> {
+        self.context.cpus.containers()
+    }
+
+    fn adopt_cpu(
+        &mut self,
+        key: &Key,
+        seen: &pod::Pod,
+        wish: &CpuWish,
+        cgroup: &Cgroup,
+    ) -> Result<(), String> {
+        let id = key_of(cgroup.path()).to_owned();
+        let recorded = self.containers().records().read(&id);
+        let mut original = recorded.unwrap_or_else(|| Original {
+            id,
+            name: format!("{}/{}/{}", seen.namespace, seen.name, key.1),
+            limit: None,
+            quota: None,
+            boosts: Boosts::none(),
+            has_begun: false,
+            path: cgroup.path().to_owned(),
+        });
+        let quota = cgroup.quota().map_err(|error| error.to_string())?;
+        let is_same = |known: &MovedQuota| known.cpu.at_rest == wish.original;
+        original.quota = original.quota.filter(is_same).or_else(|| {
+            let quota = quota.unwrap_or(Quota {
+                cpu: wish.limit,
+                period: PERIOD,
+            });
+            Some(quota_of(wish, quota))
+        });
+        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let target = CpuTarget {
+            namespace: seen.namespace.clone(),
+            name: seen.name.clone(),
+            uid: seen.uid.clone(),
+            cgroup: cgroup.clone(),
+            index: wish.index,
+            limit: wish.limit_text.clone(),
+            original_text: wish.original_text.clone(),
+            is_recorded: wish.recorded,
+            original,
+            pod: self.pod_cgroup(cgroup),
+            order,
+            times: QuotaTimes::default(),
+            is_telling: false,
+        };
+        let targets = self.containers().targets();
+        targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
+        // Written down before anything is moved.
+        self.containers().change(cgroup.id(), |_| {})?;
+        let known = KnownCpu {
+            cgroup: cgroup.clone(),
+            rules: None,
+        };
+        self.cpus.insert(key.clone(), known);
+        Ok(())
+    }
+
+    /// Takes over what the API says.
+    fn update_cpu(&self, seen: &pod::Pod, wish: &CpuWish, cgroup: &Cgroup) -> Result<(), String> {
+        let id = cgroup.id();
+        let targets = self.containers().targets();
+        let is_old = targets.of(id, |target| {
+            let is_old = target.times.told.is_some_and(|told| told.elapsed() < OLD);
+            target.is_recorded = wish.recorded;
+            if !is_old || wish.foreign {
+                target.limit.clone_from(&wish.limit_text);
+                target.original_text.clone_from(&wish.original_text);
+            }
+            is_old
+        });
+        let quota = cgroup.quota().map_err(|error| error.to_string())?;
+        self.containers().change(id, |original| {
+            let Some(known) = &mut original.quota else {
+                return;
+            };
+            if known.cpu.at_rest != wish.original {
+                let quota = quota.unwrap_or(Quota {
+                    cpu: wish.limit,
+                    period: known.period,
+                });
+                tracing::info!(pod.name = seen.name, cpu = %wish.original, "the CPU limit was changed by somebody else, which is the new original");
+                *known = quota_of(wish, quota);
+            } else if is_old == Some(false) && known.telling.is_none() {
+                known.told = wish.limit;
+            }
+        })?;
+        // Whatever a predecessor has not told.
+        self.context.cpus.tell(id);
+        Ok(())
+    }
+
+    fn give_rules(
+        &mut self,
+        key: &Key,
+        seen: &pod::Pod,
+        wish: &CpuWish,
+        cgroup: &Cgroup,
+        is_starting: bool,
+    ) {
+        let at_rest = wish.original;
+        let wanted = Rules {
+            cpu: Some(CpuPolicy {
+                at_rest,
+                max: wish.rules.map_or(at_rest, |rules| rules.max),
+                throttled_per_mille: wish.rules.map_or(0, |rules| rules.throttled_per_mille),
+            }),
+            boosts: Arc::from(wish.boosts.as_slice()),
+            is_starting,
+        };
+        let Some(known) = self.cpus.get_mut(key) else {
+            return;
+        };
+        match known.rules.replace(wanted.clone()) {
+            Some(before) if before == wanted => {}
+            Some(_) => self.context.quotas.rules(cgroup.id(), wanted),
+            None => self.watch_cpu(key, seen, wish, cgroup, wanted),
+        }
+    }
+
+    fn watch_cpu(&self, key: &Key, seen: &pod::Pod, wish: &CpuWish, cgroup: &Cgroup, rules: Rules) {
+        let targets = self.containers().targets();
+        let known = targets.of(cgroup.id(), |target| {
+            let pod = target.pod.as_ref().map(|pod| pod.cgroup().id());
+            (
+                pod,
+                target.original.boosts.clone(),
+                target.original.has_begun,
+            )
+        });
+        let Some((pod, boosts, has_begun)) = known else {
+            return;
+        };
+        let started = seen.containers.get(wish.index);
+        let started = started.and_then(|container| container.started_at);
+        let started = started.map(|at| SystemTime::UNIX_EPOCH + Duration::from_secs(at));
+        let is_missed = !has_begun && is_young(started, &rules.boosts);
+        let is_expected = rules.is_starting || is_missed;
+        tracing::info!(container = key.1, cpu = %wish.original, is_expected, rules = told(wish), "guarded");
+        self.context.quotas.watch(Watched {
+            cgroup: cgroup.clone(),
+            rules,
+            boosts,
+            is_expected,
+            pod,
+        });
+    }
+
+    /// Brings a container to rest that no policy means any more; returns whether it is.
+    fn bring_cpu_to_rest(&mut self, key: &Key) -> bool {
+        let Some(known) = self.cpus.get(key) else {
+            return true;
+        };
+        let cgroup = known.cgroup.clone();
+        let targets = self.containers().targets();
+        let original = targets.of(cgroup.id(), |target| target.original.quota.clone());
+        let (Some(Some(original)), Ok(Some(quota))) = (original, cgroup.quota()) else {
+            return true;
+        };
+        if original.is_settled(quota) || !original.is_ours(quota) {
+            return true;
+        }
+        let at_rest = original.cpu.at_rest;
+        let rules = Rules {
+            cpu: Some(CpuPolicy {
+                at_rest,
+                max: at_rest,
+                throttled_per_mille: 0,
+            }),
+            boosts: Arc::from([]),
+            is_starting: false,
+        };
+        if let Some(known) = self.cpus.get_mut(key)
+            && known.rules.as_ref() != Some(&rules)
+        {
+            known.rules = Some(rules.clone());
+            self.context.quotas.rules(cgroup.id(), rules);
+        }
+        false
+    }
+
+    pub(super) fn forget_cpu(&mut self, key: &Key) {
+        if let Some(known) = self.cpus.remove(key) {
+            let id = known.cgroup.id();
+            self.context.quotas.forget(id);
+            self.containers().forget(id);
+            self.containers()
+                .records()
+                .remove(key_of(known.cgroup.path()));
+        }
+    }
+
+    /// A container's pod, one for all of its containers: each moves its quota.
+    fn pod_cgroup(&mut self, cgroup: &Cgroup) -> Option<Arc<PodCgroup>> {
+        let path = cgroup.path().parent()?;
+        let same = |target: &CpuTarget| {
+            let pod = target.pod.as_ref()?;
+            (pod.cgroup().path() == path).then(|| Arc::clone(pod))
+        };
+        let known = self
+            .containers()
+            .targets()
+            .with(|targets| targets.values().find_map(same));
+        known.or_else(|| {
+            let cgroup = Cgroup::open(path).ok()?;
+            let records = PodRecords {
+                limits: Records::pods(),
+                quotas: Records::pod_quotas(),
+            };
+            Some(Arc::new(PodCgroup::new(cgroup, records)))
+        })
+    }
+}
+
+/// A quota that is `quota` now, and was what the pod says.
+fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
+    let mut cpu = MovedLimit::new(wish.original);
+    if quota.cpu != wish.original {
+        cpu.ask(quota.cpu, wish.original);
+    }
+    MovedQuota {
+        cpu,
+        period: quota.period,
+        told: wish.limit,
+        telling: None,
+    }
+}
+
+/// What a container may have, for people.
+fn told(wish: &CpuWish) -> String {
+    let most = wish.rules.map(|rules| format!("at most {}", rules.max));
+    let lent = wish.boosts.iter().filter_map(|boost| boost.cpu).max();
+    let lent = lent.map(|cpu| format!("lent {cpu} for a time"));
+    let parts: Vec<String> = most.into_iter().chain(lent).collect();
+    parts.join(", ")
+}
+
+/// The limits that a cgroup has; `None` while it has no quota.
+fn limits(path: &Path) -> Result<Option<(Cpu, Option<Bytes>)>, ()> {
+    let cgroup = Cgroup::open(path).map_err(drop)?;
+    // The controller may not be enabled yet.
+    let Ok(Some(quota)) = cgroup.quota() else {
+        return Ok(None);
+    };
+    let memory = match cgroup.limit("memory.max") {
+        Ok(Limit::At(limit)) => Some(limit),
+        Ok(Limit::Max) | Err(_) => None,
+    };
+    Ok(Some((quota.cpu, memory)))
+}
