@@ -2,11 +2,11 @@
 
 use bellows::attribution::{api, pods::convert};
 use bellows_core::{
-    Bytes, Nanos,
-    elastic::{ContainerRules, ElasticPolicy, MemoryRules, Mode, Selector},
+    Bytes, Cpu, Nanos,
+    elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Order, Selector},
     pod::{
-        CONTAINER, Level, MANAGER, MAX_MEMORY, MODE, ORIGINAL, Pod, QosClass, Wish, left_raised,
-        wishes, with_original,
+        CONTAINER, CpuWish, Level, MANAGER, MAX_MEMORY, MODE, ORIGINAL, ORIGINAL_CPU, Pod,
+        QosClass, Wish, cpu_wishes, left_raised, wishes, with_original,
     },
     quantity,
 };
@@ -20,10 +20,14 @@ pub(crate) fn annotations(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     let mut lines = text.splitn(8, '\n');
     let mut line = || lines.next().filter(|line| !line.is_empty());
-    let annotations: serde_json::Map<String, Value> = [MODE, MAX_MEMORY, CONTAINER, ORIGINAL]
+    let mut annotations: serde_json::Map<String, Value> = [MODE, MAX_MEMORY, CONTAINER, ORIGINAL]
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), json!(line()?))))
         .collect();
+    // What fits for memory is tried for CPU as well.
+    if let Some(original) = annotations.get(ORIGINAL).cloned() {
+        annotations.insert(ORIGINAL_CPU.to_owned(), original);
+    }
     let (limit, manager, switches) = (line(), line(), line().unwrap_or_default());
     let has = |switch| switches.contains(switch);
     // As the API has them, if what is there is JSON at all.
@@ -34,7 +38,7 @@ pub(crate) fn annotations(bytes: &[u8]) {
                 "f:resources": { "f:limits": { "f:memory": {} } },
             } } } })
         });
-    let limits = json!({ "limits": limit.map(|limit| json!({ "memory": limit })) });
+    let limits = json!({ "limits": limit.map(|limit| json!({ "memory": limit, "cpu": limit })) });
     let (of_pod, of_container) = if has('p') {
         (limits, json!({}))
     } else {
@@ -83,6 +87,14 @@ pub(crate) fn annotations(bytes: &[u8]) {
             }
         }
     }
+    for (name, wish) in cpu_wishes(&pod, &policies) {
+        match wish {
+            Ok(wish) => is_cpu_allowed(&pod, &policies, &name, &wish),
+            Err(refusal) => {
+                assert!(!refusal.reason().is_empty() && !refusal.to_string().is_empty());
+            }
+        }
+    }
     for raised in left_raised(&pod) {
         assert_ne!(raised.limit, raised.original);
     }
@@ -100,8 +112,12 @@ fn policy() -> ElasticPolicy {
                 max: Bytes::mib(4096),
                 floor: Some(Bytes::mib(64)),
                 shrink_after: Nanos::millis(5000),
+                order: Order::PatchFirst,
             }),
-            cpu: None,
+            cpu: Some(CpuRules {
+                max: Cpu::millis(4000),
+                throttled_per_mille: 0,
+            }),
             boosts: Vec::new(),
         }],
     }
@@ -134,7 +150,7 @@ fn is_allowed(pod: &Pod, policies: &[ElasticPolicy], meant: &Wish) {
     assert!(!meant.recorded || !meant.foreign);
     // What is recorded on the pod before the first raise is read back after it.
     let mut raised = pod.clone();
-    let original = with_original(pod, &meant.container, &meant.original_text);
+    let original = with_original(pod, ORIGINAL, &meant.container, &meant.original_text);
     raised.annotations.insert(ORIGINAL.to_owned(), original);
     let (limit, manager) = match meant.level {
         Level::Pod => (&mut raised.memory_limit, &mut raised.limit_manager),
@@ -150,6 +166,41 @@ fn is_allowed(pod: &Pod, policies: &[ElasticPolicy], meant: &Wish) {
         .expect("it was guarded before")
         .expect("it was allowed before");
     assert_eq!(again.original, meant.original);
+    assert_eq!(again.original_text, meant.original_text);
+    assert!(again.recorded && !again.foreign);
+}
+
+fn is_cpu_allowed(pod: &Pod, policies: &[ElasticPolicy], name: &str, meant: &CpuWish) {
+    let container = &pod.containers[meant.index];
+    assert_eq!(container.name, name);
+    assert!(!pod.ending && !pod.is_static && !container.restarts_on_cpu_resize);
+    assert_ne!(pod.qos, QosClass::Guaranteed);
+    assert_eq!(
+        container.cpu_limit.as_deref(),
+        Some(meant.limit_text.as_str())
+    );
+    assert_eq!(quantity::parse_cpu(&meant.limit_text), Ok(meant.limit));
+    assert_eq!(
+        quantity::parse_cpu(&meant.original_text),
+        Ok(meant.original)
+    );
+    assert!(!meant.recorded || !meant.foreign);
+    // Without rules it is there only to be brought to rest.
+    assert!(meant.has_rules() || meant.limit != meant.original);
+    assert!(meant.rules.is_none_or(|rules| rules.max >= meant.original));
+    if !meant.has_rules() {
+        return;
+    }
+    let mut raised = pod.clone();
+    let original = with_original(pod, ORIGINAL_CPU, name, &meant.original_text);
+    raised.annotations.insert(ORIGINAL_CPU.to_owned(), original);
+    let container = &mut raised.containers[meant.index];
+    container.cpu_limit = Some("4".to_owned());
+    container.cpu_limit_manager = Some(MANAGER.to_owned());
+    let again = cpu_wishes(&raised, policies)
+        .remove(name)
+        .expect("it was meant before")
+        .expect("it was allowed before");
     assert_eq!(again.original_text, meant.original_text);
     assert!(again.recorded && !again.foreign);
 }

@@ -10,7 +10,9 @@ use bellows::{
 };
 use bellows_core::{
     Action, Actuation, Bytes, History, Nanos, Patience, Policy, Reaction, Signals, Snapshot,
-    Thrash, WHOLE, decide, reflex::rung_for,
+    Thrash, WHOLE,
+    decide::{ByHand, decide},
+    reflex::rung_for,
 };
 use bellows_ebpf_common::{LifeEvent, MemoryEvent, StartEvent};
 
