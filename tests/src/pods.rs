@@ -61,6 +61,8 @@ pub(crate) struct Spec {
     pub(crate) cpu: Option<Cpu>,
     /// The kubelet starts its container again when that ends.
     pub(crate) restarts: bool,
+    /// Its limit is raised first, and the API asked then.
+    pub(crate) raise_first: bool,
 }
 
 impl Cluster {
@@ -93,7 +95,10 @@ impl Cluster {
     pub(crate) fn create(&self, spec: &Spec) -> Result<()> {
         let annotations = spec.max.map_or_else(
             || json!({}),
-            |max| json!({ pod::MODE: "Act", pod::MAX_MEMORY: quantity::format(max) }),
+            |max| {
+                let order = if spec.raise_first { "RaiseFirst" } else { "PatchFirst" };
+                json!({ pod::MODE: "Act", pod::MAX_MEMORY: quantity::format(max), pod::ORDER: order })
+            },
         );
         self.create_with(spec, &annotations, false)
     }
@@ -268,6 +273,14 @@ impl Cluster {
         });
         waited.with_context(|| node::log_tail("kubelet", 30))?;
         Ok(Cgroup::open(&found.context("no cgroup")?)?)
+    }
+
+    /// The memory limit of its container in the spec.
+    pub(crate) fn memory_limit(&self, name: &str) -> Result<Option<Bytes>> {
+        let spec = self.get(name)?.spec;
+        let container = spec.and_then(|spec| spec.containers.into_iter().next());
+        let limits = container.and_then(|container| container.resources?.limits);
+        Ok(limits.and_then(|limits| quantity::parse(&limits.get("memory")?.0).ok()))
     }
 
     /// Applies a document, as `kubectl apply` does.

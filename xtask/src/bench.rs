@@ -146,6 +146,9 @@ pub(crate) struct Options {
     /// With the kubelet's MemoryQoS, which throttles below the limit (pod-bursts).
     #[arg(long)]
     pub(crate) memory_qos: bool,
+    /// Raise limits first, and ask the API right after (pod-bursts).
+    #[arg(long)]
+    pub(crate) raise_first: bool,
     /// With containerd 1.6 and runc 1.1 of Debian bookworm: the oldest that in-place resize supports is 1.6.9
     /// (container-bursts, container-edges, faults).
     #[arg(long)]
@@ -190,6 +193,7 @@ impl Options {
             flip_lru: false,
             nested: false,
             memory_qos: false,
+            raise_first: false,
             old_containerd: false,
             systemd: false,
             few: false,
@@ -225,6 +229,7 @@ impl Options {
             (self.flip_lru, "-flip-lru"),
             (self.nested, "-nested"),
             (self.memory_qos, "-memory-qos"),
+            (self.raise_first, "-raise-first"),
             (self.old_containerd, "-old-containerd"),
             (self.systemd, "-systemd"),
             (self.steady, "-steady"),
@@ -268,6 +273,7 @@ impl Options {
             (self.flip_lru, "--flip-lru"),
             (self.nested, "--nested"),
             (self.memory_qos, "--memory-qos"),
+            (self.raise_first, "--raise-first"),
             (self.few, "--few"),
             (self.steady, "--steady"),
             (self.without_fixed, "--without-fixed"),

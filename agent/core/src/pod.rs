@@ -29,6 +29,8 @@ pub const MODE: &str = "bellows.dev/mode";
 pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
 /// The container that is meant, where a pod has several.
 pub const CONTAINER: &str = "bellows.dev/container";
+/// `RaiseFirst` raises on the node and asks the API right after; `PatchFirst`, the default, the other way round.
+pub const ORDER: &str = "bellows.dev/order";
 /// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were, with commas between them.
 pub const ORIGINAL: &str = "bellows.dev/original-memory";
 /// Stands for the pod's own level where a container's name would stand; no container can have it.
@@ -162,6 +164,9 @@ pub enum Refusal {
     /// The mode is none.
     #[error("annotation {MODE} is `{0}`: use Act, Recommend, Observe or Off")]
     UnknownMode(String),
+    /// The order is none.
+    #[error("annotation {ORDER} is `{0}`: use PatchFirst or RaiseFirst")]
+    UnknownOrder(String),
     /// There is no maximum.
     #[error(
         "annotation {MAX_MEMORY} is missing: set it to the most memory that the container may have, such as 4Gi"
@@ -223,6 +228,7 @@ impl Refusal {
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::UnknownMode(_)
+            | Self::UnknownOrder(_)
             | Self::NoMaximum
             | Self::Quantity { .. }
             | Self::WhichContainer(_)
@@ -323,10 +329,18 @@ fn by_annotations(pod: &Pod, mode: Mode) -> Result<Option<Wish>, Refusal> {
         ceiling,
         floor: None,
         shrink_after: None,
-        order: Order::default(),
+        order: order(pod)?,
         policy: None,
     };
     wish(pod, subject(pod)?, asked)
+}
+
+fn order(pod: &Pod) -> Result<Order, Refusal> {
+    match pod.annotations.get(ORDER).map(|order| order.trim()) {
+        None | Some("PatchFirst") => Ok(Order::PatchFirst),
+        Some("RaiseFirst") => Ok(Order::RaiseFirst),
+        Some(other) => Err(Refusal::UnknownOrder(other.to_owned())),
+    }
 }
 
 /// Containers without a limit of their own are not meant: there is nothing to raise.

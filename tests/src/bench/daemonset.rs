@@ -305,6 +305,7 @@ pub(super) fn spec(name: &str, words: &[String]) -> Spec {
         whole_pod: false,
         cpu: None,
         restarts: false,
+        raise_first: false,
     }
 }
 

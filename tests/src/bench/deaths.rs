@@ -227,6 +227,7 @@ fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
         whole_pod: false,
         cpu: None,
         restarts: false,
+        raise_first: false,
     })?;
     cluster.wait_running(name)
 }

@@ -148,6 +148,7 @@ fn create(cluster: &Cluster, indexes: std::ops::Range<u64>) -> Result<Vec<PathBu
             whole_pod: false,
             cpu: None,
             restarts: false,
+            raise_first: false,
         };
         cluster.create(&spec)?;
         // As long as the ids of containerd.

@@ -127,6 +127,7 @@ fn in_pod(
         whole_pod: false,
         cpu: None,
         restarts: false,
+        raise_first: false,
     };
     observe(cluster, probe, &spec, None)
 }

@@ -79,6 +79,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         whole_pod: false,
         cpu: None,
         restarts: false,
+        raise_first: false,
     };
     eprintln!("build -j8 in a pod with a fixed limit of {memory}");
     let fixed = observe(&cluster, &probe, &spec("fixed", None), None)?;

@@ -1,8 +1,16 @@
 //! `pod-bursts`: the same bursts in pods on a real kubelet; every raise goes through the API.
 
-use std::{path::Path, thread, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
@@ -47,6 +55,9 @@ pub(crate) struct Options {
     /// With the kubelet's MemoryQoS, throttling at 90 % of the way from request to limit.
     #[arg(long)]
     memory_qos: bool,
+    /// Limits are raised first, and the API asked right after.
+    #[arg(long)]
+    raise_first: bool,
     #[command(flatten)]
     server: ApiServer,
 }
@@ -64,6 +75,7 @@ struct Case {
     thp: bool,
     /// From the end of the burst to the next, which finds its limit raised, being lowered or lowered.
     again_after_ms: u64,
+    raise_first: bool,
 }
 
 /// The kinds of growth without those that only a privileged container has: its own cgroups, and pipes for more
@@ -93,6 +105,9 @@ pub(super) struct Outcome {
     /// What each burst said of itself.
     said: Vec<BurstResult>,
     pub(super) samples: Vec<Sample>,
+    /// Milliseconds for which the API said less than the node had, and more.
+    #[serde(default)]
+    disagreed_ms: (u64, u64),
     /// Whether `memory.max` was the original again, and how long after the end of the last burst.
     restored_after_ms: Option<u64>,
     /// The ledger's records of this cgroup.
@@ -226,6 +241,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             thp: options.thp.in_turn(index / turns, true),
             // The limit is lowered 5 s after the end of a burst, which takes the API half a second.
             again_after_ms: random.u64(4500..=7000),
+            raise_first: options.raise_first,
         };
         set_thp(case.thp)?;
         let record = run_case(&cluster, &probe, case)?;
@@ -299,6 +315,7 @@ fn run_pod(
             whole_pod: false,
             cpu: None,
             restarts: false,
+            raise_first: case.raise_first,
         },
         max.is_some().then_some(2),
     )
@@ -318,7 +335,9 @@ pub(super) fn observe(
     let watched = cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
     let start = now();
+    let looking = Looking::start(name, &cgroup);
     let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, restored_after)?;
+    let disagreed_ms = looking.finish()?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
     let pod = cluster.get(name)?;
@@ -339,6 +358,7 @@ pub(super) fn observe(
         wall_ms,
         said: results(cluster, name)?,
         samples: track.samples,
+        disagreed_ms,
         restored_after_ms,
         ledger: if spec.max.is_some() {
             ledger_of(cgroup.id())
@@ -348,6 +368,51 @@ pub(super) fn observe(
     };
     cluster.delete(name)?;
     Ok(outcome)
+}
+
+/// Looks what the API says of a limit while another has it in force.
+struct Looking {
+    is_over: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Result<(u64, u64)>>,
+}
+
+impl Looking {
+    const LOOK: Duration = Duration::from_millis(25);
+
+    fn start(name: &str, cgroup: &Cgroup) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (name, cgroup, ended) = (name.to_owned(), cgroup.clone(), Arc::clone(&is_over));
+        let thread = thread::spawn(move || {
+            let cluster = Cluster::connect()?;
+            let (mut less, mut more) = (Duration::ZERO, Duration::ZERO);
+            let mut last = Instant::now();
+            while !ended.load(Ordering::Relaxed) {
+                thread::sleep(Self::LOOK);
+                let (Ok(Some(says)), Ok(Limit::At(has))) =
+                    (cluster.memory_limit(&name), cgroup.limit("memory.max"))
+                else {
+                    last = Instant::now();
+                    continue;
+                };
+                let passed = last.elapsed();
+                last = Instant::now();
+                match says.page_floor().cmp(&has) {
+                    std::cmp::Ordering::Less => less += passed,
+                    std::cmp::Ordering::Greater => more += passed,
+                    std::cmp::Ordering::Equal => {}
+                }
+            }
+            let ms = |time: Duration| u64::try_from(time.as_millis());
+            Ok((ms(less)?, ms(more)?))
+        });
+        Self { is_over, thread }
+    }
+
+    fn finish(self) -> Result<(u64, u64)> {
+        self.is_over.store(true, Ordering::Relaxed);
+        let looked = self.thread.join();
+        looked.unwrap_or_else(|_| bail!("whoever looks at the API has panicked"))
+    }
 }
 
 /// What each burst said when it was over.
@@ -431,6 +496,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .iter()
         .map(|record| record.bellows.sleeps as f64)
         .collect();
+    let less = |record: &Record| record.bellows.disagreed_ms.0 as f64;
+    let less: Vec<f64> = records.iter().map(less).collect();
+    let gap = |record: &Record| Some(record.bellows.said.first()?.longest_gap_us as f64 / 1000.0);
+    let gaps: Vec<f64> = records.iter().filter_map(gap).collect();
     let patches = |most: u64| {
         let within = records
             .iter()
@@ -452,6 +521,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "stall_vs_api_max": p(&stalls, 100.0),
         "api_seconds_p50": p(&times, 50.0),
         "api_seconds_max": p(&times, 100.0),
+        "longest_gap_ms_p50": p(&gaps, 50.0),
+        "longest_gap_ms_max": p(&gaps, 100.0),
+        "api_says_less_ms_p50": p(&less, 50.0),
+        "api_says_less_ms_max": p(&less, 100.0),
         "restored": count(&|record| record.bellows.restored_after_ms.is_some()),
         "kills_shrinking": count(&|record| record.bellows.killed() && !record.bellows.said.is_empty()),
         "second_bursts": count(&|record| record.bellows.said.len() > 1),

@@ -167,6 +167,7 @@ fn spec(name: &str) -> Spec {
         whole_pod: false,
         cpu: None,
         restarts: false,
+        raise_first: false,
     }
 }
 
@@ -406,6 +407,7 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
         whole_pod: true,
         cpu: None,
         restarts: false,
+        raise_first: false,
         ..spec(name)
     })?;
     let container = cluster.wait_running(name)?;

@@ -222,6 +222,7 @@ impl Bench {
             whole_pod: false,
             cpu: None,
             restarts: false,
+            raise_first: false,
         })?;
         let cgroup = self.cluster.wait_running(&name)?;
         let began = now();

@@ -128,6 +128,7 @@ impl Bench {
                 whole_pod: false,
                 cpu: (how != How::Unlimited).then_some(LIMIT),
                 restarts: how != How::Unlimited,
+                raise_first: false,
             };
             let labels = if how == How::Unlimited {
                 json!({})
@@ -155,12 +156,13 @@ impl Bench {
         crashes: u64,
     ) -> Result<Option<Vec<Record>>> {
         let cgroup = self.cluster.wait_running(name)?;
-        let Some(first) = self.start(name, &cgroup, index, how, port, crashes, 0)? else {
+        let Some(first) = self.start(name, &cgroup, index, how, port, crashes, 1, 0)? else {
             return Ok(None);
         };
         if how == How::Unlimited {
             return Ok(Some(vec![first]));
         }
+        let generation = self.generation(name)?;
         cgroup.write("cgroup.kill", "1")?;
         let mut again = None;
         wait("the container runs again", Duration::from_secs(120), || {
@@ -171,7 +173,16 @@ impl Bench {
             Ok(again.is_some())
         })?;
         let again = again.context("it runs")?;
-        let second = self.start(name, &again, index, How::BoostedAgain, port, crashes, 1)?;
+        let second = self.start(
+            name,
+            &again,
+            index,
+            How::BoostedAgain,
+            port,
+            crashes,
+            generation,
+            1,
+        )?;
         Ok(second.map(|second| vec![first, second]))
     }
 
@@ -184,6 +195,8 @@ impl Bench {
         how: How,
         port: u64,
         crashes: u64,
+        // Of the spec, before the start: the API counts from 1.
+        generation: i64,
         asked_restarts: i32,
     ) -> Result<Option<Record>> {
         let begun = fs::metadata(cgroup.path())?;
@@ -192,7 +205,6 @@ impl Bench {
                 u64::try_from(begun.ctime())?,
                 u32::try_from(begun.ctime_nsec())?,
             );
-        let generation = self.generation(name)?;
         while !is_ready(port) {
             let age = begun.elapsed()?;
             ensure!(age < LONGEST, "Tomcat does not start: {}", self.log(name)?);

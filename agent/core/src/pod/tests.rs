@@ -75,6 +75,23 @@ fn nobody_is_guarded_where_nothing_may_be_changed() {
 }
 
 #[test]
+fn the_order_is_one_of_two() {
+    let order = |text| wish(&pod(&[ACT, MAX, (ORDER, text)]));
+    assert_eq!(
+        order("RaiseFirst").unwrap().unwrap().order,
+        Order::RaiseFirst
+    );
+    assert_eq!(
+        wish(&pod(&[ACT, MAX])).unwrap().unwrap().order,
+        Order::PatchFirst
+    );
+    assert_eq!(
+        order("first"),
+        Err(Refusal::UnknownOrder("first".to_owned()))
+    );
+}
+
+#[test]
 fn what_is_left_raised_is_known_from_the_pod_alone() {
     let mut pod = pod(&[(MODE, "Off"), (ORIGINAL, "app=64Mi")]);
     assert_eq!(left_raised(&pod), []);
