@@ -275,12 +275,20 @@ impl Cluster {
         Ok(Cgroup::open(&found.context("no cgroup")?)?)
     }
 
-    /// The memory limit of its container in the spec.
-    pub(crate) fn memory_limit(&self, name: &str) -> Result<Option<Bytes>> {
-        let spec = self.get(name)?.spec;
-        let container = spec.and_then(|spec| spec.containers.into_iter().next());
-        let limits = container.and_then(|container| container.resources?.limits);
-        Ok(limits.and_then(|limits| quantity::parse(&limits.get("memory")?.0).ok()))
+    /// The memory limit of its container in the spec, and in its runtime as the pod's status has it (1.33 and later).
+    pub(crate) fn said_limits(&self, name: &str) -> Result<[Option<Bytes>; 2]> {
+        let pod = self.get(name)?;
+        let container = pod.spec.and_then(|spec| spec.containers.into_iter().next());
+        let statuses = pod.status.and_then(|status| status.container_statuses);
+        let status = statuses.and_then(|statuses| statuses.into_iter().next());
+        let limits = [
+            container.and_then(|container| container.resources?.limits),
+            status.and_then(|status| status.resources?.limits),
+        ];
+        Ok(limits.map(|limits| {
+            let limit = quantity::parse(&limits?.get("memory")?.0);
+            limit.ok().map(Bytes::page_floor)
+        }))
     }
 
     /// Applies a document, as `kubectl apply` does.

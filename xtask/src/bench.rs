@@ -41,6 +41,7 @@ pub(crate) enum Name {
     PodEdges,
     PodFaults,
     PodJava,
+    PodKill,
     Daemonset,
     Kill,
     Deaths,
@@ -76,6 +77,7 @@ impl Name {
                 | Self::PodEdges
                 | Self::PodFaults
                 | Self::PodJava
+                | Self::PodKill
                 | Self::Daemonset
                 | Self::Kill
                 | Self::Deaths

@@ -27,6 +27,7 @@ mod pod_bursts;
 mod pod_edges;
 mod pod_faults;
 mod pod_java;
+mod pod_kill;
 mod reaction;
 mod record;
 mod runner;
@@ -79,6 +80,8 @@ pub(crate) enum Bench {
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// The agent is killed at each step of a resize of a pod.
+    PodKill(pod_kill::Options),
     /// Tomcat in a pod with a quarter of a CPU.
     PodJava(pod_java::Options),
     /// What happens to the API under the agent, while pods burst.
@@ -127,6 +130,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::PodKill(options) => pod_kill::run(options, &mut records),
         Bench::PodJava(options) => pod_java::run(options, &mut records),
         Bench::PodFaults(options) => pod_faults::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
@@ -151,6 +155,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "thrash" => thrash::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "pod-kill" => pod_kill::summarize(&read(path)?),
         "pod-java" => pod_java::summarize(&read(path)?),
         "pod-faults" => pod_faults::summarize(&read(path)?),
         "container-bursts" => container_bursts::summarize(&read(path)?),

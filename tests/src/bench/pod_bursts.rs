@@ -388,15 +388,15 @@ impl Looking {
             let mut last = Instant::now();
             while !ended.load(Ordering::Relaxed) {
                 thread::sleep(Self::LOOK);
-                let (Ok(Some(says)), Ok(Limit::At(has))) =
-                    (cluster.memory_limit(&name), cgroup.limit("memory.max"))
+                let (Ok([Some(says), _]), Ok(Limit::At(has))) =
+                    (cluster.said_limits(&name), cgroup.limit("memory.max"))
                 else {
                     last = Instant::now();
                     continue;
                 };
                 let passed = last.elapsed();
                 last = Instant::now();
-                match says.page_floor().cmp(&has) {
+                match says.cmp(&has) {
                     std::cmp::Ordering::Less => less += passed,
                     std::cmp::Ordering::Greater => more += passed,
                     std::cmp::Ordering::Equal => {}

@@ -6,13 +6,13 @@
 
 use std::{path::Path, thread, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, Nanos, quantity};
+use bellows_core::{Action, Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -317,25 +317,7 @@ impl Bench {
 
     /// What spec, runtime (by way of the pod's status, 1.33 and later) and cgroup have for a limit.
     fn limits(&self, name: &str) -> Result<[Option<Bytes>; 3]> {
-        let api = self.cluster.get(name)?;
-        let memory = |limits: Option<
-            std::collections::BTreeMap<
-                String,
-                k8s_openapi::apimachinery::pkg::api::resource::Quantity,
-            >,
-        >| {
-            let limit = limits?.get("memory")?.0.clone();
-            quantity::parse(&limit).ok().map(Bytes::page_floor)
-        };
-        let spec = api.spec.context("no spec")?;
-        let in_spec = memory(
-            spec.containers
-                .into_iter()
-                .next()
-                .and_then(|container| container.resources?.limits),
-        );
-        let status = self.cluster.status(name)?;
-        let in_runtime = memory(status.and_then(|status| status.resources?.limits));
+        let [in_spec, in_runtime] = self.cluster.said_limits(name)?;
         let cgroup = self.cluster.cgroup(name)?;
         let in_force = cgroup.and_then(|cgroup| cgroup.limit("memory.max").map(Limit::bytes).ok());
         Ok([in_spec, in_runtime, in_force])
