@@ -10,6 +10,7 @@
 #![warn(missing_docs, clippy::float_arithmetic)]
 
 pub mod action;
+pub mod arbiter;
 pub mod boost;
 pub mod brake;
 pub mod cpu;
@@ -23,6 +24,7 @@ pub mod pod;
 pub mod policy;
 pub mod quantity;
 pub mod reflex;
+pub mod share;
 pub mod thrash;
 pub mod thresholds;
 pub mod units;
