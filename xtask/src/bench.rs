@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::{
+    arbiter,
     build::{self, Binaries},
     debian,
     guest::{self, Guest},
@@ -22,6 +23,7 @@ use crate::{
 /// The benches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Name {
+    Arbiter,
     Bursts,
     Ceiling,
     Plateau,
@@ -170,6 +172,9 @@ pub(crate) struct Options {
     /// Leave out the run without a limit (build, bursts).
     #[arg(long)]
     pub(crate) without_unlimited: bool,
+    /// Leave out whether changes to it are noticed (arbiter).
+    #[arg(long)]
+    pub(crate) without_mutants: bool,
     /// The directory below target/ for the evidence.
     #[arg(skip = "bench")]
     pub(crate) directory: &'static str,
@@ -202,6 +207,7 @@ impl Options {
             steady: false,
             without_fixed: false,
             without_unlimited: false,
+            without_mutants: false,
             directory: "bench",
         }
     }
@@ -235,6 +241,7 @@ impl Options {
             (self.old_containerd, "-old-containerd"),
             (self.systemd, "-systemd"),
             (self.steady, "-steady"),
+            (self.without_mutants, "-without-mutants"),
         ] {
             if given {
                 name += suffix;
@@ -288,7 +295,7 @@ impl Options {
         words
     }
 
-    fn evidence(&self, extension: &str) -> Result<PathBuf> {
+    pub(crate) fn evidence(&self, extension: &str) -> Result<PathBuf> {
         let directory = root()?.join("target").join(self.directory);
         fs::create_dir_all(&directory)?;
         Ok(directory.join(format!("{}.{extension}", self.file_name())))
@@ -301,6 +308,9 @@ impl Options {
 }
 
 pub(crate) fn command(options: &Options) -> Result<bool> {
+    if options.name == Name::Arbiter {
+        return arbiter::command(options);
+    }
     tools::packages()?;
     let binaries = build::binaries()?;
     let summary = if options.kernel == "all" {

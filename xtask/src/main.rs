@@ -4,6 +4,7 @@
 //! in a cache outside the tree (`$BELLOWS_CACHE`, else the user's cache directory); the cache speeds
 //! a second run up and is never needed.
 
+mod arbiter;
 mod bench;
 mod build;
 mod checks;
@@ -63,7 +64,7 @@ enum Command {
         #[arg(long)]
         only: Option<String>,
     },
-    /// Run one bench in a guest and write target/bench/NAME.json and NAME.jsonl.
+    /// Run one bench, all but the arbiter's in a guest, and write target/bench/NAME.json and NAME.jsonl.
     Bench(bench::Options),
     /// Look for bytes that break a parser, and write target/bench/fuzz.json and fuzz.jsonl.
     Fuzz(fuzz::Options),

@@ -13,6 +13,7 @@ use crate::shell::{find, has, output, quiet, step};
 
 /// Goes with the LLVM of the compiler in rust-toolchain.toml.
 const BPF_LINKER: &str = "0.10.3";
+const CARGO_MUTANTS: &str = "27.1.0";
 pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";
 
 /// A file by which a Debian package is recognised, and the package.
@@ -102,32 +103,32 @@ pub(crate) fn rust_src() -> Result<()> {
 
 /// The directory of the pinned bpf-linker.
 pub(crate) fn bpf_linker() -> Result<PathBuf> {
+    let program = pinned("bpf-linker", BPF_LINKER)?;
+    let directory = program.parent().context("bpf-linker is in no directory")?;
+    Ok(directory.to_owned())
+}
+
+/// The pinned cargo-mutants.
+pub(crate) fn cargo_mutants() -> Result<PathBuf> {
+    pinned("cargo-mutants", CARGO_MUTANTS)
+}
+
+/// A program in its pinned version, from crates.io unless it is there.
+fn pinned(name: &str, pin: &str) -> Result<PathBuf> {
     let is_pinned = |program: &Path| {
         let version = output(Command::new(program).arg("--version"));
-        version.is_ok_and(|version| version.split_whitespace().any(|word| word == BPF_LINKER))
+        version.is_ok_and(|version| version.split_whitespace().any(|word| word == pin))
     };
-    let directory = |program: &Path| program.parent().map(Path::to_owned);
-    if let Some(directory) = find("bpf-linker")
-        .filter(|found| is_pinned(found))
-        .as_deref()
-        .and_then(directory)
-    {
-        return Ok(directory);
+    if let Some(program) = find(name).filter(|found| is_pinned(found)) {
+        return Ok(program);
     }
     let root = cache()?.join("tools");
-    let program = root.join("bin/bpf-linker");
+    let program = root.join("bin").join(name);
     if !is_pinned(&program) {
-        step(&format!("install bpf-linker {BPF_LINKER}"), || {
+        step(&format!("install {name} {pin}"), || {
             let mut command = Command::new("cargo");
-            command.args([
-                "install",
-                "bpf-linker",
-                "--version",
-                BPF_LINKER,
-                "--locked",
-                "--force",
-                "--root",
-            ]);
+            command.args(["install", name, "--version", pin]);
+            command.args(["--locked", "--force", "--root"]);
             // Not into our own target directory, and not with our own flags.
             quiet(
                 command
@@ -138,7 +139,7 @@ pub(crate) fn bpf_linker() -> Result<PathBuf> {
             )
         })?;
     }
-    Ok(root.join("bin"))
+    Ok(program)
 }
 
 /// A program that is built from its Go module, with the dependencies that the module pins.
