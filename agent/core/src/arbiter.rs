@@ -31,12 +31,13 @@
 //! priority; ties go by arrival, then by id.
 //!
 //! **Waiting.** Who waits behind somebody has what it asks for kept, in all of its rooms: nobody that has not begun,
-//! and comes later in the order, takes it. If others could not end with what it asks for granted, nobody later
-//! begins at all: it would be one more that has to end. Those that have begun go on, because their end is what everybody waits
-//! for. So it is for as long as the container may be held, and at most for [`RESERVED_FOR`]: then whoever is held is
-//! let go, and what was kept for it is for others. So is what was kept for the end of a burst that has not moved for
-//! so long, and what it has is no longer counted on: a leak or a plateau does not give back. Where not even that would
-//! help nothing is kept, and the answer says how much there is, for whoever can do with less.
+//! and comes later in the order, takes it. If others could not end with what it asks for granted, nobody later begins
+//! at all: it would be one more that has to end. Those that have begun go on whatever their priority, because their
+//! end is what everybody waits for. So it is for as long as the container may be held, and at most for
+//! [`RESERVED_FOR`]: then whoever is held is let go, and what was kept for it is for others. So is what was kept for
+//! the end of a burst that has not moved for so long, and what it has is no longer counted on: a leak or a plateau does
+//! not give back. Where not even the end of all others would help nothing is kept, and the answer says how much there
+//! is, for whoever can do with less.
 //!
 //! **What follows**, each a property that is tested on seeded random cases (`arbiter::tests`):
 //! - *No over-commit*: in no room more is granted than is free and not promised.
@@ -52,6 +53,9 @@
 //! - *No starvation*: who waits is overtaken only by higher priorities, by those that have begun, of whom there are
 //!   finitely many with finitely much to come, and by those that came less than their share's seconds later.
 //!   So it is served, or has waited for as long as it could and is told what for.
+//!
+//! All of that is about one look. It holds over time as long as nobody uses more than it is promised, and who needs
+//! more than [`Claim::most`] said is the price of a guess: it has to wait, and may be let go.
 //!
 //! It must not take anything back: that is done when a burst is over ([`crate::decide`]), and by whoever makes room.
 

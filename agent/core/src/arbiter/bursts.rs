@@ -34,14 +34,14 @@ impl Burst {
         }
     }
 
-    /// What it still needs to end.
-    fn needs(&self) -> i128 {
-        (self.most - self.held).max(0)
+    /// What it still needs to end; below zero if it has more.
+    const fn needs(&self) -> i128 {
+        self.most - self.held
     }
 
-    /// What it gives back in the end, beyond what it needs until then.
-    fn gives_back(&self) -> i128 {
-        (self.held - self.at_rest).max(0)
+    /// What it gives back in the end, beyond what it needs until then. More than nothing: else it has not begun.
+    const fn gives_back(&self) -> i128 {
+        self.held - self.at_rest
     }
 }
 
@@ -84,11 +84,11 @@ impl Bursts {
         self.free.get(place.index()).copied().unwrap_or(0)
     }
 
-    /// The first that will give something back in a place, and how much all of them will.
+    /// The first of those that have begun in a place, and how much all of them will give back.
     pub(super) fn holders(&self, place: Place, but: CgroupId) -> (Option<CgroupId>, i128) {
         let others = self.begun.iter().filter(|other| other.id != but);
         let mut others = others
-            .filter(|other| other.gives_back() > 0 && other.places.contains(&place))
+            .filter(|other| other.places.contains(&place))
             .peekable();
         let first = others.peek().map(|other| other.id);
         (first, others.map(Burst::gives_back).sum())

@@ -265,6 +265,20 @@ impl Model {
         could & !can == 0 && (can & 1 << index != 0 || first_stuck == index)
     }
 
+    /// Whom a grant leaves unable to end: those that could before, else all.
+    fn strands(&self, case: &Case, id: CgroupId) -> Vec<CgroupId> {
+        let mut after = self.clone();
+        after.grant(case, id);
+        let (could, can) = (self.can_end(), after.can_end());
+        let others = |bits: u32| -> Vec<CgroupId> {
+            let begun = after.begun.iter().enumerate();
+            let begun = begun.filter(|(index, begun)| bits & 1 << index != 0 && begun.id != id);
+            begun.map(|(_, begun)| begun.id).collect()
+        };
+        let lost = others(could & !can);
+        if lost.is_empty() { others(!can) } else { lost }
+    }
+
     fn left(&self, room: usize, is_new: bool) -> i128 {
         let kept = self
             .kept
@@ -361,8 +375,8 @@ fn reason_is_right(case: &Case, model: &Model, id: CgroupId, why: Why) -> bool {
             short.clone().all(|&room| !is_vain(room)) && short.any(|&room| is_first(room))
         }
         Why::WouldStrand(other) => {
-            let is_another = other != id && model.begun.iter().any(|begun| begun.id == other);
-            is_another && !rooms.iter().any(|&room| is_short(room))
+            let is_told = model.strands(case, id).contains(&other);
+            is_told && !rooms.iter().any(|&room| is_short(room))
         }
     }
 }
