@@ -103,20 +103,20 @@ pub(crate) fn rust_src() -> Result<()> {
 
 /// The directory of the pinned bpf-linker.
 pub(crate) fn bpf_linker() -> Result<PathBuf> {
-    let program = pinned("bpf-linker", BPF_LINKER)?;
+    let program = pinned("bpf-linker", &["--version"], BPF_LINKER)?;
     let directory = program.parent().context("bpf-linker is in no directory")?;
     Ok(directory.to_owned())
 }
 
 /// The pinned cargo-mutants.
 pub(crate) fn cargo_mutants() -> Result<PathBuf> {
-    pinned("cargo-mutants", CARGO_MUTANTS)
+    pinned("cargo-mutants", &["mutants", "--version"], CARGO_MUTANTS)
 }
 
-/// A program in its pinned version, from crates.io unless it is there.
-fn pinned(name: &str, pin: &str) -> Result<PathBuf> {
+/// A program in its pinned version, from crates.io unless it is there; `asking` makes it tell its version.
+fn pinned(name: &str, asking: &[&str], pin: &str) -> Result<PathBuf> {
     let is_pinned = |program: &Path| {
-        let version = output(Command::new(program).arg("--version"));
+        let version = output(Command::new(program).args(asking));
         version.is_ok_and(|version| version.split_whitespace().any(|word| word == pin))
     };
     if let Some(program) = find(name).filter(|found| is_pinned(found)) {
