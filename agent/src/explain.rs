@@ -11,7 +11,7 @@ use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
 use thiserror::Error;
 
 use crate::{
-    guard::{told_kill, told_raise},
+    guard::{told_kill, told_raise, told_why},
     ledger::{self, Record},
 };
 
@@ -126,6 +126,12 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                     Some(error) => format!("failed{after}, the limit is {limit}: {error}"),
                 }
             }
+            Record::Waits {
+                wanted,
+                why,
+                behind,
+                ..
+            } => told_why(*wanted, *why, behind.as_deref()),
             Record::Observe { limit, ceiling, .. } => {
                 is_watched = true;
                 format!("only watched: limit {limit}, at most {ceiling}")
@@ -167,6 +173,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::RaisedFirst => "its policy raises first and asks at once",
         Reason::RaiseArrived => "the raise has arrived",
         Reason::HoldExpired => "no raise came in time",
+        Reason::NoRoom => "there is no room for the raise",
         Reason::BurstOver => "the burst is over",
         Reason::GrewWhileShrinking => "grew again while the limit was being lowered",
         Reason::Throttled => "was throttled",

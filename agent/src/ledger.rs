@@ -18,6 +18,7 @@ use std::{
 
 use bellows_core::{
     Action, Bytes, CgroupId, Nanos, Reason,
+    arbiter::Why,
     observe::{Kill, WouldRaise},
 };
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,19 @@ pub enum Record {
         limit: Bytes,
         /// What went wrong, if anything.
         error: Option<String>,
+    },
+    /// A raise is not granted yet, or not at all.
+    Waits {
+        /// When.
+        at: Nanos,
+        /// Of which cgroup.
+        cgroup: CgroupId,
+        /// The limit.
+        wanted: Bytes,
+        /// Why.
+        why: Why,
+        /// What that waits for, for people.
+        behind: Option<String>,
     },
     /// A cgroup is only watched from now on.
     Observe {
@@ -145,6 +159,7 @@ impl Record {
             | Self::Brake { cgroup, .. }
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
+            | Self::Waits { cgroup, .. }
             | Self::Observe { cgroup, .. }
             | Self::WouldRaise { cgroup, .. }
             | Self::ObservedKill { cgroup, .. }
@@ -161,6 +176,7 @@ impl Record {
             | Self::Brake { at, .. }
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
+            | Self::Waits { at, .. }
             | Self::Observe { at, .. }
             | Self::WouldRaise { at, .. }
             | Self::ObservedKill { at, .. }

@@ -96,6 +96,7 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
             }
             Record::Intend { .. }
             | Record::Verify { .. }
+            | Record::Waits { .. }
             | Record::Observe { .. }
             | Record::WouldRaise { .. }
             | Record::ObservedKill { .. }

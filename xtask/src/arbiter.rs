@@ -25,13 +25,12 @@ const CASES: u64 = 1_000_000;
 /// Those of the unit tests begin at zero.
 const SEED: u64 = 1_000_000;
 /// What is changed.
-const SOURCES: [&str; 3] = [
+const SOURCES: [&str; 2] = [
     "agent/core/src/arbiter.rs",
     "agent/core/src/arbiter/bursts.rs",
-    "agent/core/src/share.rs",
 ];
 /// What may notice.
-const TESTS: [&str; 4] = ["--lib", "--", "arbiter::", "share::"];
+const TESTS: [&str; 3] = ["--lib", "--", "arbiter::"];
 
 /// Runs it; returns whether nothing was wrong.
 pub(crate) fn command(options: &Options) -> Result<bool> {

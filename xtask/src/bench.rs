@@ -36,6 +36,7 @@ pub(crate) enum Name {
     Java,
     Churn,
     Faults,
+    Storm,
     ContainerBuild,
     ContainerEdges,
     PodBursts,
@@ -67,6 +68,7 @@ impl Name {
                     | Self::Java
                     | Self::Churn
                     | Self::Faults
+                    | Self::Storm
             )
     }
 

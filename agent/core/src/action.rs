@@ -26,6 +26,8 @@ pub enum Reason {
     RaiseArrived,
     /// The raise did not arrive within the time that a hold may last.
     HoldExpired,
+    /// There is no room for the raise, on the node or above the container.
+    NoRoom,
     /// No growth for the quiet period.
     BurstOver,
     /// Demand rose again while the limit was being lowered.

@@ -24,7 +24,6 @@ pub mod pod;
 pub mod policy;
 pub mod quantity;
 pub mod reflex;
-pub mod share;
 pub mod thrash;
 pub mod thresholds;
 pub mod units;

@@ -110,6 +110,8 @@ pub struct Pod {
     pub has_cpu_limit: bool,
     /// Whether the kubelet says that there is no room for what the spec says (PodResizePending, 1.33 and later).
     pub is_resize_pending: bool,
+    /// Its priority (`spec.priority`), 0 without one.
+    pub priority: i32,
     /// Whether the kubelet made it from a file: the API cannot resize it.
     pub is_static: bool,
     /// Whether it is being deleted or has ended.
@@ -149,6 +151,8 @@ pub struct Wish {
     pub shrink_after: Option<Nanos>,
     /// In which order its limit is raised.
     pub order: Order,
+    /// Its pod's priority.
+    pub priority: i32,
     /// The policy that means it; `None` where annotations do.
     pub policy: Option<String>,
     /// Whether the original stands on the pod already.
@@ -475,6 +479,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         patience: Patience::with(&probes),
         shrink_after,
         order,
+        priority: pod.priority,
         policy,
         recorded: recorded.is_some(),
         foreign,

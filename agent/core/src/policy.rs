@@ -54,6 +54,8 @@ pub struct Policy {
     /// How long a raise that was asked for may be on its way before it is written by hand; at once with zero. `None`
     /// where only whoever is asked may raise, or does that by itself.
     pub by_hand_after: Option<Nanos>,
+    /// Its pod's: where there is not enough for all, the higher ones come first.
+    pub priority: i32,
 }
 
 /// The share of a container's patience after which its raise is written by hand, however short that is.
@@ -148,6 +150,7 @@ impl Policy {
             shrink_after: Nanos::millis(2000),
             usable_per_mille: WHOLE,
             by_hand_after: None,
+            priority: 0,
         }
     }
 }

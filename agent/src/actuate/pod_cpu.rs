@@ -23,7 +23,9 @@ use tokio::{
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
     pod::Pod,
-    resize::{Change, Order, RESIZE_TIMEOUT, Resizer, counted, limits_patch, parameters},
+    resize::{
+        Change, Order, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch, parameters,
+    },
 };
 use crate::{
     attribution::{
@@ -209,7 +211,10 @@ impl CpuResizer {
         let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let (parameters, patch) = (parameters(), limits_patch(&target.uid, &changes));
         let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let begun = self.memory.begins_in(&target.uid, None);
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
+        let is_uncertain = is_uncertain(&patched);
+        self.memory.ends_in(begun, is_uncertain);
         counted(&patched);
         match patched {
             Ok(Ok(patched)) => {
@@ -221,9 +226,9 @@ impl CpuResizer {
                 if status.code == 422 {
                     self.catch_up(id, target).await;
                 }
-                Err((status.to_string(), status.code < 500))
+                Err((status.to_string(), !is_uncertain))
             }
-            Ok(Err(error)) => Err((error.to_string(), false)),
+            Ok(Err(error)) => Err((error.to_string(), !is_uncertain)),
             Err(_elapsed) => Err(("no answer in time".to_owned(), false)),
         }
     }

@@ -10,6 +10,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
@@ -39,7 +40,7 @@ use crate::{
         pods::{limit_at, limit_manager},
     },
     cgroup::{Cgroup, Limit},
-    guard::{Input, Refused, Requester, told_kill, told_raise},
+    guard::{Input, Refused, Requester, told_kill, told_raise, told_why},
     ledger::Record,
     metrics::{self, Call, METRICS},
 };
@@ -81,6 +82,9 @@ pub struct Target {
     pub is_pending: bool,
     /// What is asked for and not answered.
     asking: Vec<Bytes>,
+    /// The smallest that was asked for without a certain answer: an API server that was given up may still carry it out
+    /// (seen: a patch that was waited for 8 s, and stored when etcd went on).
+    uncertain: Option<Bytes>,
     /// What the API took last, and when.
     taken: Option<(Bytes, Instant)>,
     /// Whether a task asks the API to say what was raised by hand.
@@ -107,6 +111,7 @@ impl Target {
             pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
             is_pending: pod.is_resize_pending,
             asking: Vec::new(),
+            uncertain: None,
             taken: None,
             is_agreeing: false,
             order,
@@ -119,6 +124,11 @@ impl Target {
         Some(limit.page_floor())
     }
 
+    fn may_come(&mut self, limit: Bytes) {
+        let least = self.uncertain.map_or(limit, |other| other.min(limit));
+        self.uncertain = Some(least);
+    }
+
     fn by_hand_change(&self) -> Option<Change> {
         let to = quantity::format(self.by_hand?);
         Some(Change::memory(self.level, self.limit.clone(), to))
@@ -129,7 +139,8 @@ impl Target {
             return ByHand::No;
         }
         let is_below = |limit: Bytes| limit.page_floor() < to.page_floor();
-        let is_asking = self.asking.iter().copied().any(is_below);
+        let mut may_come = self.asking.iter().copied().chain(self.uncertain);
+        let is_asking = may_come.any(is_below);
         let is_coming = self
             .taken
             .is_some_and(|(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT);
@@ -199,6 +210,8 @@ pub enum Observed {
     Raise(String),
     /// It was raised without the API.
     ByHand(String),
+    /// There is no room for its raise.
+    Waits(String),
 }
 
 impl std::fmt::Debug for Resizer {
@@ -301,6 +314,9 @@ impl Resizer {
         self.target(cgroup, |target| {
             let is_new = target.limit != limit;
             target.limit = limit;
+            // Whatever it was, it has come or will not.
+            target.uncertain = None;
+            target.taken = target.in_spec().map(|limit| (limit, Instant::now()));
             is_new
         })
     }
@@ -330,7 +346,9 @@ impl Resizer {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let parameters = parameters();
         let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let begun = self.begins_in(&target.uid, Some(cgroup));
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
+        self.ends_in(begun, is_uncertain(&patched));
         counted(&patched);
         let (refused, code) = match patched {
             Ok(Ok(patched)) => {
@@ -351,6 +369,9 @@ impl Resizer {
                 (refused, None)
             }
         };
+        if refused.uncertain {
+            self.note(cgroup, |target| target.may_come(to));
+        }
         let (namespace, name, why) = (&target.namespace, &target.name, &refused.why);
         let why = format!("resize of {namespace}/{name} to {value}: {why}");
         Err((Refused { why, ..refused }, code))
@@ -374,6 +395,7 @@ impl Resizer {
     fn is_taken(&self, cgroup: CgroupId, patched: &Pod) {
         let agreed = self.targets.of(cgroup, |target| {
             target.limit = limit_at(patched, target.level)?;
+            target.uncertain = None;
             let in_spec = target.in_spec()?;
             target.taken = Some((in_spec, Instant::now()));
             // Whatever it is: the kubelet sets it, and the pod's with it.
@@ -389,6 +411,32 @@ impl Resizer {
     pub(super) fn is_taken_in(&self, uid: &str, patched: &Pod) {
         for cgroup in self.of_pod(uid) {
             self.is_taken(cgroup, patched);
+        }
+    }
+
+    /// A resize of something else in a pod begins: with it the kubelet sets the limit of the pod's cgroup, too, and may set
+    /// those of all of its containers, to what the spec says then.
+    pub(super) fn begins_in(&self, uid: &str, own: Option<CgroupId>) -> Vec<(CgroupId, Bytes)> {
+        self.targets.with(|targets| {
+            let others = targets
+                .iter_mut()
+                .filter(|(id, target)| target.uid == uid && own != Some(**id));
+            let begun = others.filter_map(|(&id, target)| {
+                let comes = target.by_hand.or_else(|| target.in_spec())?;
+                target.asking.push(comes);
+                Some((id, comes))
+            });
+            begun.collect()
+        })
+    }
+
+    /// It has ended.
+    pub(super) fn ends_in(&self, begun: Vec<(CgroupId, Bytes)>, is_uncertain: bool) {
+        for (cgroup, comes) in begun {
+            self.is_answered(cgroup, comes);
+            if is_uncertain {
+                self.note(cgroup, |target| target.may_come(comes));
+            }
         }
     }
 
@@ -536,6 +584,15 @@ impl Resizer {
     }
 }
 
+/// Whether what was asked for may still come.
+pub(super) fn is_uncertain<T, E>(ended: &Result<Result<T, kube::Error>, E>) -> bool {
+    match ended {
+        Ok(Ok(_)) => false,
+        Ok(Err(error)) => refusal(error).0.uncertain,
+        Err(_elapsed) => true,
+    }
+}
+
 /// Counts a resize that ended so.
 pub(super) fn counted<T, E>(ended: &Result<Result<T, kube::Error>, E>) {
     count(match ended {
@@ -603,9 +660,9 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
         kube::Error::Api(status) => Some(status.code),
         _ => None,
     };
-    let uncertain = code.is_none_or(|code| code >= 500);
-    // A conflict, or too many requests.
-    let is_busy = code.is_some_and(|code| [409, 429].contains(&code));
+    let uncertain = code.is_none_or(|code| code >= 500 && code != 503) && !was_not_sent(error);
+    // A conflict, too many requests, or unavailable.
+    let is_busy = code.is_none_or(|code| [409, 429, 503].contains(&code));
     (
         Refused {
             why: error.to_string(),
@@ -614,6 +671,23 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
         },
         code,
     )
+}
+
+/// Whether nothing can have reached the API: there was no connection.
+fn was_not_sent(error: &kube::Error) -> bool {
+    let error: &(dyn std::error::Error + 'static) = error;
+    let mut chain = std::iter::successors(Some(error), |error| error.source());
+    chain.any(|error| {
+        error.downcast_ref::<io::Error>().is_some_and(|error| {
+            matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::NetworkUnreachable
+                    | io::ErrorKind::AddrNotAvailable
+            )
+        })
+    })
 }
 
 impl Requester for Resizer {
@@ -660,6 +734,12 @@ impl Requester for Resizer {
         let observed = match record {
             Record::ObservedKill { kill, .. } => Observed::Kill(told_kill(kill)),
             Record::WouldRaise { would, .. } => Observed::Raise(told_raise(would)),
+            Record::Waits {
+                wanted,
+                why,
+                behind,
+                ..
+            } => Observed::Waits(told_why(*wanted, *why, behind.as_deref())),
             _ => return,
         };
         // A watch that has ended tells nobody.
@@ -675,6 +755,35 @@ impl Requester for Resizer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_not_sent_is_certain() {
+        let of = |kind| {
+            let refused: Box<dyn std::error::Error + Send + Sync> = Box::new(io::Error::from(kind));
+            refusal(&kube::Error::Service(refused)).0
+        };
+        let refused = of(io::ErrorKind::ConnectionRefused);
+        assert!(!refused.uncertain && refused.is_passing);
+        let broken = of(io::ErrorKind::BrokenPipe);
+        assert!(broken.uncertain && broken.is_passing);
+        let status = |code| {
+            let status = kube::core::Status {
+                code,
+                ..kube::core::Status::default()
+            };
+            let refused = refusal(&kube::Error::Api(Box::new(status))).0;
+            (refused.uncertain, refused.is_passing)
+        };
+        for code in [409, 429, 503] {
+            assert_eq!(status(code), (false, true), "{code}");
+        }
+        for code in [500, 504] {
+            assert_eq!(status(code), (true, true), "{code}");
+        }
+        for code in [400, 403, 404, 422] {
+            assert_eq!(status(code), (false, false), "{code}");
+        }
+    }
 
     #[test]
     fn a_patch_tests_whose_it_is_and_what_was() {

@@ -26,6 +26,7 @@ pub(super) struct Spec {
     #[serde(default)]
     pub(super) containers: Vec<Container>,
     pub(super) resources: Option<Resources>,
+    pub(super) priority: Option<i32>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -90,6 +90,11 @@ pub fn convert(pod: &api::Pod) -> Pod {
             .unwrap_or_default()
             .iter()
             .any(|condition| condition.kind == "PodResizePending" && condition.status == "True"),
+        priority: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.priority)
+            .unwrap_or(0),
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }

@@ -162,6 +162,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         shrink_after: options.shrink_after,
         usable_per_mille: WHOLE,
         by_hand_after: None,
+        priority: 0,
     }
     .validate()
 }
@@ -385,6 +386,10 @@ impl Requester for Delayed {
 
     fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
         self.set_later(cgroup, limit);
+    }
+
+    fn shares_the_node(&self) -> bool {
+        false
     }
 
     fn record(&mut self, _cgroup: &Cgroup, record: &Record) {

@@ -1,10 +1,14 @@
 //! What the controller knows of one guarded cgroup, and what is told of it at the end.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, path::PathBuf};
 
 use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash, decide::ByHand};
 
-use super::{foreign_brake::ForeignBrake, seconds};
+use super::{
+    foreign_brake::ForeignBrake,
+    room::{Waiting, ancestors},
+    seconds,
+};
 use crate::{
     cgroup::{Cgroup, CgroupError},
     ledger::Record,
@@ -91,6 +95,12 @@ pub(super) struct Guarded {
     pub(super) raise_not_before: Nanos,
     /// Whether what is requested could not be asked for, for a passing reason.
     pub(super) request_failed: bool,
+    /// A raise that is not granted yet.
+    pub(super) waiting: Option<Waiting>,
+    /// When its burst began.
+    pub(super) burst_since: Option<Nanos>,
+    /// Cgroups above it with limits that are not ours.
+    pub(super) ancestors: Vec<PathBuf>,
     /// A raise by hand has failed; it is not tried again before.
     pub(super) by_hand_not_before: Nanos,
     /// How long the last raise took, if that was not asked for yet.
@@ -133,6 +143,7 @@ impl Guarded {
         limit: Bytes,
     ) -> Self {
         Self {
+            ancestors: ancestors(&cgroup),
             cgroup,
             name,
             policy,
@@ -152,6 +163,8 @@ impl Guarded {
             refused_shrink: None,
             raise_not_before: Nanos(0),
             request_failed: false,
+            waiting: None,
+            burst_since: None,
             by_hand_not_before: Nanos(0),
             answered: None,
             report: Report {
@@ -241,6 +254,7 @@ impl Guarded {
         self.limit.0 != self.policy.original.0
             || self.held_since.is_some()
             || self.requested.is_some()
+            || self.waiting.is_some()
     }
 
     pub(super) const fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
@@ -290,6 +304,9 @@ impl Guarded {
             }
         }
         self.limit = limit;
+        if limit <= self.policy.original {
+            self.burst_since = None;
+        }
         if self.report.limits.len() < KEPT {
             self.report.limits.push((at, limit));
         }
@@ -320,6 +337,7 @@ mod tests {
             shrink_after: Nanos::millis(5000),
             usable_per_mille: WHOLE,
             by_hand_after: None,
+            priority: 0,
         };
         let mut guarded = Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), LIMIT);
         guarded.requested = Some((to, Nanos(0)));

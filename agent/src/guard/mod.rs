@@ -10,6 +10,7 @@ mod foreign_brake;
 mod guarded;
 mod observed;
 mod requests;
+mod room;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +19,7 @@ use std::{
 };
 
 use bellows_core::{
-    Bytes, CgroupId, History, Nanos, Policy,
+    Action, Bytes, CgroupId, History, Nanos, Policy,
     decide::{ByHand, decide},
     thrash::Look,
 };
@@ -44,6 +45,7 @@ use guarded::{Answers, Guarded};
 use observed::Watched;
 pub use observed::{Watching, told_kill, told_raise};
 use requests::Loss;
+pub use room::told_why;
 
 /// How often a guard is looked at while its limit is above its original or it is held.
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
@@ -114,6 +116,11 @@ pub trait Requester {
 
     /// Takes back a request for `to` that was not carried out in time: the limit is still `limit`.
     fn take_back(&mut self, cgroup: &Cgroup, to: Bytes, limit: Bytes);
+
+    /// Whether others are guarded on the same node: then each raise must find room beside theirs.
+    fn shares_the_node(&self) -> bool {
+        true
+    }
 
     /// Whether a raise to `to` that was asked for may be written by hand. Never, where that is the requester's own affair.
     fn by_hand(&self, _cgroup: CgroupId, _to: Bytes) -> ByHand {
@@ -585,6 +592,13 @@ impl<R: Requester> Controller<R> {
         };
         let plan = decide(&guarded.snapshot(at, by_hand));
         for (action, reason) in plan.actions {
+            let action = match action {
+                Action::Raise { from, to } => match self.room_for(id, from, to) {
+                    Some(to) => Action::Raise { from, to },
+                    None => continue,
+                },
+                other => other,
+            };
             if let Err(error) = self.carry_out(id, action, reason) {
                 tracing::warn!(cgroup.id = id.0, ?action, ?reason, %error, "an action failed");
                 if let Some(guarded) = self.guards.get_mut(&id) {

@@ -92,6 +92,10 @@ pub struct Metrics {
     pub ooms: Counter,
     /// Raises that were written by hand because the runtime was late or failed.
     pub raises_by_hand: Counter,
+    /// Raises for which there was no room at once.
+    pub raises_waiting: Counter,
+    /// Raises for which there was none for as long as the container could be held.
+    pub raises_without_room: Counter,
     /// Requests for a limit that were refused, or of which nothing came.
     pub requests_failed: Counter,
     /// Calls of the container runtime that were waited for no longer.
@@ -177,7 +181,17 @@ impl Metrics {
             raises_by_hand: of(
                 all,
                 "raises_by_hand",
-                "Raises that were written by hand: the runtime was late or failed",
+                "Raises that were written by hand: the runtime or the API was late or failed, or the policy raises first",
+            ),
+            raises_waiting: of(
+                all,
+                "raises_waiting",
+                "Raises for which there was no room at once",
+            ),
+            raises_without_room: of(
+                all,
+                "raises_without_room",
+                "Raises for which there was no room for as long as the container could be held",
             ),
             requests_failed: of(
                 all,

@@ -53,9 +53,9 @@ impl Events {
         self.publish(pod.object_ref(&()), EventType::Normal, "Watched", note);
     }
 
-    /// A limit was raised before the API.
-    pub(super) fn raised_by_hand(&self, pod: &Pod, note: String) {
-        self.publish(pod.object_ref(&()), EventType::Normal, "RaisedByHand", note);
+    /// What happens to a guarded pod: `RaisedByHand`, `WaitsForMemory`.
+    pub(super) fn told(&self, pod: &Pod, reason: &'static str, note: String) {
+        self.publish(pod.object_ref(&()), EventType::Normal, reason, note);
     }
 
     /// A policy that cannot be read.

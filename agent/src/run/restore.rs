@@ -324,5 +324,6 @@ fn rest(limit: Bytes) -> Policy {
         shrink_after: Nanos(0),
         usable_per_mille: WHOLE,
         by_hand_after: None,
+        priority: 0,
     }
 }

@@ -52,6 +52,7 @@ pub(crate) fn events(bytes: &[u8]) {
         shrink_after: Nanos(input.word().into()),
         usable_per_mille: u64::from(input.word()) % WHOLE + 1,
         by_hand_after: input.flag().then(|| Nanos(input.word().into())),
+        priority: 0,
     };
     let Ok(policy) = policy.validate() else {
         return;

@@ -32,6 +32,7 @@ mod reaction;
 mod record;
 mod runner;
 mod smoke;
+mod storm;
 mod swap;
 mod thrash;
 mod throttle;
@@ -80,6 +81,8 @@ pub(crate) enum Bench {
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// More bursts at once than the node has memory for.
+    Storm(storm::Options),
     /// The agent is killed at each step of a resize of a pod.
     PodKill(pod_kill::Options),
     /// Tomcat in a pod with a quarter of a CPU.
@@ -130,6 +133,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::Storm(options) => storm::run(options, &mut records),
         Bench::PodKill(options) => pod_kill::run(options, &mut records),
         Bench::PodJava(options) => pod_java::run(options, &mut records),
         Bench::PodFaults(options) => pod_faults::run(options, &mut records),
@@ -155,6 +159,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "thrash" => thrash::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "storm" => storm::summarize(&read(path)?),
         "pod-kill" => pod_kill::summarize(&read(path)?),
         "pod-java" => pod_java::summarize(&read(path)?),
         "pod-faults" => pod_faults::summarize(&read(path)?),

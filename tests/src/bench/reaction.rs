@@ -133,6 +133,7 @@ fn policy() -> Result<Policy> {
         shrink_after: Nanos::millis(2000),
         usable_per_mille: WHOLE,
         by_hand_after: None,
+        priority: 0,
     };
     Ok(policy.validate()?)
 }

@@ -63,6 +63,7 @@ impl Stage {
             shrink_after: Nanos::millis(2000),
             usable_per_mille: WHOLE,
             by_hand_after: None,
+            priority: 0,
         };
         let arm = Arm {
             cgroup: ID,

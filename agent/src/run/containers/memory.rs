@@ -225,6 +225,7 @@ impl Watch {
             shrink_after: memory.shrink_after,
             usable_per_mille: WHOLE,
             by_hand_after: None,
+            priority: 0,
         };
         policy.validate().map_err(text)
     }

@@ -92,6 +92,8 @@ struct Known {
     containers: Vec<String>,
     policy: Option<Policy>,
     refusal: Option<String>,
+    /// When Events were last published, by their reason.
+    told: BTreeMap<&'static str, Instant>,
 }
 
 /// A container that is or was only watched. What is told of it may come when it is gone already.
@@ -372,8 +374,10 @@ impl Watch {
         if matches!(observed, Observed::NotGuarded) {
             return self.try_again(cgroup);
         }
-        if let Observed::ByHand(note) = observed {
-            return self.tell_by_hand(cgroup, note);
+        match observed {
+            Observed::ByHand(note) => return self.tell_guarded(cgroup, "RaisedByHand", note),
+            Observed::Waits(note) => return self.tell_guarded(cgroup, "WaitsForMemory", note),
+            Observed::NotGuarded | Observed::Kill(_) | Observed::Raise(_) => {}
         }
         let Some(watched) = self.watched.get_mut(&cgroup) else {
             return;
@@ -391,15 +395,27 @@ impl Watch {
             Observed::Raise(note) if watched.mode == Mode::Recommend => {
                 self.events.recommended(pod, note);
             }
-            Observed::Raise(_) | Observed::ByHand(_) | Observed::NotGuarded => {}
+            Observed::Raise(_)
+            | Observed::ByHand(_)
+            | Observed::Waits(_)
+            | Observed::NotGuarded => {}
         }
     }
 
-    fn tell_by_hand(&self, cgroup: CgroupId, note: String) {
-        let mut known = self.known.iter();
-        let key = known.find(|(_, known)| known.cgroup == Some(cgroup));
-        if let Some(pod) = key.and_then(|((uid, _), _)| self.pods.get(uid)) {
-            self.events.raised_by_hand(pod, note);
+    /// Tells of a container that is guarded, of each kind once a minute.
+    fn tell_guarded(&mut self, cgroup: CgroupId, reason: &'static str, note: String) {
+        let mut known = self.known.iter_mut();
+        let found = known.find(|(_, known)| known.cgroup == Some(cgroup));
+        let Some(((uid, _), known)) = found else {
+            return;
+        };
+        let told = known.told.get(reason);
+        if told.is_some_and(|told| told.elapsed() < EVENTS) {
+            return;
+        }
+        known.told.insert(reason, Instant::now());
+        if let Some(pod) = self.pods.get(uid) {
+            self.events.told(pod, reason, note);
         }
     }
 

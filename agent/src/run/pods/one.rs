@@ -1,6 +1,9 @@
 //! One container of a pod: guarded, followed when somebody changes it, or only watched.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use bellows_core::{
     CgroupId, Nanos, Policy, Signals, WHOLE,
@@ -39,6 +42,7 @@ impl Watch {
             cpus: *online_cpus,
             shrink_after: wish.shrink_after.unwrap_or(*shrink_after),
             usable_per_mille: WHOLE,
+            priority: wish.priority,
             by_hand_after: Some(match wish.order {
                 RaiseOrder::PatchFirst => BY_HAND_AFTER,
                 RaiseOrder::RaiseFirst => Nanos(0),
@@ -107,6 +111,7 @@ impl Watch {
             containers: wish.running.clone(),
             policy: Some(policy),
             refusal: None,
+            told: BTreeMap::new(),
         };
         self.known.insert(key.clone(), known);
     }

@@ -1,0 +1,278 @@
+//! Whether a node has room for a raise: what the arbiter is told, and what becomes of its verdict.
+//!
+//! A raise that is granted and not there kills whoever happens to be chosen by the node's OOM killer, or has the kubelet
+//! evict a pod. So each is asked for of [`bellows_core::arbiter`], with all guarded containers as claims. Who waits stays
+//! held; who cannot be served is let go at once and told why, so that it is killed where it would have been without Bellows.
+//!
+//! It must not be asked for what is at rest: that was promised before Bellows came.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use bellows_core::{
+    Actuation, Bytes, CgroupId, Nanos, Reason,
+    arbiter::{
+        Claim, DEFAULT_WEIGHT, NodeMemory, Place, Rooms, Verdict, Why, arbitrate, cgroup_room,
+        node_room,
+    },
+};
+
+use super::{Controller, Guarded, Requester, requests::REFUSED_FOR};
+use crate::{
+    actuate::reflex::Command,
+    attribution::{self, CGROUP_ROOT},
+    cgroup::{Cgroup, Limit},
+    clock::now,
+    ledger::Record,
+    metrics::METRICS,
+};
+
+/// What is left to others, and to the kernel: a twentieth of the node.
+const RESERVE_PER_MILLE: u64 = 50;
+/// No less than the kubelet's own threshold (`memory.available<100Mi`, pkg/kubelet/apis/config/v1beta1/defaults_linux.go).
+const LEAST_RESERVE: Bytes = Bytes::mib(128);
+/// A raise by less than this share is not worth a request.
+const WORTH_PER_MILLE: u64 = 1125;
+
+/// A raise that is not granted yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waiting {
+    /// Since when.
+    since: Nanos,
+    /// The limit.
+    wanted: Bytes,
+    /// What it was told.
+    told: Option<Why>,
+}
+
+/// The ancestors whose limits are somebody else's: a pod's moves with its containers.
+pub(super) fn ancestors(cgroup: &Cgroup) -> Vec<PathBuf> {
+    let above = cgroup.path().ancestors().skip(1);
+    let above =
+        above.take_while(|path| path.starts_with(CGROUP_ROOT) && *path != Path::new(CGROUP_ROOT));
+    let is_pod = |path: &&Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        attribution::is_a_pod(&name)
+    };
+    above
+        .filter(|path| !is_pod(path))
+        .map(Path::to_owned)
+        .collect()
+}
+
+impl Guarded {
+    /// What it is as a claim; `places` are the indices of its ancestors with a limit.
+    fn claim(&self, at: Nanos, ancestors: BTreeSet<usize>) -> Claim {
+        let raised = |limit: Bytes| limit > self.policy.original;
+        let asked = self.requested.map(|(to, _)| to);
+        let highest = [Some(self.limit), asked, self.lowering]
+            .into_iter()
+            .flatten()
+            .filter(|limit| raised(*limit))
+            .max();
+        let waiting = self.waiting.map(|waiting| waiting.since);
+        Claim {
+            ancestors,
+            priority: self.policy.priority,
+            weight: DEFAULT_WEIGHT,
+            since: self.burst_since.unwrap_or(at),
+            moved_at: self.history.last_growth.max(waiting.unwrap_or(Nanos(0))),
+            may_wait: self.policy.allowance(),
+            at_rest: self.policy.original,
+            used: self.history.demand,
+            promised: highest.unwrap_or(Bytes::ZERO),
+            wanted: self.waiting.map_or(self.limit, |waiting| waiting.wanted),
+            most: self.policy.ceiling,
+        }
+    }
+}
+
+impl<R: Requester> Controller<R> {
+    /// How far a raise that is to be asked for may go now; `None` if it waits, or cannot be.
+    pub(super) fn room_for(&mut self, id: CgroupId, from: Bytes, to: Bytes) -> Option<Bytes> {
+        let guarded = self.guards.get_mut(&id)?;
+        if guarded.policy.actuation == Actuation::Direct || !self.requester.shares_the_node() {
+            return Some(to);
+        }
+        let at = now();
+        guarded.burst_since.get_or_insert(at);
+        let waiting = guarded.waiting.get_or_insert(Waiting {
+            since: at,
+            wanted: to,
+            told: None,
+        });
+        waiting.wanted = to;
+        let verdict = match self.claims(at) {
+            Ok((rooms, claims)) => arbitrate(at, &rooms, &claims).remove(&id),
+            Err(error) => {
+                // Without figures there is nothing to judge by: the kernel decides, as it would without an arbiter.
+                tracing::warn!(error, "what the node has left is not known");
+                None
+            }
+        };
+        let guarded = self.guards.get_mut(&id)?;
+        let (granted, why) = match verdict {
+            None => (Some(to), None),
+            Some(Verdict::Granted(granted)) => (Some(granted), None),
+            Some(
+                Verdict::Waits(_, why @ Why::NoRoom(_, least))
+                | Verdict::Refused(why @ Why::NoRoom(_, least)),
+            ) if least > from.per_mille(WORTH_PER_MILLE) => {
+                (Some(least.page_floor().min(to)), Some(why))
+            }
+            Some(Verdict::Waits(_, why)) => (None, Some(why)),
+            Some(Verdict::Refused(why)) => {
+                guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
+                if guarded.held_since.is_some() {
+                    self.reflex.send(Command::Release(id, Reason::NoRoom));
+                }
+                METRICS.raises_without_room.inc();
+                (None, Some(why))
+            }
+        };
+        if let Some(why) = why {
+            self.tell_of_room(id, to, why);
+        }
+        let guarded = self.guards.get_mut(&id)?;
+        if granted.is_some() || at < guarded.raise_not_before {
+            guarded.waiting = None;
+        }
+        granted
+    }
+
+    /// Tells why there is no room, once for each reason.
+    fn tell_of_room(&mut self, id: CgroupId, wanted: Bytes, why: Why) {
+        let behind = match why {
+            Why::Behind(other) | Why::WouldStrand(other) => {
+                self.guards.get(&other).map(|other| other.name.clone())
+            }
+            Why::ExceedsRoom(_) | Why::NoRoom(..) => None,
+        };
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let is_same = |told: Why| std::mem::discriminant(&told) == std::mem::discriminant(&why);
+        let Some(waiting) = &mut guarded.waiting else {
+            return;
+        };
+        if waiting.told.is_some_and(is_same) {
+            return;
+        }
+        if waiting.told.is_none() {
+            METRICS.raises_waiting.inc();
+        }
+        waiting.told = Some(why);
+        let record = Record::Waits {
+            at: now(),
+            cgroup: id,
+            wanted,
+            why,
+            behind,
+        };
+        if let Err(error) = self.ledger.append(&record) {
+            guarded.report.failed(error.to_string());
+        }
+        self.requester.record(&guarded.cgroup, &record);
+    }
+
+    /// All guarded containers, and the rooms that they are in. Use is known before what is free is read.
+    fn claims(&self, at: Nanos) -> Result<(Rooms, BTreeMap<CgroupId, Claim>), String> {
+        let mut rooms = Rooms::default();
+        let mut places: BTreeMap<&Path, Option<usize>> = BTreeMap::new();
+        let mut claims = BTreeMap::new();
+        for (&id, guarded) in &self.guards {
+            let mut own = BTreeSet::new();
+            for path in &guarded.ancestors {
+                let place = *places.entry(path.as_path()).or_insert_with(|| {
+                    let room = ancestor_room(path)?;
+                    rooms.ancestors.push(room);
+                    Some(rooms.ancestors.len() - 1)
+                });
+                own.extend(place);
+            }
+            claims.insert(id, guarded.claim(at, own));
+        }
+        rooms.node = node_room(&node_memory()?);
+        Ok((rooms, claims))
+    }
+}
+
+/// `None` for one without a limit, or that is gone.
+fn ancestor_room(path: &Path) -> Option<bellows_core::arbiter::Room> {
+    let cgroup = Cgroup::open(path).ok()?;
+    let Limit::At(limit) = cgroup.limit("memory.max").ok()? else {
+        return None;
+    };
+    let stat = cgroup.stat().ok()?;
+    Some(cgroup_room(limit, stat.usage, stat.file))
+}
+
+fn node_memory() -> Result<NodeMemory, String> {
+    let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    parse_meminfo(&text).ok_or_else(|| "/proc/meminfo has no MemTotal or MemAvailable".to_owned())
+}
+
+fn parse_meminfo(text: &str) -> Option<NodeMemory> {
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(Bytes(kib.saturating_mul(1024)))
+    };
+    let (total, available) = (field("MemTotal:")?, field("MemAvailable:")?);
+    Some(NodeMemory {
+        total,
+        available,
+        reserve: total.per_mille(RESERVE_PER_MILLE).max(LEAST_RESERVE),
+        kubelet: None,
+    })
+}
+
+/// Why there is no room, for people.
+#[must_use]
+pub fn told_why(wanted: Bytes, why: Why, behind: Option<&str>) -> String {
+    let place = |place: Place| match place {
+        Place::Node => "the node".to_owned(),
+        Place::Ancestor(_) => "a cgroup above it".to_owned(),
+    };
+    let other = behind.unwrap_or("another container");
+    match why {
+        Why::ExceedsRoom(whole) => format!("{wanted} is more than {} has: no raise", place(whole)),
+        Why::NoRoom(whole, least) => {
+            format!("no {wanted} left in {}: {least} at most", place(whole))
+        }
+        Why::Behind(_) => format!("waits for {wanted}, behind {other}"),
+        Why::WouldStrand(_) => format!("waits for {wanted}: {other} could not end without it"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_says_of_memory_is_read() {
+        let text = "MemTotal:        4000000 kB\nMemFree:          100000 kB\nMemAvailable:    2000000 kB\n";
+        let memory = parse_meminfo(text).unwrap();
+        assert_eq!(memory.available, Bytes(2_000_000 << 10));
+        assert_eq!(memory.reserve, Bytes(4_000_000 << 10).per_mille(50));
+        let small = parse_meminfo("MemTotal: 500000 kB\nMemAvailable: 1 kB\n").unwrap();
+        assert_eq!(small.reserve, LEAST_RESERVE);
+        for text in ["", "MemTotal: x kB\nMemAvailable: 1 kB", "MemTotal: 1 kB\n"] {
+            assert_eq!(parse_meminfo(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_pods_own_cgroup_is_no_room_of_somebody_elses() {
+        let path = "/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f8c_11aa.slice/cri-containerd-1.scope";
+        let cgroup = Cgroup::stand_in(Path::new(path), CgroupId(1));
+        let above: Vec<String> = ancestors(&cgroup)
+            .iter()
+            .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+            .collect();
+        assert_eq!(above, ["kubepods-burstable.slice", "kubepods.slice"]);
+    }
+}

@@ -1,0 +1,276 @@
+//! `storm`: more bursts at once than the node has memory for, beside many cgroups that do nothing.
+//!
+//! Nothing may be promised that is not there, nobody who was granted what it asked for may be killed, and whoever is not
+//! served in the end must have been told why. Who is refused dies at its limit, as it would have without Bellows: that is
+//! counted, and is no failure of the arbiter's.
+
+use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
+
+use anyhow::{Context as _, Result};
+use bellows::{
+    attribution::CGROUP_ROOT,
+    cgroup::{Cgroup, Limit},
+    clock::now,
+    ledger::Record as LedgerRecord,
+};
+use bellows_core::{Bytes, Nanos};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    bursts::burst_words,
+    pod_bursts::ledger_of,
+    record::{Records, parsed, rounded},
+};
+use crate::containers::{Machine, Spec, Standalone, Started, policy_with};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Storms.
+    #[arg(long, default_value_t = 1)]
+    n: u64,
+    /// Seed of the cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Containers that burst at once.
+    #[arg(long, default_value_t = 20)]
+    starts: u64,
+}
+
+const LIMIT: Bytes = Bytes::mib(48);
+const MAX: Bytes = Bytes::mib(512);
+/// Cgroups that do nothing.
+const QUIET: u64 = 180;
+/// From the first container's start to all bursts: so long do twenty take to be started and adopted.
+const PER_CONTAINER: Nanos = Nanos::millis(2500);
+/// How long all may take.
+const LONGEST: Nanos = Nanos::millis(240_000);
+const LOOK: Duration = Duration::from_millis(50);
+
+/// One container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Outcome {
+    peak: Bytes,
+    threads: u64,
+    /// Its exit code; `None` if it did not end.
+    code: Option<i32>,
+    oom_kill: u64,
+    highest_limit: Bytes,
+    /// Milliseconds from the beginning of the storm to its end.
+    ended_ms: Option<u64>,
+    ledger: Vec<LedgerRecord>,
+}
+
+impl Outcome {
+    fn is_served(&self) -> bool {
+        self.code == Some(0) && self.oom_kill == 0
+    }
+
+    /// Whether it was told why it is not served.
+    fn is_told(&self) -> bool {
+        let waits = |record: &&LedgerRecord| matches!(record, LedgerRecord::Waits { .. });
+        self.ledger.iter().any(|record| waits(&record))
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    index: u64,
+    seed: u64,
+    outcomes: Vec<Outcome>,
+    /// The most that was promised beyond what there was, at any look.
+    overcommit: Bytes,
+    /// What was available when the storm began, and at least.
+    available: Bytes,
+    least_available: Bytes,
+    /// Kills by the node's own want of memory.
+    global_kills: u64,
+}
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let root = Cgroup::open(Path::new(CGROUP_ROOT))?;
+    let quiet = root.create_child("quiet")?;
+    for number in 0..QUIET {
+        quiet.create_child(&format!("cgroup-{number}"))?;
+    }
+    let mut machine = Machine::start()?;
+    let mut agent = Standalone::start(&policy_with("storm", MAX, Nanos::millis(3000)))?;
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    for index in 0..options.n {
+        agent.check()?;
+        let record = storm(&mut machine, index, options, &mut random)?;
+        for outcome in &record.outcomes {
+            eprintln!(
+                "case {index}: peak {}, {} threads: code {:?}, {} kills, at most {}, ended after {:?} ms, told {}",
+                outcome.peak,
+                outcome.threads,
+                outcome.code,
+                outcome.oom_kill,
+                outcome.highest_limit,
+                outcome.ended_ms,
+                outcome.is_told(),
+            );
+        }
+        records.write(&record)?;
+    }
+    Ok(())
+}
+
+/// A container of the storm, as it is watched.
+struct Watched {
+    started: Started,
+    outcome: Outcome,
+}
+
+fn storm(
+    machine: &mut Machine,
+    index: u64,
+    options: &Options,
+    random: &mut fastrand::Rng,
+) -> Result<Record> {
+    let all_at = Nanos(now().0 + PER_CONTAINER.0 * options.starts);
+    let mut watched = Vec::new();
+    for number in 0..options.starts {
+        let peak = Bytes::mib(random.u64(200..=360));
+        let threads = random.u64(1..=2);
+        let rest = all_at.since(now()).as_millis().to_string();
+        let words = ["/bellows-guest", "load"].map(str::to_owned).into_iter();
+        let words = words.chain(burst_words(LIMIT.per_mille(500), peak, threads));
+        let more = ["--rest-ms", &rest, "--hold-ms", "1500"];
+        let started = machine.run(&Spec {
+            limit: Some(LIMIT),
+            labels: vec![("guard".to_owned(), "storm".to_owned())],
+            ..Spec::of(
+                &format!("storm-{index}-{number}"),
+                words.chain(more.map(str::to_owned)).collect(),
+            )
+        })?;
+        let outcome = Outcome {
+            peak,
+            threads,
+            code: None,
+            oom_kill: 0,
+            highest_limit: LIMIT,
+            ended_ms: None,
+            ledger: Vec::new(),
+        };
+        watched.push(Watched { started, outcome });
+    }
+    let mut record = Record {
+        index,
+        seed: options.seed,
+        outcomes: Vec::new(),
+        overcommit: Bytes::ZERO,
+        available: available()?,
+        least_available: Bytes(u64::MAX),
+        global_kills: 0,
+    };
+    let kills_before = node_kills()?;
+    watch(machine, &mut watched, all_at, &mut record)?;
+    let own: u64 = watched.iter().map(|one| one.outcome.oom_kill).sum();
+    record.global_kills = node_kills()?
+        .saturating_sub(kills_before)
+        .saturating_sub(own);
+    for Watched {
+        started,
+        mut outcome,
+    } in watched
+    {
+        outcome.ledger = ledger_of(started.cgroup.id());
+        machine.remove(&started)?;
+        record.outcomes.push(outcome);
+    }
+    Ok(record)
+}
+
+/// Looks at all until all have ended.
+fn watch(
+    machine: &Machine,
+    watched: &mut [Watched],
+    all_at: Nanos,
+    record: &mut Record,
+) -> Result<()> {
+    while now().since(all_at) < LONGEST && watched.iter().any(|one| one.outcome.code.is_none()) {
+        let mut promised = Bytes::ZERO;
+        let mut alive = Vec::new();
+        for (number, one) in watched.iter_mut().enumerate() {
+            if one.outcome.code.is_some() {
+                continue;
+            }
+            let cgroup = &one.started.cgroup;
+            // One that has just ended is asked for below.
+            if let (Ok(Limit::At(limit)), Ok(usage), Ok(events)) =
+                (cgroup.limit("memory.max"), cgroup.usage(), cgroup.events())
+            {
+                one.outcome.highest_limit = one.outcome.highest_limit.max(limit);
+                one.outcome.oom_kill = one.outcome.oom_kill.max(events.oom_kill);
+                if limit > LIMIT {
+                    promised = promised.plus(limit.minus(usage));
+                }
+            }
+            if !cgroup.populated().unwrap_or(false) {
+                alive.push(number);
+            }
+        }
+        for number in alive {
+            let one = &mut watched[number];
+            if let Some(code) = machine.exit_code(&one.started)? {
+                one.outcome.code = Some(code);
+                one.outcome.ended_ms = Some(now().since(all_at).as_millis());
+            }
+        }
+        let available = available()?;
+        record.least_available = record.least_available.min(available);
+        record.overcommit = record.overcommit.max(promised.minus(available));
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// A field of a file of names and numbers.
+fn field(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path)?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.with_context(|| format!("{path} has no {name}"))
+}
+
+fn available() -> Result<Bytes> {
+    Ok(Bytes(field("/proc/meminfo", "MemAvailable:")? << 10))
+}
+
+/// Processes that were killed for want of memory, in a cgroup or on the node.
+fn node_kills() -> Result<u64> {
+    field("/proc/vmstat", "oom_kill ")
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let records: Vec<Record> = parsed(records)?;
+    let all = || records.iter().flat_map(|record| &record.outcomes);
+    let count = |is_so: &dyn Fn(&Outcome) -> bool| all().filter(|outcome| is_so(outcome)).count();
+    let ended: BTreeMap<u64, u64> = records
+        .iter()
+        .map(|record| {
+            let ended = record
+                .outcomes
+                .iter()
+                .filter_map(|outcome| outcome.ended_ms);
+            (record.index, ended.max().unwrap_or(0))
+        })
+        .collect();
+    Ok(json!({
+        "bursts": all().count(),
+        "served": count(&Outcome::is_served),
+        "kills": count(&|outcome| outcome.oom_kill > 0),
+        "kills_granted": count(&|outcome| outcome.oom_kill > 0 && outcome.highest_limit > outcome.peak),
+        "starved": count(&|outcome| !outcome.is_served() && !outcome.is_told()),
+        "told": count(&Outcome::is_told),
+        "overcommit_bytes": records.iter().map(|record| record.overcommit.0).max(),
+        "global_kills": records.iter().map(|record| record.global_kills).sum::<u64>(),
+        "available_mib": records.iter().map(|record| record.available.0 >> 20).min(),
+        "least_available_mib": records.iter().map(|record| record.least_available.0 >> 20).min(),
+        "needed_mib": all().map(|outcome| outcome.peak.0 >> 20).sum::<u64>(),
+        "ended_max_s": rounded(ended.values().max().map_or(0.0, |&ms| ms as f64 / 1000.0)),
+    }))
+}
