@@ -265,6 +265,15 @@ impl Boosts {
         }
     }
 
+    /// A process has ended, and what it had begun goes on: these take its place.
+    pub fn hand_on(&mut self, process: u32, heirs: &[u32]) {
+        for boost in &mut self.0 {
+            if boost.processes.remove(&process) {
+                boost.processes.extend(heirs);
+            }
+        }
+    }
+
     /// Ends what is over at this time with this load, and what is not among the rules; returns what has ended.
     pub fn look(&mut self, rules: &[BoostRules], at: Nanos, load: Load) -> Vec<(BoostRules, End)> {
         let mut ended = Vec::new();
@@ -407,7 +416,13 @@ mod tests {
         boosts.exit(8);
         assert_eq!(end(&mut boosts, &rules, 4, QUIET), None);
         assert_eq!(boosts.memory(), Some(Bytes::mib(1024)));
-        boosts.exit(9);
+        // It has ended, and what it had begun has not.
+        boosts.hand_on(9, &[11, 12]);
+        boosts.hand_on(77, &[78]);
+        assert_eq!(boosts.processes().collect::<Vec<_>>(), [11, 12]);
+        boosts.exit(11);
+        assert_eq!(end(&mut boosts, &rules, 5, QUIET), None);
+        boosts.hand_on(12, &[]);
         assert_eq!(end(&mut boosts, &rules, 5, QUIET), Some(End::Exited));
         assert_eq!(boosts.memory(), None);
     }

@@ -65,6 +65,8 @@ pub struct Container {
     pub name: String,
     /// The runtime's id while it runs.
     pub id: Option<String>,
+    /// Whether it is ready; `None` without a readiness probe: it is said to be at once then.
+    pub is_ready: Option<bool>,
     /// When it was started, in seconds since 1970, while it runs.
     pub started_at: Option<u64>,
     /// `resources.limits.memory` as written.

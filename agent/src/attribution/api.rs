@@ -37,6 +37,7 @@ pub(super) struct Container {
     pub(super) resize_policy: Option<Vec<ResizePolicy>>,
     pub(super) liveness_probe: Option<Probe>,
     pub(super) startup_probe: Option<Probe>,
+    pub(super) readiness_probe: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -120,6 +121,7 @@ pub(super) struct ContainerStatus {
     #[serde(rename = "containerID")]
     pub(super) container_id: Option<String>,
     pub(super) state: Option<State>,
+    pub(super) ready: Option<bool>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

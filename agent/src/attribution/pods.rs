@@ -38,6 +38,10 @@ pub fn convert(pod: &api::Pod) -> Pod {
             id: running
                 .and_then(|status| status.container_id.as_deref())
                 .map(|id| container_id(id).to_owned()),
+            is_ready: container.readiness_probe.is_some().then(|| {
+                let ready = running.and_then(|status| status.ready);
+                ready.unwrap_or(false)
+            }),
             started_at: running
                 .and_then(|status| status.state.as_ref()?.running.as_ref()?.started_at.as_ref())
                 .and_then(|time| u64::try_from(time.0.as_second()).ok()),

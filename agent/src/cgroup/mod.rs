@@ -454,6 +454,20 @@ impl Cgroup {
             .try_for_each(|child| child?.kill_one_by_one())
     }
 
+    /// The processes in it and below; those below that cannot be read are left out.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when its own cannot be read.
+    pub fn processes(&self) -> Result<Vec<u32>, CgroupError> {
+        let own = self.read("cgroup.procs")?;
+        let mut all: Vec<u32> = own.lines().filter_map(|line| line.parse().ok()).collect();
+        for child in self.children().filter_map(Result::ok) {
+            all.extend(child.processes().unwrap_or_default());
+        }
+        Ok(all)
+    }
+
     /// A process in it or below; `None` if there is none.
     #[must_use]
     pub fn a_process(&self) -> Option<u32> {

@@ -15,6 +15,7 @@ mod ready;
 mod row;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -93,6 +94,8 @@ pub struct Rules {
     pub boosts: Arc<[BoostRules]>,
     /// Whether it is made, and its runtime has not started it yet.
     pub is_starting: bool,
+    /// Whether it is ready, where somebody else finds that out; `None` where it is asked itself.
+    pub is_ready: Option<bool>,
 }
 
 /// A cgroup whose quota is moved.

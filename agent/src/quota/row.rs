@@ -13,7 +13,11 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-use super::{Rules, Setter, Watched, ready::Probe};
+use super::{
+    Rules, Setter, Watched,
+    ready::Probe,
+    tree::{Tree, living},
+};
 use crate::{
     attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, CgroupError},
@@ -54,6 +58,8 @@ pub(super) struct Row {
     is_waiting: bool,
     /// The processes that boosts are for.
     processes: BTreeMap<u32, OwnedFd>,
+    /// What has come of them.
+    trees: BTreeMap<u32, Tree>,
     /// Who asks whether the service is ready, and where.
     probe: Option<(Ready, Probe)>,
     /// What failed last: told once.
@@ -84,6 +90,7 @@ impl Row {
             waited: None,
             is_waiting: false,
             processes: BTreeMap::new(),
+            trees: BTreeMap::new(),
             probe: None,
             failure: None,
         };
@@ -122,9 +129,21 @@ impl Row {
         self.quota = self.cgroup.quota()?.map(|quota| quota.cpu);
         if !self.boosts.is_empty() {
             self.look_at_waiting(at);
+            self.look_at_trees();
         }
         let before = std::mem::replace(&mut self.throttled, counters.throttled);
         Ok(counters.throttled > before)
+    }
+
+    fn look_at_trees(&mut self) {
+        if self.trees.is_empty() {
+            return;
+        }
+        // What cannot be read is not taken for ended.
+        if let Ok(processes) = self.cgroup.processes() {
+            let living = living(processes.into_iter());
+            self.trees.values_mut().for_each(|tree| tree.look(&living));
+        }
     }
 
     /// Without PSI nobody is known to wait.
@@ -199,7 +218,10 @@ impl Row {
         match opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
             // Its number may have been given to another meanwhile.
             Ok(_) if !is_in(process, &self.cgroup) => self.boosts.exit(process),
-            Ok(descriptor) => drop(self.processes.insert(process, descriptor)),
+            Ok(descriptor) => {
+                self.processes.insert(process, descriptor);
+                self.trees.insert(process, Tree::of(process));
+            }
             Err(Errno::SRCH) => self.boosts.exit(process),
             Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
         }
@@ -207,7 +229,8 @@ impl Row {
 
     /// Asks whether the service is ready, if a boost waits for that, and nobody else.
     pub(super) fn ask(&mut self, wake: &Wake) {
-        let wanted = self.boosts.asks().filter(|_| !self.rules.is_starting);
+        let is_asked = !self.rules.is_starting && self.rules.is_ready.is_none();
+        let wanted = self.boosts.asks().filter(|_| is_asked);
         let asked = self.probe.as_ref().map(|(asked, _)| asked);
         if wanted == asked {
             return;
@@ -231,7 +254,16 @@ impl Row {
         let gone: Vec<u32> = gone.map(|(&process, _)| process).collect();
         for process in gone {
             self.processes.remove(&process);
-            self.boosts.exit(process);
+            let tree = self.trees.remove(&process).unwrap_or_default();
+            let heirs: Vec<u32> = tree.ids().filter(|&heir| heir != process).collect();
+            self.boosts.hand_on(process, &heirs);
+            // Those that have ended, too, are taken out again.
+            heirs.into_iter().for_each(|heir| self.follow(heir));
+        }
+        if self.rules.is_ready == Some(true) {
+            while let Some(ready) = self.boosts.asks().cloned() {
+                self.boosts.ready(&ready);
+            }
         }
         if let Some((ready, probe)) = &self.probe
             && probe.is_ready()
@@ -251,6 +283,7 @@ impl Row {
         }
         if self.boosts.is_empty() {
             self.processes.clear();
+            self.trees.clear();
             self.waited = None;
             self.is_waiting = false;
         }

@@ -73,6 +73,7 @@ fn rules(boosts: &[BoostRules], is_starting: bool, has_quota: bool) -> Rules {
         }),
         boosts: Arc::from(boosts),
         is_starting,
+        is_ready: None,
     }
 }
 
@@ -240,4 +241,24 @@ fn a_program_that_has_ended_before_it_is_followed_is_lent_nothing_for_long() {
         .executed(id, &[executed("cc"), executed("/usr/bin/make")]);
     assert!(bed.row().boosts.is_empty());
     assert_eq!((bed.quota(), bed.noted()), (REST, None));
+}
+
+#[test]
+fn where_somebody_else_says_that_it_is_ready_nobody_is_asked() {
+    let mut bed = Bed::new("told-ready");
+    let mut lent = boost(Trigger::Start);
+    lent.until.ready = Some(bellows_core::boost::Ready {
+        port: 1,
+        path: None,
+    });
+    let told = |is_ready| Rules {
+        is_ready: Some(is_ready),
+        ..rules(&[lent.clone()], false, true)
+    };
+    bed.watch(told(false), true);
+    bed.look();
+    assert_eq!(bed.row().boosts.cpu(), Some(LENT));
+    bed.row().rules = told(true);
+    bed.look();
+    assert!(bed.row().boosts.is_empty());
 }

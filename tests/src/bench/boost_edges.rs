@@ -71,11 +71,16 @@ fn program(bed: &mut Bed) -> Result<()> {
     let policies = policy_of(
         "program",
         &format!(
-            "boosts: [{{on: {{exec: sleep, arguments: ['30']}}, {lent}, until: {{exit: true, atMost: 5m}}}}]"
+            "boosts: [{{on: {{exec: dash, arguments: ['-e']}}, {lent}, until: {{exit: true, atMost: 5m}}}}]"
         ),
     );
     restart(bed, &policies)?;
-    let words = ["/bin/sh", "-c", "sleep 5; sleep 30; sleep 600"];
+    // The program ends after a moment; what it has begun goes on.
+    let words = [
+        "/bin/sh",
+        "-c",
+        "sleep 5; /bin/dash -e -c 'sleep 40 & sleep 3'; sleep 600",
+    ];
     let started = bed.machine.run(&spec("program", "program", &words))?;
     thread::sleep(Duration::from_secs(3));
     ensure!(!lent_cpu(&started)?, "another program is lent something");

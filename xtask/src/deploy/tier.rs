@@ -140,7 +140,8 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         ensure!(context["allowPrivilegeEscalation"] == false);
         ensure!(context["capabilities"]["drop"] == json!(["ALL"]));
     }
-    for field in ["hostNetwork", "hostPID", "hostIPC"] {
+    ensure!((spec["hostPID"] == true) == (values["hostPID"] == true));
+    for field in ["hostNetwork", "hostIPC"] {
         ensure!(spec[field].is_null(), "{field}");
     }
     let volumes = spec["volumes"].as_array().context("no volumes")?;

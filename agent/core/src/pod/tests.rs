@@ -16,6 +16,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             id: Some("c1".to_owned()),
             memory_limit: Some("64Mi".to_owned()),
             memory_request: Some("16Mi".to_owned()),
+            is_ready: None,
             started_at: None,
             cpu_limit: None,
             cpu_limit_manager: None,

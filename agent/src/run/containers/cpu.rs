@@ -70,6 +70,7 @@ impl Watch {
             cpu: policy,
             boosts: Arc::from(boosts),
             is_starting: known.is_starting,
+            is_ready: None,
         };
         match known.rules.replace(wanted.clone()) {
             Some(before) if before == wanted && is_at_rest => {}

@@ -7,6 +7,7 @@
 //! the boost begins when the API says that the container runs.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -14,7 +15,7 @@ use std::{
 
 use bellows_core::{
     Bytes, Cpu,
-    boost::Boosts,
+    boost::{BoostRules, Boosts, Trigger},
     cpu::CpuPolicy,
     moved::MovedLimit,
     pod::{self, CpuWish, Level, ORIGINAL_CPU},
@@ -173,13 +174,12 @@ impl Watch {
         seen: &mut pod::Pod,
         wish: &CpuWish,
     ) -> Result<(), String> {
-        if wish.boosts.iter().any(|boost| boost.memory.is_some()) {
-            let why = "memory of a boost is not lent to pods yet: only its cpu is".to_owned();
-            if self.cpu_refused.get(key) != Some(&why) {
-                self.events
-                    .refused(pod, "BoostMemoryNotSupported", why.clone());
-                self.cpu_refused.insert(key.clone(), why);
-            }
+        if let Some(why) = lost(seen, wish)
+            && self.cpu_refused.get(key).map(String::as_str) != Some(why)
+        {
+            self.events
+                .refused(pod, "BoostPartlySupported", why.to_owned());
+            self.cpu_refused.insert(key.clone(), why.to_owned());
         }
         let found = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
         let starting = self.starting.get(key).cloned();
@@ -322,7 +322,10 @@ impl Watch {
         is_starting: bool,
     ) {
         let at_rest = wish.original;
+        let ready = seen.containers.get(wish.index);
+        let ready = ready.and_then(|container| container.is_ready);
         let wanted = Rules {
+            is_ready: Some(ready.unwrap_or(false) && !is_starting),
             cpu: Some(CpuPolicy {
                 at_rest,
                 max: wish.rules.map_or(at_rest, |rules| rules.max),
@@ -392,6 +395,7 @@ impl Watch {
             }),
             boosts: Arc::from([]),
             is_starting: false,
+            is_ready: Some(false),
         };
         if let Some(known) = self.cpus.get_mut(key)
             && known.rules.as_ref() != Some(&rules)
@@ -433,6 +437,38 @@ impl Watch {
             Some(Arc::new(PodCgroup::new(cgroup, records)))
         })
     }
+}
+
+/// What of a boost cannot be had for a pod, for people.
+fn lost(seen: &pod::Pod, wish: &CpuWish) -> Option<&'static str> {
+    let any = |is_so: &dyn Fn(&BoostRules) -> bool| wish.boosts.iter().any(is_so);
+    let has_probe = seen
+        .containers
+        .get(wish.index)
+        .is_some_and(|container| container.is_ready.is_some());
+    if any(&|boost| boost.memory.is_some()) {
+        Some("memory of a boost is not lent to pods: only its cpu is")
+    } else if any(&|boost| boost.until.ready.is_some()) && !has_probe {
+        Some(
+            "a boost is to end when the container is ready, but that has no readiness probe: it ends otherwise",
+        )
+    } else if any(&|boost| boost.until.exit || asks_for_arguments(boost)) && !sees_processes() {
+        Some(
+            "a boost asks for a program's arguments or waits for its end, but the agent does not see the node's processes: set hostPID for it",
+        )
+    } else {
+        None
+    }
+}
+
+fn asks_for_arguments(boost: &BoostRules) -> bool {
+    matches!(&boost.on, Trigger::Exec(program) if !program.arguments.is_empty())
+}
+
+/// Whether this process is in the node's own namespace of processes (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
+fn sees_processes() -> bool {
+    const NODES_OWN: &str = "pid:[4026531836]";
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|own| own == Path::new(NODES_OWN))
 }
 
 /// A quota that is `quota` now, and was what the pod says.
