@@ -112,6 +112,8 @@ pub struct Pod {
     pub has_cpu_limit: bool,
     /// Whether the kubelet says that there is no room for what the spec says (PodResizePending, 1.33 and later).
     pub is_resize_pending: bool,
+    /// Whether it is about to carry that out, or tries to (PodResizeInProgress).
+    pub is_resize_in_progress: bool,
     /// Its priority (`spec.priority`), 0 without one.
     pub priority: i32,
     /// Whether the kubelet made it from a file: the API cannot resize it.

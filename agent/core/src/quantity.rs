@@ -72,15 +72,21 @@ fn exponent(suffix: &str) -> Option<(u128, u128)> {
 /// (`ValidateResourceQuantityValue` of cpu), so that is refused too.
 pub fn parse_cpu(text: &str) -> Result<Cpu, String> {
     let trimmed = text.trim();
-    let (number, numerator) = match trimmed.strip_suffix('m') {
-        Some(number) => (number, 1),
-        None => (trimmed, 1000),
+    let end = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, suffix) = trimmed.split_at(end);
+    let unit = match suffix {
+        "" => Some((1000, 1)),
+        "m" => Some((1, 1)),
+        other => exponent(other).and_then(|(up, down)| Some((up.checked_mul(1000)?, down))),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let digits = |text: &str| text.chars().all(|c| c.is_ascii_digit());
     let is_number = digits(whole) && digits(fraction) && !(whole.is_empty() && fraction.is_empty());
     // Thousandths of thousandths: none may be left.
-    let millionths = scale(whole, fraction, numerator * 1000, 1).filter(|_| is_number);
+    let scaled = unit.and_then(|(up, down)| scale(whole, fraction, up.checked_mul(1000)?, down));
+    let millionths = scaled.filter(|_| is_number);
     match millionths.and_then(|millionths| u64::try_from(millionths).ok()) {
         Some(millionths) if millionths % 1000 == 0 && millionths <= LARGEST_CPU => {
             Ok(Cpu(millionths))
@@ -157,6 +163,9 @@ mod tests {
         for (text, millis) in [
             ("2", 2000),
             ("250m", 250),
+            ("1e-1", 100),
+            ("100e-3", 100),
+            ("1e1", 10_000),
             (" 1.5 ", 1500),
             ("0.001", 1),
             (".5", 500),
@@ -170,7 +179,9 @@ mod tests {
             ".",
             "-1",
             "+1",
-            "1e3",
+            "1e7",
+            "1e-4",
+            "1e",
             "0.5m",
             "0.0001",
             "1k",

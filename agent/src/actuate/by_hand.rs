@@ -11,7 +11,10 @@
 //!
 //! It must not lower what usage does not fit.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bellows_core::Bytes;
 use serde::{Deserialize, Serialize};
@@ -30,6 +33,8 @@ pub struct ByHand {
     pub path: PathBuf,
     /// The limit before: what its owner knows.
     pub before: Bytes,
+    /// The limit that was written last: another was set by somebody else, and stays.
+    pub to: Bytes,
     /// The limit of the pod's cgroup before, where that had to be moved.
     pub pod_before: Option<Bytes>,
 }
@@ -40,13 +45,20 @@ impl Recorded for ByHand {
     }
 }
 
-/// Limits that were written by hand.
+/// Limits that were written by hand; clones share what they know.
 #[derive(Clone, Debug)]
-pub struct ByHands(Records<ByHand>);
+pub struct ByHands {
+    records: Records<ByHand>,
+    /// Held from when what a pod needs is computed until that is written.
+    writing: Arc<Mutex<()>>,
+}
 
 impl Default for ByHands {
     fn default() -> Self {
-        Self(Records::by_hand())
+        Self {
+            records: Records::by_hand(),
+            writing: Arc::default(),
+        }
     }
 }
 
@@ -54,18 +66,18 @@ impl ByHands {
     /// Whether a cgroup's limit is one.
     #[must_use]
     pub fn contains(&self, cgroup: &Path) -> bool {
-        self.0.read(key_of(cgroup)).is_some()
+        self.records.read(key_of(cgroup)).is_some()
     }
 
     /// All of them.
     #[must_use]
     pub fn all(&self) -> Vec<ByHand> {
-        self.0.all()
+        self.records.all()
     }
 
     /// Its owner knows the limit, or it is gone.
     pub fn is_known(&self, cgroup: &Path) {
-        self.0.remove(key_of(cgroup));
+        self.records.remove(key_of(cgroup));
     }
 
     /// Raises a limit, and before it that of the pod where that follows. Nothing is reclaimed by this.
@@ -80,21 +92,24 @@ impl ByHands {
         before: Bytes,
         with_pod: bool,
     ) -> Result<(), String> {
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let pod = if with_pod { pod_of(cgroup)? } else { None };
-        let known = self.0.read(key_of(cgroup.path()));
-        let record = known.unwrap_or_else(|| ByHand {
+        let known = self.records.read(key_of(cgroup.path()));
+        let mut record = known.unwrap_or_else(|| ByHand {
             path: cgroup.path().to_owned(),
             before,
+            to,
             pod_before: pod.as_ref().map(|(_, limit)| *limit),
         });
-        self.0.write(&record).map_err(text)?;
+        record.to = to;
+        self.records.write(&record).map_err(text)?;
         if let Some((pod, limit)) = pod {
-            let needed = sum_in(
-                &pod,
-                |child, limit| {
-                    if child.id() == cgroup.id() { to } else { limit }
-                },
-            );
+            let own = |child: &Cgroup, limit| {
+                if child.id() == cgroup.id() { to } else { limit }
+            };
+            // Containers that are about to be started again have no cgroup now.
+            let before = record.pod_before.unwrap_or(limit);
+            let needed = sum_in(&pod, own).max(before.plus(to.minus(record.before)));
             if limit < needed {
                 pod.set_limit("memory.max", Limit::At(needed))
                     .map_err(text)?;
@@ -114,35 +129,72 @@ impl ByHands {
     ///
     /// [`CgroupError`]; what is written down stays.
     pub fn lower(&self, cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
-        if cgroup.limit_in_force()? > to {
+        let key = key_of(cgroup.path());
+        let Some(record) = self.records.read(key) else {
+            return Ok(true);
+        };
+        let is_ours = |limit: Bytes| limit == record.to;
+        if is_ours(cgroup.limit_in_force()?) && to < record.to {
+            // Gibibytes of page cache take seconds: nobody else waits for that.
             if !shrink::make_room_in(cgroup, to)? {
                 return Ok(false);
             }
-            cgroup.set_limit_and_heirs(to)?;
-        }
-        let key = key_of(cgroup.path());
-        let before = self.0.read(key).and_then(|record| record.pod_before);
-        if let Some(before) = before
-            && let Ok(Some((pod, limit))) = pod_of(cgroup)
-        {
-            let to = sum_in(&pod, |_, limit| limit).max(before);
-            if limit > to {
-                if !shrink::make_room_in(&pod, to)? {
+            let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            if is_ours(cgroup.limit_in_force()?) {
+                if !shrink::fits(cgroup, to)? {
                     return Ok(false);
                 }
-                pod.set_limit("memory.max", Limit::At(to))?;
+                cgroup.set_limit_and_heirs(to)?;
             }
         }
-        self.0.remove(key);
+        if let Some(before) = record.pod_before
+            && !self.lower_pod(cgroup, before)?
+        {
+            return Ok(false);
+        }
+        self.records.remove(key);
         Ok(true)
     }
 
-    /// Lowers limits that nobody is responsible for any more; returns whether any is left.
-    pub fn lower_left(&self, is_cared_for: impl Fn(&Path) -> bool) -> bool {
+    /// Brings the limit of a container's pod down to what its containers have, and no further than it was.
+    fn lower_pod(&self, cgroup: &Cgroup, before: Bytes) -> Result<bool, CgroupError> {
+        let Ok(Some((pod, limit))) = pod_of(cgroup) else {
+            return Ok(true);
+        };
+        let needed = || sum_in(&pod, |_, limit| limit).max(before);
+        if limit <= needed() {
+            return Ok(true);
+        }
+        if !shrink::make_room_in(&pod, needed())? {
+            return Ok(false);
+        }
+        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another of its containers may have been raised meanwhile.
+        let to = needed();
+        if !shrink::fits(&pod, to)? {
+            return Ok(false);
+        }
+        if to < limit {
+            pod.set_limit("memory.max", Limit::At(to))?;
+        }
+        Ok(true)
+    }
+
+    /// Lowers limits that nobody is responsible for any more, but for those that somebody may yet come to be responsible
+    /// for; returns whether any is left.
+    pub fn lower_left(
+        &self,
+        is_cared_for: impl Fn(&Path) -> bool,
+        is_pending: impl Fn(&Path) -> bool,
+    ) -> bool {
         let left = self.all().into_iter();
         let left = left.filter(|left| !is_cared_for(&left.path));
         let mut is_any_left = false;
         for ByHand { path, before, .. } in left {
+            if is_pending(&path) {
+                is_any_left = true;
+                continue;
+            }
             let lowered = match Cgroup::open(&path).and_then(Cgroup::with_heirs) {
                 Ok(cgroup) => self.lower(&cgroup, before),
                 Err(error) => Err(error),

@@ -206,19 +206,21 @@ impl CpuResizer {
         };
         let level = Level::Container(target.index);
         let own = Change::cpu(level, target.limit.clone(), to);
+        let begun = self.memory.begins_in(&target.uid, None);
         let by_hand = self.memory.by_hand_in(&target.uid);
         let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
         let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let (parameters, patch) = (parameters(), limits_patch(&target.uid, &changes));
         let patched = pods.patch_resize(&target.name, &parameters, &patch);
-        let begun = self.memory.begins_in(&target.uid, None);
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
         let is_uncertain = is_uncertain(&patched);
-        self.memory.ends_in(begun, is_uncertain);
         counted(&patched);
+        if let Ok(Ok(patched)) = &patched {
+            self.memory.is_taken_in(&target.uid, patched);
+        }
+        self.memory.ends_in(begun, is_uncertain);
         match patched {
             Ok(Ok(patched)) => {
-                self.memory.is_taken_in(&target.uid, &patched);
                 self.is_in_spec(id, target.index, &patched);
                 Ok(())
             }

@@ -85,10 +85,14 @@ pub struct Target {
     /// The smallest that was asked for without a certain answer: an API server that was given up may still carry it out
     /// (seen: a patch that was waited for 8 s, and stored when etcd went on).
     uncertain: Option<Bytes>,
-    /// What the API took last, and when.
-    taken: Option<(Bytes, Instant)>,
+    /// What the API took of late, and when: the kubelet may be about to carry out the one before the last.
+    taken: Vec<(Bytes, Instant)>,
     /// Whether a task asks the API to say what was raised by hand.
     is_agreeing: bool,
+    /// Whether the API refuses to: it is not asked for beside what others ask for.
+    is_refused: bool,
+    /// Whether the kubelet is about to carry out what the spec says, or tries to.
+    pub is_in_progress: bool,
     /// One request of a pod at a time: a raise must not overtake the lowering that it answers, and the kubelet carries
     /// out all of a pod's resize or nothing of it.
     pub order: Order,
@@ -112,8 +116,10 @@ impl Target {
             is_pending: pod.is_resize_pending,
             asking: Vec::new(),
             uncertain: None,
-            taken: None,
+            taken: Vec::new(),
             is_agreeing: false,
+            is_refused: false,
+            is_in_progress: pod.is_resize_in_progress,
             order,
         }
     }
@@ -124,13 +130,26 @@ impl Target {
         Some(limit.page_floor())
     }
 
+    /// The API has taken a limit.
+    fn takes(&mut self, limit: Bytes) {
+        self.taken.retain(|(_, at)| at.elapsed() < CARRIED_OUT);
+        self.taken.push((limit, Instant::now()));
+    }
+
+    /// Whether the API has taken something so lately that what it says of the pod may be older.
+    #[must_use]
+    pub fn was_just_taken(&self) -> bool {
+        let mut taken = self.taken.iter();
+        taken.any(|(_, at)| at.elapsed() < CARRIED_OUT)
+    }
+
     fn may_come(&mut self, limit: Bytes) {
         let least = self.uncertain.map_or(limit, |other| other.min(limit));
         self.uncertain = Some(least);
     }
 
     fn by_hand_change(&self) -> Option<Change> {
-        let to = quantity::format(self.by_hand?);
+        let to = quantity::format(self.by_hand.filter(|_| !self.is_refused)?);
         Some(Change::memory(self.level, self.limit.clone(), to))
     }
 
@@ -141,9 +160,9 @@ impl Target {
         let is_below = |limit: Bytes| limit.page_floor() < to.page_floor();
         let mut may_come = self.asking.iter().copied().chain(self.uncertain);
         let is_asking = may_come.any(is_below);
-        let is_coming = self
-            .taken
-            .is_some_and(|(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT);
+        let mut taken = self.taken.iter();
+        let is_coming = taken.any(|&(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT)
+            || (self.is_in_progress && self.in_spec().is_some_and(is_below));
         if is_asking || is_coming {
             ByHand::NotYet
         } else {
@@ -239,6 +258,23 @@ impl Resizer {
         }
     }
 
+    /// Limits that were written by hand.
+    #[must_use]
+    pub const fn by_hands(&self) -> &ByHands {
+        &self.by_hands
+    }
+
+    /// A limit is somebody else's: what was written by hand is not ours to undo.
+    pub fn is_theirs(&self, cgroup: CgroupId) {
+        let path = self.targets.of(cgroup, |target| {
+            target.by_hand = None;
+            target.cgroup.path().to_owned()
+        });
+        if let Some(path) = path {
+            self.by_hands.is_known(&path);
+        }
+    }
+
     /// What may be asked for.
     #[must_use]
     pub const fn targets(&self) -> &Targets<Target> {
@@ -303,22 +339,37 @@ impl Resizer {
     async fn catch_up(&self, cgroup: CgroupId) -> Result<bool, Refused> {
         let target = self.target(cgroup, |target| target.clone())?;
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
-        let pod = pods
-            .get(&target.name)
-            .await
-            .map_err(|error| refusal(&error).0)?;
-        let is_ours = limit_manager(&pod, &target.container).as_deref() == Some(MANAGER);
-        let Some(limit) = limit_at(&pod, target.level).filter(|_| is_ours) else {
-            return Ok(false);
+        let pod = match timeout(RESIZE_TIMEOUT, pods.get(&target.name)).await {
+            Ok(Ok(pod)) => pod,
+            Ok(Err(error)) => return Err(refusal(&error).0),
+            Err(_elapsed) => return Err(silent()),
         };
-        self.target(cgroup, |target| {
-            let is_new = target.limit != limit;
-            target.limit = limit;
-            // Whatever it was, it has come or will not.
-            target.uncertain = None;
-            target.taken = target.in_spec().map(|limit| (limit, Instant::now()));
-            is_new
-        })
+        let mut is_any_new = false;
+        for own in self.of_pod(&target.uid) {
+            let theirs = self.targets.of(own, |target| {
+                let limit = limit_at(&pod, target.level)?;
+                let manager = limit_manager(&pod, &target.container);
+                let is_ours = manager.as_deref() == Some(MANAGER);
+                let is_new = target.limit != limit;
+                if is_new && !is_ours && own == cgroup {
+                    // Whoever watches the pod takes it over.
+                    return None;
+                }
+                is_any_new |= is_new;
+                target.limit = limit;
+                // Whatever was asked for, it has come or will not.
+                target.uncertain = None;
+                if let Some(limit) = target.in_spec() {
+                    target.takes(limit);
+                }
+                let is_theirs = is_new && !is_ours && target.by_hand.take().is_some();
+                is_theirs.then(|| target.cgroup.path().to_owned())
+            });
+            if let Some(path) = theirs.flatten() {
+                self.by_hands.is_known(&path);
+            }
+        }
+        Ok(is_any_new)
     }
 
     async fn patch(
@@ -339,6 +390,7 @@ impl Resizer {
             })
             .map_err(|refused| (refused, None))?;
         let own = Change::memory(target.level, target.limit.clone(), value.clone());
+        let begun = self.begins_in(&target.uid, Some(cgroup));
         let by_hand = self.by_hand_beside(cgroup, &beside);
         let others = beside.values().chain(&by_hand).cloned();
         let changes: Vec<Change> = [own].into_iter().chain(others).collect();
@@ -346,9 +398,8 @@ impl Resizer {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let parameters = parameters();
         let patched = pods.patch_resize(&target.name, &parameters, &patch);
-        let begun = self.begins_in(&target.uid, Some(cgroup));
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
-        self.ends_in(begun, is_uncertain(&patched));
+        let is_uncertain = is_uncertain(&patched);
         counted(&patched);
         let (refused, code) = match patched {
             Ok(Ok(patched)) => {
@@ -356,20 +407,14 @@ impl Resizer {
                     self.note(cgroup, |target| target.limit = change.to);
                 }
                 self.is_taken_in(&target.uid, &patched);
+                self.ends_in(begun, false);
                 return Ok(());
             }
             Ok(Err(error)) => refusal(&error),
-            Err(_elapsed) => {
-                let why = format!("no answer within {} s", RESIZE_TIMEOUT.as_secs());
-                let refused = Refused {
-                    why,
-                    uncertain: true,
-                    is_passing: true,
-                };
-                (refused, None)
-            }
+            Err(_elapsed) => (silent(), None),
         };
-        if refused.uncertain {
+        self.ends_in(begun, is_uncertain);
+        if is_uncertain {
             self.note(cgroup, |target| target.may_come(to));
         }
         let (namespace, name, why) = (&target.namespace, &target.name, &refused.why);
@@ -397,9 +442,10 @@ impl Resizer {
             target.limit = limit_at(patched, target.level)?;
             target.uncertain = None;
             let in_spec = target.in_spec()?;
-            target.taken = Some((in_spec, Instant::now()));
-            // Whatever it is: the kubelet sets it, and the pod's with it.
-            target.by_hand.take()?;
+            target.takes(in_spec);
+            // One that was written since the request was made is asked for again.
+            target.by_hand.take_if(|by_hand| *by_hand <= in_spec)?;
+            target.is_refused = false;
             Some(target.cgroup.path().to_owned())
         });
         if let Some(path) = agreed.flatten() {
@@ -531,7 +577,10 @@ impl Resizer {
                         why,
                         "the API refuses what was raised by hand: it is lowered when the burst is over"
                     );
-                    return self.note(cgroup, |target| target.is_agreeing = false);
+                    return self.note(cgroup, |target| {
+                        target.is_agreeing = false;
+                        target.is_refused = true;
+                    });
                 }
             }
         }
@@ -673,6 +722,14 @@ fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
     )
 }
 
+fn silent() -> Refused {
+    Refused {
+        why: format!("no answer within {} s", RESIZE_TIMEOUT.as_secs()),
+        uncertain: true,
+        is_passing: true,
+    }
+}
+
 /// Whether nothing can have reached the API: there was no connection.
 fn was_not_sent(error: &kube::Error) -> bool {
     let error: &(dyn std::error::Error + 'static) = error;
@@ -718,7 +775,10 @@ impl Requester for Resizer {
         let to = to.page_floor();
         self.by_hands
             .raise(&target.cgroup, to, before, target.pod_follows)?;
-        self.note(id, |target| target.by_hand = Some(to));
+        self.note(id, |target| {
+            target.by_hand = Some(to);
+            target.is_refused = false;
+        });
         self.agree(id);
         let note = format!(
             "container {}: limit raised to {to} on the node, before the API",
@@ -755,6 +815,66 @@ impl Requester for Resizer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn target() -> Target {
+        Target {
+            namespace: "dev".to_owned(),
+            name: "workspace".to_owned(),
+            uid: "u".to_owned(),
+            cgroup: Cgroup::stand_in(std::path::Path::new("/nowhere"), CgroupId(1)),
+            container: "app".to_owned(),
+            level: Level::Container(0),
+            limit: "64Mi".to_owned(),
+            original: (Bytes::mib(64), "64Mi".to_owned()),
+            by_hand: None,
+            pod_follows: true,
+            is_pending: false,
+            asking: Vec::new(),
+            uncertain: None,
+            taken: Vec::new(),
+            is_agreeing: false,
+            is_refused: false,
+            is_in_progress: false,
+            order: Order::default(),
+        }
+    }
+
+    /// Each smaller limit that may still come into force is waited for.
+    #[test]
+    fn nothing_is_raised_by_hand_beyond_what_may_still_come() {
+        let to = Bytes::mib(256);
+        let may = |change: &dyn Fn(&mut Target)| {
+            let mut target = target();
+            change(&mut target);
+            target.may_be_raised_by_hand(to)
+        };
+        assert_eq!(may(&|_| {}), ByHand::Yes);
+        assert_eq!(may(&|target| target.asking = vec![to]), ByHand::Yes);
+        let lower = Bytes::mib(128);
+        assert_eq!(
+            may(&|target| target.asking = vec![to, lower]),
+            ByHand::NotYet
+        );
+        assert_eq!(may(&|target| target.may_come(lower)), ByHand::NotYet);
+        assert_eq!(may(&|target| target.takes(to)), ByHand::Yes);
+        // The kubelet may have seen the first before the second.
+        let both = |target: &mut Target| {
+            target.takes(lower);
+            target.takes(to);
+        };
+        assert_eq!(may(&both), ByHand::NotYet);
+        assert_eq!(may(&|target| target.is_in_progress = true), ByHand::NotYet);
+        assert_eq!(may(&|target| target.is_pending = true), ByHand::No);
+    }
+
+    #[test]
+    fn what_the_api_refuses_is_not_asked_for_beside_others() {
+        let mut raised = target();
+        raised.by_hand = Some(Bytes::mib(256));
+        assert!(raised.by_hand_change().is_some());
+        raised.is_refused = true;
+        assert!(raised.by_hand_change().is_none());
+    }
 
     #[test]
     fn what_was_not_sent_is_certain() {

@@ -68,6 +68,11 @@ pub fn convert(pod: &api::Pod) -> Pod {
                 .collect(),
         }
     });
+    let conditions = status.and_then(|status| status.conditions.as_deref());
+    let has_condition = |kind: &str| {
+        let mut conditions = conditions.unwrap_or_default().iter();
+        conditions.any(|condition| condition.kind == kind && condition.status == "True")
+    };
     let phase = status.and_then(|status| status.phase.as_deref());
     let ended = matches!(phase, Some("Succeeded" | "Failed"));
     Pod {
@@ -89,11 +94,8 @@ pub fn convert(pod: &api::Pod) -> Pod {
             .as_ref()
             .and_then(|spec| spec.resources.as_ref()?.cpu_limit())
             .is_some(),
-        is_resize_pending: status
-            .and_then(|status| status.conditions.as_deref())
-            .unwrap_or_default()
-            .iter()
-            .any(|condition| condition.kind == "PodResizePending" && condition.status == "True"),
+        is_resize_pending: has_condition("PodResizePending"),
+        is_resize_in_progress: has_condition("PodResizeInProgress"),
         priority: pod
             .spec
             .as_ref()

@@ -581,7 +581,19 @@ impl<R: Requester> Controller<R> {
         }
     }
 
+    /// Decides, and has it carried out. What is raised first and asked for at once is decided on as soon as it was asked for.
     fn decide(&mut self, id: CgroupId) {
+        let raises_first = |guarded: &Guarded| {
+            guarded.policy.by_hand_after == Some(Nanos(0)) && guarded.requested.is_some()
+        };
+        let was_asked = self.guards.get(&id).is_some_and(raises_first);
+        self.decide_once(id);
+        if !was_asked && self.guards.get(&id).is_some_and(raises_first) {
+            self.decide_once(id);
+        }
+    }
+
+    fn decide_once(&mut self, id: CgroupId) {
         let Some(guarded) = self.guards.get(&id) else {
             return;
         };

@@ -78,6 +78,7 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
+        let may = self.requester.by_hand(id, to);
         let raised = self.requester.raise_by_hand(&guarded.cgroup, to);
         let in_force = guarded.cgroup.limit_in_force();
         match (raised, in_force) {
@@ -85,7 +86,10 @@ impl<R: Requester> Controller<R> {
                 METRICS.raises_by_hand.inc();
                 // How long the answer takes is not learnt from what did not wait for it.
                 guarded.requested = None;
-                guarded.lowering = None;
+                // One that may still come into force is guarded until it has.
+                if may != ByHand::NotYet {
+                    guarded.lowering = None;
+                }
                 guarded.limit_is(now(), limit);
                 self.verify(id, None);
                 self.arm(&self.guards[&id], None);

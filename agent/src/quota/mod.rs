@@ -21,7 +21,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::Duration,
 };
@@ -83,6 +83,7 @@ enum Command {
     Watch(Box<Watched>),
     Rules(CgroupId, Rules),
     Forget(CgroupId),
+    Stop,
 }
 
 /// The rules for one container.
@@ -118,10 +119,11 @@ pub struct Watched {
 pub struct Quotas {
     commands: mpsc::Sender<Command>,
     wake: Wake,
+    thread: Arc<Mutex<Option<thread::JoinHandle<()>>>>,
 }
 
 impl Quotas {
-    /// Starts the thread, which runs until the process ends.
+    /// Starts the thread, which runs until it is stopped.
     ///
     /// # Errors
     ///
@@ -144,10 +146,14 @@ impl Quotas {
             idle: Idle::new(root, cpus),
             ticked: Nanos(0),
         };
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("quotas".to_owned())
             .spawn(move || worker.run())?;
-        Ok(Self { commands, wake })
+        Ok(Self {
+            commands,
+            wake,
+            thread: Arc::new(Mutex::new(Some(thread))),
+        })
     }
 
     fn send(&self, command: Command) {
@@ -156,6 +162,19 @@ impl Quotas {
             return;
         }
         self.wake.give();
+    }
+
+    /// Ends the thread: no quota is moved any more. All stay as they are.
+    pub fn stop(&self) {
+        self.send(Command::Stop);
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the quotas thread has panicked");
+        }
     }
 
     /// Moves a cgroup's quota from now on.
@@ -235,6 +254,7 @@ impl<S: Setter> Worker<S> {
                     }
                 }
                 Ok(Command::Forget(cgroup)) => self.forget(cgroup),
+                Ok(Command::Stop) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
                 Err(mpsc::TryRecvError::Disconnected) => return false,
             }

@@ -68,7 +68,7 @@ use crate::{
 use containers::cpu::is_young;
 use hands::{Hands, MADE};
 use lock::AgentLock;
-use pods::Leaving;
+use pods::{Leaving, Movers};
 
 /// What `bellows run` is asked to do.
 #[derive(Clone, Debug)]
@@ -188,18 +188,20 @@ pub fn run(options: &Options) -> Result<(), RunError> {
                 let config = kube::Config::infer().await.map_err(RunError::Config)?;
                 Ok::<_, RunError>(Client::try_from(config)?)
             })?;
-            leaving = daemon_set.clone().map(|daemon_set| Leaving {
-                client: client.clone(),
-                node: name.clone(),
-                daemon_set,
-            });
-            Fast::start(options, &ledger_path)?.of_node(
-                client,
+            let node = Fast::start(options, &ledger_path)?.of_node(
+                client.clone(),
                 runtime.handle(),
                 name,
                 *shrink_after,
                 *only_observes,
-            )?
+            )?;
+            leaving = daemon_set.clone().map(|daemon_set| Leaving {
+                client,
+                node: name.clone(),
+                daemon_set,
+                movers: node.movers,
+            });
+            node.running
         }
         Of::Machine { policies, endpoint } => {
             let read = policies::read(policies)?;
@@ -224,6 +226,12 @@ pub fn run(options: &Options) -> Result<(), RunError> {
 }
 
 type Watch = Pin<Box<dyn Future<Output = ()>>>;
+/// The agent of a node's pods.
+struct Node {
+    running: (SyncSender<Input>, Running, Watch),
+    movers: Movers,
+}
+
 type Running = JoinHandle<BTreeMap<CgroupId, Report>>;
 
 /// What reacts at once, before anybody is asked: programs, reflex and ledger.
@@ -287,7 +295,7 @@ impl Fast {
         node: &str,
         shrink_after: Nanos,
         only_observes: bool,
-    ) -> Result<(SyncSender<Input>, Running, Watch), RunError> {
+    ) -> Result<Node, RunError> {
         let inputs = self.inputs.clone();
         let (told, observed) = tokio::sync::mpsc::unbounded_channel();
         let resizer = Resizer::new(client.clone(), tasks.clone(), inputs.clone(), told);
@@ -301,6 +309,11 @@ impl Fast {
             lent: Arc::default(),
         };
         let quotas = fast.start_quotas(hands)?;
+        let movers = Movers {
+            quotas: quotas.clone(),
+            cpus: cpus.clone(),
+            resizer: resizer.clone(),
+        };
         let context = pods::Context {
             client,
             node: node.to_owned(),
@@ -316,11 +329,11 @@ impl Fast {
             only_observes,
             observed,
         };
-        Ok((
-            inputs,
-            fast.control(resizer)?,
-            Box::pin(pods::watch(context)),
-        ))
+        let watch: Watch = Box::pin(pods::watch(context));
+        Ok(Node {
+            running: (inputs, fast.control(resizer)?, watch),
+            movers,
+        })
     }
 
     fn of_machine(

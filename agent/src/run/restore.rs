@@ -95,24 +95,43 @@ pub fn restore(endpoint: Option<PathBuf>) -> Result<(Vec<String>, bool), RunErro
 
 /// Puts back what was raised by hand in pods that the API owns; returns whether all of it is.
 pub(super) fn by_hand_back() -> bool {
-    let mut is_whole = !ByHands::default().lower_left(|_| false);
+    let is_left = ByHands::default().lower_left(|_| false, |_| false);
+    quotas_in_pods_back(|_| false, |_| false) && !is_left
+}
+
+/// Puts back CPU quotas of pods that nobody is responsible for any more, but for those that somebody may yet come to be
+/// responsible for; returns whether none is left. What is written down of pods that are gone is removed.
+pub(super) fn quotas_in_pods_back(
+    is_cared_for: impl Fn(&Path) -> bool,
+    is_pending: impl Fn(&Path) -> bool,
+) -> bool {
     let (records, quotas) = (Records::in_pods(), Records::pod_quotas());
     let all = records.all();
-    for original in &all {
+    let mut is_whole = true;
+    let mut back = Vec::new();
+    for original in all.iter().filter(|original| !is_cared_for(&original.path)) {
+        if is_pending(&original.path) {
+            is_whole = false;
+            continue;
+        }
         match quota_in_pod_back(original) {
-            Ok(()) => records.remove(original.key()),
+            Ok(()) => {
+                records.remove(original.key());
+                back.push(original.path.parent());
+            }
             Err(why) => {
                 is_whole = false;
                 tracing::warn!(container = original.name, why, "a CPU limit stays for now");
             }
         }
     }
-    let is_above = |pod: &PodQuota| {
-        let mut own = all.iter();
-        own.any(|original| original.path.parent() == Some(&pod.path))
-    };
-    for pod in quotas.all().into_iter().filter(is_above) {
-        match lower_pod_quota(&quotas, &pod, &[]) {
+    let left = records.all();
+    for pod in quotas.all() {
+        let is_above = back.contains(&Some(pod.path.as_path()));
+        if !is_above && pod.path.exists() {
+            continue;
+        }
+        match lower_pod_quota(&quotas, &pod, &left) {
             Ok(true) => quotas.remove(pod.key()),
             Ok(false) => {}
             Err(why) => {

@@ -29,6 +29,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
         limit_manager: None,
         has_cpu_limit: false,
         is_resize_pending: false,
+        is_resize_in_progress: false,
         priority: 0,
         is_static: false,
         ending: false,

@@ -9,7 +9,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -22,7 +22,10 @@ use bellows_core::{
 };
 use tokio::time::sleep;
 
-use super::{Key, Watch, one};
+use super::{
+    Key, Watch,
+    one::{self, OLD},
+};
 use crate::{
     actuate::{
         containers::{Containers, Owner as _, QuotaTimes},
@@ -40,14 +43,12 @@ use crate::{
 /// How often a cgroup that was made is looked at for its limits, and for how long.
 const LOOK: Duration = Duration::from_millis(5);
 const LOOKS: u32 = 1000;
-/// What the API says within this time of our own change may be older than that.
-const OLD: Duration = Duration::from_secs(2);
 /// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
 const PERIOD: u64 = 100_000;
 
 /// A container whose CPU limit is followed.
 pub(super) struct KnownCpu {
-    cgroup: Cgroup,
+    pub(super) cgroup: Cgroup,
     rules: Option<Rules>,
 }
 
@@ -63,6 +64,9 @@ pub(super) struct Begun {
 impl Watch {
     /// A cgroup was made: if it can be that of a container whose start is boosted, its limits are waited for.
     pub(super) fn made(&self, path: &str) {
+        if self.context.only_observes {
+            return;
+        }
         let path = Path::new(CGROUP_ROOT).join(path.trim_start_matches('/'));
         let parent = path.parent().and_then(Path::file_name);
         let parent = parent.unwrap_or_default().to_string_lossy();
@@ -114,6 +118,9 @@ impl Watch {
         };
         let id = path.to_str().and_then(id_in).unwrap_or_default();
         let mut seen = self.seen(&pod);
+        if !self.policies.are_known(&seen.namespace) {
+            return;
+        }
         let wishes = pod::cpu_wishes(&seen, self.policies.all());
         let Some(name) = pod::starting(&seen, &wishes, id, cpu, memory) else {
             return;
@@ -243,7 +250,8 @@ impl Watch {
             path: cgroup.path().to_owned(),
         });
         let quota = cgroup.quota().map_err(|error| error.to_string())?;
-        let is_same = |known: &MovedQuota| known.cpu.at_rest == wish.original;
+        let is_same =
+            |known: &MovedQuota| is_near(known.cpu.at_rest, wish.original.max(LEAST), known.period);
         original.quota = original.quota.filter(is_same).or_else(|| {
             let quota = quota.unwrap_or(Quota {
                 cpu: wish.limit,
@@ -297,7 +305,7 @@ impl Watch {
             let Some(known) = &mut original.quota else {
                 return;
             };
-            if known.cpu.at_rest != wish.original {
+            if !is_near(known.cpu.at_rest, wish.original.max(LEAST), known.period) {
                 let quota = quota.unwrap_or(Quota {
                     cpu: wish.limit,
                     period: known.period,
@@ -305,7 +313,7 @@ impl Watch {
                 tracing::info!(pod.name = seen.name, cpu = %wish.original, "the CPU limit was changed by somebody else, which is the new original");
                 *known = quota_of(wish, quota);
             } else if is_old == Some(false) && known.telling.is_none() {
-                known.told = wish.limit;
+                known.told = told_as(wish, known.cpu.at_rest, known.period);
             }
         })?;
         // Whatever a predecessor has not told.
@@ -321,14 +329,19 @@ impl Watch {
         cgroup: &Cgroup,
         is_starting: bool,
     ) {
-        let at_rest = wish.original;
+        let targets = self.containers().targets();
+        let known = targets.of(cgroup.id(), |target| {
+            let quota = target.original.quota.as_ref()?;
+            Some(quota.cpu.at_rest)
+        });
+        let at_rest = known.flatten().unwrap_or(wish.original);
         let ready = seen.containers.get(wish.index);
         let ready = ready.and_then(|container| container.is_ready);
         let wanted = Rules {
             is_ready: Some(ready.unwrap_or(false) && !is_starting),
             cpu: Some(CpuPolicy {
                 at_rest,
-                max: wish.rules.map_or(at_rest, |rules| rules.max),
+                max: wish.rules.map_or(at_rest, |rules| rules.max.max(at_rest)),
                 throttled_per_mille: wish.rules.map_or(0, |rules| rules.throttled_per_mille),
             }),
             boosts: Arc::from(wish.boosts.as_slice()),
@@ -408,6 +421,7 @@ impl Watch {
 
     pub(super) fn forget_cpu(&mut self, key: &Key) {
         if let Some(known) = self.cpus.remove(key) {
+            self.is_any_left.store(true, Ordering::Relaxed);
             let id = known.cgroup.id();
             self.context.quotas.forget(id);
             self.containers().forget(id);
@@ -473,16 +487,45 @@ fn sees_processes() -> bool {
 
 /// A quota that is `quota` now, and was what the pod says.
 fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
-    let mut cpu = MovedLimit::new(wish.original);
-    if quota.cpu != wish.original {
-        cpu.ask(quota.cpu, wish.original);
+    let at_rest = at_rest(wish, quota);
+    let mut cpu = MovedLimit::new(at_rest);
+    if quota.cpu != at_rest {
+        cpu.ask(quota.cpu, at_rest);
     }
     MovedQuota {
         cpu,
         period: quota.period,
-        told: wish.limit,
+        told: told_as(wish, at_rest, quota.period),
         telling: None,
     }
+}
+
+/// The least quota that the kernel takes, which the kubelet makes of any less (`MinMilliCPU` of 10 in a period of 100 ms).
+const LEAST: Cpu = Cpu::millis(10);
+
+/// The limit that was, as it is read back: of periods that a thousandth of a CPU does not divide others round differently.
+fn at_rest(wish: &CpuWish, quota: Quota) -> Cpu {
+    let original = wish.original.max(LEAST);
+    if is_near(quota.cpu, original, quota.period) {
+        quota.cpu
+    } else {
+        original
+    }
+}
+
+/// What the API says, as the quota that it stands for.
+fn told_as(wish: &CpuWish, at_rest: Cpu, period: u64) -> Cpu {
+    let limit = wish.limit.max(LEAST);
+    if is_near(limit, at_rest, period) {
+        at_rest
+    } else {
+        limit
+    }
+}
+
+/// Whether two are the same but for rounding.
+fn is_near(a: Cpu, b: Cpu, period: u64) -> bool {
+    a.quota(period).abs_diff(b.quota(period)) <= 1
 }
 
 /// What a container may have, for people.
@@ -506,4 +549,55 @@ fn limits(path: &Path) -> Result<Option<(Cpu, Option<Bytes>)>, ()> {
         Ok(Limit::Max) | Err(_) => None,
     };
     Ok(Some((quota.cpu, memory)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wish(original: u64, limit: u64) -> CpuWish {
+        CpuWish {
+            index: 0,
+            id: None,
+            limit_text: format!("{limit}m"),
+            limit: Cpu::millis(limit),
+            original: Cpu::millis(original),
+            original_text: format!("{original}m"),
+            rules: None,
+            boosts: Vec::new(),
+            recorded: true,
+            foreign: false,
+        }
+    }
+
+    /// What a kubelet makes of a limit in this period, rounded down.
+    fn set(millis: u64, period: u64) -> Quota {
+        let quota = (millis * period / 1000).max(1000);
+        let cpu = Cpu::of_quota(quota, period).unwrap();
+        Quota { cpu, period }
+    }
+
+    #[test]
+    fn what_others_round_differently_is_at_rest_all_the_same() {
+        for (millis, period) in [
+            (250, 100_000),
+            (255, 33_333),
+            (255, 12_500),
+            (5, 100_000),
+            (1, 100_000),
+        ] {
+            let quota = set(millis, period);
+            let moved = quota_of(&wish(millis, millis), quota);
+            assert!(moved.is_settled(quota), "{millis}m in {period}: {moved:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_raised_is_ours() {
+        let quota = set(2000, 100_000);
+        let moved = quota_of(&wish(250, 2000), quota);
+        assert!(moved.is_ours(quota) && !moved.is_settled(quota));
+        assert_eq!(moved.cpu.at_rest, Cpu::millis(250));
+        assert_eq!(moved.told, Cpu::millis(2000));
+    }
 }

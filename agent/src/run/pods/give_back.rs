@@ -5,7 +5,7 @@
 //! kubelet lets it live. It cannot do so once its account is gone, so whoever takes everything away deletes the
 //! DaemonSet first ([`uninstall`]).
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bellows_core::{
     pod::{self, Level, Raised},
@@ -24,11 +24,14 @@ use tokio::{
 use super::one;
 use crate::{
     actuate::{
-        resize::{Change, Order, TIMEOUT, limits_patch, parameters},
+        containers::Owner as _,
+        pod_cpu::CpuResizer,
+        resize::{Change, Order, Resizer, TIMEOUT, limits_patch, parameters},
         shrink,
     },
     attribution::{api::Pod, pods::convert},
     cgroup::Cgroup,
+    quota::Quotas,
     run::{RunError, restore::by_hand_back},
 };
 
@@ -91,6 +94,23 @@ pub(in crate::run) struct Leaving {
     pub(in crate::run) node: String,
     /// In the agent's own namespace.
     pub(in crate::run) daemon_set: String,
+    pub(in crate::run) movers: Movers,
+}
+
+/// Whoever moves limits beside the controller: what is given back must not be raised again.
+pub(in crate::run) struct Movers {
+    pub(in crate::run) quotas: Quotas,
+    pub(in crate::run) cpus: CpuResizer,
+    pub(in crate::run) resizer: Resizer,
+}
+
+impl Movers {
+    /// Ends them; tasks that are under way find nothing to do any more.
+    fn stop(&self) {
+        self.quotas.stop();
+        self.cpus.containers().targets().with(BTreeMap::clear);
+        self.resizer.targets().with(BTreeMap::clear);
+    }
 }
 
 impl Leaving {
@@ -100,6 +120,7 @@ impl Leaving {
             return;
         }
         tracing::info!("the DaemonSet is deleted: limits are given back");
+        self.movers.stop();
         let begun = Instant::now();
         loop {
             let rest = LAST.saturating_sub(begun.elapsed());

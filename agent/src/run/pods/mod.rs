@@ -15,7 +15,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     pin::pin,
-    sync::mpsc::SyncSender,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::SyncSender,
+    },
     time::Duration,
 };
 
@@ -32,16 +36,16 @@ use kube::{
 };
 use tokio::{
     sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
+    task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
 
-pub(super) use give_back::Leaving;
 pub use give_back::uninstall;
+pub(super) use give_back::{Leaving, Movers};
 
-use super::events::Events;
+use super::{events::Events, restore::quotas_in_pods_back};
 use crate::{
     actuate::{
-        by_hand::ByHands,
         pod_cpu::CpuResizer,
         resize::{Observed, Order, Resizer},
     },
@@ -124,9 +128,9 @@ pub(super) async fn watch(context: Context) {
         watched: BTreeMap::new(),
         originals: BTreeMap::new(),
         orders: BTreeMap::new(),
-        by_hands: ByHands::default(),
         // A predecessor may have raised by hand what nobody asks for any more.
-        is_any_left: true,
+        is_any_left: Arc::new(AtomicBool::new(true)),
+        lowering: None,
         is_listed: false,
         begun,
         starting: BTreeMap::new(),
@@ -160,9 +164,9 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             event = pods.try_next() => event,
-            _ = retry.tick(), if !watch.pending.is_empty() || watch.is_any_left => {
+            _ = retry.tick(), if watch.is_anything_left() => {
                 watch.retry().await;
-                watch.lower_left().await;
+                watch.lower_left();
                 continue;
             }
         };
@@ -201,9 +205,10 @@ struct Watch {
     originals: BTreeMap<(String, &'static str, String), String>,
     /// Of each pod with something guarded in it.
     orders: BTreeMap<String, Order>,
-    by_hands: ByHands,
     /// Whether a limit may be raised by hand for which nobody is responsible any more.
-    is_any_left: bool,
+    is_any_left: Arc<AtomicBool>,
+    /// While such limits are lowered.
+    lowering: Option<JoinHandle<()>>,
     /// To this watch: cgroups of containers that start, once they have limits.
     begun: UnboundedSender<Begun>,
     /// Their paths, until the API says whose they are.
@@ -216,6 +221,10 @@ struct Watch {
 }
 
 impl Watch {
+    fn is_anything_left(&self) -> bool {
+        !self.pending.is_empty() || self.is_any_left.load(Ordering::Relaxed)
+    }
+
     /// Tries pods again, in turn: each may wait for the API for long, and what is new must not wait for all of them.
     async fn retry(&mut self) {
         let begun = Instant::now();
@@ -241,33 +250,47 @@ impl Watch {
         self.retried = uid + "\0";
     }
 
-    /// Gives back what was raised by hand where nobody asks for it any more: the API says what it was all the time.
-    async fn lower_left(&mut self) {
+    /// Gives back what was raised by hand where nobody asks for it any more: the API says what it was all the time. What
+    /// must be reclaimed for that takes its time, and nobody waits for it.
+    fn lower_left(&mut self) {
+        if let Some(lowering) = &self.lowering {
+            if !lowering.is_finished() {
+                return;
+            }
+            self.lowering = None;
+        }
+        let is_any_left = self.is_any_left.swap(false, Ordering::Relaxed);
         let is_known = |pod: &Pod| {
             let seen = convert(pod);
             self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen)
         };
-        if !self.is_listed || !self.is_any_left || !self.pods.values().all(is_known) {
+        let may = self.is_listed && !self.context.only_observes;
+        if !may || !is_any_left || !self.pods.values().all(is_known) {
+            self.is_any_left.fetch_or(is_any_left, Ordering::Relaxed);
             return;
         }
-        let targets = self.context.resizer.targets();
-        let cared_for: BTreeSet<PathBuf> = targets.with(|targets| {
+        let memory = self.context.resizer.targets().with(|targets| {
             let paths = targets.values().map(|target| target.cgroup.path());
-            paths.map(Path::to_owned).collect()
+            paths.map(Path::to_owned).collect::<BTreeSet<PathBuf>>()
         });
+        let cpus = self.cpus.values().map(|known| known.cgroup.path());
+        let cpus: BTreeSet<PathBuf> = cpus.map(Path::to_owned).collect();
         let pending: Vec<String> = self.pending.iter().cloned().collect();
-        let by_hands = self.by_hands.clone();
-        let lowered = tokio::task::spawn_blocking(move || {
-            by_hands.lower_left(|path| {
+        let by_hands = self.context.resizer.by_hands().clone();
+        let is_left = Arc::clone(&self.is_any_left);
+        self.lowering = Some(tokio::task::spawn_blocking(move || {
+            // One that is about to be guarded.
+            let is_pending = |path: &Path| {
                 let name = path.to_string_lossy();
-                // One that is about to be guarded.
-                let is_pending = |uid: &String| {
+                let is_in = |uid: &String| {
                     name.contains(uid.as_str()) || name.contains(&uid.replace('-', "_"))
                 };
-                cared_for.contains(path) || pending.iter().any(is_pending)
-            })
-        });
-        self.is_any_left = lowered.await.unwrap_or(true);
+                pending.iter().any(is_in)
+            };
+            let is_any = by_hands.lower_left(|path| memory.contains(path), is_pending);
+            let are_back = quotas_in_pods_back(|path| cpus.contains(path), is_pending);
+            is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
+        }));
     }
 
     /// The policies have changed.
@@ -458,7 +481,7 @@ impl Watch {
             let targets = self.context.resizer.targets();
             targets.with(|targets| drop(targets.remove(&cgroup)));
             self.send(Input::Forget(cgroup));
-            self.is_any_left = true;
+            self.is_any_left.store(true, Ordering::Relaxed);
         }
     }
 

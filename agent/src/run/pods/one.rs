@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use bellows_core::{
@@ -21,6 +22,8 @@ use crate::{
     guard::{Input, Watching},
 };
 
+/// What the API says within this time of our own change may be older than that.
+pub(super) const OLD: Duration = Duration::from_secs(2);
 /// A raise that the API and the kubelet have not brought after this time is written by hand.
 const BY_HAND_AFTER: Nanos = Nanos::millis(2000);
 
@@ -79,7 +82,7 @@ impl Watch {
         }
         let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
         let mut target = Target::new(seen, wish, cgroup.clone(), policy.original, order);
-        let is_by_hand = self.by_hands.contains(cgroup.path());
+        let is_by_hand = self.context.resizer.by_hands().contains(cgroup.path());
         if is_by_hand {
             // A predecessor's: the API is to come to know it, or it comes down.
             let in_force = cgroup.limit_in_force().map_err(|error| error.to_string())?;
@@ -212,9 +215,16 @@ impl Watch {
             self.events.guarded(pod, note);
         }
         // Only now: a change that could not be recorded must be seen as one again.
+        if wish.foreign {
+            self.context.resizer.is_theirs(cgroup);
+        }
         self.context.resizer.targets().of(cgroup, |target| {
             target.is_pending = seen.is_resize_pending;
-            target.limit.clone_from(&wish.limit_text);
+            target.is_in_progress = seen.is_resize_in_progress;
+            // What the API says just after our own change may be older than that.
+            if !target.was_just_taken() || wish.foreign {
+                target.limit.clone_from(&wish.limit_text);
+            }
             target.original = (wanted.original, wish.rest_text.clone());
         });
         if wanted != policy {
