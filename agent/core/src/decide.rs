@@ -40,6 +40,8 @@ const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
 /// A refused shrink is tried again after this time even if demand has not fallen.
 const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
+/// What the last burst needed must be so much more than what is used now.
+const LEARNT_PER_MILLE: u64 = 1100;
 /// A requested raise goes to at least this multiple of the demand.
 const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.
@@ -68,6 +70,8 @@ pub struct Snapshot {
     pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
     pub raise_not_before: Nanos,
+    /// The limit with which its last burst would have been served, if it had one.
+    pub learnt: Option<Bytes>,
     /// Whether the request could not be made, for a passing reason.
     pub request_failed: bool,
     /// Whether the raise that was asked for may be written by hand.
@@ -121,6 +125,22 @@ pub(crate) fn request_target(policy: &Policy, history: &History, p95: Nanos) -> 
     policy.limit_for(target).round_up_mib().min(ceiling)
 }
 
+/// Where a raise goes: to what the last burst needed, in one step, or step by step where that is not known, or is used up.
+fn target(snapshot: &Snapshot, p95: Nanos) -> Bytes {
+    let Snapshot {
+        policy,
+        history,
+        learnt,
+        ..
+    } = snapshot;
+    let unlearnt = request_target(policy, history, p95);
+    let is_enough =
+        |learnt: &Bytes| policy.usable(*learnt) >= history.demand.per_mille(LEARNT_PER_MILLE);
+    learnt
+        .filter(is_enough)
+        .map_or(unlearnt, |learnt| learnt.min(policy.ceiling))
+}
+
 fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let Snapshot {
         policy,
@@ -138,7 +158,7 @@ fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if now < raise_not_before {
         return None;
     }
-    let target = request_target(policy, history, p95);
+    let target = target(snapshot, p95);
     // Who is held waits for a raise.
     let needed_from = |at: Thresholds, limit: Bytes| match held_since {
         Some(_) => at.held_from(policy.usable(limit)),
@@ -294,9 +314,28 @@ mod tests {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            learnt: None,
             request_failed: false,
             by_hand: ByHand::No,
         }
+    }
+
+    #[test]
+    fn what_the_last_burst_needed_is_granted_in_one_step() {
+        let mut again = snapshot(REQUESTED);
+        again.history.demand = Bytes::mib(63);
+        again.learnt = Some(Bytes::mib(900));
+        let to = |snapshot: &Snapshot| match decide(snapshot).actions[..] {
+            [(Action::Raise { to, .. }, _)] => Some(to),
+            _ => None,
+        };
+        assert_eq!(to(&again), Some(Bytes::mib(900)));
+        again.policy.ceiling = Bytes::mib(500);
+        assert_eq!(to(&again), Some(Bytes::mib(500)));
+        // What it needs now is more, or nearly: it is a burst like none before.
+        again.policy.ceiling = Bytes::mib(4096);
+        (again.limit, again.history.demand) = (Bytes::mib(900), Bytes::mib(890));
+        assert!(to(&again) > Some(Bytes::mib(2700)));
     }
 
     #[test]

@@ -25,6 +25,8 @@ const RAISE_LOST: Nanos = Nanos::millis(15_000);
 const LOWERING_LOST: Nanos = Nanos::millis(7_000);
 /// So many lowerings in a row are waited for as long: by then the kubelet has read its figures again.
 const LOWERINGS: u32 = 3;
+/// What a burst needed is so much more than it used: the watermark must not be reached again.
+const LEARNT_MARGIN_PER_MILLE: u64 = 1150;
 /// From then on each is waited for twice as long as the one before, so many times.
 const LOWERING_DOUBLES: u32 = 5;
 
@@ -99,6 +101,12 @@ pub(super) struct Guarded {
     pub(super) waiting: Option<Waiting>,
     /// When its burst began.
     pub(super) burst_since: Option<Nanos>,
+    /// The most that it has used in that.
+    pub(super) burst_peak: Bytes,
+    /// The limit with which its last burst would have been served.
+    pub(super) learnt: Option<Bytes>,
+    /// The limit up to which there is room for it.
+    pub(super) reserved: Option<Bytes>,
     /// Cgroups above it with limits that are not ours.
     pub(super) ancestors: Vec<PathBuf>,
     /// A raise by hand has failed; it is not tried again before.
@@ -165,6 +173,9 @@ impl Guarded {
             request_failed: false,
             waiting: None,
             burst_since: None,
+            burst_peak: Bytes::ZERO,
+            learnt: None,
+            reserved: None,
             by_hand_not_before: Nanos(0),
             answered: None,
             report: Report {
@@ -269,8 +280,26 @@ impl Guarded {
             held_since: self.held_since,
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
+            learnt: self.learnt,
             request_failed: self.request_failed,
             by_hand,
+        }
+    }
+
+    /// Takes note of what a burst uses.
+    pub(super) fn look_at_burst(&mut self) {
+        if self.burst_since.is_some() {
+            self.burst_peak = self.burst_peak.max(self.history.demand);
+        }
+    }
+
+    /// What it needed is learnt, and room is kept for it no longer.
+    fn burst_is_over(&mut self) {
+        (self.burst_since, self.reserved) = (None, None);
+        let peak = std::mem::take(&mut self.burst_peak);
+        if peak > Bytes::ZERO {
+            let needed = peak.per_mille(LEARNT_MARGIN_PER_MILLE);
+            self.learnt = Some(self.policy.limit_for(needed).round_up_mib());
         }
     }
 
@@ -305,7 +334,7 @@ impl Guarded {
         }
         self.limit = limit;
         if limit <= self.policy.original {
-            self.burst_since = None;
+            self.burst_is_over();
         }
         if self.report.limits.len() < KEPT {
             self.report.limits.push((at, limit));

@@ -594,10 +594,11 @@ impl<R: Requester> Controller<R> {
     }
 
     fn decide_once(&mut self, id: CgroupId) {
-        let Some(guarded) = self.guards.get(&id) else {
+        let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
         let at = now();
+        guarded.look_at_burst();
         let by_hand = match guarded.requested {
             Some((to, _)) if at >= guarded.by_hand_not_before => self.requester.by_hand(id, to),
             _ => ByHand::No,

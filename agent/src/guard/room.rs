@@ -1,5 +1,10 @@
 //! Whether a node has room for a raise: what the arbiter is told, and what becomes of its verdict.
 //!
+//! The arbiter is asked once a burst, for as much as that is expected to need: what was learnt of the last one, or one step
+//! more than it asks for. Whoever had begun with the first step only would wait, held, for those who cannot end either, and
+//! a hold lasts for ten seconds at most (`storm`: of twenty bursts at once with memory for eight, four were served). What is
+//! expected and not there is given up when patience ends: then what it asks for is enough.
+//!
 //! A raise that is granted and not there kills whoever happens to be chosen by the node's OOM killer, or has the kubelet
 //! evict a pod. So each is asked for of [`bellows_core::arbiter`], with all guarded containers as claims. Who waits stays
 //! held; who cannot be served is let go at once and told why, so that it is killed where it would have been without Bellows.
@@ -15,8 +20,8 @@ use std::{
 use bellows_core::{
     Actuation, Bytes, CgroupId, Nanos, Reason,
     arbiter::{
-        Claim, DEFAULT_WEIGHT, NodeMemory, Place, Rooms, Verdict, Why, arbitrate, cgroup_room,
-        node_room,
+        Claim, DEFAULT_WEIGHT, NodeMemory, Place, RESERVED_FOR, Rooms, Verdict, Why, arbitrate,
+        cgroup_room, node_room,
     },
 };
 
@@ -34,6 +39,8 @@ use crate::{
 const RESERVE_PER_MILLE: u64 = 50;
 /// No less than the kubelet's own threshold (`memory.available<100Mi`, pkg/kubelet/apis/config/v1beta1/defaults_linux.go).
 const LEAST_RESERVE: Bytes = Bytes::mib(128);
+/// A burst of which nothing was learnt is expected to take so much of what it asks for first.
+const EXPECTED_PER_MILLE: u64 = 3100;
 /// A raise by less than this share is not worth a request.
 const WORTH_PER_MILLE: u64 = 1125;
 
@@ -64,11 +71,25 @@ pub(super) fn ancestors(cgroup: &Cgroup) -> Vec<PathBuf> {
 }
 
 impl Guarded {
+    /// What a burst is expected to need that asks for `to`; no more than that once it cannot wait any longer.
+    fn expected(&self, at: Nanos, to: Bytes) -> Bytes {
+        let waits = |waiting: Waiting| at.since(waiting.since) >= self.policy.last_moment();
+        if self.waiting.is_some_and(waits) {
+            return to;
+        }
+        let unlearnt = || to.per_mille(EXPECTED_PER_MILLE);
+        let expected = self.learnt.unwrap_or_else(unlearnt);
+        expected.min(self.policy.ceiling).max(to)
+    }
+
     /// What it is as a claim; `places` are the indices of its ancestors with a limit.
     fn claim(&self, at: Nanos, ancestors: BTreeSet<usize>) -> Claim {
         let raised = |limit: Bytes| limit > self.policy.original;
         let asked = self.requested.map(|(to, _)| to);
-        let highest = [Some(self.limit), asked, self.lowering]
+        // What is kept for one that does not grow any more is for others.
+        let is_growing = at.since(self.history.last_growth) < RESERVED_FOR;
+        let reserved = self.reserved.filter(|_| is_growing);
+        let highest = [Some(self.limit), asked, self.lowering, reserved]
             .into_iter()
             .flatten()
             .filter(|limit| raised(*limit))
@@ -85,7 +106,7 @@ impl Guarded {
             used: self.history.demand,
             promised: highest.unwrap_or(Bytes::ZERO),
             wanted: self.waiting.map_or(self.limit, |waiting| waiting.wanted),
-            most: self.policy.ceiling,
+            most: self.waiting.map_or(self.limit, |waiting| waiting.wanted),
         }
     }
 }
@@ -99,12 +120,17 @@ impl<R: Requester> Controller<R> {
         }
         let at = now();
         guarded.burst_since.get_or_insert(at);
+        if guarded.reserved.is_some_and(|reserved| to <= reserved) {
+            guarded.waiting = None;
+            return Some(to);
+        }
+        let expected = guarded.expected(at, to);
         let waiting = guarded.waiting.get_or_insert(Waiting {
             since: at,
-            wanted: to,
+            wanted: expected,
             told: None,
         });
-        waiting.wanted = to;
+        waiting.wanted = expected;
         let verdict = match self.claims(at) {
             Ok((rooms, claims)) => arbitrate(at, &rooms, &claims).remove(&id),
             Err(error) => {
@@ -116,12 +142,17 @@ impl<R: Requester> Controller<R> {
         let guarded = self.guards.get_mut(&id)?;
         let (granted, why) = match verdict {
             None => (Some(to), None),
-            Some(Verdict::Granted(granted)) => (Some(granted), None),
+            Some(Verdict::Granted(granted)) => {
+                guarded.reserved = Some(granted);
+                (Some(to), None)
+            }
             Some(
                 Verdict::Waits(_, why @ Why::NoRoom(_, least))
                 | Verdict::Refused(why @ Why::NoRoom(_, least)),
             ) if least > from.per_mille(WORTH_PER_MILLE) => {
-                (Some(least.page_floor().min(to)), Some(why))
+                let granted = least.page_floor().min(to);
+                guarded.reserved = Some(granted);
+                (Some(granted), Some(why))
             }
             Some(Verdict::Waits(_, why)) => (None, Some(why)),
             Some(Verdict::Refused(why)) => {

@@ -81,6 +81,7 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            learnt: input.flag().then(|| Bytes(input.long())),
             request_failed: input.flag(),
             by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
                 [usize::from(input.flag()) + usize::from(input.flag())],
@@ -102,6 +103,7 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
+            learnt: None,
             request_failed: false,
             by_hand: ByHand::No,
         };
