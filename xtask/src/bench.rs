@@ -162,7 +162,7 @@ pub(crate) struct Options {
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
-    /// Only what no other bench has (faults).
+    /// Only what no other bench has (faults), or one of each kind (pod-faults).
     #[arg(long)]
     pub(crate) few: bool,
     /// Measure what follows, too (java).

@@ -39,6 +39,9 @@ pub(crate) struct Options {
     /// Seed of the cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Only one of each kind.
+    #[arg(long)]
+    few: bool,
     #[command(flatten)]
     server: ApiServer,
 }
@@ -66,6 +69,9 @@ const FAULTS: [Fault; 7] = [
     Fault::Refused(429),
     Fault::Refused(500),
 ];
+
+/// Away, silent, and refusing.
+const FEW: [Fault; 3] = [Fault::ApiStopped, Fault::EtcdPaused, Fault::Refused(500)];
 
 const LATE: Duration = Duration::from_secs(5);
 /// From its start until a container bursts: time to be adopted, and for the fault to begin.
@@ -126,8 +132,9 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     };
     let mut agent = Agent::start_with(kubeconfig)?;
     let mut random = fastrand::Rng::with_seed(options.seed);
-    let faults = FAULTS.iter().cycle();
-    let cases = options.n * u64::try_from(FAULTS.len())?;
+    let faults = if options.few { &FEW[..] } else { &FAULTS };
+    let cases = options.n * u64::try_from(faults.len())?;
+    let faults = faults.iter().cycle();
     for (index, &fault) in (0..cases).zip(faults) {
         let limit = Bytes(mib(log_uniform(&mut random, 48.0, 128.0)).0 >> 20 << 20);
         let case = Case {
@@ -225,6 +232,8 @@ impl Bench {
             raise_first: false,
         })?;
         let cgroup = self.cluster.wait_running(&name)?;
+        // It may be gone in the end.
+        let pod = path_of_pod(&cgroup)?;
         let began = now();
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
@@ -253,7 +262,6 @@ impl Bench {
         })?;
         let rest = Some(case.limit);
         let restored_ms = self.wait_for(&name, over_at, RESTORED, |limits| limits == [rest; 3])?;
-        let pod = path_of_pod(&cgroup)?;
         let pod_limit = pod.limit("memory.max").map(Limit::bytes);
         let is_pod_restored = pod_limit.is_ok_and(|limit| limit == case.limit);
         let status = self.cluster.status(&name)?;
