@@ -252,19 +252,6 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
     judge(
         checks,
         binaries,
-        "page cache that thrashes is served, and what does not help is taken back",
-        &of(Name::Thrash, 1, 18),
-        |summary| {
-            at_most(summary, "killed", 0.0)?;
-            ensure!(summary["raised"] == true && summary["hopeless_taken_back"] == true);
-            // Of 100 and of 10: it thrashes for as long as its limit stands.
-            at_most(summary, "refaulting_passes_max", 30.0)?;
-            at_least(summary, "refaulting_passes_without_min", 10.0)
-        },
-    );
-    judge(
-        checks,
-        binaries,
         "at the ceiling everything is as without Bellows",
         &of(Name::Ceiling, 4, 13),
         |summary| {
@@ -331,9 +318,8 @@ fn node(checks: &mut Checks) -> Result<()> {
     tools::packages()?;
     let binaries = build::binaries()?;
     for (what, systemd, old_containerd, seed) in [
-        ("cgroupfs", false, false, 11),
         ("systemd", true, false, 12),
-        ("containerd 1.6", false, true, 13),
+        ("cgroupfs, containerd 1.6", false, true, 13),
     ] {
         let bursts = bench::Options {
             systemd,
@@ -415,24 +401,6 @@ fn node(checks: &mut Checks) -> Result<()> {
             Ok(())
         },
     );
-    let java = bench::Options {
-        n: Some(1),
-        without_fixed: true,
-        ..bench::Options::of(Name::Java)
-    };
-    judge(
-        checks,
-        &binaries,
-        "a JVM starts with the CPUs that the policy lends it, and gives them back",
-        &java,
-        |summary| {
-            at_least(summary, "starts", 2.0)?;
-            at_least(summary, "cpus_seen_as_policy", 2.0)?;
-            at_most(summary, "ready_ratio_with", 1.5)?;
-            ensure!(summary["restore_ok"] == true, "a limit was not restored");
-            Ok(())
-        },
-    );
     edges(
         checks,
         &binaries,
@@ -480,6 +448,43 @@ fn pod(checks: &mut Checks) -> Result<()> {
         &binaries,
         &bench::Options::of(Name::Daemonset),
         "the DaemonSet",
+    );
+    let faults = bench::Options {
+        few: true,
+        ..options(Name::PodFaults, "6.12", Some(1), 51)
+    };
+    judge(
+        checks,
+        &binaries,
+        "whatever happens to the API, bursts in pods survive, and all comes to agree",
+        &faults,
+        |summary| {
+            at_least(summary, "attempts", 3.0)?;
+            at_least(summary, "by_hand", 3.0)?;
+            for key in ["kills", "failed", "restarts", "left_raised"] {
+                at_most(summary, key, 0.0)?;
+            }
+            at_most(summary, "agree_vs_sync", 2.0)
+        },
+    );
+    let java = bench::Options {
+        n: Some(1),
+        ..bench::Options::of(Name::PodJava)
+    };
+    judge(
+        checks,
+        &binaries,
+        "a JVM in a pod starts with the CPUs that the policy lends it, and gives them back",
+        &java,
+        |summary| {
+            at_least(summary, "starts", 2.0)?;
+            at_least(summary, "cpus_seen_as_policy", 2.0)?;
+            at_most(summary, "ready_ratio_with", 1.6)?;
+            at_most(summary, "api_writes_per_minute", 6.0)?;
+            at_most(summary, "restart_count_total", 0.0)?;
+            ensure!(summary["restore_ok"] == true, "a limit was not restored");
+            Ok(())
+        },
     );
     let plateau = bench::Options {
         seconds: Some(20),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use bellows::ledger::Record as LedgerRecord;
 use bellows_core::{Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::{
     container_bursts::is_at_rest,
+    pod_bursts::ledger_of,
     record::{Records, parsed, rounded},
     runner::Probe,
 };
@@ -54,6 +56,8 @@ struct Outcome {
     highest_limit: Bytes,
     /// Milliseconds from the end of each build to its limit at rest.
     restored_ms: Vec<Option<u64>>,
+    /// The agent's records of it.
+    ledger: Vec<LedgerRecord>,
 }
 
 impl Outcome {
@@ -162,6 +166,7 @@ impl Bench {
             peak: Bytes::ZERO,
             highest_limit: limit,
             restored_ms: Vec::new(),
+            ledger: Vec::new(),
         };
         for number in 1..=times {
             let Some(build) = self.wait_build(&started, number)? else {
@@ -179,7 +184,15 @@ impl Bench {
         outcome.oom_kill = track.oom_kill;
         let limits = track.samples.iter().map(|sample| Bytes(sample.limit));
         outcome.highest_limit = limits.fold(limit, Bytes::max);
-        eprintln!("build {name}: {outcome:?}");
+        eprintln!(
+            "build {name}: {:?}, {} kills, peak {}, at most {}, restored after {:?} ms",
+            outcome.builds,
+            outcome.oom_kill,
+            outcome.peak,
+            outcome.highest_limit,
+            outcome.restored_ms
+        );
+        outcome.ledger = ledger_of(started.cgroup.id());
         self.machine.remove(&started)?;
         Ok(outcome)
     }
