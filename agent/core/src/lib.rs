@@ -13,6 +13,7 @@ pub mod action;
 pub mod arbiter;
 pub mod boost;
 pub mod brake;
+pub mod bucket;
 pub mod cpu;
 pub mod decide;
 pub mod elastic;

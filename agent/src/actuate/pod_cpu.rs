@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use bellows_core::{CgroupId, Cpu, Reason, pod::Level};
+use bellows_core::{CgroupId, Cpu, Reason, bucket::Urgency, pod::Level};
 use kube::{Api, Client};
 use tokio::{
     runtime::Handle,
@@ -152,6 +152,7 @@ impl CpuResizer {
                 return;
             };
             sleep_until(due).await;
+            self.memory.may_ask(Urgency::Later).await;
             self.tell_once(cgroup).await;
         }
     }

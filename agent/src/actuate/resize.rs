@@ -11,12 +11,13 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, mpsc::SyncSender},
+    sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
     time::Duration,
 };
 
 use bellows_core::{
     Bytes, CgroupId,
+    bucket::{Bucket, Urgency},
     decide::ByHand,
     pod::{self, Level, MANAGER, Wish},
     quantity,
@@ -40,6 +41,7 @@ use crate::{
         pods::{limit_at, limit_manager},
     },
     cgroup::{Cgroup, Limit},
+    clock::now,
     guard::{Input, Refused, Requester, told_kill, told_raise, told_why},
     ledger::Record,
     metrics::{self, Call, METRICS},
@@ -216,6 +218,7 @@ pub struct Resizer {
     inputs: SyncSender<Input>,
     observed: UnboundedSender<(CgroupId, Observed)>,
     by_hands: ByHands,
+    bucket: Arc<Mutex<Bucket>>,
 }
 
 /// What the watch of pods is told of a container.
@@ -255,6 +258,7 @@ impl Resizer {
             inputs,
             observed,
             by_hands: ByHands::default(),
+            bucket: Arc::new(Mutex::new(Bucket::full(now()))),
         }
     }
 
@@ -294,6 +298,23 @@ impl Resizer {
         });
     }
 
+    /// Waits until the API may be asked for a change. It bounds what this node asks of it, its urgent changes first.
+    pub(super) async fn may_ask(&self, urgency: Urgency) {
+        loop {
+            let taken = {
+                let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
+                bucket.take(now(), urgency)
+            };
+            match taken {
+                Ok(()) => return,
+                Err(wait) => {
+                    METRICS.api_waits.inc();
+                    sleep(Duration::from_nanos(wait.0)).await;
+                }
+            }
+        }
+    }
+
     fn target<T>(
         &self,
         cgroup: CgroupId,
@@ -307,7 +328,16 @@ impl Resizer {
     }
 
     async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
-        let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
+        let (order, in_spec) = self.target(cgroup, |target| {
+            (Arc::clone(&target.order), target.in_spec())
+        })?;
+        let is_raise = in_spec.is_none_or(|limit| to > limit);
+        self.may_ask(if is_raise {
+            Urgency::Urgent
+        } else {
+            Urgency::Later
+        })
+        .await;
         let _turn = order.lock().await;
         if self.is_lowered_by_hand(cgroup, to).await? {
             return Ok(());
@@ -588,6 +618,7 @@ impl Resizer {
 
     async fn is_agreed(&self, cgroup: CgroupId) -> Result<bool, Refused> {
         let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
+        self.may_ask(Urgency::Later).await;
         let _turn = order.lock().await;
         let by_hand = self.target(cgroup, |target| {
             target.is_agreeing = target.by_hand.is_some();

@@ -102,6 +102,8 @@ pub struct Metrics {
     pub runtime_late: Counter,
     /// Calls of the container runtime.
     pub runtime_calls: Family<Call, Counter>,
+    /// Times that a change waited because this node has asked for many.
+    pub api_waits: Counter,
     /// Calls of the Kubernetes API that change something.
     pub api_calls: Family<Call, Counter>,
     /// Events that were lost on their way to the agent.
@@ -182,6 +184,11 @@ impl Metrics {
                 all,
                 "raises_by_hand",
                 "Raises that were written by hand: the runtime or the API was late or failed, or the policy raises first",
+            ),
+            api_waits: of(
+                all,
+                "api_waits",
+                "Times that a change waited because this node has asked the Kubernetes API for many",
             ),
             raises_waiting: of(
                 all,
