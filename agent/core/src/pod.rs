@@ -27,6 +27,8 @@ pub use cpu::{CpuRefusal, CpuWish, CpuWishes, ORIGINAL_CPU, cpu_wishes, starting
 pub const MODE: &str = "bellows.dev/mode";
 /// The limit that is never exceeded.
 pub const MAX_MEMORY: &str = "bellows.dev/max-memory";
+/// The annotation of the demo of 2022, which is understood where there is none of ours.
+pub const EBPF_RESIZE: &str = "ebpf-resize";
 /// The container that is meant, where a pod has several.
 pub const CONTAINER: &str = "bellows.dev/container";
 /// `RaiseFirst` raises on the node and asks the API right after; `PatchFirst`, the default, the other way round.
@@ -100,6 +102,8 @@ pub struct Pod {
     pub qos: QosClass,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
+    /// What is wrong with its annotation [`EBPF_RESIZE`].
+    pub misread: Option<String>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Its containers in the order of the spec.
@@ -175,6 +179,11 @@ pub enum Refusal {
     /// The order is none.
     #[error("annotation {ORDER} is `{0}`: use PatchFirst or RaiseFirst")]
     UnknownOrder(String),
+    /// The demo's annotation makes no sense.
+    #[error(
+        "annotation {EBPF_RESIZE} makes no sense ({0}): use {MODE} and {MAX_MEMORY} in its place"
+    )]
+    EbpfResize(String),
     /// There is no maximum.
     #[error(
         "annotation {MAX_MEMORY} is missing: set it to the most memory that the container may have, such as 4Gi"
@@ -237,6 +246,7 @@ impl Refusal {
         match self {
             Self::UnknownMode(_)
             | Self::UnknownOrder(_)
+            | Self::EbpfResize(_)
             | Self::NoMaximum
             | Self::Quantity { .. }
             | Self::WhichContainer(_)
@@ -276,6 +286,9 @@ pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     };
     if pod.ending || mode == Some(Mode::Off) {
         return Wishes::new();
+    }
+    if let Some(why) = &pod.misread {
+        return refused(Refusal::EbpfResize(why.clone()));
     }
     let names = [MAX_MEMORY, CONTAINER];
     let is_sized = names.iter().any(|name| pod.annotations.contains_key(*name));

@@ -6,6 +6,7 @@
 //! pod's next change.
 
 pub mod api;
+mod ebpf_resize;
 pub mod places;
 pub mod pods;
 

@@ -8,7 +8,7 @@ use bellows_core::{
 use kube::ResourceExt as _;
 use serde_json::json;
 
-use super::{api, container_id};
+use super::{api, container_id, ebpf_resize};
 
 /// Marks a pod that mirrors a file on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -73,6 +73,8 @@ pub fn convert(pod: &api::Pod) -> Pod {
         let mut conditions = conditions.unwrap_or_default().iter();
         conditions.any(|condition| condition.kind == kind && condition.status == "True")
     };
+    let mut annotations = pod.annotations().clone();
+    let misread = ebpf_resize::understand(&mut annotations).err();
     let phase = status.and_then(|status| status.phase.as_deref());
     let ended = matches!(phase, Some("Succeeded" | "Failed"));
     Pod {
@@ -84,7 +86,8 @@ pub fn convert(pod: &api::Pod) -> Pod {
             Some("BestEffort") => QosClass::BestEffort,
             _ => QosClass::Burstable,
         },
-        annotations: pod.annotations().clone(),
+        annotations,
+        misread,
         labels: pod.labels().clone(),
         containers: containers.collect(),
         memory_limit: limit_at(pod, Level::Pod),

@@ -11,6 +11,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             .iter()
             .map(|&(key, value)| (key.to_owned(), value.to_owned()))
             .collect(),
+        misread: None,
         containers: vec![Container {
             name: "app".to_owned(),
             id: Some("c1".to_owned()),
@@ -75,6 +76,18 @@ fn nobody_is_guarded_where_nothing_may_be_changed() {
         let modes = wishes.values().flatten().map(|wish| wish.mode);
         assert_eq!(modes.collect::<Vec<_>>(), [mode]);
     }
+}
+
+#[test]
+fn an_annotation_that_was_misread_is_refused_unless_the_pod_opts_out() {
+    let mut misread = pod(&[]);
+    misread.misread = Some("EOF".to_owned());
+    let refusal = wish(&misread).unwrap_err();
+    assert_eq!(refusal.reason(), "InvalidAnnotation");
+    misread
+        .annotations
+        .insert(MODE.to_owned(), "Off".to_owned());
+    assert_eq!(wish(&misread), Ok(None));
 }
 
 #[test]
