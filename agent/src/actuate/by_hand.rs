@@ -249,3 +249,154 @@ fn sum_in(pod: &Cgroup, limit_of: impl Fn(&Cgroup, Bytes) -> Bytes) -> Bytes {
 fn text(error: impl ToString) -> String {
     error.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs, process};
+
+    use super::*;
+
+    /// A pod with two containers, of files; and what is written down.
+    struct Bed {
+        directory: PathBuf,
+        pod: PathBuf,
+        by_hands: ByHands,
+    }
+
+    impl Bed {
+        fn new(name: &str) -> Self {
+            let name = format!("bellows-by-hand-{name}-{}", process::id());
+            let directory = env::temp_dir().join(name);
+            let pod = directory.join("kubepods").join("pod0f8c-11aa");
+            let bed = Self {
+                by_hands: ByHands {
+                    records: Records::at(directory.join("records")),
+                    writing: Arc::default(),
+                },
+                directory,
+                pod,
+            };
+            for (path, limit) in [("", "96"), ("app", "64"), ("side", "32")] {
+                fs::create_dir_all(bed.pod.join(path)).unwrap();
+                bed.set(path, limit);
+                bed.uses(path, 10);
+            }
+            fs::create_dir_all(bed.pod.join("pause")).unwrap();
+            fs::write(bed.pod.join("pause/memory.max"), "max\n").unwrap();
+            bed
+        }
+
+        fn set(&self, path: &str, mib: &str) {
+            let bytes = mib.parse::<u64>().unwrap() << 20;
+            fs::write(self.pod.join(path).join("memory.max"), bytes.to_string()).unwrap();
+        }
+
+        fn uses(&self, path: &str, mib: u64) {
+            let directory = self.pod.join(path);
+            fs::write(directory.join("memory.current"), (mib << 20).to_string()).unwrap();
+            fs::write(
+                directory.join("memory.stat"),
+                "active_file 0\ninactive_file 0\n",
+            )
+            .unwrap();
+        }
+
+        fn cgroup(&self, path: &str) -> Cgroup {
+            Cgroup::open(&self.pod.join(path)).unwrap()
+        }
+
+        /// Of the pod and its two containers, in MiB.
+        fn limits(&self) -> [u64; 3] {
+            ["", "app", "side"].map(|path| {
+                let limit = self.cgroup(path).limit("memory.max").unwrap();
+                limit.bytes().0 >> 20
+            })
+        }
+
+        fn raise(&self, path: &str, from: u64, to: u64) {
+            let cgroup = self.cgroup(path);
+            let (from, to) = (Bytes::mib(from), Bytes::mib(to));
+            self.by_hands.raise(&cgroup, to, from, true).unwrap();
+        }
+
+        fn lower(&self, path: &str, to: u64) -> bool {
+            self.by_hands
+                .lower(&self.cgroup(path), Bytes::mib(to))
+                .unwrap()
+        }
+    }
+
+    impl Drop for Bed {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.directory).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_pod_goes_up_with_its_container_and_comes_down_with_it() {
+        let bed = Bed::new("order");
+        bed.raise("app", 64, 256);
+        assert_eq!(bed.limits(), [288, 256, 32]);
+        bed.raise("app", 64, 512);
+        assert_eq!(bed.limits(), [544, 512, 32]);
+        bed.uses("app", 100);
+        assert!(!bed.lower("app", 64), "usage does not fit");
+        assert_eq!(bed.limits(), [544, 512, 32]);
+        bed.uses("app", 10);
+        assert!(bed.lower("app", 64));
+        assert_eq!(bed.limits(), [96, 64, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+    }
+
+    #[test]
+    fn a_pod_is_never_below_what_its_containers_have() {
+        let bed = Bed::new("siblings");
+        bed.raise("app", 64, 256);
+        bed.raise("side", 32, 128);
+        assert_eq!(bed.limits(), [384, 256, 128]);
+        assert!(bed.lower("app", 64));
+        // The pod was at 288 when the second was raised, and goes no further down than it must.
+        assert_eq!(bed.limits(), [192, 64, 128]);
+        assert!(bed.lower("side", 32));
+        assert_eq!(bed.limits()[1..], [64, 32]);
+        assert!(bed.limits()[0] >= 96);
+    }
+
+    #[test]
+    fn one_that_is_about_to_be_started_again_is_counted() {
+        let bed = Bed::new("absent");
+        fs::remove_dir_all(bed.pod.join("side")).unwrap();
+        bed.raise("app", 64, 90);
+        let pod = bed.cgroup("").limit("memory.max").unwrap().bytes();
+        assert_eq!(pod, Bytes::mib(122));
+    }
+
+    #[test]
+    fn what_somebody_else_has_set_stays() {
+        let bed = Bed::new("foreign");
+        bed.raise("app", 64, 256);
+        bed.set("app", "1024");
+        bed.set("", "1056");
+        assert!(bed.lower("app", 64));
+        assert_eq!(bed.limits(), [1056, 1024, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+        // Nor is anything lowered that was never raised by hand.
+        assert!(bed.lower("side", 16));
+        assert_eq!(bed.limits()[2], 32);
+    }
+
+    #[test]
+    fn what_is_left_is_lowered_unless_somebody_is_responsible_or_may_come_to_be() {
+        let bed = Bed::new("left");
+        bed.raise("app", 64, 256);
+        let (nobody, somebody) = (|_: &Path| false, |_: &Path| true);
+        assert!(!bed.by_hands.lower_left(somebody, nobody));
+        assert!(bed.by_hands.lower_left(nobody, somebody), "it is left");
+        assert_eq!(bed.limits()[1], 256);
+        bed.uses("app", 200);
+        assert!(bed.by_hands.lower_left(nobody, nobody), "it is in use");
+        bed.uses("app", 10);
+        assert!(!bed.by_hands.lower_left(nobody, nobody));
+        assert_eq!(bed.limits(), [96, 64, 32]);
+    }
+}

@@ -151,7 +151,8 @@ impl Cgroup {
             source,
         };
         let stat = rustix::fs::statfs(path).map_err(|errno| io(errno.into()))?;
-        if stat.f_type != CGROUP2_SUPER_MAGIC {
+        // Tests work on directories with files of the same names.
+        if stat.f_type != CGROUP2_SUPER_MAGIC && !cfg!(test) {
             return Err(CgroupError::NotV2 {
                 path: path.to_owned(),
             });
