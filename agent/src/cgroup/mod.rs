@@ -152,7 +152,9 @@ impl Cgroup {
         };
         let stat = rustix::fs::statfs(path).map_err(|errno| io(errno.into()))?;
         // Tests work on directories with files of the same names.
-        if stat.f_type != CGROUP2_SUPER_MAGIC && !cfg!(test) {
+        if stat.f_type != CGROUP2_SUPER_MAGIC
+            && !(cfg!(test) && path.starts_with(std::env::temp_dir()))
+        {
             return Err(CgroupError::NotV2 {
                 path: path.to_owned(),
             });

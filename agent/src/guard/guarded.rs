@@ -105,6 +105,8 @@ pub(super) struct Guarded {
     pub(super) burst_peak: Bytes,
     /// The limit with which its last burst would have been served.
     pub(super) learnt: Option<Bytes>,
+    /// Whether that is not written down yet.
+    pub(super) has_learnt: bool,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
     /// Cgroups above it with limits that are not ours.
@@ -175,6 +177,7 @@ impl Guarded {
             burst_since: None,
             burst_peak: Bytes::ZERO,
             learnt: None,
+            has_learnt: false,
             reserved: None,
             by_hand_not_before: Nanos(0),
             answered: None,
@@ -300,6 +303,7 @@ impl Guarded {
         if peak > Bytes::ZERO {
             let needed = peak.per_mille(LEARNT_MARGIN_PER_MILLE);
             self.learnt = Some(self.policy.limit_for(needed).round_up_mib());
+            self.has_learnt = true;
         }
     }
 

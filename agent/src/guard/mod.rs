@@ -8,12 +8,14 @@
 
 mod foreign_brake;
 mod guarded;
+mod learnt;
 mod observed;
 mod requests;
 mod room;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
     time::{Duration, Instant},
 };
@@ -42,6 +44,7 @@ use crate::{
 use foreign_brake::ForeignBrake;
 pub use guarded::Report;
 use guarded::{Answers, Guarded};
+use learnt::Memory;
 use observed::Watched;
 pub use observed::{Watching, told_kill, told_raise};
 use requests::Loss;
@@ -53,6 +56,8 @@ const ACTIVE_TICK: Duration = Duration::from_millis(100);
 const QUIET_TICK: Duration = Duration::from_secs(1);
 /// Shortest time between two looks at a guard's page cache.
 const THRASH_INTERVAL: Nanos = Nanos::millis(900);
+/// Where it is kept what bursts have needed.
+const LEARNT: &str = "/run/bellows/learnt";
 /// Room for inputs that the controller has not taken yet.
 pub const INPUTS: usize = 4096;
 
@@ -174,6 +179,7 @@ pub struct Controller<R> {
     /// Those that are only watched.
     observed: BTreeMap<CgroupId, Watched>,
     raise_times: Answers,
+    memory: Memory,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
 }
@@ -197,6 +203,7 @@ impl<R: Requester> Controller<R> {
             guards: BTreeMap::new(),
             observed: BTreeMap::new(),
             raise_times: Answers::default(),
+            memory: Memory::at(PathBuf::from(LEARNT)),
             reflex_is_behind: false,
         }
     }
@@ -216,6 +223,9 @@ impl<R: Requester> Controller<R> {
         let limit = cgroup.limit_in_force()?;
         let controls = Controls::open(&cgroup)?;
         let mut guarded = Guarded::new(cgroup, name, policy, at, limit);
+        if self.requester.shares_the_node() {
+            guarded.learnt = self.memory.of(&guarded.name);
+        }
         let record = guarded.adoption(at);
         self.ledger.append(&record)?;
         self.requester.record(&guarded.cgroup, &record);
@@ -415,6 +425,18 @@ impl<R: Requester> Controller<R> {
         change(guarded);
         if guarded.limit != before {
             self.verify(id, None);
+            self.remember(id);
+        }
+    }
+
+    /// Remembers what a burst that has just ended has needed.
+    fn remember(&mut self, id: CgroupId) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        let is_new = std::mem::take(&mut guarded.has_learnt);
+        if let Some(learnt) = guarded.learnt.filter(|_| is_new) {
+            self.memory.learn(&guarded.name, learnt);
         }
     }
 
@@ -560,6 +582,7 @@ impl<R: Requester> Controller<R> {
                     guarded.limit_is(at, limit);
                     guarded.learn_latency();
                     self.verify(id, None);
+                    self.remember(id);
                     self.arm(&self.guards[&id], None);
                 } else if is_new_brake {
                     self.arm(&self.guards[&id], None);
