@@ -291,6 +291,21 @@ impl Cluster {
         }))
     }
 
+    /// The CPU limits that its container has in the spec, in its cgroup and in its pod's.
+    pub(crate) fn cpu_limits(
+        &self,
+        name: &str,
+        cgroup: &Cgroup,
+        pod: &Cgroup,
+    ) -> Result<[Option<Cpu>; 3]> {
+        let of = |cgroup: &Cgroup| cgroup.quota().ok().flatten().map(|quota| quota.cpu);
+        let spec = self.get(name)?.spec.context("no spec")?;
+        let container = spec.containers.into_iter().next();
+        let limits = container.and_then(|container| container.resources?.limits);
+        let in_spec = limits.and_then(|limits| quantity::parse_cpu(&limits.get("cpu")?.0).ok());
+        Ok([in_spec, of(cgroup), of(pod)])
+    }
+
     /// Applies a document, as `kubectl apply` does.
     pub(crate) fn apply(&self, document: Value) -> Result<()> {
         let object: DynamicObject = serde_json::from_value(document)?;

@@ -45,6 +45,7 @@ pub(crate) enum Name {
     PodFaults,
     PodJava,
     PodKill,
+    PodThrottle,
     Daemonset,
     Kill,
     Deaths,
@@ -82,6 +83,7 @@ impl Name {
                 | Self::PodFaults
                 | Self::PodJava
                 | Self::PodKill
+                | Self::PodThrottle
                 | Self::Daemonset
                 | Self::Kill
                 | Self::Deaths
@@ -347,7 +349,10 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         let binaries = kubernetes::binaries()?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
         let control = ControlPlane::start(&binaries)?;
-        if matches!(options.name, Name::Daemonset | Name::PodJava) {
+        if matches!(
+            options.name,
+            Name::Daemonset | Name::PodJava | Name::PodThrottle
+        ) {
             for name in ["bellows.yaml", "elasticpolicies.yaml"] {
                 files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
             }

@@ -28,6 +28,7 @@ mod pod_edges;
 mod pod_faults;
 mod pod_java;
 mod pod_kill;
+mod pod_throttle;
 mod reaction;
 mod record;
 mod runner;
@@ -85,6 +86,8 @@ pub(crate) enum Bench {
     Storm(storm::Options),
     /// The agent is killed at each step of a resize of a pod.
     PodKill(pod_kill::Options),
+    /// A service in a pod with a CPU limit at its mean.
+    PodThrottle(pod_throttle::Options),
     /// Tomcat in a pod with a quarter of a CPU.
     PodJava(pod_java::Options),
     /// What happens to the API under the agent, while pods burst.
@@ -135,6 +138,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
         Bench::Storm(options) => storm::run(options, &mut records),
         Bench::PodKill(options) => pod_kill::run(options, &mut records),
+        Bench::PodThrottle(options) => pod_throttle::run(options, &mut records),
         Bench::PodJava(options) => pod_java::run(options, &mut records),
         Bench::PodFaults(options) => pod_faults::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
@@ -161,6 +165,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "storm" => storm::summarize(&read(path)?),
         "pod-kill" => pod_kill::summarize(&read(path)?),
+        "pod-throttle" => pod_throttle::summarize(&read(path)?),
         "pod-java" => pod_java::summarize(&read(path)?),
         "pod-faults" => pod_faults::summarize(&read(path)?),
         "container-bursts" => container_bursts::summarize(&read(path)?),

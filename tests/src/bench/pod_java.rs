@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bellows::cgroup::Cgroup;
-use bellows_core::{Bytes, Cpu, quantity};
+use bellows_core::{Bytes, Cpu};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -251,15 +251,7 @@ impl Bench {
     fn is_at_rest(&self, name: &str, cgroup: &Cgroup) -> Result<bool> {
         let pod = cgroup.path().parent().unwrap_or(Path::new("/"));
         let pod = Cgroup::open(pod)?;
-        let of = |cgroup: &Cgroup| cgroup.quota().ok().flatten().map(|quota| quota.cpu);
-        let spec = self.cluster.get(name)?.spec.context("no spec")?;
-        let limits = spec
-            .containers
-            .into_iter()
-            .next()
-            .and_then(|container| container.resources?.limits);
-        let in_spec = limits.and_then(|limits| quantity::parse_cpu(&limits.get("cpu")?.0).ok());
-        Ok([of(cgroup), of(&pod), in_spec] == [Some(LIMIT); 3])
+        Ok(self.cluster.cpu_limits(name, cgroup, &pod)? == [Some(LIMIT); 3])
     }
 }
 

@@ -35,23 +35,23 @@ const REST_SECONDS: u64 = 15;
 const WORK_SECONDS: u64 = 5;
 const AT_REST: Cpu = Cpu::millis(100);
 /// The mean of what it uses, rounded up to hundredths of a CPU as systemd does.
-const MEAN: Cpu = {
+pub(super) const MEAN: Cpu = {
     let used = AT_REST.0 * REST_SECONDS + 1_000_000 * WORK_SECONDS;
     Cpu(used
         .div_ceil((REST_SECONDS + WORK_SECONDS) * 10_000)
         .saturating_mul(10_000))
 };
-const MAX: Cpu = Cpu::millis(2000);
+pub(super) const MAX: Cpu = Cpu::millis(2000);
 const GUARDED: &str = "throttle";
 /// How long the quota may take to be at rest again.
 const RESTORED: Nanos = Nanos::millis(60_000);
 
 /// How one container went.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Outcome {
+pub(super) struct Outcome {
     pieces: Vec<Pieces>,
     /// Microseconds for which it was throttled by its own quota and by its pod's (`cpu.stat`).
-    throttled_us: u64,
+    pub(super) throttled_us: u64,
     /// Periods in which it ran, and those that were throttled.
     periods: u64,
     throttled_periods: u64,
@@ -60,6 +60,15 @@ struct Outcome {
     lowerings: usize,
     /// How long after its work its quota was at rest again, in its cgroup, in its pod's and for its runtime.
     restored_after_ms: Option<u64>,
+}
+
+impl Outcome {
+    /// Takes away what was counted before.
+    pub(super) fn since(&mut self, before: &Self) {
+        self.throttled_us -= before.throttled_us;
+        self.periods -= before.periods;
+        self.throttled_periods -= before.throttled_periods;
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -76,7 +85,7 @@ struct Record {
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let mut agent = Standalone::start(&cpu_policy(GUARDED, MAX))?;
-    let cycles = (options.seconds / (REST_SECONDS + WORK_SECONDS)).max(1);
+    let cycles = cycles_in(options.seconds);
     for index in 0..options.n {
         agent.check()?;
         let mut run = |name: &str, limit, how| {
@@ -116,13 +125,8 @@ enum How {
     Guarded,
 }
 
-fn observe(
-    machine: &mut Machine,
-    name: &str,
-    limit: Option<Cpu>,
-    how: How,
-    cycles: u64,
-) -> Result<Outcome> {
+/// What runs the load so many times.
+pub(super) fn pulse(cycles: u64) -> Vec<String> {
     let mut command = ["/bellows-guest", "load", "pulse", "--after-ms", "600000"]
         .map(str::to_owned)
         .to_vec();
@@ -133,6 +137,27 @@ fn observe(
     ] {
         command.extend([flag.to_owned(), value.to_string()]);
     }
+    command
+}
+
+/// How often it fits into so many seconds, once at least.
+pub(super) fn cycles_in(seconds: u64) -> u64 {
+    (seconds / (REST_SECONDS + WORK_SECONDS)).max(1)
+}
+
+/// How long so many may take.
+pub(super) fn longest(cycles: u64) -> Duration {
+    Duration::from_secs(cycles * (REST_SECONDS + WORK_SECONDS) * 2 + 60)
+}
+
+fn observe(
+    machine: &mut Machine,
+    name: &str,
+    limit: Option<Cpu>,
+    how: How,
+    cycles: u64,
+) -> Result<Outcome> {
+    let command = pulse(cycles);
     let guard = (how == How::Guarded).then(|| ("guard".to_owned(), GUARDED.to_owned()));
     let started = machine.run(&Spec {
         limit: Some(Bytes::mib(256)),
@@ -148,21 +173,19 @@ fn observe(
     }
     // Its start is another matter (`java`): what is measured begins when it works and the agent has seen it.
     wait("it has started", Duration::from_secs(60), || {
-        Ok(said::<PulseStart>(&started).is_some())
+        Ok(said::<PulseStart>(Machine::said(&started)).is_some())
     })?;
-    let before = counted(&started)?;
-    let longest = Duration::from_secs(cycles * (REST_SECONDS + WORK_SECONDS) * 2 + 60);
-    wait("its work is done", longest, || {
+    let before = counted(&started.cgroup, started.throttled_us()?, Vec::new())?;
+    wait("its work is done", longest(cycles), || {
         let code = machine.exit_code(&started)?;
         ensure!(code.is_none(), "it has ended with {code:?}");
-        Ok(said::<PulseEnd>(&started).is_some())
+        Ok(said::<PulseEnd>(Machine::said(&started)).is_some())
     })?;
-    let mut outcome = counted(&started)?;
-    outcome.throttled_us -= before.throttled_us;
-    outcome.periods -= before.periods;
-    outcome.throttled_periods -= before.throttled_periods;
+    let said_by_it = Machine::said(&started);
+    let mut outcome = counted(&started.cgroup, started.throttled_us()?, said_by_it.clone())?;
+    outcome.since(&before);
     if how == How::Guarded {
-        let end = said::<PulseEnd>(&started).context("it has not ended")?;
+        let end = said::<PulseEnd>(said_by_it).context("it has not ended")?;
         outcome.restored_after_ms = restored_after(machine, &started, end)?;
         let log = log_text("bellows");
         let of = |reason: &str| {
@@ -182,21 +205,22 @@ fn observe(
 const PERIOD: u64 = 100_000;
 
 /// The last that it said of a kind.
-fn said<T: DeserializeOwned>(started: &Started) -> Option<T> {
-    let said = Machine::said(started).into_iter();
-    said.filter_map(|value| serde_json::from_value(value).ok())
+pub(super) fn said<T: DeserializeOwned>(said: Vec<Value>) -> Option<T> {
+    said.into_iter()
+        .filter_map(|value| serde_json::from_value(value).ok())
         .next_back()
 }
 
-fn counted(started: &Started) -> Result<Outcome> {
-    let stat = started.cgroup.read("cpu.stat")?;
+/// What is counted of a container until now.
+pub(super) fn counted(cgroup: &Cgroup, throttled_us: u64, said: Vec<Value>) -> Result<Outcome> {
+    let stat = cgroup.read("cpu.stat")?;
     let of = |name| field(&stat, name).unwrap_or(0);
-    let pieces = Machine::said(started).into_iter();
     Ok(Outcome {
-        pieces: pieces
+        pieces: said
+            .into_iter()
             .filter_map(|value| serde_json::from_value(value).ok())
             .collect(),
-        throttled_us: started.throttled_us()?,
+        throttled_us,
         periods: of("nr_periods"),
         throttled_periods: of("nr_throttled"),
         raises: 0,
@@ -225,7 +249,7 @@ pub(super) fn has_cpu(machine: &Machine, started: &Started, cpu: Cpu) -> Result<
 }
 
 /// Milliseconds that a piece of work took at the 99th percentile.
-fn p99(outcome: &Outcome) -> f64 {
+pub(super) fn p99(outcome: &Outcome) -> f64 {
     let took = outcome.pieces.iter().flat_map(|pieces| &pieces.took_us);
     let took: Vec<f64> = took.map(|&us| us as f64 / 1000.0).collect();
     percentile(&took, 99.0)
