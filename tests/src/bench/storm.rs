@@ -46,6 +46,8 @@ const QUIET: u64 = 180;
 const PER_CONTAINER: Nanos = Nanos::millis(2500);
 /// How long all may take.
 const LONGEST: Nanos = Nanos::millis(240_000);
+/// The exit code of what SIGKILL has ended: nobody else sends one here.
+const KILLED: i32 = 137;
 const LOOK: Duration = Duration::from_millis(50);
 
 /// One container.
@@ -217,6 +219,8 @@ fn watch(
             let one = &mut watched[number];
             if let Some(code) = machine.exit_code(&one.started)? {
                 one.outcome.code = Some(code);
+                // Its cgroup was gone before its last kill was seen.
+                one.outcome.oom_kill = one.outcome.oom_kill.max(u64::from(code == KILLED));
                 one.outcome.ended_ms = Some(now().since(all_at).as_millis());
             }
         }
