@@ -627,6 +627,11 @@ impl<R: Requester> Controller<R> {
             _ => ByHand::No,
         };
         let plan = decide(&guarded.snapshot(at, by_hand));
+        let is_raise = |(action, _): &(Action, _)| matches!(action, Action::Raise { .. });
+        if !plan.actions.iter().any(is_raise) {
+            // It does not need it any more.
+            guarded.waiting = None;
+        }
         for (action, reason) in plan.actions {
             let action = match action {
                 Action::Raise { from, to } => match self.room_for(id, from, to) {

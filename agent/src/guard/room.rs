@@ -132,7 +132,18 @@ impl<R: Requester> Controller<R> {
         });
         waiting.wanted = expected;
         let verdict = match self.claims(at) {
-            Ok((rooms, claims)) => arbitrate(at, &rooms, &claims).remove(&id),
+            Ok((rooms, mut claims)) => {
+                let own = claims.get_mut(&id)?;
+                // More than all there is is never granted; what there is may be.
+                let whole = whole(&rooms, own);
+                own.wanted = own.wanted.min(whole);
+                own.most = own.wanted;
+                let verdict = arbitrate(at, &rooms, &claims).remove(&id);
+                let is_beyond = verdict.is_none() && to > whole;
+                verdict.or_else(|| {
+                    is_beyond.then_some(Verdict::Refused(Why::ExceedsRoom(Place::Node)))
+                })
+            }
             Err(error) => {
                 // Without figures there is nothing to judge by: the kernel decides, as it would without an arbiter.
                 tracing::warn!(error, "what the node has left is not known");
@@ -144,7 +155,7 @@ impl<R: Requester> Controller<R> {
             None => (Some(to), None),
             Some(Verdict::Granted(granted)) => {
                 guarded.reserved = Some(granted);
-                (Some(to), None)
+                (Some(granted.min(to)), None)
             }
             Some(
                 Verdict::Waits(_, why @ Why::NoRoom(_, least))
@@ -231,6 +242,14 @@ impl<R: Requester> Controller<R> {
     }
 }
 
+/// The least that any room of a claim has, were it empty.
+fn whole(rooms: &Rooms, claim: &Claim) -> Bytes {
+    let above = claim.ancestors.iter();
+    let above = above.filter_map(|&index| rooms.ancestors.get(index));
+    let sizes = above.map(|room| room.size);
+    sizes.fold(rooms.node.size, Bytes::min).page_floor()
+}
+
 /// `None` for one without a limit, or that is gone.
 fn ancestor_room(path: &Path) -> Option<bellows_core::arbiter::Room> {
     let cgroup = Cgroup::open(path).ok()?;
@@ -305,5 +324,94 @@ mod tests {
             .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
             .collect();
         assert_eq!(above, ["kubepods-burstable.slice", "kubepods.slice"]);
+    }
+
+    const AT_REST: Bytes = Bytes::mib(64);
+
+    fn guarded(limit: Bytes) -> Guarded {
+        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
+        let policy = bellows_core::Policy {
+            original: AT_REST,
+            ceiling: Bytes::mib(1024),
+            actuation: Actuation::Requested {
+                p95: Nanos::millis(700),
+            },
+            signals: bellows_core::Signals::Programs,
+            patience: bellows_core::Patience::UNPROBED,
+            cpus: 2,
+            shrink_after: Nanos::millis(5000),
+            usable_per_mille: bellows_core::WHOLE,
+            by_hand_after: None,
+            priority: 7,
+        };
+        Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), limit)
+    }
+
+    #[test]
+    fn what_is_promised_is_what_may_be_used() {
+        let promised = |guarded: &Guarded, at| {
+            let claim = guarded.claim(Nanos::millis(at), BTreeSet::new());
+            assert_eq!((claim.priority, claim.at_rest), (7, AT_REST));
+            claim.promised
+        };
+        assert_eq!(promised(&guarded(AT_REST), 0), Bytes::ZERO);
+        let mut raised = guarded(Bytes::mib(256));
+        assert_eq!(promised(&raised, 0), Bytes::mib(256));
+        raised.requested = Some((Bytes::mib(512), Nanos(0)));
+        assert_eq!(promised(&raised, 0), Bytes::mib(512));
+        // A lowering that is on its way has not come.
+        raised.requested = Some((AT_REST, Nanos(0)));
+        raised.lowering = Some(AT_REST);
+        assert_eq!(promised(&raised, 0), Bytes::mib(256));
+        raised.reserved = Some(Bytes::mib(800));
+        assert_eq!(promised(&raised, 9_999), Bytes::mib(800));
+        assert_eq!(
+            promised(&raised, 10_000),
+            Bytes::mib(256),
+            "it does not grow any more"
+        );
+    }
+
+    #[test]
+    fn a_burst_is_expected_to_need_more_than_its_first_step_until_it_cannot_wait() {
+        let mut waiting = guarded(AT_REST);
+        let to = Bytes::mib(200);
+        assert_eq!(waiting.expected(Nanos(0), to), Bytes::mib(620));
+        assert_eq!(
+            waiting.expected(Nanos(0), Bytes::mib(500)),
+            Bytes::mib(1024)
+        );
+        waiting.learnt = Some(Bytes::mib(300));
+        assert_eq!(waiting.expected(Nanos(0), to), Bytes::mib(300));
+        waiting.learnt = Some(Bytes::mib(100));
+        assert_eq!(
+            waiting.expected(Nanos(0), to),
+            to,
+            "it has come to need more"
+        );
+        waiting.learnt = None;
+        waiting.waiting = Some(Waiting {
+            since: Nanos(0),
+            wanted: Bytes::mib(620),
+            told: None,
+        });
+        assert_eq!(waiting.expected(Nanos::millis(7_499), to), Bytes::mib(620));
+        assert_eq!(waiting.expected(Nanos::millis(7_500), to), to);
+    }
+
+    #[test]
+    fn nobody_asks_for_more_than_there_is() {
+        let room = |mib| bellows_core::arbiter::Room {
+            free: Bytes::ZERO,
+            size: Bytes::mib(mib),
+        };
+        let rooms = Rooms {
+            node: room(900),
+            ancestors: vec![room(700), room(100)],
+        };
+        let mut claim = guarded(AT_REST).claim(Nanos(0), BTreeSet::new());
+        assert_eq!(whole(&rooms, &claim), Bytes::mib(900));
+        claim.ancestors = [0, 9].into();
+        assert_eq!(whole(&rooms, &claim), Bytes::mib(700));
     }
 }
