@@ -131,11 +131,14 @@ fn target(snapshot: &Snapshot, p95: Nanos) -> Bytes {
         policy,
         history,
         learnt,
+        limit,
         ..
     } = snapshot;
     let unlearnt = request_target(policy, history, p95);
-    let is_enough =
-        |learnt: &Bytes| policy.usable(*learnt) >= history.demand.per_mille(LEARNT_PER_MILLE);
+    let is_enough = |learnt: &Bytes| {
+        // Who is held for a huge page is raised although it might go on without.
+        learnt > limit && policy.usable(*learnt) >= history.demand.per_mille(LEARNT_PER_MILLE)
+    };
     learnt
         .filter(is_enough)
         .map_or(unlearnt, |learnt| learnt.min(policy.ceiling))
@@ -336,6 +339,14 @@ mod tests {
         again.policy.ceiling = Bytes::mib(4096);
         (again.limit, again.history.demand) = (Bytes::mib(900), Bytes::mib(890));
         assert!(to(&again) > Some(Bytes::mib(2700)));
+        // Who is held gets more than it has.
+        again.held_since = Some(again.now);
+        again.history.demand = Bytes::mib(800);
+        assert!(
+            to(&again).is_none_or(|to| to > again.limit),
+            "{:?}",
+            decide(&again)
+        );
     }
 
     #[test]

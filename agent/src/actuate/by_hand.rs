@@ -128,7 +128,12 @@ impl ByHands {
     /// # Errors
     ///
     /// [`CgroupError`]; what is written down stays.
-    pub fn lower(&self, cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
+    pub fn lower(
+        &self,
+        cgroup: &Cgroup,
+        to: Bytes,
+        is_still_wanted: impl Fn() -> bool,
+    ) -> Result<bool, CgroupError> {
         let key = key_of(cgroup.path());
         let Some(record) = self.records.read(key) else {
             return Ok(true);
@@ -141,7 +146,8 @@ impl ByHands {
             }
             let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
             if is_ours(cgroup.limit_in_force()?) {
-                if !shrink::fits(cgroup, to)? {
+                // Somebody may have come to be responsible for it meanwhile.
+                if !is_still_wanted() || !shrink::fits(cgroup, to)? {
                     return Ok(false);
                 }
                 cgroup.set_limit_and_heirs(to)?;
@@ -196,7 +202,7 @@ impl ByHands {
                 continue;
             }
             let lowered = match Cgroup::open(&path).and_then(Cgroup::with_heirs) {
-                Ok(cgroup) => self.lower(&cgroup, before),
+                Ok(cgroup) => self.lower(&cgroup, before, || !is_cared_for(&path)),
                 Err(error) => Err(error),
             };
             match lowered {
@@ -321,7 +327,7 @@ mod tests {
 
         fn lower(&self, path: &str, to: u64) -> bool {
             self.by_hands
-                .lower(&self.cgroup(path), Bytes::mib(to))
+                .lower(&self.cgroup(path), Bytes::mib(to), || true)
                 .unwrap()
         }
     }

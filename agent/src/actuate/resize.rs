@@ -82,6 +82,8 @@ pub struct Target {
     pub pod_follows: bool,
     /// Whether the kubelet says that it cannot have what the spec says: there is no room.
     pub is_pending: bool,
+    /// The number of the last request: an older one that was kept waiting is not made any more.
+    latest: u64,
     /// What is asked for and not answered.
     asking: Vec<Bytes>,
     /// The smallest that was asked for without a certain answer: an API server that was given up may still carry it out
@@ -116,6 +118,7 @@ impl Target {
             by_hand: None,
             pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
             is_pending: pod.is_resize_pending,
+            latest: 0,
             asking: Vec::new(),
             uncertain: None,
             taken: Vec::new(),
@@ -285,11 +288,16 @@ impl Resizer {
         &self.targets
     }
 
-    fn send(&self, cgroup: CgroupId, to: Bytes) {
+    fn send(&self, cgroup: CgroupId, to: Bytes, urgency: Urgency) {
         let this = self.clone();
-        self.note(cgroup, |target| target.asking.push(to));
+        let number = self.targets.of(cgroup, |target| {
+            target.asking.push(to);
+            target.latest += 1;
+            target.latest
+        });
+        let number = number.unwrap_or_default();
         self.runtime.spawn(async move {
-            let result = this.resize(cgroup, to).await;
+            let result = this.resize(cgroup, to, number, urgency).await;
             this.is_answered(cgroup, to);
             if result.is_err() {
                 // A controller that has ended needs no answer.
@@ -327,18 +335,20 @@ impl Resizer {
         })
     }
 
-    async fn resize(&self, cgroup: CgroupId, to: Bytes) -> Result<(), Refused> {
-        let (order, in_spec) = self.target(cgroup, |target| {
-            (Arc::clone(&target.order), target.in_spec())
-        })?;
-        let is_raise = in_spec.is_none_or(|limit| to > limit);
-        self.may_ask(if is_raise {
-            Urgency::Urgent
-        } else {
-            Urgency::Later
-        })
-        .await;
+    async fn resize(
+        &self,
+        cgroup: CgroupId,
+        to: Bytes,
+        number: u64,
+        urgency: Urgency,
+    ) -> Result<(), Refused> {
+        let order = self.target(cgroup, |target| Arc::clone(&target.order))?;
+        self.may_ask(urgency).await;
         let _turn = order.lock().await;
+        // A lowering that was kept waiting must not come after the raise that answers it.
+        if self.target(cgroup, |target| target.latest)? != number {
+            return Ok(());
+        }
         if self.is_lowered_by_hand(cgroup, to).await? {
             return Ok(());
         }
@@ -561,7 +571,7 @@ impl Resizer {
             return Ok(false);
         };
         let by_hands = self.by_hands.clone();
-        let lowered = spawn_blocking(move || by_hands.lower(&own, to)).await;
+        let lowered = spawn_blocking(move || by_hands.lower(&own, to, || true)).await;
         let refused = |why: String| Refused {
             why,
             uncertain: false,
@@ -780,15 +790,15 @@ fn was_not_sent(error: &kube::Error) -> bool {
 
 impl Requester for Resizer {
     fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup.id(), to);
+        self.send(cgroup.id(), to, Urgency::Urgent);
     }
 
     fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup.id(), to);
+        self.send(cgroup.id(), to, Urgency::Later);
     }
 
     fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
-        self.send(cgroup.id(), limit);
+        self.send(cgroup.id(), limit, Urgency::Later);
     }
 
     fn by_hand(&self, cgroup: CgroupId, to: Bytes) -> ByHand {
@@ -860,6 +870,7 @@ mod tests {
             by_hand: None,
             pod_follows: true,
             is_pending: false,
+            latest: 0,
             asking: Vec::new(),
             uncertain: None,
             taken: Vec::new(),

@@ -55,6 +55,14 @@ fn unified(text: &str) -> Option<&Path> {
     path.map(Path::new)
 }
 
+/// Whether this process is in the node's own namespace of processes (`PROC_PID_INIT_INO`, include/linux/proc_ns.h): else
+/// what the kernel calls a process is nobody here, or somebody else.
+#[must_use]
+pub fn sees_processes() -> bool {
+    const NODES_OWN: &str = "pid:[4026531836]";
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|own| own == Path::new(NODES_OWN))
+}
+
 /// Whether a process is in a cgroup or below.
 #[must_use]
 pub fn is_in(root: &Path, process: u32, directory: &Path) -> bool {

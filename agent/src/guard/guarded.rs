@@ -300,9 +300,11 @@ impl Guarded {
     fn burst_is_over(&mut self) {
         (self.burst_since, self.reserved) = (None, None);
         let peak = std::mem::take(&mut self.burst_peak);
-        if peak > Bytes::ZERO {
-            let needed = peak.per_mille(LEARNT_MARGIN_PER_MILLE);
-            self.learnt = Some(self.policy.limit_for(needed).round_up_mib());
+        let needed = peak.per_mille(LEARNT_MARGIN_PER_MILLE);
+        let needed = self.policy.limit_for(needed).round_up_mib();
+        // Of a raise for page cache nothing is learnt.
+        if needed > self.policy.original {
+            self.learnt = Some(needed);
             self.has_learnt = true;
         }
     }
@@ -337,7 +339,7 @@ impl Guarded {
             }
         }
         self.limit = limit;
-        if limit <= self.policy.original {
+        if !is_raise {
             self.burst_is_over();
         }
         if self.report.limits.len() < KEPT {

@@ -634,7 +634,7 @@ impl<R: Requester> Controller<R> {
         }
         for (action, reason) in plan.actions {
             let action = match action {
-                Action::Raise { from, to } => match self.room_for(id, from, to) {
+                Action::Raise { from, to } => match self.room_for(id, from, to, reason) {
                     Some(to) => Action::Raise { from, to },
                     None => continue,
                 },

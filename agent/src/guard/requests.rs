@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A refused raise is not asked for again for this long.
-pub(super) const REFUSED_FOR: Nanos = Nanos::millis(10_000);
+const REFUSED_FOR: Nanos = Nanos::millis(10_000);
 
 /// So long after it failed a raise by hand is tried again.
 const BY_HAND_AGAIN: Nanos = Nanos::millis(1000);

@@ -25,7 +25,7 @@ use bellows_core::{
     },
 };
 
-use super::{Controller, Guarded, Requester, requests::REFUSED_FOR};
+use super::{Controller, Guarded, Requester};
 use crate::{
     actuate::reflex::Command,
     attribution::{self, CGROUP_ROOT},
@@ -41,6 +41,8 @@ const RESERVE_PER_MILLE: u64 = 50;
 const LEAST_RESERVE: Bytes = Bytes::mib(128);
 /// A burst of which nothing was learnt is expected to take so much of what it asks for first.
 const EXPECTED_PER_MILLE: u64 = 3100;
+/// Who was let go for want of room asks again after this time: it may be there by then.
+const NO_ROOM_FOR: Nanos = Nanos::millis(1000);
 /// A raise by less than this share is not worth a request.
 const WORTH_PER_MILLE: u64 = 1125;
 
@@ -86,10 +88,7 @@ impl Guarded {
     fn claim(&self, at: Nanos, ancestors: BTreeSet<usize>) -> Claim {
         let raised = |limit: Bytes| limit > self.policy.original;
         let asked = self.requested.map(|(to, _)| to);
-        // What is kept for one that does not grow any more is for others.
-        let is_growing = at.since(self.history.last_growth) < RESERVED_FOR;
-        let reserved = self.reserved.filter(|_| is_growing);
-        let highest = [Some(self.limit), asked, self.lowering, reserved]
+        let highest = [Some(self.limit), asked, self.lowering, self.reserved]
             .into_iter()
             .flatten()
             .filter(|limit| raised(*limit))
@@ -113,18 +112,33 @@ impl Guarded {
 
 impl<R: Requester> Controller<R> {
     /// How far a raise that is to be asked for may go now; `None` if it waits, or cannot be.
-    pub(super) fn room_for(&mut self, id: CgroupId, from: Bytes, to: Bytes) -> Option<Bytes> {
+    pub(super) fn room_for(
+        &mut self,
+        id: CgroupId,
+        from: Bytes,
+        to: Bytes,
+        reason: Reason,
+    ) -> Option<Bytes> {
         let guarded = self.guards.get_mut(&id)?;
         if guarded.policy.actuation == Actuation::Direct || !self.requester.shares_the_node() {
             return Some(to);
         }
         let at = now();
-        guarded.burst_since.get_or_insert(at);
+        // A lowering is on its way: what is in force is promised already, and another limit than that answers it.
+        let promised = (from < guarded.limit).then(|| guarded.limit.minus(Bytes::mib(1)));
+        let is_burst = reason != Reason::CacheThrashes;
+        if is_burst {
+            guarded.burst_since.get_or_insert(at);
+        }
         if guarded.reserved.is_some_and(|reserved| to <= reserved) {
             guarded.waiting = None;
             return Some(to);
         }
-        let expected = guarded.expected(at, to);
+        let expected = if is_burst {
+            guarded.expected(at, to)
+        } else {
+            to
+        };
         let waiting = guarded.waiting.get_or_insert(Waiting {
             since: at,
             wanted: expected,
@@ -166,9 +180,11 @@ impl<R: Requester> Controller<R> {
                 (Some(granted), Some(why))
             }
             Some(Verdict::Waits(_, why)) => (None, Some(why)),
+            Some(Verdict::Refused(why)) if !is_burst => (None, Some(why)),
             Some(Verdict::Refused(why)) => {
-                guarded.raise_not_before = Nanos(at.0.saturating_add(REFUSED_FOR.0));
-                if guarded.held_since.is_some() {
+                guarded.raise_not_before = Nanos(at.0.saturating_add(NO_ROOM_FOR.0));
+                if promised.is_none() {
+                    // Held or not, as far as is known here.
                     self.reflex.send(Command::Release(id, Reason::NoRoom));
                 }
                 METRICS.raises_without_room.inc();
@@ -179,7 +195,12 @@ impl<R: Requester> Controller<R> {
             self.tell_of_room(id, to, why);
         }
         let guarded = self.guards.get_mut(&id)?;
-        if granted.is_some() || at < guarded.raise_not_before {
+        let granted = match (granted, promised) {
+            (None, Some(promised)) => Some(promised),
+            (Some(granted), Some(promised)) if granted == guarded.limit => Some(promised),
+            (granted, _) => granted,
+        };
+        if granted.is_some() || !is_burst || at < guarded.raise_not_before {
             guarded.waiting = None;
         }
         granted
@@ -221,7 +242,13 @@ impl<R: Requester> Controller<R> {
     }
 
     /// All guarded containers, and the rooms that they are in. Use is known before what is free is read.
-    fn claims(&self, at: Nanos) -> Result<(Rooms, BTreeMap<CgroupId, Claim>), String> {
+    fn claims(&mut self, at: Nanos) -> Result<(Rooms, BTreeMap<CgroupId, Claim>), String> {
+        for guarded in self.guards.values_mut() {
+            // What is kept for one that does not grow any more is for others; it asks anew.
+            if at.since(guarded.history.last_growth) >= RESERVED_FOR {
+                guarded.reserved = None;
+            }
+        }
         let mut rooms = Rooms::default();
         let mut places: BTreeMap<&Path, Option<usize>> = BTreeMap::new();
         let mut claims = BTreeMap::new();
@@ -349,27 +376,22 @@ mod tests {
 
     #[test]
     fn what_is_promised_is_what_may_be_used() {
-        let promised = |guarded: &Guarded, at| {
-            let claim = guarded.claim(Nanos::millis(at), BTreeSet::new());
+        let promised = |guarded: &Guarded| {
+            let claim = guarded.claim(Nanos(0), BTreeSet::new());
             assert_eq!((claim.priority, claim.at_rest), (7, AT_REST));
             claim.promised
         };
-        assert_eq!(promised(&guarded(AT_REST), 0), Bytes::ZERO);
+        assert_eq!(promised(&guarded(AT_REST)), Bytes::ZERO);
         let mut raised = guarded(Bytes::mib(256));
-        assert_eq!(promised(&raised, 0), Bytes::mib(256));
+        assert_eq!(promised(&raised), Bytes::mib(256));
         raised.requested = Some((Bytes::mib(512), Nanos(0)));
-        assert_eq!(promised(&raised, 0), Bytes::mib(512));
+        assert_eq!(promised(&raised), Bytes::mib(512));
         // A lowering that is on its way has not come.
         raised.requested = Some((AT_REST, Nanos(0)));
         raised.lowering = Some(AT_REST);
-        assert_eq!(promised(&raised, 0), Bytes::mib(256));
+        assert_eq!(promised(&raised), Bytes::mib(256));
         raised.reserved = Some(Bytes::mib(800));
-        assert_eq!(promised(&raised, 9_999), Bytes::mib(800));
-        assert_eq!(
-            promised(&raised, 10_000),
-            Bytes::mib(256),
-            "it does not grow any more"
-        );
+        assert_eq!(promised(&raised), Bytes::mib(800));
     }
 
     #[test]

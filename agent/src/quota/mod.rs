@@ -33,6 +33,7 @@ use bellows_core::{
 };
 
 use crate::{
+    attribution,
     cgroup::Cgroup,
     clock::now,
     metrics::METRICS,
@@ -144,6 +145,7 @@ impl Quotas {
             wake: wake.clone(),
             table: BTreeMap::new(),
             idle: Idle::new(root, cpus),
+            sees_processes: attribution::sees_processes(),
             ticked: Nanos(0),
         };
         let thread = thread::Builder::new()
@@ -201,6 +203,7 @@ struct Worker<S> {
     wake: Wake,
     table: BTreeMap<CgroupId, Row>,
     idle: Idle,
+    sees_processes: bool,
     ticked: Nanos,
 }
 
@@ -262,7 +265,7 @@ impl<S: Setter> Worker<S> {
     }
 
     fn watch(&mut self, watched: Watched) {
-        let row = Row::new(watched, now());
+        let row = Row::new(watched, now(), self.sees_processes);
         let id = row.cgroup.id();
         self.table.insert(id, row);
         self.look_at(id, false);

@@ -28,6 +28,8 @@ use crate::{
 const IDLE: Cpu = Cpu::millis(100);
 /// The share of the time in which one of its threads waits for a CPU, from which on a container is short of them.
 const WAITING_PER_MILLE: u64 = 200;
+/// How often is looked what has come of a program: a build executes hundreds a second.
+const TREES: Nanos = Nanos::millis(50);
 /// Arguments of a program that are looked at.
 const ARGUMENTS: u64 = 64 << 10;
 /// A program that was executed.
@@ -58,6 +60,10 @@ pub(super) struct Row {
     is_waiting: bool,
     /// The processes that boosts are for.
     processes: BTreeMap<u32, OwnedFd>,
+    /// Whether the kernel's numbers of processes mean anything here.
+    sees_processes: bool,
+    /// When was looked what has come of them.
+    trees_looked: Nanos,
     /// What has come of them.
     trees: BTreeMap<u32, Tree>,
     /// Who asks whether the service is ready, and where.
@@ -67,7 +73,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    pub(super) fn new(watched: Watched, at: Nanos) -> Self {
+    pub(super) fn new(watched: Watched, at: Nanos, sees_processes: bool) -> Self {
         let Watched {
             cgroup,
             rules,
@@ -90,6 +96,8 @@ impl Row {
             waited: None,
             is_waiting: false,
             processes: BTreeMap::new(),
+            sees_processes,
+            trees_looked: Nanos(0),
             trees: BTreeMap::new(),
             probe: None,
             failure: None,
@@ -129,16 +137,17 @@ impl Row {
         self.quota = self.cgroup.quota()?.map(|quota| quota.cpu);
         if !self.boosts.is_empty() {
             self.look_at_waiting(at);
-            self.look_at_trees();
+            self.look_at_trees(at);
         }
         let before = std::mem::replace(&mut self.throttled, counters.throttled);
         Ok(counters.throttled > before)
     }
 
-    fn look_at_trees(&mut self) {
-        if self.trees.is_empty() {
+    fn look_at_trees(&mut self, at: Nanos) {
+        if self.trees.is_empty() || at.since(self.trees_looked) < TREES {
             return;
         }
+        self.trees_looked = at;
         // What cannot be read is not taken for ended.
         if let Ok(processes) = self.cgroup.processes() {
             let living = living(processes.into_iter());
@@ -200,7 +209,8 @@ impl Row {
     pub(super) fn execute(&mut self, executed: &Executed) {
         let Executed { process, file, at } = executed;
         let rules = &self.rules.boosts;
-        let words = if rules.iter().any(|rules| rules.asks_for_arguments(file)) {
+        let asks = |rules: &BoostRules| rules.asks_for_arguments(file);
+        let words = if self.sees_processes && rules.iter().any(asks) {
             arguments(*process)
         } else {
             Vec::new()
@@ -213,6 +223,10 @@ impl Row {
 
     /// Follows a process until its end. One that cannot be followed is waited for as long as its boost may last.
     fn follow(&mut self, process: u32) {
+        if !self.sees_processes {
+            // Its end is not seen: what waits for that ends otherwise.
+            return;
+        }
         let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
         let opened = pid.ok_or(Errno::SRCH);
         match opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
@@ -220,7 +234,8 @@ impl Row {
             Ok(_) if !is_in(process, &self.cgroup) => self.boosts.exit(process),
             Ok(descriptor) => {
                 self.processes.insert(process, descriptor);
-                self.trees.insert(process, Tree::of(process));
+                let tree = self.trees.entry(process);
+                tree.or_insert_with(|| Tree::of(process));
             }
             Err(Errno::SRCH) => self.boosts.exit(process),
             Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),

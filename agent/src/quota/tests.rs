@@ -110,6 +110,7 @@ impl Bed {
                 wake: Wake::new().unwrap(),
                 table: BTreeMap::new(),
                 idle: Idle::new(path.clone(), 4),
+                sees_processes: true,
                 ticked: Nanos(0),
             },
             hands,

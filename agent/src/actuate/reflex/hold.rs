@@ -392,7 +392,7 @@ impl Row {
         let (cgroup, at) = (self.cgroup, now());
         self.epoch.next();
         let held = self.held.take();
-        let unbraked = if reason == Reason::HoldExpired {
+        let unbraked = if matches!(reason, Reason::HoldExpired | Reason::NoRoom) {
             self.let_go()
         } else if held.is_some_and(|held| held.braked.is_some()) {
             self.rest_brake()

@@ -516,7 +516,7 @@ impl Worker {
         } else {
             // Whoever asks does not know: an answer was lost.
             let left_alone = match reason {
-                Reason::HoldExpired => row.let_go(),
+                Reason::HoldExpired | Reason::NoRoom => row.let_go(),
                 _ => Ok(()),
             };
             Verdict::Released {

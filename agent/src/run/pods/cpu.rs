@@ -7,7 +7,6 @@
 //! the boost begins when the API says that the container runs.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
@@ -466,9 +465,11 @@ fn lost(seen: &pod::Pod, wish: &CpuWish) -> Option<&'static str> {
         Some(
             "a boost is to end when the container is ready, but that has no readiness probe: it ends otherwise",
         )
-    } else if any(&|boost| boost.until.exit || asks_for_arguments(boost)) && !sees_processes() {
+    } else if any(&|boost| boost.until.exit || asks_for_arguments(boost))
+        && !attribution::sees_processes()
+    {
         Some(
-            "a boost asks for a program's arguments or waits for its end, but the agent does not see the node's processes: set hostPID for it",
+            "the agent does not see the node's processes: a boost that asks for a program's arguments does not begin, and one that waits for its end lasts until it is idle or too long; set hostPID for it",
         )
     } else {
         None
@@ -477,12 +478,6 @@ fn lost(seen: &pod::Pod, wish: &CpuWish) -> Option<&'static str> {
 
 fn asks_for_arguments(boost: &BoostRules) -> bool {
     matches!(&boost.on, Trigger::Exec(program) if !program.arguments.is_empty())
-}
-
-/// Whether this process is in the node's own namespace of processes (`PROC_PID_INIT_INO`, include/linux/proc_ns.h).
-fn sees_processes() -> bool {
-    const NODES_OWN: &str = "pid:[4026531836]";
-    fs::read_link("/proc/self/ns/pid").is_ok_and(|own| own == Path::new(NODES_OWN))
 }
 
 /// A quota that is `quota` now, and was what the pod says.

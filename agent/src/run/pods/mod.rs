@@ -46,8 +46,9 @@ pub(super) use give_back::{Leaving, Movers};
 use super::{events::Events, restore::quotas_in_pods_back};
 use crate::{
     actuate::{
-        pod_cpu::CpuResizer,
-        resize::{Observed, Order, Resizer},
+        containers::Owner as _,
+        pod_cpu::{CpuResizer, CpuTarget},
+        resize::{Observed, Order, Resizer, Target},
     },
     attribution::{api::Pod, pods::convert},
     guard::Input,
@@ -269,12 +270,17 @@ impl Watch {
             self.is_any_left.fetch_or(is_any_left, Ordering::Relaxed);
             return;
         }
-        let memory = self.context.resizer.targets().with(|targets| {
-            let paths = targets.values().map(|target| target.cgroup.path());
-            paths.map(Path::to_owned).collect::<BTreeSet<PathBuf>>()
-        });
-        let cpus = self.cpus.values().map(|known| known.cgroup.path());
-        let cpus: BTreeSet<PathBuf> = cpus.map(Path::to_owned).collect();
+        // Asked anew for each: somebody may come to be responsible while others are lowered.
+        let memory = self.context.resizer.targets().clone();
+        let has_memory = move |path: &Path| {
+            let is_it = |target: &Target| target.cgroup.path() == path;
+            memory.with(|targets| targets.values().any(is_it))
+        };
+        let cpus = self.context.cpus.containers().targets().clone();
+        let has_cpu = move |path: &Path| {
+            let is_it = |target: &CpuTarget| target.cgroup.path() == path;
+            cpus.with(|targets| targets.values().any(is_it))
+        };
         let pending: Vec<String> = self.pending.iter().cloned().collect();
         let by_hands = self.context.resizer.by_hands().clone();
         let is_left = Arc::clone(&self.is_any_left);
@@ -287,8 +293,8 @@ impl Watch {
                 };
                 pending.iter().any(is_in)
             };
-            let is_any = by_hands.lower_left(|path| memory.contains(path), is_pending);
-            let are_back = quotas_in_pods_back(|path| cpus.contains(path), is_pending);
+            let is_any = by_hands.lower_left(has_memory, is_pending);
+            let are_back = quotas_in_pods_back(has_cpu, is_pending);
             is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
         }));
     }
