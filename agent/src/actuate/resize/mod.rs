@@ -8,9 +8,12 @@
 //! Where the API is away, late or busy the limit is raised by hand ([`super::by_hand`]), and the API asked again and again
 //! until it says the same, or the burst is over. A refusal is not overridden.
 
+mod answer;
+mod change;
+mod target;
+
 use std::{
     collections::BTreeMap,
-    io,
     sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
     time::Duration,
 };
@@ -19,20 +22,21 @@ use bellows_core::{
     Bytes, CgroupId,
     bucket::{Bucket, Urgency},
     decide::ByHand,
-    pod::{self, Level, MANAGER, Wish},
+    pod::MANAGER,
     quantity,
 };
-use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
-use kube::{
-    Api, Client,
-    api::{Patch, PatchParams},
-};
+use kube::{Api, Client};
 use tokio::{
     runtime::Handle,
     sync::mpsc::UnboundedSender,
     task::spawn_blocking,
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
+
+pub(super) use answer::{counted, is_uncertain};
+use answer::{refusal, silent};
+pub use change::{Change, limits_patch, parameters};
+pub use target::{Order, Target};
 
 use super::{by_hand::ByHands, targets::Targets};
 use crate::{
@@ -44,173 +48,16 @@ use crate::{
     clock::now,
     guard::{Input, Refused, Requester, told_kill, told_raise, told_why},
     ledger::Record,
-    metrics::{self, Call, METRICS},
+    metrics::METRICS,
 };
 
 /// Longest time that the API may take to answer.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// The same for a resize: until it has answered, what it was asked for may come, and no other limit can be written by hand.
 pub(super) const RESIZE_TIMEOUT: Duration = Duration::from_secs(8);
-/// For so long the kubelet may be about to carry out what the API has taken (0.3 to 1.5 s on an idle node).
-const CARRIED_OUT: Duration = Duration::from_secs(2);
 /// How soon the API is asked again to say what was raised by hand, and how seldom at last.
 const AGREE: Duration = Duration::from_millis(500);
 const LONGEST_AGREE: Duration = Duration::from_secs(5);
-
-/// Where a guarded cgroup's limit is written in the API.
-#[derive(Clone, Debug)]
-pub struct Target {
-    /// Namespace of the pod.
-    pub namespace: String,
-    /// Name of the pod.
-    pub name: String,
-    /// Its uid: another may have its name.
-    pub uid: String,
-    /// The guarded cgroup.
-    pub cgroup: Cgroup,
-    /// The container.
-    pub container: String,
-    /// Where its limit stands in the spec.
-    pub level: Level,
-    /// The limit in the spec, as last seen or written.
-    pub limit: String,
-    /// The limit at rest, as it was written: what to write back.
-    pub original: (Bytes, String),
-    /// The limit that was written by hand and that the spec does not say.
-    pub by_hand: Option<Bytes>,
-    /// Whether the limit of the pod's cgroup is the sum of its containers', and not the spec's own.
-    pub pod_follows: bool,
-    /// Whether the kubelet says that it cannot have what the spec says: there is no room.
-    pub is_pending: bool,
-    /// The number of the last request: an older one that was kept waiting is not made any more.
-    latest: u64,
-    /// What is asked for and not answered.
-    asking: Vec<Bytes>,
-    /// The smallest that was asked for without a certain answer: an API server that was given up may still carry it out
-    /// (seen: a patch that was waited for 8 s, and stored when etcd went on).
-    uncertain: Option<Bytes>,
-    /// What the API took of late, and when: the kubelet may be about to carry out the one before the last.
-    taken: Vec<(Bytes, Instant)>,
-    /// Whether a task asks the API to say what was raised by hand.
-    is_agreeing: bool,
-    /// Whether the API refuses to: it is not asked for beside what others ask for.
-    is_refused: bool,
-    /// Whether the kubelet is about to carry out what the spec says, or tries to.
-    pub is_in_progress: bool,
-    /// One request of a pod at a time: a raise must not overtake the lowering that it answers, and the kubelet carries
-    /// out all of a pod's resize or nothing of it.
-    pub order: Order,
-}
-
-impl Target {
-    /// One that nothing was asked for yet.
-    #[must_use]
-    pub fn new(pod: &pod::Pod, wish: &Wish, cgroup: Cgroup, rest: Bytes, order: Order) -> Self {
-        Self {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            uid: pod.uid.clone(),
-            cgroup,
-            container: wish.container.clone(),
-            level: wish.level,
-            limit: wish.limit_text.clone(),
-            original: (rest, wish.rest_text.clone()),
-            by_hand: None,
-            pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
-            is_pending: pod.is_resize_pending,
-            latest: 0,
-            asking: Vec::new(),
-            uncertain: None,
-            taken: Vec::new(),
-            is_agreeing: false,
-            is_refused: false,
-            is_in_progress: pod.is_resize_in_progress,
-            order,
-        }
-    }
-
-    /// What the spec says, as the kernel has it.
-    fn in_spec(&self) -> Option<Bytes> {
-        let limit = quantity::parse(&self.limit).ok()?;
-        Some(limit.page_floor())
-    }
-
-    /// The API has taken a limit.
-    fn takes(&mut self, limit: Bytes) {
-        self.taken.retain(|(_, at)| at.elapsed() < CARRIED_OUT);
-        self.taken.push((limit, Instant::now()));
-    }
-
-    /// Whether the API has taken something so lately that what it says of the pod may be older.
-    #[must_use]
-    pub fn was_just_taken(&self) -> bool {
-        let mut taken = self.taken.iter();
-        taken.any(|(_, at)| at.elapsed() < CARRIED_OUT)
-    }
-
-    fn may_come(&mut self, limit: Bytes) {
-        let least = self.uncertain.map_or(limit, |other| other.min(limit));
-        self.uncertain = Some(least);
-    }
-
-    fn by_hand_change(&self) -> Option<Change> {
-        let to = quantity::format(self.by_hand.filter(|_| !self.is_refused)?);
-        Some(Change::memory(self.level, self.limit.clone(), to))
-    }
-
-    fn may_be_raised_by_hand(&self, to: Bytes) -> ByHand {
-        if self.is_pending {
-            return ByHand::No;
-        }
-        let is_below = |limit: Bytes| limit.page_floor() < to.page_floor();
-        let mut may_come = self.asking.iter().copied().chain(self.uncertain);
-        let is_asking = may_come.any(is_below);
-        let mut taken = self.taken.iter();
-        let is_coming = taken.any(|&(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT)
-            || (self.is_in_progress && self.in_spec().is_some_and(is_below));
-        if is_asking || is_coming {
-            ByHand::NotYet
-        } else {
-            ByHand::Yes
-        }
-    }
-}
-
-/// Held while a request of a pod is under way.
-pub type Order = Arc<tokio::sync::Mutex<()>>;
-
-/// A change of one limit.
-#[derive(Clone, Debug)]
-pub struct Change {
-    resource: &'static str,
-    level: Level,
-    from: String,
-    to: String,
-}
-
-impl Change {
-    /// Of memory: where it stands, what it must be, what it becomes.
-    #[must_use]
-    pub const fn memory(level: Level, from: String, to: String) -> Self {
-        Self {
-            resource: "memory",
-            level,
-            from,
-            to,
-        }
-    }
-
-    /// The same of CPU.
-    #[must_use]
-    pub const fn cpu(level: Level, from: String, to: String) -> Self {
-        Self {
-            resource: "cpu",
-            level,
-            from,
-            to,
-        }
-    }
-}
 
 /// Sends resizes.
 #[derive(Clone)]
@@ -674,120 +521,6 @@ impl Resizer {
     }
 }
 
-/// Whether what was asked for may still come.
-pub(super) fn is_uncertain<T, E>(ended: &Result<Result<T, kube::Error>, E>) -> bool {
-    match ended {
-        Ok(Ok(_)) => false,
-        Ok(Err(error)) => refusal(error).0.uncertain,
-        Err(_elapsed) => true,
-    }
-}
-
-/// Counts a resize that ended so.
-pub(super) fn counted<T, E>(ended: &Result<Result<T, kube::Error>, E>) {
-    count(match ended {
-        Ok(Ok(_)) => metrics::OK,
-        Ok(Err(error)) if !refusal(error).0.uncertain => metrics::REFUSED,
-        _ => metrics::SILENT,
-    });
-}
-
-fn count(result: &'static str) {
-    let counted = Call {
-        call: "resize",
-        result,
-    };
-    METRICS.api_calls.get_or_create(&counted).inc();
-}
-
-/// Patches are made under our own name: by it a change of ours is told from others'.
-#[must_use]
-pub fn parameters() -> PatchParams {
-    PatchParams {
-        field_manager: Some(MANAGER.to_owned()),
-        ..PatchParams::default()
-    }
-}
-
-/// Replaces limits of a pod if each is still what it was.
-#[must_use]
-pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
-    let test = |path, value: &str| {
-        PatchOperation::Test(TestOperation {
-            path,
-            value: value.into(),
-        })
-    };
-    let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
-    for Change {
-        resource,
-        level,
-        from,
-        to,
-    } in changes
-    {
-        let limit = ["resources", "limits", *resource];
-        let path = match level {
-            Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
-            Level::Container(index) => {
-                let index = index.to_string();
-                PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
-            }
-        };
-        operations.push(test(path.clone(), from));
-        operations.push(PatchOperation::Replace(ReplaceOperation {
-            path,
-            value: to.as_str().into(),
-        }));
-    }
-    Patch::Json(json_patch::Patch(operations))
-}
-
-/// What an error of the client means: an answer of the API is definite, anything else may have
-/// reached it.
-fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
-    let code = match error {
-        kube::Error::Api(status) => Some(status.code),
-        _ => None,
-    };
-    let uncertain = code.is_none_or(|code| code >= 500 && code != 503) && !was_not_sent(error);
-    // A conflict, too many requests, or unavailable.
-    let is_busy = code.is_none_or(|code| [409, 429, 503].contains(&code));
-    (
-        Refused {
-            why: error.to_string(),
-            uncertain,
-            is_passing: uncertain || is_busy,
-        },
-        code,
-    )
-}
-
-fn silent() -> Refused {
-    Refused {
-        why: format!("no answer within {} s", RESIZE_TIMEOUT.as_secs()),
-        uncertain: true,
-        is_passing: true,
-    }
-}
-
-/// Whether nothing can have reached the API: there was no connection.
-fn was_not_sent(error: &kube::Error) -> bool {
-    let error: &(dyn std::error::Error + 'static) = error;
-    let mut chain = std::iter::successors(Some(error), |error| error.source());
-    chain.any(|error| {
-        error.downcast_ref::<io::Error>().is_some_and(|error| {
-            matches!(
-                error.kind(),
-                io::ErrorKind::ConnectionRefused
-                    | io::ErrorKind::HostUnreachable
-                    | io::ErrorKind::NetworkUnreachable
-                    | io::ErrorKind::AddrNotAvailable
-            )
-        })
-    })
-}
-
 impl Requester for Resizer {
     fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
         self.send(cgroup.id(), to, Urgency::Urgent);
@@ -850,128 +583,5 @@ impl Requester for Resizer {
     fn not_guarded(&mut self, cgroup: CgroupId) {
         // A watch that has ended tries nobody again.
         drop(self.observed.send((cgroup, Observed::NotGuarded)));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn target() -> Target {
-        Target {
-            namespace: "dev".to_owned(),
-            name: "workspace".to_owned(),
-            uid: "u".to_owned(),
-            cgroup: Cgroup::stand_in(std::path::Path::new("/nowhere"), CgroupId(1)),
-            container: "app".to_owned(),
-            level: Level::Container(0),
-            limit: "64Mi".to_owned(),
-            original: (Bytes::mib(64), "64Mi".to_owned()),
-            by_hand: None,
-            pod_follows: true,
-            is_pending: false,
-            latest: 0,
-            asking: Vec::new(),
-            uncertain: None,
-            taken: Vec::new(),
-            is_agreeing: false,
-            is_refused: false,
-            is_in_progress: false,
-            order: Order::default(),
-        }
-    }
-
-    /// Each smaller limit that may still come into force is waited for.
-    #[test]
-    fn nothing_is_raised_by_hand_beyond_what_may_still_come() {
-        let to = Bytes::mib(256);
-        let may = |change: &dyn Fn(&mut Target)| {
-            let mut target = target();
-            change(&mut target);
-            target.may_be_raised_by_hand(to)
-        };
-        assert_eq!(may(&|_| {}), ByHand::Yes);
-        assert_eq!(may(&|target| target.asking = vec![to]), ByHand::Yes);
-        let lower = Bytes::mib(128);
-        assert_eq!(
-            may(&|target| target.asking = vec![to, lower]),
-            ByHand::NotYet
-        );
-        assert_eq!(may(&|target| target.may_come(lower)), ByHand::NotYet);
-        assert_eq!(may(&|target| target.takes(to)), ByHand::Yes);
-        // The kubelet may have seen the first before the second.
-        let both = |target: &mut Target| {
-            target.takes(lower);
-            target.takes(to);
-        };
-        assert_eq!(may(&both), ByHand::NotYet);
-        assert_eq!(may(&|target| target.is_in_progress = true), ByHand::NotYet);
-        assert_eq!(may(&|target| target.is_pending = true), ByHand::No);
-    }
-
-    #[test]
-    fn what_the_api_refuses_is_not_asked_for_beside_others() {
-        let mut raised = target();
-        raised.by_hand = Some(Bytes::mib(256));
-        assert!(raised.by_hand_change().is_some());
-        raised.is_refused = true;
-        assert!(raised.by_hand_change().is_none());
-    }
-
-    #[test]
-    fn what_was_not_sent_is_certain() {
-        let of = |kind| {
-            let refused: Box<dyn std::error::Error + Send + Sync> = Box::new(io::Error::from(kind));
-            refusal(&kube::Error::Service(refused)).0
-        };
-        let refused = of(io::ErrorKind::ConnectionRefused);
-        assert!(!refused.uncertain && refused.is_passing);
-        let broken = of(io::ErrorKind::BrokenPipe);
-        assert!(broken.uncertain && broken.is_passing);
-        let status = |code| {
-            let status = kube::core::Status {
-                code,
-                ..kube::core::Status::default()
-            };
-            let refused = refusal(&kube::Error::Api(Box::new(status))).0;
-            (refused.uncertain, refused.is_passing)
-        };
-        for code in [409, 429, 503] {
-            assert_eq!(status(code), (false, true), "{code}");
-        }
-        for code in [500, 504] {
-            assert_eq!(status(code), (true, true), "{code}");
-        }
-        for code in [400, 403, 404, 422] {
-            assert_eq!(status(code), (false, false), "{code}");
-        }
-    }
-
-    #[test]
-    fn a_patch_tests_whose_it_is_and_what_was() {
-        let change =
-            |level, from: &str, to: &str| Change::memory(level, from.to_owned(), to.to_owned());
-        let level = Level::Container(0);
-        let changes = [
-            change(Level::Container(1), "64Mi", "512Mi"),
-            change(Level::Pod, "1Gi", "2Gi"),
-            Change::cpu(level, "250m".to_owned(), "2".to_owned()),
-        ];
-        let Patch::Json(patch) = limits_patch("0f8c", &changes) else {
-            panic!("no JSON patch")
-        };
-        let container = "/spec/containers/1/resources/limits/memory";
-        let pod = "/spec/resources/limits/memory";
-        let cpu = "/spec/containers/0/resources/limits/cpu";
-        let expected = serde_json::json!([
-            { "op": "test", "path": "/metadata/uid", "value": "0f8c" },
-            { "op": "test", "path": container, "value": "64Mi" },
-            { "op": "replace", "path": container, "value": "512Mi" },
-            { "op": "test", "path": pod, "value": "1Gi" },
-            { "op": "replace", "path": pod, "value": "2Gi" },
-            { "op": "test", "path": cpu, "value": "250m" },
-            { "op": "replace", "path": cpu, "value": "2" },
-        ]);
-        assert_eq!(serde_json::to_value(patch).unwrap(), expected);
     }
 }

@@ -1,0 +1,114 @@
+//! The patch: a JSON patch with a `test` on each old value.
+
+use bellows_core::pod::{Level, MANAGER};
+use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
+use kube::api::{Patch, PatchParams};
+
+/// A change of one limit.
+#[derive(Clone, Debug)]
+pub struct Change {
+    resource: &'static str,
+    level: Level,
+    from: String,
+    pub(super) to: String,
+}
+
+impl Change {
+    /// Of memory: where it stands, what it must be, what it becomes.
+    #[must_use]
+    pub const fn memory(level: Level, from: String, to: String) -> Self {
+        Self {
+            resource: "memory",
+            level,
+            from,
+            to,
+        }
+    }
+
+    /// The same of CPU.
+    #[must_use]
+    pub const fn cpu(level: Level, from: String, to: String) -> Self {
+        Self {
+            resource: "cpu",
+            level,
+            from,
+            to,
+        }
+    }
+}
+
+/// Patches are made under our own name: by it a change of ours is told from others'.
+#[must_use]
+pub fn parameters() -> PatchParams {
+    PatchParams {
+        field_manager: Some(MANAGER.to_owned()),
+        ..PatchParams::default()
+    }
+}
+
+/// Replaces limits of a pod if each is still what it was.
+#[must_use]
+pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
+    let test = |path, value: &str| {
+        PatchOperation::Test(TestOperation {
+            path,
+            value: value.into(),
+        })
+    };
+    let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
+    for Change {
+        resource,
+        level,
+        from,
+        to,
+    } in changes
+    {
+        let limit = ["resources", "limits", *resource];
+        let path = match level {
+            Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
+            Level::Container(index) => {
+                let index = index.to_string();
+                PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
+            }
+        };
+        operations.push(test(path.clone(), from));
+        operations.push(PatchOperation::Replace(ReplaceOperation {
+            path,
+            value: to.as_str().into(),
+        }));
+    }
+    Patch::Json(json_patch::Patch(operations))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patch_tests_whose_it_is_and_what_was() {
+        let change =
+            |level, from: &str, to: &str| Change::memory(level, from.to_owned(), to.to_owned());
+        let level = Level::Container(0);
+        let changes = [
+            change(Level::Container(1), "64Mi", "512Mi"),
+            change(Level::Pod, "1Gi", "2Gi"),
+            Change::cpu(level, "250m".to_owned(), "2".to_owned()),
+        ];
+        let Patch::Json(patch) = limits_patch("0f8c", &changes) else {
+            panic!("no JSON patch")
+        };
+        let container = "/spec/containers/1/resources/limits/memory";
+        let pod = "/spec/resources/limits/memory";
+        let cpu = "/spec/containers/0/resources/limits/cpu";
+        let expected = serde_json::json!([
+            { "op": "test", "path": "/metadata/uid", "value": "0f8c" },
+            { "op": "test", "path": container, "value": "64Mi" },
+            { "op": "replace", "path": container, "value": "512Mi" },
+            { "op": "test", "path": pod, "value": "1Gi" },
+            { "op": "replace", "path": pod, "value": "2Gi" },
+            { "op": "test", "path": cpu, "value": "250m" },
+            { "op": "replace", "path": cpu, "value": "2" },
+        ]);
+        assert_eq!(serde_json::to_value(patch).unwrap(), expected);
+    }
+}

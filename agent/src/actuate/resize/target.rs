@@ -1,0 +1,207 @@
+//! A limit that is guarded, as the API has it, and what may still come of what was asked for.
+
+use std::{sync::Arc, time::Duration};
+
+use bellows_core::{
+    Bytes,
+    decide::ByHand,
+    pod::{self, Level, Wish},
+    quantity,
+};
+use tokio::time::Instant;
+
+use super::change::Change;
+use crate::cgroup::Cgroup;
+
+/// For so long the kubelet may be about to carry out what the API has taken (0.3 to 1.5 s on an idle node).
+const CARRIED_OUT: Duration = Duration::from_secs(2);
+
+/// Held while a request of a pod is under way.
+pub type Order = Arc<tokio::sync::Mutex<()>>;
+
+/// Where a guarded cgroup's limit is written in the API.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub name: String,
+    /// Its uid: another may have its name.
+    pub uid: String,
+    /// The guarded cgroup.
+    pub cgroup: Cgroup,
+    /// The container.
+    pub container: String,
+    /// Where its limit stands in the spec.
+    pub level: Level,
+    /// The limit in the spec, as last seen or written.
+    pub limit: String,
+    /// The limit at rest, as it was written: what to write back.
+    pub original: (Bytes, String),
+    /// The limit that was written by hand and that the spec does not say.
+    pub by_hand: Option<Bytes>,
+    /// Whether the limit of the pod's cgroup is the sum of its containers', and not the spec's own.
+    pub pod_follows: bool,
+    /// Whether the kubelet says that it cannot have what the spec says: there is no room.
+    pub is_pending: bool,
+    /// The number of the last request: an older one that was kept waiting is not made any more.
+    pub(super) latest: u64,
+    /// What is asked for and not answered.
+    pub(super) asking: Vec<Bytes>,
+    /// The smallest that was asked for without a certain answer: an API server that was given up may still carry it out
+    /// (seen: a patch that was waited for 8 s, and stored when etcd went on).
+    pub(super) uncertain: Option<Bytes>,
+    /// What the API took of late, and when: the kubelet may be about to carry out the one before the last.
+    pub(super) taken: Vec<(Bytes, Instant)>,
+    /// Whether a task asks the API to say what was raised by hand.
+    pub(super) is_agreeing: bool,
+    /// Whether the API refuses to: it is not asked for beside what others ask for.
+    pub(super) is_refused: bool,
+    /// Whether the kubelet is about to carry out what the spec says, or tries to.
+    pub is_in_progress: bool,
+    /// One request of a pod at a time: a raise must not overtake the lowering that it answers, and the kubelet carries
+    /// out all of a pod's resize or nothing of it.
+    pub order: Order,
+}
+
+impl Target {
+    /// One that nothing was asked for yet.
+    #[must_use]
+    pub fn new(pod: &pod::Pod, wish: &Wish, cgroup: Cgroup, rest: Bytes, order: Order) -> Self {
+        Self {
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+            cgroup,
+            container: wish.container.clone(),
+            level: wish.level,
+            limit: wish.limit_text.clone(),
+            original: (rest, wish.rest_text.clone()),
+            by_hand: None,
+            pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
+            is_pending: pod.is_resize_pending,
+            latest: 0,
+            asking: Vec::new(),
+            uncertain: None,
+            taken: Vec::new(),
+            is_agreeing: false,
+            is_refused: false,
+            is_in_progress: pod.is_resize_in_progress,
+            order,
+        }
+    }
+
+    /// What the spec says, as the kernel has it.
+    pub(super) fn in_spec(&self) -> Option<Bytes> {
+        let limit = quantity::parse(&self.limit).ok()?;
+        Some(limit.page_floor())
+    }
+
+    /// The API has taken a limit.
+    pub(super) fn takes(&mut self, limit: Bytes) {
+        self.taken.retain(|(_, at)| at.elapsed() < CARRIED_OUT);
+        self.taken.push((limit, Instant::now()));
+    }
+
+    /// Whether the API has taken something so lately that what it says of the pod may be older.
+    #[must_use]
+    pub fn was_just_taken(&self) -> bool {
+        let mut taken = self.taken.iter();
+        taken.any(|(_, at)| at.elapsed() < CARRIED_OUT)
+    }
+
+    pub(super) fn may_come(&mut self, limit: Bytes) {
+        let least = self.uncertain.map_or(limit, |other| other.min(limit));
+        self.uncertain = Some(least);
+    }
+
+    pub(super) fn by_hand_change(&self) -> Option<Change> {
+        let to = quantity::format(self.by_hand.filter(|_| !self.is_refused)?);
+        Some(Change::memory(self.level, self.limit.clone(), to))
+    }
+
+    pub(super) fn may_be_raised_by_hand(&self, to: Bytes) -> ByHand {
+        if self.is_pending {
+            return ByHand::No;
+        }
+        let is_below = |limit: Bytes| limit.page_floor() < to.page_floor();
+        let mut may_come = self.asking.iter().copied().chain(self.uncertain);
+        let is_asking = may_come.any(is_below);
+        let mut taken = self.taken.iter();
+        let is_coming = taken.any(|&(limit, at)| is_below(limit) && at.elapsed() < CARRIED_OUT)
+            || (self.is_in_progress && self.in_spec().is_some_and(is_below));
+        if is_asking || is_coming {
+            ByHand::NotYet
+        } else {
+            ByHand::Yes
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bellows_core::CgroupId;
+
+    use super::*;
+
+    fn target() -> Target {
+        Target {
+            namespace: "dev".to_owned(),
+            name: "workspace".to_owned(),
+            uid: "u".to_owned(),
+            cgroup: Cgroup::stand_in(std::path::Path::new("/nowhere"), CgroupId(1)),
+            container: "app".to_owned(),
+            level: Level::Container(0),
+            limit: "64Mi".to_owned(),
+            original: (Bytes::mib(64), "64Mi".to_owned()),
+            by_hand: None,
+            pod_follows: true,
+            is_pending: false,
+            latest: 0,
+            asking: Vec::new(),
+            uncertain: None,
+            taken: Vec::new(),
+            is_agreeing: false,
+            is_refused: false,
+            is_in_progress: false,
+            order: Order::default(),
+        }
+    }
+
+    /// Each smaller limit that may still come into force is waited for.
+    #[test]
+    fn nothing_is_raised_by_hand_beyond_what_may_still_come() {
+        let to = Bytes::mib(256);
+        let may = |change: &dyn Fn(&mut Target)| {
+            let mut target = target();
+            change(&mut target);
+            target.may_be_raised_by_hand(to)
+        };
+        assert_eq!(may(&|_| {}), ByHand::Yes);
+        assert_eq!(may(&|target| target.asking = vec![to]), ByHand::Yes);
+        let lower = Bytes::mib(128);
+        assert_eq!(
+            may(&|target| target.asking = vec![to, lower]),
+            ByHand::NotYet
+        );
+        assert_eq!(may(&|target| target.may_come(lower)), ByHand::NotYet);
+        assert_eq!(may(&|target| target.takes(to)), ByHand::Yes);
+        // The kubelet may have seen the first before the second.
+        let both = |target: &mut Target| {
+            target.takes(lower);
+            target.takes(to);
+        };
+        assert_eq!(may(&both), ByHand::NotYet);
+        assert_eq!(may(&|target| target.is_in_progress = true), ByHand::NotYet);
+        assert_eq!(may(&|target| target.is_pending = true), ByHand::No);
+    }
+
+    #[test]
+    fn what_the_api_refuses_is_not_asked_for_beside_others() {
+        let mut raised = target();
+        raised.by_hand = Some(Bytes::mib(256));
+        assert!(raised.by_hand_change().is_some());
+        raised.is_refused = true;
+        assert!(raised.by_hand_change().is_none());
+    }
+}
