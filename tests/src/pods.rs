@@ -103,8 +103,9 @@ impl Cluster {
         self.create_with(spec, &annotations, false)
     }
 
-    /// Creates a pod with these labels.
-    pub(crate) fn create_labelled(&self, spec: &Spec, labels: &Value) -> Result<()> {
+    /// Creates a pod with the label of a policy, if any.
+    pub(crate) fn create_labelled(&self, spec: &Spec, label: Option<&str>) -> Result<()> {
+        let labels = label.map_or_else(|| json!({}), |label| json!({ "guard": label }));
         self.create_as(spec, &json!({ "labels": labels }), false)
     }
 
@@ -291,6 +292,21 @@ impl Cluster {
         }))
     }
 
+    /// Guards pods with a label by a policy with these rules for each of their containers.
+    pub(crate) fn guard_labelled(&self, label: &str, rules: &Value) -> Result<()> {
+        self.define_policies()?;
+        self.apply(json!({
+            "apiVersion": "bellows.dev/v1alpha1",
+            "kind": "ElasticPolicy",
+            "metadata": { "name": "labelled", "namespace": NAMESPACE },
+            "spec": {
+                "selector": { "matchLabels": { "guard": label } },
+                "mode": "Act",
+                "containers": [rules],
+            },
+        }))
+    }
+
     /// The CPU limits that its container has in the spec, in its cgroup and in its pod's.
     pub(crate) fn cpu_limits(
         &self,
@@ -327,7 +343,7 @@ impl Cluster {
     }
 
     /// Applies the resource definition of policies, and waits until the API server knows it.
-    pub(crate) fn define_policies(&self) -> Result<()> {
+    fn define_policies(&self) -> Result<()> {
         let text = fs::read_to_string("/deploy/elasticpolicies.yaml")?;
         for document in serde_saphyr::from_multiple::<Value>(&text)? {
             self.apply(document)?;

@@ -203,34 +203,8 @@ impl Bench {
 
     fn case(&mut self, case: Case) -> Result<Record> {
         let name = format!("fault-{}", case.index);
-        let rest = REST_MS.to_string();
-        let more = [
-            "--rest-ms",
-            &rest,
-            "--hold-ms",
-            "4000",
-            "--after-ms",
-            "240000",
-        ];
-        let words = ["/bellows-guest", "load"].map(str::to_owned).into_iter();
-        let words = words.chain(burst_words(
-            case.limit.per_mille(500),
-            case.peak,
-            case.threads,
-        ));
-        let command = words.chain(more.map(str::to_owned)).collect();
-        self.cluster.create(&Spec {
-            name: name.clone(),
-            limit: case.limit,
-            max: Some(case.peak.per_mille(1500).page_floor()),
-            command,
-            host: false,
-            liveness: None,
-            whole_pod: false,
-            cpu: None,
-            restarts: false,
-            raise_first: false,
-        })?;
+        let spec = bursting(&name, case.limit, case.peak, case.threads);
+        self.cluster.create(&spec)?;
         let cgroup = self.cluster.wait_running(&name)?;
         // It may be gone in the end.
         let pod = path_of_pod(&cgroup)?;
@@ -332,7 +306,34 @@ impl Bench {
     }
 }
 
-fn path_of_pod(cgroup: &Cgroup) -> Result<Cgroup> {
+/// A guarded pod that rests for [`REST_MS`], bursts, and is there long enough to be looked at.
+pub(super) fn bursting(name: &str, limit: Bytes, peak: Bytes, threads: u64) -> Spec {
+    let rest = REST_MS.to_string();
+    let more = [
+        "--rest-ms",
+        &rest,
+        "--hold-ms",
+        "4000",
+        "--after-ms",
+        "240000",
+    ];
+    let words = ["/bellows-guest", "load"].map(str::to_owned).into_iter();
+    let words = words.chain(burst_words(limit.per_mille(500), peak, threads));
+    Spec {
+        name: name.to_owned(),
+        limit,
+        max: Some(peak.per_mille(1500).page_floor()),
+        command: words.chain(more.map(str::to_owned)).collect(),
+        host: false,
+        liveness: None,
+        whole_pod: false,
+        cpu: None,
+        restarts: false,
+        raise_first: false,
+    }
+}
+
+pub(super) fn path_of_pod(cgroup: &Cgroup) -> Result<Cgroup> {
     match cgroup.path().parent() {
         Some(path) => Ok(Cgroup::open(path)?),
         None => bail!("a container is in a pod"),

@@ -40,6 +40,7 @@ pub(crate) struct Options {
 
 const LIMIT: Cpu = Cpu::millis(250);
 const BOOST: u64 = 2;
+const GUARDED: &str = "java";
 const LONGEST: Duration = Duration::from_secs(900);
 const RESTORED: Duration = Duration::from_secs(90);
 const FIRST_PORT: u64 = 8200;
@@ -76,21 +77,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut node = Node::start(&options.server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
-    cluster.define_policies()?;
-    cluster.apply(json!({
-        "apiVersion": "bellows.dev/v1alpha1",
-        "kind": "ElasticPolicy",
-        "metadata": { "name": "java", "namespace": "default" },
-        "spec": {
-            "selector": { "matchLabels": { "boost": "yes" } },
-            "mode": "Act",
-            "containers": [{ "boosts": [{
-                "on": { "start": true },
-                "cpu": BOOST.to_string(),
-                "until": { "idle": "5s", "atMost": "15m" },
-            }] }],
-        },
-    }))?;
+    let boost = json!({
+        "on": { "start": true },
+        "cpu": BOOST.to_string(),
+        "until": { "idle": "5s", "atMost": "15m" },
+    });
+    cluster.guard_labelled(GUARDED, &json!({ "boosts": [boost] }))?;
     let mut agent = Agent::start()?;
     let mut bench = Bench { cluster, ports: 0 };
     for index in 0..options.n {
@@ -130,12 +122,8 @@ impl Bench {
                 restarts: how != How::Unlimited,
                 raise_first: false,
             };
-            let labels = if how == How::Unlimited {
-                json!({})
-            } else {
-                json!({ "boost": "yes" })
-            };
-            self.cluster.create_labelled(&spec, &labels)?;
+            let label = (how != How::Unlimited).then_some(GUARDED);
+            self.cluster.create_labelled(&spec, label)?;
             let result = self.measure(&name, index, how, port, crashes);
             self.cluster.delete(&name)?;
             if let Some(records) = result? {

@@ -19,16 +19,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    bursts::{burst_words, log_uniform, mib},
+    bursts::{log_uniform, mib},
     deaths::is_held,
     pod_bursts::ledger_of,
+    pod_faults::{bursting, path_of_pod},
     record::{Records, parsed, rounded},
 };
 use crate::{
     agent::Agent,
     api_proxy::{ApiProxy, Way},
     node::{ApiServer, Node, wait},
-    pods::{self, Cluster, Spec},
+    pods::{self, Cluster},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -102,7 +103,6 @@ struct Record {
     wrong: Vec<String>,
 }
 
-const REST_MS: u64 = 9000;
 const STEP: Duration = Duration::from_secs(60);
 const RESTORED: Duration = Duration::from_secs(120);
 
@@ -146,36 +146,10 @@ struct Bench {
 impl Bench {
     fn case(&mut self, case: Case) -> Result<Record> {
         let name = format!("kill-{}", case.index);
-        let rest = REST_MS.to_string();
-        let more = [
-            "--rest-ms",
-            &rest,
-            "--hold-ms",
-            "4000",
-            "--after-ms",
-            "240000",
-        ];
-        let words = ["/bellows-guest", "load"].map(str::to_owned).into_iter();
-        let words = words.chain(burst_words(
-            case.limit.per_mille(500),
-            case.peak,
-            case.threads,
-        ));
-        let command = words.chain(more.map(str::to_owned)).collect();
-        self.cluster.create(&Spec {
-            name: name.clone(),
-            limit: case.limit,
-            max: Some(case.peak.per_mille(1500).page_floor()),
-            command,
-            host: false,
-            liveness: None,
-            whole_pod: false,
-            cpu: None,
-            restarts: false,
-            raise_first: false,
-        })?;
+        let spec = bursting(&name, case.limit, case.peak, case.threads);
+        self.cluster.create(&spec)?;
         let cgroup = self.cluster.wait_running(&name)?;
-        let pod = Cgroup::open(cgroup.path().parent().unwrap_or(Path::new("/")))?;
+        let pod = path_of_pod(&cgroup)?;
         wait("it is guarded", Duration::from_secs(30), || {
             Ok(!ledger_of(cgroup.id()).is_empty())
         })?;

@@ -36,6 +36,7 @@ pub(crate) struct Options {
     server: ApiServer,
 }
 
+const GUARDED: &str = "throttle";
 const RESTORED: Nanos = Nanos::millis(90_000);
 
 /// How one pod went.
@@ -63,17 +64,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut node = Node::start(&options.server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
-    cluster.define_policies()?;
-    cluster.apply(json!({
-        "apiVersion": "bellows.dev/v1alpha1",
-        "kind": "ElasticPolicy",
-        "metadata": { "name": "throttle", "namespace": "default" },
-        "spec": {
-            "selector": { "matchLabels": { "throttle": "never" } },
-            "mode": "Act",
-            "containers": [{ "cpu": { "max": MAX.to_string() } }],
-        },
-    }))?;
+    cluster.guard_labelled(GUARDED, &json!({ "cpu": { "max": MAX.to_string() } }))?;
     let mut agent = Agent::start()?;
     let cycles = cycles_in(options.seconds);
     for index in 0..options.n {
@@ -129,12 +120,7 @@ fn observe(
         restarts: false,
         raise_first: false,
     };
-    let labels = if is_guarded {
-        json!({ "throttle": "never" })
-    } else {
-        json!({})
-    };
-    cluster.create_labelled(&spec, &labels)?;
+    cluster.create_labelled(&spec, is_guarded.then_some(GUARDED))?;
     let begun = now();
     let cgroup = cluster.wait_running(name)?;
     let pod = Cgroup::open(cgroup.path().parent().context("a container is in a pod")?)?;
