@@ -73,8 +73,8 @@ const FAULTS: [Fault; 7] = [
 /// Away, silent, and refusing.
 const FEW: [Fault; 3] = [Fault::ApiStopped, Fault::EtcdPaused, Fault::Refused(500)];
 
-/// How long etcd stands still. In a longer time a third step may have to be raised by hand while the first may still be stored,
-/// and kill (docs/harm.md; seen with 14 and 18 s).
+/// How long etcd stands still. In a longer time a second step may have to be raised by hand while the first may still be stored,
+/// and kill (docs/harm.md; seen with 14 s).
 const PAUSE_MS: u64 = 10_000;
 /// A fault begins so long before its burst.
 const BEFORE_MS: u64 = 1500;
