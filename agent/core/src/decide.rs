@@ -43,7 +43,7 @@ const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
 /// What the last burst needed must be so much more than what is used now.
 const LEARNT_PER_MILLE: u64 = 1100;
 /// A requested raise goes to at least this multiple of the demand.
-const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
+pub const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.
 const REQUEST_STEP_MAX_PER_MILLE: u64 = 4500;
 

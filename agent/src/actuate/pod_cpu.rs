@@ -159,19 +159,16 @@ impl CpuResizer {
 
     async fn tell_once(&self, cgroup: CgroupId) {
         let targets = self.containers.targets();
-        let Some(target) = targets.of(cgroup, |target| target.clone()) else {
+        let Some(order) = targets.of(cgroup, |target| Arc::clone(&target.order)) else {
             return;
         };
-        let is_known = |target: &CpuTarget| {
-            let due = target.times.due(target.original.quota.as_ref());
-            due.is_none()
-        };
-        let turn = target.order.lock().await;
+        let turn = order.lock().await;
         // It may have been brought to rest meanwhile, or taken over from somebody else.
         let Some(target) = targets.of(cgroup, |target| target.clone()) else {
             return;
         };
-        if is_known(&target) {
+        let due = target.times.due(target.original.quota.as_ref());
+        if due.is_none() {
             return;
         }
         // Whatever comes of it, the API is not asked again at once.
@@ -208,7 +205,7 @@ impl CpuResizer {
         let level = Level::Container(target.index);
         let own = Change::cpu(level, target.limit.clone(), to);
         let begun = self.memory.begins_in(&target.uid, None);
-        let by_hand = self.memory.by_hand_in(&target.uid);
+        let by_hand = self.memory.by_hand_in(&target.uid, |_| false);
         let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
         let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
         let (parameters, patch) = (parameters(), limits_patch(&target.uid, &changes));

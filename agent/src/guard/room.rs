@@ -23,6 +23,7 @@ use bellows_core::{
         Claim, DEFAULT_WEIGHT, NodeMemory, Place, RESERVED_FOR, Rooms, Verdict, Why, arbitrate,
         cgroup_room, node_room,
     },
+    decide::REQUEST_STEP_MIN_PER_MILLE,
 };
 
 use super::{Controller, Guarded, Requester};
@@ -39,8 +40,6 @@ use crate::{
 const RESERVE_PER_MILLE: u64 = 50;
 /// No less than the kubelet's own threshold (`memory.available<100Mi`, pkg/kubelet/apis/config/v1beta1/defaults_linux.go).
 const LEAST_RESERVE: Bytes = Bytes::mib(128);
-/// A burst of which nothing was learnt is expected to take so much of what it asks for first.
-const EXPECTED_PER_MILLE: u64 = 3100;
 /// Who was let go for want of room asks again after this time: it may be there by then.
 const NO_ROOM_FOR: Nanos = Nanos::millis(1000);
 /// A raise by less than this share is not worth a request.
@@ -79,7 +78,8 @@ impl Guarded {
         if self.waiting.is_some_and(waits) {
             return to;
         }
-        let unlearnt = || to.per_mille(EXPECTED_PER_MILLE);
+        // One step more.
+        let unlearnt = || to.per_mille(REQUEST_STEP_MIN_PER_MILLE);
         let expected = self.learnt.unwrap_or_else(unlearnt);
         expected.min(self.policy.ceiling).max(to)
     }
@@ -94,6 +94,7 @@ impl Guarded {
             .filter(|limit| raised(*limit))
             .max();
         let waiting = self.waiting.map(|waiting| waiting.since);
+        let wanted = self.waiting.map_or(self.limit, |waiting| waiting.wanted);
         Claim {
             ancestors,
             priority: self.policy.priority,
@@ -104,8 +105,8 @@ impl Guarded {
             at_rest: self.policy.original,
             used: self.history.demand,
             promised: highest.unwrap_or(Bytes::ZERO),
-            wanted: self.waiting.map_or(self.limit, |waiting| waiting.wanted),
-            most: self.waiting.map_or(self.limit, |waiting| waiting.wanted),
+            wanted,
+            most: wanted,
         }
     }
 }

@@ -278,7 +278,8 @@ impl Resizer {
             .map_err(|refused| (refused, None))?;
         let own = Change::memory(target.level, target.limit.clone(), value.clone());
         let begun = self.begins_in(&target.uid, Some(cgroup));
-        let by_hand = self.by_hand_beside(cgroup, &beside);
+        let has = |id| id == cgroup || beside.contains_key(&id);
+        let by_hand = self.by_hand_in(&target.uid, has);
         let others = beside.values().chain(&by_hand).cloned();
         let changes: Vec<Change> = [own].into_iter().chain(others).collect();
         let patch = limits_patch(&target.uid, &changes);
@@ -286,7 +287,6 @@ impl Resizer {
         let parameters = parameters();
         let patched = pods.patch_resize(&target.name, &parameters, &patch);
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
-        let is_uncertain = is_uncertain(&patched);
         counted(&patched);
         let (refused, code) = match patched {
             Ok(Ok(patched)) => {
@@ -300,8 +300,8 @@ impl Resizer {
             Ok(Err(error)) => refusal(&error),
             Err(_elapsed) => (silent(), None),
         };
-        self.ends_in(begun, is_uncertain);
-        if is_uncertain {
+        self.ends_in(begun, refused.uncertain);
+        if refused.uncertain {
             self.note(cgroup, |target| target.may_come(to));
         }
         let (namespace, name, why) = (&target.namespace, &target.name, &refused.why);
@@ -373,11 +373,15 @@ impl Resizer {
         }
     }
 
-    /// What was raised by hand in a pod, for a patch of something else.
-    pub(super) fn by_hand_in(&self, uid: &str) -> Vec<Change> {
+    /// What was raised by hand in a pod, for a patch of something else: with the next resize of any resource the kubelet sets
+    /// what the spec says. But for those that the patch has anyway.
+    pub(super) fn by_hand_in(&self, uid: &str, has: impl Fn(CgroupId) -> bool) -> Vec<Change> {
         self.targets.with(|targets| {
-            let own = targets.values().filter(|target| target.uid == uid);
-            own.filter_map(Target::by_hand_change).collect()
+            let own = targets
+                .iter()
+                .filter(|&(&id, target)| target.uid == uid && !has(id));
+            own.filter_map(|(_, target)| target.by_hand_change())
+                .collect()
         })
     }
 
@@ -386,24 +390,6 @@ impl Resizer {
         self.targets.with(|targets| {
             let own = targets.iter().filter(|(_, target)| target.uid == uid);
             own.map(|(&cgroup, _)| cgroup).collect()
-        })
-    }
-
-    /// What was raised by hand in the same pod: with the next resize of any resource the kubelet sets what the spec says.
-    fn by_hand_beside(
-        &self,
-        cgroup: CgroupId,
-        lowerings: &BTreeMap<CgroupId, Change>,
-    ) -> Vec<Change> {
-        let Some(uid) = self.targets.of(cgroup, |target| target.uid.clone()) else {
-            return Vec::new();
-        };
-        self.targets.with(|targets| {
-            let own = targets.iter().filter(|(id, target)| {
-                **id != cgroup && target.uid == uid && !lowerings.contains_key(*id)
-            });
-            own.filter_map(|(_, target)| target.by_hand_change())
-                .collect()
         })
     }
 
@@ -511,10 +497,10 @@ impl Resizer {
                 let Limit::At(in_force) = target.cgroup.limit("memory.max").ok()? else {
                     return None;
                 };
-                let asked = quantity::parse(&target.limit).ok()?;
+                let in_spec = target.in_spec()?;
                 let to = quantity::format(in_force);
                 let change = Change::memory(target.level, target.limit.clone(), to);
-                (asked.page_floor() < in_force).then_some((id, change))
+                (in_spec < in_force).then_some((id, change))
             });
             waiting.collect()
         }))

@@ -47,7 +47,7 @@ const PERIOD: u64 = 100_000;
 
 /// A container whose CPU limit is followed.
 pub(super) struct KnownCpu {
-    pub(super) cgroup: Cgroup,
+    cgroup: Cgroup,
     rules: Option<Rules>,
 }
 
@@ -163,13 +163,17 @@ impl Watch {
                     }
                 }
                 Err(refusal) => {
-                    let why = refusal.to_string();
-                    if self.cpu_refused.get(&key) != Some(&why) {
-                        self.events.refused(pod, refusal.reason(), why.clone());
-                        self.cpu_refused.insert(key, why);
-                    }
+                    self.refuse_cpu(&key, pod, refusal.reason(), refusal.to_string());
                 }
             }
+        }
+    }
+
+    /// Tells why a container does not get what is asked for it, once.
+    fn refuse_cpu(&mut self, key: &Key, pod: &Pod, reason: &str, why: String) {
+        if self.cpu_refused.get(key) != Some(&why) {
+            self.events.refused(pod, reason, why.clone());
+            self.cpu_refused.insert(key.clone(), why);
         }
     }
 
@@ -180,12 +184,8 @@ impl Watch {
         seen: &mut pod::Pod,
         wish: &CpuWish,
     ) -> Result<(), String> {
-        if let Some(why) = lost(seen, wish)
-            && self.cpu_refused.get(key).map(String::as_str) != Some(why)
-        {
-            self.events
-                .refused(pod, "BoostPartlySupported", why.to_owned());
-            self.cpu_refused.insert(key.clone(), why.to_owned());
+        if let Some(why) = lost(seen, wish) {
+            self.refuse_cpu(key, pod, "BoostPartlySupported", why.to_owned());
         }
         let found = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
         let starting = self.starting.get(key).cloned();

@@ -13,6 +13,7 @@ mod policies;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     path::{Path, PathBuf},
     pin::pin,
     sync::{
@@ -50,7 +51,7 @@ use crate::{
         pod_cpu::{CpuResizer, CpuTarget},
         resize::{Observed, Order, Resizer, Target},
     },
-    attribution::{api::Pod, pods::convert},
+    attribution::{self, api::Pod, pods::convert},
     guard::Input,
     quota::Quotas,
 };
@@ -261,10 +262,7 @@ impl Watch {
             self.lowering = None;
         }
         let is_any_left = self.is_any_left.swap(false, Ordering::Relaxed);
-        let is_known = |pod: &Pod| {
-            let seen = convert(pod);
-            self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen)
-        };
+        let is_known = |pod: &Pod| self.knows(&convert(pod));
         let may = self.is_listed && !self.context.only_observes;
         if !may || !is_any_left || !self.pods.values().all(is_known) {
             self.is_any_left.fetch_or(is_any_left, Ordering::Relaxed);
@@ -287,16 +285,19 @@ impl Watch {
         self.lowering = Some(tokio::task::spawn_blocking(move || {
             // One that is about to be guarded.
             let is_pending = |path: &Path| {
-                let name = path.to_string_lossy();
-                let is_in = |uid: &String| {
-                    name.contains(uid.as_str()) || name.contains(&uid.replace('-', "_"))
-                };
-                pending.iter().any(is_in)
+                let above = path.ancestors().filter_map(Path::file_name);
+                let mut above = above.map(OsStr::to_string_lossy);
+                above.any(|name| pending.iter().any(|uid| attribution::is_pod(&name, uid)))
             };
             let is_any = by_hands.lower_left(has_memory, is_pending);
             let are_back = quotas_in_pods_back(has_cpu, is_pending);
             is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
         }));
+    }
+
+    /// Whether it is known what is asked for a pod.
+    fn knows(&self, seen: &pod::Pod) -> bool {
+        self.policies.are_known(&seen.namespace) || !pod::needs_policies(seen)
     }
 
     /// The policies have changed.
@@ -311,7 +312,7 @@ impl Watch {
         let mut seen = self.seen(&pod);
         let uid = seen.uid.clone();
         self.pending.remove(&uid);
-        let are_known = self.policies.are_known(&seen.namespace) || !pod::needs_policies(&seen);
+        let are_known = self.knows(&seen);
         let mut wishes = pod::wishes(&seen, self.policies.all());
         if self.context.only_observes {
             pod::only_observe(&mut wishes);
@@ -400,14 +401,13 @@ impl Watch {
 
     /// Tells of a container that is only watched.
     fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
-        if matches!(observed, Observed::NotGuarded) {
-            return self.try_again(cgroup);
-        }
-        match observed {
+        let (note, is_kill) = match observed {
+            Observed::NotGuarded => return self.try_again(cgroup),
             Observed::ByHand(note) => return self.tell_guarded(cgroup, "RaisedByHand", note),
             Observed::Waits(note) => return self.tell_guarded(cgroup, "WaitsForMemory", note),
-            Observed::NotGuarded | Observed::Kill(_) | Observed::Raise(_) => {}
-        }
+            Observed::Kill(note) => (note, true),
+            Observed::Raise(note) => (note, false),
+        };
         let Some(watched) = self.watched.get_mut(&cgroup) else {
             return;
         };
@@ -415,19 +415,12 @@ impl Watch {
             return;
         }
         let pod = watched.pod.clone();
-        match observed {
-            Observed::Kill(note) => {
-                watched.told = Some(Instant::now());
-                self.events.killed(pod, note);
-            }
+        if is_kill {
+            watched.told = Some(Instant::now());
+            self.events.killed(pod, note);
+        } else if watched.mode == Mode::Recommend {
             // A kill that may follow is told all the same.
-            Observed::Raise(note) if watched.mode == Mode::Recommend => {
-                self.events.recommended(pod, note);
-            }
-            Observed::Raise(_)
-            | Observed::ByHand(_)
-            | Observed::Waits(_)
-            | Observed::NotGuarded => {}
+            self.events.recommended(pod, note);
         }
     }
 
