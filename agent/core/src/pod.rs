@@ -9,6 +9,7 @@
 //! This knows nothing of the API's types: the shell converts them, once.
 
 mod cpu;
+pub mod way;
 
 use std::collections::BTreeMap;
 
@@ -71,6 +72,8 @@ pub struct Container {
     pub is_ready: Option<bool>,
     /// When it was started, in seconds since 1970, while it runs.
     pub started_at: Option<u64>,
+    /// Whether the kubelet says what resources it has while it runs.
+    pub reports_resources: bool,
     /// `resources.limits.memory` as written.
     pub memory_limit: Option<String>,
     /// `resources.limits.cpu` as written.
@@ -114,9 +117,10 @@ pub struct Pod {
     pub limit_manager: Option<String>,
     /// Whether it has a CPU limit of its own (`spec.resources.limits.cpu`).
     pub has_cpu_limit: bool,
-    /// Whether the kubelet says that there is no room for what the spec says (PodResizePending, 1.33 and later).
+    /// Whether the kubelet says that there is no room for what the spec says (PodResizePending; before 1.33
+    /// `status.resize`, which is Deferred or Infeasible).
     pub is_resize_pending: bool,
-    /// Whether it is about to carry that out, or tries to (PodResizeInProgress).
+    /// Whether it is about to carry that out, or tries to (PodResizeInProgress; before 1.33 Proposed or InProgress).
     pub is_resize_in_progress: bool,
     /// Its priority (`spec.priority`), 0 without one.
     pub priority: i32,

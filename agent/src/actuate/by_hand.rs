@@ -33,10 +33,25 @@ pub struct ByHand {
     pub path: PathBuf,
     /// The limit before: what its owner knows.
     pub before: Bytes,
-    /// The limit that was written last: another was set by somebody else, and stays.
+    /// The limit that was written last.
     pub to: Bytes,
+    /// The one before that, which may be in force still. Another than these was set by somebody else, and stays.
+    pub was: Option<Bytes>,
     /// The limit of the pod's cgroup before, where that had to be moved.
     pub pod_before: Option<Bytes>,
+}
+
+impl ByHand {
+    fn becomes(&mut self, to: Bytes) {
+        if self.to != to {
+            self.was = Some(self.to);
+            self.to = to;
+        }
+    }
+
+    fn is_ours(&self, limit: Bytes) -> bool {
+        limit == self.to || self.was == Some(limit)
+    }
 }
 
 impl Recorded for ByHand {
@@ -99,9 +114,10 @@ impl ByHands {
             path: cgroup.path().to_owned(),
             before,
             to,
+            was: None,
             pod_before: pod.as_ref().map(|(_, limit)| *limit),
         });
-        record.to = to;
+        record.becomes(to);
         self.records.write(&record).map_err(text)?;
         if let Some((pod, limit)) = pod {
             let own = |child: &Cgroup, limit| {
@@ -135,19 +151,27 @@ impl ByHands {
         is_still_wanted: impl Fn() -> bool,
     ) -> Result<bool, CgroupError> {
         let key = key_of(cgroup.path());
-        let Some(record) = self.records.read(key) else {
+        let Some(mut record) = self.records.read(key) else {
             return Ok(true);
         };
-        let is_ours = |limit: Bytes| limit == record.to;
-        if is_ours(cgroup.limit_in_force()?) && to < record.to {
+        let in_force = cgroup.limit_in_force()?;
+        if record.is_ours(in_force) && to < in_force {
             // Gibibytes of page cache take seconds: nobody else waits for that.
             if !shrink::make_room_in(cgroup, to)? {
                 return Ok(false);
             }
             let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            if is_ours(cgroup.limit_in_force()?) {
+            if record.is_ours(cgroup.limit_in_force()?) {
                 // Somebody may have come to be responsible for it meanwhile.
                 if !is_still_wanted() || !shrink::fits(cgroup, to)? {
+                    return Ok(false);
+                }
+                record.becomes(to);
+                // What is its owner's again needs no record.
+                if to > record.before
+                    && let Err(error) = self.records.write(&record)
+                {
+                    tracing::warn!(path = %cgroup.path().display(), %error, "a limit that was raised by hand stays");
                     return Ok(false);
                 }
                 cgroup.set_limit_and_heirs(to)?;
@@ -158,7 +182,10 @@ impl ByHands {
         {
             return Ok(false);
         }
-        self.records.remove(key);
+        // On its way down it may stay above what its owner knows.
+        if to <= record.before || !record.is_ours(cgroup.limit_in_force()?) {
+            self.records.remove(key);
+        }
         Ok(true)
     }
 
@@ -375,6 +402,29 @@ mod tests {
         bed.raise("app", 64, 90);
         let pod = bed.cgroup("").limit("memory.max").unwrap().bytes();
         assert_eq!(pod, Bytes::mib(122));
+    }
+
+    #[test]
+    fn one_on_its_way_down_stays_ours() {
+        let bed = Bed::new("steps");
+        bed.raise("app", 64, 512);
+        assert!(bed.lower("app", 256));
+        assert_eq!(bed.limits()[..2], [288, 256]);
+        assert_eq!(bed.by_hands.all().len(), 1);
+        assert!(bed.lower("app", 64));
+        assert_eq!(bed.limits(), [96, 64, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+    }
+
+    /// An agent that ends between writing down and writing.
+    #[test]
+    fn one_that_was_written_down_and_not_written_is_ours() {
+        let bed = Bed::new("torn");
+        bed.raise("app", 64, 256);
+        bed.raise("app", 64, 512);
+        bed.set("app", "256");
+        assert!(bed.lower("app", 64));
+        assert_eq!(bed.limits(), [96, 64, 32]);
     }
 
     #[test]

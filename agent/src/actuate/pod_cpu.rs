@@ -13,7 +13,14 @@
 
 use std::sync::Arc;
 
-use bellows_core::{CgroupId, Cpu, Reason, bucket::Urgency, pod::Level};
+use bellows_core::{
+    CgroupId, Cpu, Reason,
+    bucket::Urgency,
+    pod::{
+        Level,
+        way::{Way, Whose},
+    },
+};
 use kube::{Api, Client};
 use tokio::{
     runtime::Handle,
@@ -24,7 +31,8 @@ use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
     pod::Pod,
     resize::{
-        Change, Order, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch, parameters,
+        Change, Order, Probed, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch,
+        patched,
     },
 };
 use crate::{
@@ -35,6 +43,9 @@ use crate::{
     cgroup::{Cgroup, quota::Quota},
     originals::{Original, Records},
 };
+
+/// What the API is asked whether it would take it.
+const PROBE: &str = "10m";
 
 /// A container whose CPU limit is moved.
 #[derive(Clone, Debug)]
@@ -49,6 +60,8 @@ pub struct CpuTarget {
     pub cgroup: Cgroup,
     /// Its index in the spec.
     pub index: usize,
+    /// Whether the kubelet says what resources it has.
+    pub is_reported: bool,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
     /// What to write back.
@@ -179,7 +192,12 @@ impl CpuResizer {
         let Some(quota) = self.containers.quota_to_tell(cgroup) else {
             return;
         };
-        let told = self.patch(&target, quota).await;
+        let told = match self.way(&target).await {
+            // Nobody asks, and nobody is told.
+            Ok(Way::Node) => Ok(()),
+            Ok(way) => self.patch(&target, way, quota).await,
+            Err(why) => Err((why, true)),
+        };
         drop(turn);
         match told {
             Ok(()) => self.containers.quota_is_told(cgroup, quota, true),
@@ -192,8 +210,29 @@ impl CpuResizer {
         }
     }
 
+    async fn way(&self, target: &CpuTarget) -> Result<Way, String> {
+        let level = Level::Container(target.index);
+        let same = target.limit.clone();
+        // Any other than it has.
+        let other = if same == PROBE { "11m" } else { PROBE };
+        let probed = Probed {
+            namespace: &target.namespace,
+            name: &target.name,
+            uid: &target.uid,
+            whose: Whose::Container,
+            is_reported: target.is_reported,
+            change: Change::cpu(level, same, other.to_owned()),
+        };
+        self.memory.ways().of(&probed).await
+    }
+
     /// The error comes with whether it is certain that nothing was changed.
-    async fn patch(&self, target: &CpuTarget, quota: Quota) -> Result<(), (String, bool)> {
+    async fn patch(
+        &self,
+        target: &CpuTarget,
+        way: Way,
+        quota: Quota,
+    ) -> Result<(), (String, bool)> {
         let id = target.cgroup.id();
         let at_rest = target.original.quota.as_ref();
         let is_at_rest = at_rest.is_some_and(|known| known.cpu.at_rest == quota.cpu);
@@ -207,9 +246,9 @@ impl CpuResizer {
         let begun = self.memory.begins_in(&target.uid, None);
         let by_hand = self.memory.by_hand_in(&target.uid, |_| false);
         let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
-        let pods: Api<api::Pod> = Api::namespaced(self.client.clone(), &target.namespace);
-        let (parameters, patch) = (parameters(), limits_patch(&target.uid, &changes));
-        let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let patch = limits_patch(&target.uid, &changes);
+        let named = (target.namespace.as_str(), target.name.as_str());
+        let patched = patched(&self.client, way, named, &patch);
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
         let is_uncertain = is_uncertain(&patched);
         counted(&patched);

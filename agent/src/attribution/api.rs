@@ -105,6 +105,8 @@ pub(super) struct Status {
     pub(super) qos_class: Option<String>,
     pub(super) container_statuses: Option<Vec<ContainerStatus>>,
     pub(super) conditions: Option<Vec<Condition>>,
+    /// Of Kubernetes before 1.33.
+    pub(super) resize: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -122,6 +124,8 @@ pub(super) struct ContainerStatus {
     pub(super) container_id: Option<String>,
     pub(super) state: Option<State>,
     pub(super) ready: Option<bool>,
+    /// Whatever they are.
+    pub(super) resources: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

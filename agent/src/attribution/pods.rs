@@ -38,6 +38,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
             id: running
                 .and_then(|status| status.container_id.as_deref())
                 .map(|id| container_id(id).to_owned()),
+            reports_resources: running.is_some_and(|status| status.resources.is_some()),
             is_ready: container.readiness_probe.is_some().then(|| {
                 let ready = running.and_then(|status| status.ready);
                 ready.unwrap_or(false)
@@ -73,6 +74,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
         let mut conditions = conditions.unwrap_or_default().iter();
         conditions.any(|condition| condition.kind == kind && condition.status == "True")
     };
+    let resize = status.and_then(|status| status.resize.as_deref());
     let mut annotations = pod.annotations().clone();
     let misread = ebpf_resize::understand(&mut annotations).err();
     let phase = status.and_then(|status| status.phase.as_deref());
@@ -97,8 +99,10 @@ pub fn convert(pod: &api::Pod) -> Pod {
             .as_ref()
             .and_then(|spec| spec.resources.as_ref()?.cpu_limit())
             .is_some(),
-        is_resize_pending: has_condition("PodResizePending"),
-        is_resize_in_progress: has_condition("PodResizeInProgress"),
+        is_resize_pending: has_condition("PodResizePending")
+            || matches!(resize, Some("Deferred" | "Infeasible")),
+        is_resize_in_progress: has_condition("PodResizeInProgress")
+            || matches!(resize, Some("Proposed" | "InProgress")),
         priority: pod
             .spec
             .as_ref()
@@ -262,11 +266,42 @@ mod tests {
         assert_eq!(app.memory_request.as_deref(), Some("32Mi"));
         assert_eq!(app.id.as_deref(), Some("abc"));
         assert!(app.restarts_on_resize);
+        assert!(!app.reports_resources && !seen.is_resize_in_progress);
         let kinds: Vec<_> = app.probes.iter().map(|probe| probe.kind).collect();
         assert_eq!(kinds, [ProbeKind::Exec, ProbeKind::Network]);
         assert_eq!(
             (side.id.as_deref(), side.memory_limit.as_deref()),
             (None, None)
         );
+    }
+
+    /// `status.resize` and resources in the status, as Kubernetes 1.31 prints them.
+    #[test]
+    fn an_older_status_is_understood() {
+        let seen = |resize: &str| {
+            let pod: api::Pod = serde_json::from_value(json!({
+                "metadata": {},
+                "spec": { "containers": [{ "name": "app" }] },
+                "status": { "resize": resize, "containerStatuses": [
+                    { "name": "app", "state": { "running": {} }, "resources": { "limits": { "memory": "64Mi" } } },
+                ] },
+            }))
+            .unwrap();
+            convert(&pod)
+        };
+        assert!(seen("").containers[0].reports_resources);
+        let of = |resize| {
+            (
+                seen(resize).is_resize_pending,
+                seen(resize).is_resize_in_progress,
+            )
+        };
+        assert_eq!(of(""), (false, false));
+        for resize in ["Deferred", "Infeasible"] {
+            assert_eq!(of(resize), (true, false));
+        }
+        for resize in ["Proposed", "InProgress"] {
+            assert_eq!(of(resize), (false, true));
+        }
     }
 }

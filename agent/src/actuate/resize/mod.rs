@@ -1,4 +1,4 @@
-//! Changing a pod's limit through the API: the `resize` subresource (Kubernetes 1.33 and later).
+//! Changing a pod's limit through the API, in the way that the cluster knows ([`bellows_core::pod::way`]).
 //!
 //! A JSON patch with a `test` on the old value, so that a change by somebody else is a conflict and
 //! not overwritten; a resourceVersion would conflict with every status update. Only memory limits
@@ -6,11 +6,13 @@
 //! that the API has taken it; that it is in force is seen in the cgroup, which is why success is not answered here.
 //!
 //! Where the API is away, late or busy the limit is raised by hand ([`super::by_hand`]), and the API asked again and again
-//! until it says the same, or the burst is over. A refusal is not overridden.
+//! until it says the same, or the burst is over. A refusal is not overridden. Where the API can change no limit at all, or
+//! not lower it again, the limit is moved on the node alone.
 
 mod answer;
 mod change;
 mod target;
+mod way;
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +24,7 @@ use bellows_core::{
     Bytes, CgroupId,
     bucket::{Bucket, Urgency},
     decide::ByHand,
-    pod::MANAGER,
+    pod::{MANAGER, way::Way},
     quantity,
 };
 use kube::{Api, Client};
@@ -37,6 +39,7 @@ pub(super) use answer::{counted, is_uncertain};
 use answer::{refusal, silent};
 pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
+pub use way::{Probed, Ways, patched};
 
 use super::{by_hand::ByHands, targets::Targets};
 use crate::{
@@ -63,6 +66,7 @@ const LONGEST_AGREE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Resizer {
     client: Client,
+    ways: Ways,
     runtime: Handle,
     targets: Targets<Target>,
     inputs: SyncSender<Input>,
@@ -102,6 +106,7 @@ impl Resizer {
         observed: UnboundedSender<(CgroupId, Observed)>,
     ) -> Self {
         Self {
+            ways: Ways::new(client.clone()),
             client,
             runtime,
             targets: Targets::default(),
@@ -110,6 +115,12 @@ impl Resizer {
             by_hands: ByHands::default(),
             bucket: Arc::new(Mutex::new(Bucket::full(now()))),
         }
+    }
+
+    /// How limits are changed here.
+    #[must_use]
+    pub const fn ways(&self) -> &Ways {
+        &self.ways
     }
 
     /// Limits that were written by hand.
@@ -283,9 +294,8 @@ impl Resizer {
         let others = beside.values().chain(&by_hand).cloned();
         let changes: Vec<Change> = [own].into_iter().chain(others).collect();
         let patch = limits_patch(&target.uid, &changes);
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
-        let parameters = parameters();
-        let patched = pods.patch_resize(&target.name, &parameters, &patch);
+        let named = (target.namespace.as_str(), target.name.as_str());
+        let patched = patched(&self.client, target.way, named, &patch);
         let patched = timeout(RESIZE_TIMEOUT, patched).await;
         counted(&patched);
         let (refused, code) = match patched {
@@ -393,11 +403,13 @@ impl Resizer {
         })
     }
 
-    /// Lowers a limit to what the spec says all the time: nobody else would.
+    /// Lowers a limit to what the spec says all the time: nobody else would. Where limits are moved on the node alone, to
+    /// whatever is wanted.
     async fn is_lowered_by_hand(&self, cgroup: CgroupId, to: Bytes) -> Result<bool, Refused> {
         let by_hand = self.target(cgroup, |target| {
             let by_hand = target.by_hand?;
-            let is_lowering = to < by_hand && target.in_spec() == Some(to.page_floor());
+            let is_said = target.in_spec() == Some(to.page_floor());
+            let is_lowering = to < by_hand && (is_said || target.way == Way::Node);
             is_lowering.then(|| target.cgroup.clone())
         })?;
         let Some(own) = by_hand else {
@@ -412,7 +424,10 @@ impl Resizer {
         };
         match lowered.map(|lowered| lowered.map_err(|error| error.to_string())) {
             Ok(Ok(true)) => {
-                self.note(cgroup, |target| target.by_hand = None);
+                self.note(cgroup, |target| {
+                    let is_said = target.in_spec() == Some(to.page_floor());
+                    target.by_hand = (!is_said).then_some(to);
+                });
                 Ok(true)
             }
             Ok(Ok(false)) => Err(refused("usage has grown meanwhile".to_owned())),
@@ -509,7 +524,23 @@ impl Resizer {
 
 impl Requester for Resizer {
     fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup.id(), to, Urgency::Urgent);
+        let id = cgroup.id();
+        if self.targets.of(id, |target| target.way) != Some(Way::Node) {
+            return self.send(id, to, Urgency::Urgent);
+        }
+        if let Err(why) = self.raise_by_hand(cgroup, to) {
+            let result = Err(Refused {
+                why,
+                uncertain: false,
+                is_passing: true,
+            });
+            // A controller that has ended needs no answer, and one that is late asks again.
+            drop(self.inputs.try_send(Input::Answered {
+                cgroup: id,
+                to,
+                result,
+            }));
+        }
     }
 
     fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
@@ -539,6 +570,9 @@ impl Requester for Resizer {
             target.by_hand = Some(to);
             target.is_refused = false;
         });
+        if target.way == Way::Node {
+            return Ok(());
+        }
         self.agree(id);
         let note = format!(
             "container {}: limit raised to {to} on the node, before the API",

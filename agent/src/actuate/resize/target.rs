@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bellows_core::{
     Bytes,
     decide::ByHand,
-    pod::{self, Level, Wish},
+    pod::{self, Level, Wish, way::Way},
     quantity,
 };
 use tokio::time::Instant;
@@ -34,6 +34,8 @@ pub struct Target {
     pub container: String,
     /// Where its limit stands in the spec.
     pub level: Level,
+    /// How it is changed.
+    pub way: Way,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
     /// The limit at rest, as it was written: what to write back.
@@ -67,7 +69,13 @@ pub struct Target {
 impl Target {
     /// One that nothing was asked for yet.
     #[must_use]
-    pub fn new(pod: &pod::Pod, wish: &Wish, cgroup: Cgroup, rest: Bytes, order: Order) -> Self {
+    pub fn new(
+        pod: &pod::Pod,
+        wish: &Wish,
+        cgroup: Cgroup,
+        (rest, way): (Bytes, Way),
+        order: Order,
+    ) -> Self {
         Self {
             namespace: pod.namespace.clone(),
             name: pod.name.clone(),
@@ -75,6 +83,7 @@ impl Target {
             cgroup,
             container: wish.container.clone(),
             level: wish.level,
+            way,
             limit: wish.limit_text.clone(),
             original: (rest, wish.rest_text.clone()),
             by_hand: None,
@@ -116,7 +125,8 @@ impl Target {
     }
 
     pub(super) fn by_hand_change(&self) -> Option<Change> {
-        let to = quantity::format(self.by_hand.filter(|_| !self.is_refused)?);
+        let is_to_be_said = !self.is_refused && self.way != Way::Node;
+        let to = quantity::format(self.by_hand.filter(|_| is_to_be_said)?);
         Some(Change::memory(self.level, self.limit.clone(), to))
     }
 
@@ -152,6 +162,7 @@ mod tests {
             cgroup: Cgroup::stand_in(std::path::Path::new("/nowhere"), CgroupId(1)),
             container: "app".to_owned(),
             level: Level::Container(0),
+            way: Way::Resize,
             limit: "64Mi".to_owned(),
             original: (Bytes::mib(64), "64Mi".to_owned()),
             by_hand: None,
@@ -202,6 +213,9 @@ mod tests {
         raised.by_hand = Some(Bytes::mib(256));
         assert!(raised.by_hand_change().is_some());
         raised.is_refused = true;
+        assert!(raised.by_hand_change().is_none());
+        raised.is_refused = false;
+        raised.way = Way::Node;
         assert!(raised.by_hand_change().is_none());
     }
 }

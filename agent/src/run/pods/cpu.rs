@@ -265,6 +265,7 @@ impl Watch {
             uid: seen.uid.clone(),
             cgroup: cgroup.clone(),
             index: wish.index,
+            is_reported: false,
             limit: wish.limit_text.clone(),
             original_text: wish.original_text.clone(),
             is_recorded: wish.recorded,
@@ -293,6 +294,8 @@ impl Watch {
         let is_old = targets.of(id, |target| {
             let is_old = target.times.told.is_some_and(|told| told.elapsed() < OLD);
             target.is_recorded = wish.recorded;
+            let container = seen.containers.get(wish.index);
+            target.is_reported = container.is_some_and(|container| container.reports_resources);
             if !is_old || wish.foreign {
                 target.limit.clone_from(&wish.limit_text);
                 target.original_text.clone_from(&wish.original_text);

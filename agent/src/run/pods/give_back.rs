@@ -26,7 +26,7 @@ use crate::{
     actuate::{
         containers::Owner as _,
         pod_cpu::CpuResizer,
-        resize::{Change, Order, Resizer, TIMEOUT, limits_patch, parameters},
+        resize::{Change, Order, Probed, Resizer, TIMEOUT, Ways, limits_patch, patched},
         shrink,
     },
     attribution::{api::Pod, pods::convert},
@@ -48,6 +48,7 @@ const ALL_AGENTS: Duration = Duration::from_secs(180);
 /// carries out no other resize of the pod meanwhile.
 pub(super) async fn give_back(
     client: &Client,
+    ways: &Ways,
     order: Order,
     seen: &pod::Pod,
     raised: &Raised,
@@ -69,14 +70,20 @@ pub(super) async fn give_back(
     }
     let _turn = order.lock_owned().await;
     let change = Change::memory(*level, limit.clone(), original.clone());
-    changed_back(client, seen, change).await
+    changed_back(client, ways, seen, *level, change).await
 }
 
-async fn changed_back(client: &Client, seen: &pod::Pod, change: Change) -> Result<(), String> {
-    let api: Api<Pod> = Api::namespaced(client.clone(), &seen.namespace);
-    let (parameters, patch) = (parameters(), limits_patch(&seen.uid, &[change]));
-    let patched = api.patch_resize(&seen.name, &parameters, &patch);
-    match timeout(TIMEOUT, patched).await {
+async fn changed_back(
+    client: &Client,
+    ways: &Ways,
+    seen: &pod::Pod,
+    level: Level,
+    change: Change,
+) -> Result<(), String> {
+    let patch = limits_patch(&seen.uid, std::slice::from_ref(&change));
+    let way = ways.of(&Probed::of(seen, level, change)).await?;
+    let named = (seen.namespace.as_str(), seen.name.as_str());
+    match timeout(TIMEOUT, patched(client, way, named, &patch)).await {
         Ok(Ok(_patched)) => Ok(()),
         // It has changed since, which will be told.
         Ok(Err(kube::Error::Api(status))) if [404, 409, 422].contains(&status.code) => {
@@ -164,7 +171,8 @@ impl Leaving {
             let seen = convert(&pod);
             for raised in pod::left_raised(&seen) {
                 found += 1;
-                let given = give_back(&self.client, Order::default(), &seen, &raised).await;
+                let (client, ways) = (&self.client, self.movers.resizer.ways());
+                let given = give_back(client, ways, Order::default(), &seen, &raised).await;
                 if let Err(why) = given {
                     tracing::warn!(
                         pod.namespace = seen.namespace,
@@ -179,7 +187,8 @@ impl Leaving {
                 found += 1;
                 let level = Level::Container(wish.index);
                 let change = Change::cpu(level, wish.limit_text, wish.original_text);
-                if let Err(why) = changed_back(&self.client, &seen, change).await {
+                let (client, ways) = (&self.client, self.movers.resizer.ways());
+                if let Err(why) = changed_back(client, ways, &seen, level, change).await {
                     tracing::warn!(
                         pod.namespace = seen.namespace,
                         pod.name = seen.name,

@@ -173,7 +173,10 @@ pub(super) async fn watch(context: Context) {
             }
         };
         match event {
-            Ok(Some(watcher::Event::Init)) => listed.clear(),
+            Ok(Some(watcher::Event::Init)) => {
+                listed.clear();
+                watch.context.resizer.ways().forget().await;
+            }
             Ok(Some(watcher::Event::InitApply(pod))) => {
                 listed.extend(pod.uid());
                 watch.apply(pod).await;
@@ -466,7 +469,15 @@ impl Watch {
     }
 
     async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), String> {
-        give_back::give_back(&self.context.client, self.order(&seen.uid), seen, raised).await
+        let resizer = &self.context.resizer;
+        give_back::give_back(
+            &self.context.client,
+            resizer.ways(),
+            self.order(&seen.uid),
+            seen,
+            raised,
+        )
+        .await
     }
 
     /// Held while a request of a pod is under way.

@@ -7,16 +7,17 @@ use std::{
 };
 
 use bellows_core::{
-    CgroupId, Nanos, Policy, Signals, WHOLE,
+    Bytes, CgroupId, Nanos, Policy, Signals, WHOLE,
     elastic::{Mode, Order as RaiseOrder},
-    pod::{self, Level, ORIGINAL, Wish},
+    pod::{self, Level, ORIGINAL, Wish, way::Way},
+    quantity,
 };
 use kube::{Api, Resource as _, api::Patch};
 use serde_json::json;
 
 use super::{Context, Key, Known, Watch, Watched};
 use crate::{
-    actuate::resize::{Order, TIMEOUT, Target, parameters},
+    actuate::resize::{Change, Order, Probed, TIMEOUT, Target, parameters},
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
     guard::{Input, Watching},
@@ -69,6 +70,8 @@ impl Watch {
             return self.follow(key, pod, seen, wish, cgroup, policy).await;
         }
         self.forget_cgroup(key);
+        let way = self.way(seen, wish).await?;
+        let wish = &on_way(wish, way);
         let policy = match self.policy(wish) {
             Ok(policy) => policy,
             Err(why) => {
@@ -81,7 +84,7 @@ impl Watch {
             self.record_memory(seen, wish).await?;
         }
         let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
-        let mut target = Target::new(seen, wish, cgroup.clone(), policy.original, order);
+        let mut target = Target::new(seen, wish, cgroup.clone(), (policy.original, way), order);
         let is_by_hand = self.context.resizer.by_hands().contains(cgroup.path());
         if is_by_hand {
             // A predecessor's: the API is to come to know it, or it comes down.
@@ -91,20 +94,34 @@ impl Watch {
         let resizer = &self.context.resizer;
         let targets = resizer.targets();
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
-        if is_by_hand {
+        if is_by_hand && way != Way::Node {
             resizer.agree(cgroup.id());
         }
         self.remember(key, wish, cgroup.id(), policy);
         self.send(Input::Adopt(cgroup, policy, name(seen, wish)));
         let note = format!(
-            "container {}: limit {}, at most {}{}",
+            "container {}: limit {}, at most {}{}{}",
             wish.container,
             policy.original,
             policy.ceiling,
-            by(wish)
+            by(wish),
+            match way {
+                Way::Resize | Way::Patch => "",
+                Way::Node =>
+                    "; raised on the node: this Kubernetes cannot raise and lower it in place",
+            }
         );
         self.events.guarded(pod, note);
         Ok(())
+    }
+
+    /// How the limit of a container is changed.
+    async fn way(&self, seen: &pod::Pod, wish: &Wish) -> Result<Way, String> {
+        // Any other than it has.
+        let other = quantity::format(wish.limit.plus(Bytes::mib(1)));
+        let change = Change::memory(wish.level, wish.limit_text.clone(), other);
+        let probed = Probed::of(seen, wish.level, change);
+        self.context.resizer.ways().of(&probed).await
     }
 
     fn remember(&mut self, key: &Key, wish: &Wish, cgroup: CgroupId, policy: Policy) {
@@ -203,6 +220,9 @@ impl Watch {
         cgroup: CgroupId,
         policy: Policy,
     ) -> Result<(), String> {
+        let targets = self.context.resizer.targets();
+        let way = targets.of(cgroup, |target| target.way);
+        let wish = &on_way(wish, way.unwrap_or_default());
         let wanted = self.policy(wish)?;
         if !wish.recorded {
             self.record_memory(seen, wish).await?;
@@ -275,6 +295,16 @@ impl Watch {
             }
         }
     }
+}
+
+/// Where limits are moved on the node alone nobody lets the API say less than it does: a floor is not reached.
+fn on_way(wish: &Wish, way: Way) -> Wish {
+    let mut wish = wish.clone();
+    if way == Way::Node {
+        wish.rest = wish.limit;
+        wish.rest_text.clone_from(&wish.limit_text);
+    }
+    wish
 }
 
 /// What a container is, for people.

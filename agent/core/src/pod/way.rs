@@ -1,0 +1,149 @@
+//! How a limit is changed, by what the cluster can do.
+//!
+//! | Kubernetes | in-place resize | a container's limits | a pod's own |
+//! | --- | --- | --- | --- |
+//! | up to 1.31 | alpha, off | patch of the pod, where the gate is on | on the node |
+//! | 1.32 | alpha, off | `pods/resize`, where the gate is on | on the node |
+//! | 1.33 | beta, on | on the node: the API takes no lower memory limit | on the node |
+//! | 1.34, 1.35 | beta, on; GA | `pods/resize` | on the node |
+//! | 1.36 and later | GA | `pods/resize` | `pods/resize` |
+//!
+//! (KEP-1287 and KEP-5419; 1.33: `ValidatePodResize`, pkg/apis/core/validation/validation.go, "memory limits cannot be
+//! decreased unless resizePolicy is RestartContainer".) With the gate off nothing is resized through the API.
+//!
+//! On the node means: in the cgroups of container and pod, and the API is not told. No kubelet puts back what it did not
+//! set itself: before 1.33 it compares the spec with what the runtime says, which knows nothing of it, and since then
+//! with what it has set last. It sets what the spec says with the next resize that somebody else asks for, and when the
+//! container is started again.
+//!
+//! It must not patch a pod whose kubelet has the gate off: before 1.31 that one would restart the container.
+
+/// What an API server can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// The minor version of Kubernetes 1.
+    pub minor: u32,
+    /// Whether it has `pods/resize`.
+    pub has_resize: bool,
+    /// Whether it takes other resources in a patch of a pod; `None` while nobody has asked it.
+    pub takes_patch: Option<bool>,
+}
+
+/// How a limit is changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// By a patch of the subresource `pods/resize`.
+    #[default]
+    Resize,
+    /// By a patch of the pod.
+    Patch,
+    /// In the cgroups.
+    Node,
+}
+
+/// Whose limit it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// One container's.
+    Container,
+    /// The pod's own.
+    Pod,
+}
+
+/// The first that lets a memory limit be lowered without a restart, and has in-place resize on.
+const LOWERS: u32 = 34;
+/// The first with in-place resize on.
+const BETA: u32 = 33;
+/// The first with `pods/resize`.
+const SUBRESOURCE: u32 = 32;
+/// The first with in-place resize at all.
+const ALPHA: u32 = 27;
+/// The first that resizes a pod's own limits unless told not to.
+const POD_LEVEL: u32 = 36;
+
+impl Server {
+    /// How the limits of a pod are changed. `is_reported` is whether its kubelet says what resources its running
+    /// containers have: one with the gate off does not. `None` while it is not known whether a patch is taken.
+    #[must_use]
+    pub fn way(self, whose: Whose, is_reported: bool) -> Option<Way> {
+        let resizes = match whose {
+            Whose::Container => self.minor >= LOWERS,
+            Whose::Pod => self.minor >= POD_LEVEL,
+        };
+        if resizes && self.has_resize {
+            return Some(Way::Resize);
+        }
+        if whose == Whose::Pod || self.minor >= BETA || self.minor < ALPHA || !is_reported {
+            return Some(Way::Node);
+        }
+        if self.minor >= SUBRESOURCE {
+            return Some(if self.has_resize {
+                Way::Resize
+            } else {
+                Way::Node
+            });
+        }
+        let taken = self.takes_patch?;
+        Some(if taken { Way::Patch } else { Way::Node })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(minor: u32, has_resize: bool, takes_patch: Option<bool>) -> Server {
+        Server {
+            minor,
+            has_resize,
+            takes_patch,
+        }
+    }
+
+    #[test]
+    fn each_minor_has_its_way() {
+        let of = |minor, has_resize, takes| {
+            let server = server(minor, has_resize, takes);
+            [Whose::Container, Whose::Pod].map(|whose| server.way(whose, true))
+        };
+        let node = Some(Way::Node);
+        assert_eq!(of(26, false, Some(true)), [node, node]);
+        for minor in 27..=31 {
+            assert_eq!(of(minor, false, None), [None, node], "{minor}");
+            assert_eq!(of(minor, false, Some(false)), [node, node], "{minor}");
+            assert_eq!(
+                of(minor, false, Some(true)),
+                [Some(Way::Patch), node],
+                "{minor}"
+            );
+        }
+        let resize = Some(Way::Resize);
+        assert_eq!(of(32, true, None), [resize, node]);
+        assert_eq!(of(32, false, None), [node, node]);
+        assert_eq!(of(33, true, None), [node, node]);
+        for minor in 34..=35 {
+            assert_eq!(of(minor, true, None), [resize, node], "{minor}");
+        }
+        for minor in 36..=38 {
+            assert_eq!(of(minor, true, None), [resize, resize], "{minor}");
+        }
+        // The gate can be off.
+        assert_eq!(of(34, false, None), [node, node]);
+    }
+
+    /// It would restart the container, or do nothing.
+    #[test]
+    fn a_kubelet_with_the_gate_off_is_not_asked() {
+        for minor in 27..=32 {
+            let server = server(minor, minor == 32, Some(true));
+            assert_eq!(
+                server.way(Whose::Container, false),
+                Some(Way::Node),
+                "{minor}"
+            );
+        }
+        // Later ones carry out what they have not reported yet.
+        let server = server(35, true, None);
+        assert_eq!(server.way(Whose::Container, false), Some(Way::Resize));
+    }
+}

@@ -1,0 +1,217 @@
+//! Finding out how limits are changed here: what the API server has, and what it takes.
+//!
+//! It is asked once for each list of pods: an API server that comes back may be a later one.
+
+use std::sync::Arc;
+
+use bellows_core::pod::{
+    self, Level,
+    way::{Server, Way, Whose},
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+    core::{Status, response::StatusSummary},
+};
+use tokio::{sync::Mutex, time::timeout};
+
+use super::{Change, TIMEOUT, limits_patch, parameters};
+use crate::attribution::api::Pod;
+
+/// What is known of the API server; clones share it.
+#[derive(Clone)]
+pub struct Ways {
+    client: Client,
+    known: Arc<Mutex<Option<Server>>>,
+}
+
+/// A pod, and a change that it is not to suffer.
+#[derive(Debug)]
+pub struct Probed<'a> {
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// Its uid.
+    pub uid: &'a str,
+    /// Whose limit is to be changed.
+    pub whose: Whose,
+    /// Whether the kubelet says what resources its running containers have.
+    pub is_reported: bool,
+    /// What the API server is asked for where nothing else tells, without doing it.
+    pub change: Change,
+}
+
+impl<'a> Probed<'a> {
+    /// One of a pod's limits.
+    #[must_use]
+    pub fn of(pod: &'a pod::Pod, level: Level, change: Change) -> Self {
+        let (whose, containers) = match level {
+            Level::Pod => (Whose::Pod, &pod.containers[..]),
+            Level::Container(index) => (
+                Whose::Container,
+                pod.containers.get(index..=index).unwrap_or_default(),
+            ),
+        };
+        Self {
+            namespace: &pod.namespace,
+            name: &pod.name,
+            uid: &pod.uid,
+            whose,
+            is_reported: containers
+                .iter()
+                .any(|container| container.reports_resources),
+            change,
+        }
+    }
+}
+
+impl std::fmt::Debug for Ways {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Ways").finish_non_exhaustive()
+    }
+}
+
+impl Ways {
+    /// Nothing is known yet.
+    #[must_use]
+    pub fn new(client: Client) -> Self {
+        Self {
+            client,
+            known: Arc::default(),
+        }
+    }
+
+    /// It may be another one from now on.
+    pub async fn forget(&self) {
+        *self.known.lock().await = None;
+    }
+
+    /// How limits of a pod are changed.
+    ///
+    /// # Errors
+    ///
+    /// When the API server does not say, for people.
+    pub async fn of(&self, probed: &Probed<'_>) -> Result<Way, String> {
+        let mut known = self.known.lock().await;
+        let mut server = match *known {
+            Some(server) => server,
+            None => self.discovered().await?,
+        };
+        *known = Some(server);
+        if let Some(way) = server.way(probed.whose, probed.is_reported) {
+            return Ok(way);
+        }
+        let takes = self.takes(probed).await?;
+        server.takes_patch = Some(takes);
+        *known = Some(server);
+        tracing::info!(takes, "whether the API server resizes by a patch of a pod");
+        let way = server.way(probed.whose, probed.is_reported);
+        Ok(way.unwrap_or(Way::Node))
+    }
+
+    async fn discovered(&self) -> Result<Server, String> {
+        let asked = async {
+            let version = self.client.apiserver_version().await?;
+            let resources = self.client.list_core_api_resources("v1").await?;
+            Ok::<_, kube::Error>((version, resources.resources))
+        };
+        let (version, resources) = match timeout(TIMEOUT, asked).await {
+            Ok(Ok(answers)) => answers,
+            Ok(Err(error)) => {
+                return Err(format!("the API server does not say what it is: {error}"));
+            }
+            Err(_elapsed) => return Err("the API server does not say what it is".to_owned()),
+        };
+        let server = Server {
+            minor: minor(&version.major, &version.minor)
+                .ok_or_else(|| format!("the API server is of version {}", version.git_version))?,
+            has_resize: resources.iter().any(|kind| kind.name == "pods/resize"),
+            takes_patch: None,
+        };
+        tracing::info!(version = version.git_version, ?server, "API server");
+        Ok(server)
+    }
+
+    /// Whether a patch of a pod that changes a limit is taken: with in-place resize off limits are immutable.
+    async fn takes(&self, probed: &Probed<'_>) -> Result<bool, String> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), probed.namespace);
+        let patch = limits_patch(probed.uid, std::slice::from_ref(&probed.change));
+        let parameters = PatchParams {
+            dry_run: true,
+            ..parameters()
+        };
+        match timeout(TIMEOUT, api.patch(probed.name, &parameters, &patch)).await {
+            Ok(Ok(_as_it_would_be)) => Ok(true),
+            Ok(Err(kube::Error::Api(status))) if is_immutable(&status) => Ok(false),
+            Ok(Err(error)) => Err(format!(
+                "whether limits can be changed is not known: {error}"
+            )),
+            Err(_elapsed) => Err("the API does not answer".to_owned()),
+        }
+    }
+}
+
+/// "pod updates may not change fields other than …" (`ValidatePodUpdate`, pkg/apis/core/validation/validation.go).
+fn is_immutable(status: &Status) -> bool {
+    status.code == 422 && status.message.contains("may not change fields other than")
+}
+
+/// Managed clusters append a sign: "31+".
+fn minor(major: &str, minor: &str) -> Option<u32> {
+    let digits = minor.trim_end_matches(|other: char| !other.is_ascii_digit());
+    digits.parse().ok().filter(|_| major == "1")
+}
+
+/// Patches a pod's limits.
+///
+/// # Errors
+///
+/// As the API's own; 405 where limits are changed on the node.
+pub async fn patched(
+    client: &Client,
+    way: Way,
+    (namespace, name): (&str, &str),
+    patch: &Patch<()>,
+) -> kube::Result<Pod> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    match way {
+        Way::Resize => api.patch_resize(name, &parameters(), patch).await,
+        Way::Patch => api.patch(name, &parameters(), patch).await,
+        Way::Node => Err(kube::Error::Api(Box::new(Status {
+            status: Some(StatusSummary::Failure),
+            code: 405,
+            message: "in this cluster limits are not changed through the API".to_owned(),
+            ..Status::default()
+        }))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_clusters_print_them() {
+        assert_eq!(minor("1", "31"), Some(31));
+        assert_eq!(minor("1", "33+"), Some(33));
+        for (major, text) in [("2", "1"), ("1", ""), ("1", "x"), ("", "")] {
+            assert_eq!(minor(major, text), None, "{major}.{text}");
+        }
+    }
+
+    #[test]
+    fn only_immutable_limits_say_that_the_gate_is_off() {
+        let status = |code, message: &str| Status {
+            code,
+            message: message.to_owned(),
+            ..Status::default()
+        };
+        let immutable = "Pod \"a\" is invalid: spec: Forbidden: pod updates may not change fields other than `spec.containers[*].image`";
+        assert!(is_immutable(&status(422, immutable)));
+        assert!(!is_immutable(&status(403, immutable)));
+        // A test of the patch that failed.
+        let other = "the server rejected our request due to an error in our request";
+        assert!(!is_immutable(&status(422, other)));
+    }
+}
