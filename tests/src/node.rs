@@ -39,6 +39,9 @@ pub(crate) struct ApiServer {
     /// Where the machine listens that the API server runs on: what is said there stops it, and starts it again.
     #[arg(long, default_value = "")]
     pub(crate) control: String,
+    /// A feature that is switched on in the kubelet.
+    #[arg(long)]
+    pub(crate) gate: Option<String>,
 }
 
 impl ApiServer {
@@ -250,6 +253,9 @@ fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
         "makeIPTablesUtilChains": false,
         "resolvConf": "",
     });
+    if let Some(gate) = &server.gate {
+        kubelet["featureGates"] = json!({ gate: true });
+    }
     for (key, value) in more.as_object().into_iter().flatten() {
         kubelet[key] = value.clone();
     }

@@ -101,6 +101,8 @@ impl Name {
 
 /// The kernel that benches run on unless told otherwise.
 const DEFAULT_KERNEL: &str = "6.12";
+/// The same of Kubernetes.
+const DEFAULT_KUBERNETES: &str = "1.37";
 /// What `--kernel all` means.
 pub(crate) const KERNELS: [&str; 4] = ["6.1", "6.12", "6.18", "7.2"];
 
@@ -111,6 +113,13 @@ pub(crate) struct Options {
     /// The guest's kernel, such as 6.12; `all` for 6.1, 6.12, 6.18 and 7.2, one after the other.
     #[arg(long, default_value = DEFAULT_KERNEL)]
     pub(crate) kernel: String,
+    /// Kubernetes of the benches in pods: a minor such as 1.33, or a release such as 1.33.5. Before 1.33 in-place resize
+    /// is switched on, unless told otherwise.
+    #[arg(long, default_value = DEFAULT_KUBERNETES)]
+    pub(crate) kubernetes: String,
+    /// Leave in-place resize off where it is off (Kubernetes before 1.33).
+    #[arg(long)]
+    pub(crate) without_resize: bool,
     /// Cases.
     #[arg(long)]
     pub(crate) n: Option<u64>,
@@ -190,6 +199,8 @@ impl Options {
         Self {
             name,
             kernel: DEFAULT_KERNEL.to_owned(),
+            kubernetes: DEFAULT_KUBERNETES.to_owned(),
+            without_resize: false,
             n: None,
             seed: None,
             actuation_delay_ms: None,
@@ -222,6 +233,9 @@ impl Options {
         if self.kernel != DEFAULT_KERNEL {
             name += &format!("-{}", self.kernel);
         }
+        if self.kubernetes != DEFAULT_KUBERNETES {
+            name += &format!("-kubernetes-{}", self.kubernetes);
+        }
         if let Some(delay) = self.actuation_delay_ms {
             name += &format!("-delay-{delay}");
         }
@@ -237,6 +251,7 @@ impl Options {
             name += &format!("-starts-{starts}");
         }
         for (given, suffix) in [
+            (self.without_resize, "-without-resize"),
             (self.without_bpf, "-without-bpf"),
             (self.flip_lru, "-flip-lru"),
             (self.nested, "-nested"),
@@ -345,10 +360,12 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let kernel = debian::kernel(&options.kernel)?;
     let name = options.file_name();
     let mut files = build_sources()?;
+    let release = kubernetes::release(&options.kubernetes);
+    let gates = kubernetes::gates(release).filter(|_| !options.without_resize);
     let control = if options.name.needs_node() {
-        let binaries = kubernetes::binaries()?;
+        let binaries = kubernetes::binaries(release)?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
-        let control = ControlPlane::start(&binaries)?;
+        let control = ControlPlane::start(&binaries, gates)?;
         if matches!(
             options.name,
             Name::Daemonset | Name::PodJava | Name::PodThrottle
@@ -374,6 +391,9 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             "--control".to_owned(),
             format!("10.0.2.2:{}", control.control),
         ]);
+        if let Some(gate) = gates {
+            command.extend(["--gate".to_owned(), gate.to_owned()]);
+        }
     }
     let guest = Guest {
         name: &name,
@@ -415,6 +435,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let file = json!({
         "bench": name,
         "kernel": options.kernel,
+        "kubernetes": control.is_some().then_some(release),
         "seed": options.seed.unwrap_or(1),
         "summary": summary,
     });

@@ -26,6 +26,17 @@ use crate::{
 
 /// The release that the pod tier runs.
 pub(crate) const VERSION: &str = "1.37.2";
+/// What `--kubernetes` may name by its minor, and the releases that are meant: the first of the path that in-place resize
+/// was announced with (its module is the last that can be built of 1.31), and the last that were out of each later one.
+const RELEASES: [(&str, &str); 7] = [
+    ("1.31", "1.31.0"),
+    ("1.32", "1.32.13"),
+    ("1.33", "1.33.13"),
+    ("1.34", "1.34.4"),
+    ("1.35", "1.35.4"),
+    ("1.36", "1.36.3"),
+    ("1.37", VERSION),
+];
 /// What the guest's agent, kubelet and bench authenticate with; the API server lives for one run.
 pub(crate) const TOKEN: &str = "bellows-test";
 
@@ -37,9 +48,22 @@ pub(crate) struct Binaries {
     etcd: PathBuf,
 }
 
-/// Builds or finds the components.
-pub(crate) fn binaries() -> Result<Binaries> {
-    let directory = tools::cache()?.join("kubernetes").join(VERSION);
+/// The release that is meant by a minor version, or by its own name.
+pub(crate) fn release(version: &str) -> &str {
+    let named = RELEASES.iter().find(|(minor, _)| *minor == version);
+    named.map_or(version, |(_, release)| release)
+}
+
+/// What must be switched on for in-place resize, by kubelet and API server alike.
+pub(crate) fn gates(release: &str) -> Option<&'static str> {
+    let alpha = ["1.27.", "1.28.", "1.29.", "1.30.", "1.31.", "1.32."];
+    let is_alpha = alpha.iter().any(|minor| release.starts_with(minor));
+    is_alpha.then_some("InPlacePodVerticalScaling")
+}
+
+/// Builds or finds the components of a release.
+pub(crate) fn binaries(release: &str) -> Result<Binaries> {
+    let directory = tools::cache()?.join("kubernetes").join(release);
     let built = Binaries {
         kubelet: directory.join("kubelet"),
         apiserver: directory.join("kube-apiserver"),
@@ -53,25 +77,25 @@ pub(crate) fn binaries() -> Result<Binaries> {
     }
     for component in [&built.kubelet, &built.apiserver] {
         if !tools::is_intact(component) {
-            build(&directory, component)?;
+            build(release, &directory, component)?;
         }
     }
     Ok(built)
 }
 
-fn build(directory: &Path, component: &Path) -> Result<()> {
+fn build(release: &str, directory: &Path, component: &Path) -> Result<()> {
     tools::go()?;
     let name = component
         .file_name()
         .and_then(|name| name.to_str())
         .context("a component has a name")?;
-    step(&format!("build {name} {VERSION} (minutes, once)"), || {
+    step(&format!("build {name} {release} (minutes, once)"), || {
         let module = directory.join("module");
         fs::create_dir_all(&module)?;
         if !module.join("go.sum").exists() {
-            write_module(&module)?;
+            write_module(release, &module)?;
         }
-        let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion=v{VERSION}");
+        let flags = format!("-s -w -X k8s.io/component-base/version.gitVersion=v{release}");
         let mut command = go(&module);
         command
             .args(["build", "-trimpath", "-ldflags", &flags, "-o"])
@@ -92,7 +116,7 @@ fn go(module: &Path) -> Command {
 }
 
 /// A module that requires Kubernetes and replaces its staging modules by their releases.
-fn write_module(module: &Path) -> Result<()> {
+fn write_module(release: &str, module: &Path) -> Result<()> {
     fs::write(
         module.join("go.mod"),
         "module bellows.dev/kubernetes\n\ngo 1.26\n",
@@ -101,7 +125,7 @@ fn write_module(module: &Path) -> Result<()> {
         "mod",
         "download",
         "-json",
-        &format!("k8s.io/kubernetes@v{VERSION}"),
+        &format!("k8s.io/kubernetes@v{release}"),
     ]))?;
     let download: Value = serde_json::from_str(&download)?;
     let source = download["Dir"]
@@ -116,13 +140,13 @@ fn write_module(module: &Path) -> Result<()> {
         .collect();
     names.sort_unstable();
     names.dedup();
-    let minor = VERSION.strip_prefix("1.").context("a version 1.x")?;
+    let minor = release.strip_prefix("1.").context("a version 1.x")?;
     let replaces: String = names
         .iter()
         .map(|name| format!("replace k8s.io/{name} => k8s.io/{name} v0.{minor}\n"))
         .collect();
     let go_mod = format!(
-        "module bellows.dev/kubernetes\n\ngo 1.26\n\nrequire k8s.io/kubernetes v{VERSION}\n\n{replaces}"
+        "module bellows.dev/kubernetes\n\ngo 1.26\n\nrequire k8s.io/kubernetes v{release}\n\n{replaces}"
     );
     fs::write(module.join("go.mod"), go_mod)?;
     let imports = "//go:build tools\n\npackage tools\n\nimport (\n\t_ \"k8s.io/kubernetes/cmd/kube-apiserver\"\n\t_ \"k8s.io/kubernetes/cmd/kubelet\"\n)\n";
@@ -213,11 +237,13 @@ fn listen(listener: TcpListener, services: Weak<Mutex<Services>>) {
 
 impl ControlPlane {
     /// Starts both in a fresh directory and waits until the API server is ready.
-    pub(crate) fn start(binaries: &Binaries) -> Result<Self> {
-        step("start etcd and kube-apiserver", || Self::started(binaries))
+    pub(crate) fn start(binaries: &Binaries, gates: Option<&str>) -> Result<Self> {
+        step("start etcd and kube-apiserver", || {
+            Self::started(binaries, gates)
+        })
     }
 
-    fn started(binaries: &Binaries) -> Result<Self> {
+    fn started(binaries: &Binaries, gates: Option<&str>) -> Result<Self> {
         let directory = root()?.join("target/guests/control-plane");
         drop(fs::remove_dir_all(&directory));
         fs::create_dir_all(&directory)?;
@@ -281,6 +307,9 @@ impl ControlPlane {
                 key.display()
             ))
             .arg(format!("--cert-dir={}", certificates.display()));
+        if let Some(gate) = gates {
+            command.arg(format!("--feature-gates={gate}=true"));
+        }
         let apiserver = service(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
         let services = Arc::new(Mutex::new(Services {

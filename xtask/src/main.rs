@@ -65,7 +65,7 @@ enum Command {
         only: Option<String>,
     },
     /// Run one bench, all but the arbiter's in a guest, and write target/bench/NAME.json and NAME.jsonl.
-    Bench(bench::Options),
+    Bench(Box<bench::Options>),
     /// Look for bytes that break a parser, and write target/bench/fuzz.json and fuzz.jsonl.
     Fuzz(fuzz::Options),
 }

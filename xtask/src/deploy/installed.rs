@@ -44,7 +44,7 @@ const CASES: [Case; 4] = [
 
 pub(super) fn checks(checks: &mut Checks, helm: &Path) -> Result<()> {
     tools::packages()?;
-    let control = ControlPlane::start(&kubernetes::binaries()?)?;
+    let control = ControlPlane::start(&kubernetes::binaries(kubernetes::VERSION)?, None)?;
     let url = format!("https://127.0.0.1:{}", control.port);
     let configuration = root()?.join("target/guests/control-plane/kubeconfig");
     let file = json!({
