@@ -20,6 +20,7 @@ pub mod elastic;
 pub mod history;
 pub mod moved;
 pub mod observe;
+pub mod parallel;
 pub mod patience;
 pub mod pod;
 pub mod policy;

@@ -1,0 +1,467 @@
+//! Elastic parallelism: which of a burst's processes may run while memory for all of them cannot be granted.
+//!
+//! A build with eight jobs that needs twice what it may have is killed, although it would fit with four. What is
+//! lent here instead of memory is time: the youngest leaves of the process tree are paused, and resumed as others end.
+//!
+//! **What a process will need** is what the largest of the same program has needed that ended lately; before one has
+//! ended, three times what it has. Those that run must be able to end, so each of them, the oldest first, is
+//! given what it is projected to need yet (who has not grown for long is taken to be done with that). Whoever does not fit is paused: what it has it keeps, so it must be paused
+//! long before all memory is in use, and best of all when it has just begun.
+//!
+//! **No deadlock, by construction.** The oldest leaf that still grows always runs, whether it fits or not. A paused process can be what
+//! everybody else waits for (the other end of a pipe, a lock): if nobody has used the CPU for [`STALLED`], or nobody has
+//! ended for [`NOBODY_ENDS`] whatever they use, the oldest paused one is resumed and *never paused again*. There are
+//! finitely many, so after finitely many such times all run, as without Bellows.
+//!
+//! **Who is never paused:** whoever the shell around this crate exempts (parents, shells, servers, roots of the tree), and
+//! what has never been large: pausing it would gain nothing, and everything may wait for it.
+//!
+//! It must not pause for memory that is there: who fits runs.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, Nanos};
+
+/// So long without anybody using the CPU is a standstill.
+pub const STALLED: Nanos = Nanos::millis(2000);
+/// So long without anybody ending is one too, whatever they use: they may be waiting busily.
+pub const NOBODY_ENDS: Nanos = Nanos::millis(120_000);
+/// CPU time that is progress.
+const PROGRESS: Nanos = Nanos::millis(20);
+/// A stopped process stops within this time, unless it cannot or somebody resumes it.
+const STOPS_WITHIN: Nanos = Nanos::millis(1000);
+/// Before one of a program has ended, each is taken to need so much more than it has.
+const UNLEARNT_PER_MILLE: u64 = 3000;
+/// The next is taken to need more than the most of `n` that have ended by a share of `1 / (UNLIKE * n)`.
+const UNLIKE: u64 = 3;
+/// Who has more than all before needs so much more than it has.
+const BEYOND_PER_MILLE: u64 = 1250;
+/// The share of memory that is left to what no process shows: page tables, stocks of CPUs, the kernel's own.
+const MARGIN_PER_MILLE: u64 = 60;
+/// A process with less than this share has never been large.
+const LARGE_PER_MILLE: u64 = 15;
+/// Who has not grown for so long is taken to be as large as it will be: a server, or something that waits.
+const FLAT_AFTER: Nanos = Nanos::millis(10_000);
+/// What it may need more all the same, and what counts as growth.
+const FLAT_PER_MILLE: u64 = 1050;
+/// How many ends are remembered of each program.
+const ENDS: usize = 16;
+/// How many programs are remembered.
+const PROGRAMS: usize = 64;
+/// Looks at which a process must have been the same program: one that was just forked is about to become another.
+const SETTLED: u32 = 2;
+/// The same is told again no sooner than this.
+const TOLD_AGAIN: Nanos = Nanos::millis(5000);
+
+/// A process. A number that was used again is another: it began later. The order is that of age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// When it began, in the kernel's clock ticks since boot.
+    pub began: u64,
+    /// Its number.
+    pub pid: i32,
+}
+
+/// A process as it was just seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Which.
+    pub id: ProcessId,
+    /// The program's name.
+    pub program: String,
+    /// Its anonymous memory.
+    pub memory: Bytes,
+    /// CPU time that it has used.
+    pub cpu: Nanos,
+    /// Whether it is stopped, by whomever.
+    pub is_stopped: bool,
+    /// Whether it may be paused at all: it is a leaf, and nothing that others need to go on.
+    pub may_pause: bool,
+}
+
+/// A burst as it was just seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    /// When.
+    pub now: Nanos,
+    /// What it may have, all in all.
+    pub granted: Bytes,
+    /// What it has, page cache aside.
+    pub used: Bytes,
+    /// Whether it is held: then that nobody goes on means nothing.
+    pub is_held: bool,
+    /// Its processes, in any order.
+    pub processes: Vec<Seen>,
+}
+
+/// Why a process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Resumed {
+    /// What it is projected to need is there.
+    Fits,
+    /// It is the oldest: one always runs.
+    Oldest,
+    /// Nobody went on without it.
+    Standstill,
+    /// Nobody has ended for a long time.
+    NobodyEnds,
+    /// It was not stopped, or somebody else has resumed it: it is left alone.
+    NotStopped,
+    /// It is not a leaf any more, or has become something that others need.
+    Exempt,
+    /// The guard ends.
+    Ended,
+}
+
+/// How many jobs would need how much, and how many run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balance {
+    /// The jobs.
+    pub jobs: u64,
+    /// What all of them are projected to need, with everything else that is there.
+    pub need: Bytes,
+    /// What may be had.
+    pub granted: Bytes,
+    /// How many run.
+    pub running: u64,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// To be paused.
+    pub pause: Vec<ProcessId>,
+    /// To be resumed.
+    pub resume: Vec<(ProcessId, Resumed)>,
+    /// To be told, if there is something new to tell.
+    pub told: Option<Balance>,
+    /// How many jobs there may be; `None` while all that is asked for fits.
+    pub capacity: Option<u64>,
+    /// How many jobs there are, paused ones included.
+    pub jobs: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Runs,
+    Paused {
+        since: Nanos,
+    },
+    /// Never paused again.
+    Pinned,
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    program: String,
+    peak: Bytes,
+    cpu: Nanos,
+    state: State,
+    looks: u32,
+    /// Whether it has been large, or is of a program that has been.
+    is_job: bool,
+    /// When it had grown last, by more than a little.
+    grown: (Nanos, Bytes),
+}
+
+/// What is known of a burst's processes from one look to the next.
+#[derive(Clone, Debug, Default)]
+pub struct Jobs {
+    known: BTreeMap<ProcessId, Known>,
+    /// What those needed that ended, the latest last, by program.
+    ended: BTreeMap<String, VecDeque<Bytes>>,
+    went_on: Nanos,
+    somebody_ended: Nanos,
+    /// CPU time used since it went on.
+    used_since: Nanos,
+    told: Option<(Nanos, u64)>,
+}
+
+/// A job on its way through one look.
+struct Job {
+    id: ProcessId,
+    memory: Bytes,
+    projected: Bytes,
+    is_flat: bool,
+    state: State,
+}
+
+impl Jobs {
+    /// Those that are paused.
+    pub fn paused(&self) -> impl Iterator<Item = ProcessId> + '_ {
+        let is_paused = |known: &Known| matches!(known.state, State::Paused { .. });
+        let paused = self.known.iter().filter(move |(_, known)| is_paused(known));
+        paused.map(|(&id, _)| id)
+    }
+
+    /// A process that was to be paused could not be.
+    pub fn not_paused(&mut self, id: ProcessId) {
+        if let Some(known) = self.known.get_mut(&id) {
+            known.state = State::Pinned;
+        }
+    }
+
+    /// Takes a look, and decides.
+    pub fn look(&mut self, look: &Look) -> Orders {
+        let mut orders = Orders::default();
+        self.follow(look);
+        self.check_stops(look, &mut orders);
+        let jobs = self.jobs(look);
+        let balance = self.share(look, &jobs, &mut orders);
+        self.wake(look, &mut orders);
+        orders.told = self.tell(look.now, balance);
+        orders
+    }
+
+    /// Takes note of who came, changed and ended.
+    fn follow(&mut self, look: &Look) {
+        let large = look.granted.per_mille(LARGE_PER_MILLE);
+        let seen: BTreeSet<ProcessId> = look.processes.iter().map(|seen| seen.id).collect();
+        let gone: Vec<ProcessId> = self.known.keys().copied().collect();
+        for id in gone.into_iter().filter(|id| !seen.contains(id)) {
+            let Some(known) = self.known.remove(&id) else {
+                continue;
+            };
+            // Who was killed while it was paused has not shown what it needs.
+            if known.is_job && !matches!(known.state, State::Paused { .. }) {
+                self.learn(known.program, known.peak);
+                (self.somebody_ended, self.went_on) = (look.now, look.now);
+                self.used_since = Nanos(0);
+            }
+        }
+        for seen in &look.processes {
+            let known = self
+                .known
+                .entry(seen.id)
+                .or_insert_with(|| Known::new(look.now, seen));
+            if known.program != seen.program {
+                // One that was paused on its way to another program is paused still.
+                let state = known.state;
+                *known = Known::new(look.now, seen);
+                known.state = state;
+            }
+            known.looks = known.looks.saturating_add(1);
+            known.peak = known.peak.max(seen.memory);
+            let is_paused = matches!(known.state, State::Paused { .. });
+            if is_paused || seen.memory > known.grown.1.per_mille(FLAT_PER_MILLE) {
+                known.grown = (look.now, known.grown.1.max(seen.memory));
+            }
+            if seen.may_pause {
+                self.used_since.0 =
+                    (self.used_since.0).saturating_add(seen.cpu.0.saturating_sub(known.cpu.0));
+            }
+            known.cpu = known.cpu.max(seen.cpu);
+            known.is_job |= seen.may_pause
+                && known.looks >= SETTLED
+                && (seen.memory >= large || self.ended.contains_key(&seen.program));
+        }
+        // One large compiler makes jobs of all.
+        let programs: BTreeSet<String> = (self.known.values())
+            .filter(|known| known.is_job)
+            .map(|known| known.program.clone())
+            .collect();
+        for seen in look.processes.iter().filter(|seen| seen.may_pause) {
+            if let Some(known) = self.known.get_mut(&seen.id) {
+                known.is_job |= known.looks >= SETTLED && programs.contains(&known.program);
+            }
+        }
+    }
+
+    fn learn(&mut self, program: String, peak: Bytes) {
+        if self.ended.len() >= PROGRAMS && !self.ended.contains_key(&program) {
+            return;
+        }
+        let ends = self.ended.entry(program).or_default();
+        ends.push_back(peak);
+        if ends.len() > ENDS {
+            ends.pop_front();
+        }
+    }
+
+    /// Who does not stop, or is not to be paused any more, is left alone.
+    fn check_stops(&mut self, look: &Look, orders: &mut Orders) {
+        for seen in &look.processes {
+            let Some(known) = self.known.get_mut(&seen.id) else {
+                continue;
+            };
+            let State::Paused { since } = known.state else {
+                continue;
+            };
+            let is_late = look.now.since(since) >= STOPS_WITHIN && !look.is_held;
+            if is_late && !seen.is_stopped {
+                orders.resume.push((seen.id, Resumed::NotStopped));
+                known.state = State::Pinned;
+            } else if !seen.may_pause {
+                orders.resume.push((seen.id, Resumed::Exempt));
+                known.state = State::Pinned;
+            }
+        }
+    }
+
+    /// The jobs of this look, the oldest first, those that are never paused before all others.
+    fn jobs(&self, look: &Look) -> Vec<Job> {
+        let mut largest: BTreeMap<&str, Bytes> = BTreeMap::new();
+        for known in self.known.values().filter(|known| known.is_job) {
+            let most = largest.entry(&known.program).or_default();
+            *most = (*most).max(known.peak);
+        }
+        let mut jobs = Vec::new();
+        for seen in look.processes.iter().filter(|seen| seen.may_pause) {
+            let Some(known) = self.known.get(&seen.id).filter(|known| known.is_job) else {
+                continue;
+            };
+            // Stopped by somebody else: it is theirs to resume.
+            if seen.is_stopped && !matches!(known.state, State::Paused { .. }) {
+                continue;
+            }
+            let largest = largest.get(&*known.program).copied().unwrap_or_default();
+            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
+            let projected = if is_flat {
+                seen.memory.per_mille(FLAT_PER_MILLE)
+            } else {
+                self.projected(known, seen.memory, largest)
+            };
+            jobs.push(Job {
+                id: seen.id,
+                memory: seen.memory,
+                projected,
+                is_flat,
+                state: known.state,
+            });
+        }
+        jobs.sort_unstable_by_key(|job| (job.state != State::Pinned, job.id));
+        jobs
+    }
+
+    fn projected(&self, known: &Known, memory: Bytes, largest: Bytes) -> Bytes {
+        let peak = known.peak.max(memory);
+        let ended = self.ended.get(&known.program);
+        let projected = match ended.and_then(|ends| ends.iter().max().copied()) {
+            Some(learnt) if learnt >= peak => {
+                // The fewer have ended, the more the next may differ.
+                let ends = ended.map_or(0, |ends| u64::try_from(ends.len()).unwrap_or(u64::MAX));
+                learnt.plus(learnt.scaled(1, UNLIKE.saturating_mul(ends)))
+            }
+            Some(_) => peak.per_mille(BEYOND_PER_MILLE),
+            None => peak.per_mille(UNLEARNT_PER_MILLE).max(largest),
+        };
+        projected.max(memory)
+    }
+
+    /// Gives each what it needs yet, the oldest first, and pauses whom it does not reach to.
+    fn share(&mut self, look: &Look, jobs: &[Job], orders: &mut Orders) -> Balance {
+        let budget = look.granted.minus(look.granted.per_mille(MARGIN_PER_MILLE));
+        let mut room = budget.minus(look.used);
+        let mut need = look.used.plus(look.granted.minus(budget));
+        let mut has_oldest = false;
+        let mut running = 0_u64;
+        let mut typical = Bytes::ZERO;
+        for job in jobs {
+            let more = job.projected.minus(job.memory);
+            need = need.plus(more);
+            typical = typical.max(job.projected);
+            let is_pinned = job.state == State::Pinned;
+            let is_oldest = !is_pinned && !job.is_flat && !has_oldest;
+            has_oldest |= is_oldest;
+            let fits = more <= room;
+            // To pause who does not grow would gain nothing.
+            let runs = is_pinned || job.is_flat || is_oldest || fits;
+            if runs {
+                room = room.minus(more);
+                running += 1;
+            }
+            let state = match (runs, job.state) {
+                (true, State::Paused { .. }) => {
+                    let why = if fits { Resumed::Fits } else { Resumed::Oldest };
+                    orders.resume.push((job.id, why));
+                    State::Runs
+                }
+                (false, State::Runs) => {
+                    orders.pause.push(job.id);
+                    State::Paused { since: look.now }
+                }
+                (_, same) => same,
+            };
+            if let Some(known) = self.known.get_mut(&job.id) {
+                known.state = state;
+            }
+        }
+        orders.jobs = u64::try_from(jobs.len()).unwrap_or(u64::MAX);
+        let is_full = running < orders.jobs;
+        let more = if is_full {
+            0
+        } else {
+            room.0.checked_div(typical.0).unwrap_or(u64::MAX)
+        };
+        // While there is room for as many again nobody need be kept from beginning.
+        orders.capacity =
+            (typical > Bytes::ZERO && more <= running).then_some(running.saturating_add(more));
+        Balance {
+            jobs: orders.jobs,
+            need,
+            granted: look.granted,
+            running,
+        }
+    }
+
+    /// Resumes the oldest paused one if the others do not go on without it.
+    fn wake(&mut self, look: &Look, orders: &mut Orders) {
+        let oldest = self.paused().next();
+        if oldest.is_none() || self.used_since >= PROGRESS || look.is_held {
+            (self.went_on, self.used_since) = (look.now, Nanos(0));
+        }
+        let Some(oldest) = oldest else {
+            self.somebody_ended = look.now;
+            return;
+        };
+        let why = if look.now.since(self.went_on) >= STALLED {
+            Resumed::Standstill
+        } else if look.now.since(self.somebody_ended) >= NOBODY_ENDS {
+            Resumed::NobodyEnds
+        } else {
+            return;
+        };
+        (self.went_on, self.somebody_ended) = (look.now, look.now);
+        self.used_since = Nanos(0);
+        if let Some(known) = self.known.get_mut(&oldest) {
+            known.state = State::Pinned;
+        }
+        // One that was to be paused just now is not even stopped.
+        match orders.pause.iter().position(|id| *id == oldest) {
+            Some(index) => drop(orders.pause.remove(index)),
+            None => orders.resume.push((oldest, why)),
+        }
+    }
+
+    fn tell(&mut self, now: Nanos, balance: Balance) -> Option<Balance> {
+        if balance.running >= balance.jobs {
+            return None;
+        }
+        let is_new = self
+            .told
+            .is_none_or(|(at, running)| now.since(at) >= TOLD_AGAIN && running != balance.running);
+        if is_new {
+            self.told = Some((now, balance.running));
+        }
+        is_new.then_some(balance)
+    }
+}
+
+impl Known {
+    fn new(now: Nanos, seen: &Seen) -> Self {
+        Self {
+            program: seen.program.clone(),
+            peak: seen.memory,
+            cpu: seen.cpu,
+            state: State::Runs,
+            looks: 0,
+            is_job: false,
+            grown: (now, seen.memory),
+        }
+    }
+}

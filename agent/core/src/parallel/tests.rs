@@ -1,0 +1,444 @@
+use super::*;
+
+/// A small generator, so that a failure can be run again.
+struct Dice(u64);
+
+impl Dice {
+    fn upto(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n.max(1)
+    }
+}
+
+const TICK: Nanos = Nanos::millis(25);
+const CPUS: u64 = 2;
+/// `make`, a shell, and their kind.
+const REST: Bytes = Bytes::mib(6);
+/// What a process has when it has just begun.
+const BEGINNING: Bytes = Bytes::mib(4);
+
+/// A job that is still to be started, or runs.
+#[derive(Clone, Debug)]
+struct Work {
+    program: &'static str,
+    peak: Bytes,
+    cpu: Nanos,
+    /// The job that it waits for without using the CPU, by its index.
+    waits_for: Option<usize>,
+}
+
+#[derive(Clone, Debug)]
+struct Running {
+    index: usize,
+    id: ProcessId,
+    used: Nanos,
+    is_stopped: bool,
+}
+
+/// A build in a world in which time is what the CPUs give.
+struct World {
+    works: Vec<Work>,
+    next: usize,
+    running: Vec<Running>,
+    ended: BTreeSet<usize>,
+    now: Nanos,
+    ignores_stops: bool,
+}
+
+#[derive(Debug)]
+struct End {
+    time: Nanos,
+    peak: Bytes,
+    pauses: u64,
+    standstills: u64,
+}
+
+impl World {
+    fn new(works: Vec<Work>) -> Self {
+        Self {
+            works,
+            next: 0,
+            running: Vec::new(),
+            ended: BTreeSet::new(),
+            now: Nanos::millis(1000),
+            ignores_stops: false,
+        }
+    }
+
+    fn memory(&self, running: &Running) -> Bytes {
+        let work = &self.works[running.index];
+        // It grows until three quarters of its work are done.
+        let grown = work.peak.minus(BEGINNING);
+        let done = grown.scaled(running.used.0 * 4, work.cpu.0 * 3).min(grown);
+        BEGINNING.plus(done)
+    }
+
+    fn used(&self) -> Bytes {
+        let memory = self.running.iter().map(|running| self.memory(running));
+        memory.fold(REST, Bytes::plus)
+    }
+
+    fn start(&mut self, jobs: usize) {
+        while self.running.len() < jobs && self.next < self.works.len() {
+            self.running.push(Running {
+                index: self.next,
+                id: ProcessId {
+                    began: self.now.0 / 10_000_000,
+                    pid: i32::try_from(100 + self.next).unwrap(),
+                },
+                used: Nanos(0),
+                is_stopped: false,
+            });
+            self.next += 1;
+        }
+    }
+
+    fn compute(&mut self) {
+        let ended = self.ended.clone();
+        let waits = |running: &Running, works: &[Work]| {
+            let waits_for = works[running.index].waits_for;
+            waits_for.is_some_and(|other| !ended.contains(&other))
+        };
+        let works = &self.works;
+        let busy: Vec<usize> = (0..self.running.len())
+            .filter(|&n| !self.running[n].is_stopped && !waits(&self.running[n], works))
+            .collect();
+        let count = u64::try_from(busy.len()).unwrap().max(1);
+        let share = TICK.0 * CPUS.min(count) / count;
+        for n in busy {
+            self.running[n].used.0 += share;
+        }
+        self.now.0 += TICK.0;
+        let (works, ended) = (&self.works, &mut self.ended);
+        self.running.retain(|running| {
+            let is_done = running.used >= works[running.index].cpu;
+            if is_done {
+                ended.insert(running.index);
+            }
+            !is_done
+        });
+    }
+
+    fn look(&self, granted: Bytes) -> Look {
+        let mut processes = vec![Seen {
+            id: ProcessId { began: 1, pid: 1 },
+            program: "make".to_owned(),
+            memory: REST,
+            cpu: Nanos(0),
+            is_stopped: false,
+            may_pause: false,
+        }];
+        processes.extend(self.running.iter().map(|running| Seen {
+            id: running.id,
+            program: self.works[running.index].program.to_owned(),
+            memory: self.memory(running),
+            cpu: running.used,
+            is_stopped: running.is_stopped,
+            may_pause: true,
+        }));
+        Look {
+            now: self.now,
+            granted,
+            used: self.used(),
+            is_held: false,
+            processes,
+        }
+    }
+
+    fn obey(&mut self, orders: &Orders) {
+        for running in &mut self.running {
+            if orders.pause.contains(&running.id) {
+                running.is_stopped = !self.ignores_stops;
+            }
+            if orders.resume.iter().any(|(id, _)| *id == running.id) {
+                running.is_stopped = false;
+            }
+        }
+    }
+
+    /// Runs to the end, or until `deadline` has passed.
+    fn run(mut self, jobs: usize, granted: Option<Bytes>, deadline: Nanos) -> Option<End> {
+        let begin = self.now;
+        let mut known = Jobs::default();
+        let mut end = End {
+            time: Nanos(0),
+            peak: Bytes::ZERO,
+            pauses: 0,
+            standstills: 0,
+        };
+        loop {
+            self.start(jobs);
+            if self.running.is_empty() {
+                end.time = self.now.since(begin);
+                return Some(end);
+            }
+            if let Some(granted) = granted {
+                let look = self.look(granted);
+                let orders = known.look(&look);
+                check(&look, &orders, &known);
+                end.pauses += u64::try_from(orders.pause.len()).unwrap();
+                let standstill = |(_, why): &&(_, Resumed)| *why == Resumed::Standstill;
+                end.standstills +=
+                    u64::try_from(orders.resume.iter().filter(standstill).count()).unwrap();
+                self.obey(&orders);
+            }
+            self.compute();
+            end.peak = end.peak.max(self.used());
+            if self.now.since(begin) >= deadline {
+                return None;
+            }
+        }
+    }
+}
+
+/// What holds after every look.
+fn check(look: &Look, orders: &Orders, jobs: &Jobs) {
+    let paused: BTreeSet<ProcessId> = jobs.paused().collect();
+    let candidates = look.processes.iter().filter(|seen| seen.may_pause);
+    let oldest = candidates.map(|seen| seen.id).min();
+    if let Some(oldest) = oldest {
+        assert!(!paused.contains(&oldest), "the oldest leaf always runs");
+    }
+    for id in &orders.pause {
+        assert!(paused.contains(id), "what is paused is known to be");
+        let seen = look.processes.iter().find(|seen| seen.id == *id);
+        assert!(seen.is_some_and(|seen| seen.may_pause));
+    }
+    for (id, _) in &orders.resume {
+        assert!(!paused.contains(id) && !orders.pause.contains(id));
+    }
+}
+
+const LONG: Nanos = Nanos::millis(600_000);
+
+fn compilers(count: usize, peak: Bytes, cpu: u64) -> Vec<Work> {
+    let one = Work {
+        program: "cc1plus",
+        peak,
+        cpu: Nanos::millis(cpu),
+        waits_for: None,
+    };
+    vec![one; count]
+}
+
+#[test]
+fn a_build_that_needs_twice_its_ceiling_passes() {
+    let works = compilers(32, Bytes::mib(128), 2000);
+    let ceiling = Bytes::mib(512);
+    let free = World::new(works.clone()).run(8, None, LONG).unwrap();
+    assert!(free.peak > ceiling.scaled(3, 2), "{free:?}");
+    let lent = World::new(works.clone())
+        .run(8, Some(ceiling), LONG)
+        .unwrap();
+    assert!(lent.peak <= ceiling, "{lent:?}");
+    assert!(lent.pauses > 0 && lent.standstills == 0, "{lent:?}");
+    assert!(
+        lent.time <= free.time.per_mille(1100),
+        "{lent:?} against {free:?}"
+    );
+}
+
+#[test]
+fn who_fits_is_not_touched() {
+    let works = compilers(32, Bytes::mib(128), 2000);
+    let lent = World::new(works)
+        .run(8, Some(Bytes::mib(4096)), LONG)
+        .unwrap();
+    assert_eq!((lent.pauses, lent.standstills), (0, 0));
+}
+
+/// Builds of jobs of all sizes, none of which would be alone too large, against the fastest fixed -j that fits: that is
+/// known only afterwards, so it is not reached each time.
+#[test]
+fn random_builds_stay_within_what_they_may_have_and_end() {
+    let mut dice = Dice(7);
+    let (mut compared, mut ratios, mut slowest) = (0, 0, 0);
+    for seed in 0..300 {
+        let ceiling = Bytes::mib(256 + dice.upto(1024));
+        let jobs = 3 + dice.upto(10);
+        // Together they need up to three times what they may have.
+        let mean = ceiling.scaled(1 + dice.upto(3), jobs);
+        let largest = ceiling.per_mille(350);
+        let works: Vec<Work> = (0..10 + dice.upto(40))
+            .map(|_| Work {
+                program: if dice.upto(4) == 0 { "ld" } else { "cc1" },
+                peak: (mean.per_mille(300 + dice.upto(1000))).clamp(BEGINNING, largest),
+                cpu: Nanos::millis(200 + dice.upto(4000)),
+                waits_for: None,
+            })
+            .collect();
+        let jobs = usize::try_from(jobs).unwrap();
+        let lent = World::new(works.clone()).run(jobs, Some(ceiling), LONG);
+        let lent = lent.unwrap_or_else(|| panic!("case {seed} does not end"));
+        assert!(lent.peak <= ceiling, "case {seed}: {lent:?} in {ceiling}");
+        let fixed = (1..=jobs).filter_map(|jobs| {
+            let fixed = World::new(works.clone()).run(jobs, None, LONG)?;
+            (fixed.peak <= ceiling).then_some(fixed.time)
+        });
+        if let Some(fixed) = fixed.min() {
+            let ratio = lent.time.0 * 1000 / fixed.0;
+            slowest = slowest.max(ratio);
+            ratios += ratio;
+            compared += 1;
+        }
+    }
+    let mean = ratios / compared;
+    assert!(compared >= 290, "{compared}");
+    assert!(mean <= 1100 && slowest <= 1700, "{mean}, at most {slowest}");
+}
+
+/// The oldest waits for the youngest, which is paused.
+#[test]
+fn what_others_wait_for_is_resumed_and_not_paused_again() {
+    let mut works = compilers(8, Bytes::mib(128), 2000);
+    for work in &mut works[..7] {
+        work.waits_for = Some(7);
+        work.cpu = Nanos::millis(4000);
+    }
+    // All have grown before they wait.
+    let mut world = World::new(works);
+    world.start(8);
+    for running in &mut world.running {
+        running.used = Nanos::millis(900);
+    }
+    let lent = world.run(8, Some(Bytes::mib(512)), LONG).unwrap();
+    assert!(lent.standstills >= 1, "{lent:?}");
+    assert!(lent.time < Nanos::millis(60_000), "{lent:?}");
+}
+
+#[test]
+fn who_does_not_stop_is_left_alone_and_counted() {
+    let mut world = World::new(compilers(8, Bytes::mib(128), 8000));
+    world.ignores_stops = true;
+    world.start(8);
+    let mut known = Jobs::default();
+    let mut not_stopped = 0;
+    for _ in 0..2000 {
+        let orders = known.look(&world.look(Bytes::mib(512)));
+        not_stopped += (orders.resume.iter())
+            .filter(|(_, why)| *why == Resumed::NotStopped)
+            .count();
+        world.obey(&orders);
+        world.compute();
+    }
+    assert!(not_stopped > 0);
+    assert_eq!(known.paused().count(), 0);
+}
+
+#[test]
+fn the_order_in_which_processes_are_read_does_not_matter() {
+    let mut world = World::new(compilers(9, Bytes::mib(128), 3000));
+    let (mut one, mut other) = (Jobs::default(), Jobs::default());
+    let mut paused = 0;
+    for _ in 0..400 {
+        world.start(9);
+        let look = world.look(Bytes::mib(512));
+        let mut reversed = look.clone();
+        reversed.processes.reverse();
+        let orders = one.look(&look);
+        assert_eq!(orders, other.look(&reversed));
+        paused += orders.pause.len();
+        world.obey(&orders);
+        world.compute();
+    }
+    assert!(paused > 0);
+}
+
+/// Nobody is paused for whom there is room.
+#[test]
+fn who_fits_runs() {
+    let mut world = World::new(compilers(12, Bytes::mib(100), 3000));
+    let mut jobs = Jobs::default();
+    for _ in 0..1200 {
+        world.start(8);
+        let look = world.look(Bytes::mib(400));
+        let orders = jobs.look(&look);
+        let paused: BTreeSet<ProcessId> = jobs.paused().collect();
+        let budget = look.granted.minus(look.granted.per_mille(MARGIN_PER_MILLE));
+        let is_job = |seen: &&Seen| jobs.known[&seen.id].is_job;
+        let missing = |seen: &Seen| {
+            let known = &jobs.known[&seen.id];
+            let same = jobs.known.values().filter(|other| other.is_job);
+            let largest = same.map(|other| other.peak).max().unwrap_or_default();
+            jobs.projected(known, seen.memory, largest)
+                .minus(seen.memory)
+        };
+        let run = look.processes.iter().filter(|seen| seen.may_pause);
+        let run = run.filter(is_job).filter(|seen| !paused.contains(&seen.id));
+        let promised = run.fold(look.used, |sum, seen| sum.plus(missing(seen)));
+        for seen in look
+            .processes
+            .iter()
+            .filter(|seen| paused.contains(&seen.id))
+        {
+            assert!(promised.plus(missing(seen)) > budget, "{seen:?} would fit");
+        }
+        world.obey(&orders);
+        world.compute();
+    }
+}
+
+#[test]
+fn it_is_told_once_and_not_again_at_every_look() {
+    let mut world = World::new(compilers(40, Bytes::mib(128), 1000));
+    let mut jobs = Jobs::default();
+    let mut told = Vec::new();
+    for _ in 0..800 {
+        world.start(8);
+        let orders = jobs.look(&world.look(Bytes::mib(512)));
+        told.extend(orders.told);
+        world.obey(&orders);
+        world.compute();
+    }
+    let first = told.first().unwrap();
+    assert!(first.jobs == 8 && first.running < 8, "{first:?}");
+    assert!(first.need > first.granted, "{first:?}");
+    assert!(told.len() <= 6, "{told:?}");
+}
+
+/// Who takes tokens as told never has more jobs than run.
+#[test]
+fn as_many_jobs_are_begun_as_fit() {
+    let mut world = World::new(compilers(60, Bytes::mib(128), 1000));
+    let mut jobs = Jobs::default();
+    let mut slots = 8;
+    for _ in 0..4000 {
+        world.start(slots);
+        let orders = jobs.look(&world.look(Bytes::mib(512)));
+        slots = orders
+            .capacity
+            .map_or(8, |capacity| usize::try_from(capacity).unwrap().min(8));
+        assert!(slots > 0);
+        world.obey(&orders);
+        world.compute();
+    }
+    assert_eq!(world.ended.len(), 60);
+    // All but the first eight fitted when they began.
+    assert!((3..8).contains(&slots) || world.running.is_empty());
+}
+
+#[test]
+fn a_process_under_an_old_number_is_another() {
+    let mut jobs = Jobs::default();
+    let look = |began, mib, millis| Look {
+        now: Nanos::millis(millis),
+        granted: Bytes::mib(100),
+        used: Bytes::mib(mib),
+        is_held: false,
+        processes: vec![Seen {
+            id: ProcessId { began, pid: 7 },
+            program: "cc1".to_owned(),
+            memory: Bytes::mib(mib),
+            cpu: Nanos(0),
+            is_stopped: false,
+            may_pause: true,
+        }],
+    };
+    drop(jobs.look(&look(1, 50, 25)));
+    drop(jobs.look(&look(1, 50, 50)));
+    drop(jobs.look(&look(2, 3, 75)));
+    assert_eq!(jobs.known.len(), 1);
+    assert_eq!(jobs.ended["cc1"], [Bytes::mib(50)]);
+}
