@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
-use bellows_core::{Bytes, Nanos, quantity};
+use bellows_core::{Bytes, Nanos, elastic::Parallelism, quantity};
 use clap::{Args, Parser, Subcommand};
 
 use crate::{doctor, exec, policies, run};
@@ -66,6 +66,8 @@ pub enum Command {
     Release {
         /// The cgroup's directory.
         cgroup: PathBuf,
+        /// The ledger of the parent.
+        ledger: PathBuf,
     },
 }
 
@@ -84,6 +86,9 @@ pub struct Exec {
     /// Hold every raise back by this many milliseconds, as an API might.
     #[arg(long, value_name = "MS", hide = true)]
     actuation_delay_ms: Option<u64>,
+    /// Have some jobs wait for others where the maximum is not enough for all of them at once.
+    #[arg(long)]
+    elastic: bool,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     #[arg(long)]
     without_bpf: bool,
@@ -179,6 +184,7 @@ impl Exec {
             max_memory,
             shrink_after,
             actuation_delay_ms,
+            elastic,
             without_bpf,
             report,
             words,
@@ -188,6 +194,11 @@ impl Exec {
             max_memory,
             shrink_after: Nanos::millis(shrink_after.saturating_mul(1000)),
             actuation_delay: actuation_delay_ms.map(Nanos::millis),
+            parallelism: if elastic {
+                Parallelism::Elastic
+            } else {
+                Parallelism::Unchanged
+            },
             without_bpf,
             report,
             command: words,

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
+use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason, parallel::Balance};
 use thiserror::Error;
 
 use crate::{
@@ -132,6 +132,9 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                 behind,
                 ..
             } => told_why(*wanted, *why, behind.as_deref()),
+            Record::Lends { balance, .. } => told_balance(balance),
+            // Whose they are is in a file of its own.
+            Record::Pause { .. } | Record::Resume { .. } | Record::Tokens { .. } => continue,
             Record::Observe { limit, ceiling, .. } => {
                 is_watched = true;
                 format!("only watched: limit {limit}, at most {ceiling}")
@@ -160,6 +163,18 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
         );
     }
     text
+}
+
+/// How many jobs run of those that there are, for people.
+#[must_use]
+pub fn told_balance(balance: &Balance) -> String {
+    let Balance {
+        jobs,
+        need,
+        granted,
+        running,
+    } = balance;
+    format!("{jobs} jobs would need {need}, {granted} granted: running {running}")
 }
 
 fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>) -> String {

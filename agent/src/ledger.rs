@@ -20,6 +20,7 @@ use bellows_core::{
     Action, Bytes, CgroupId, Nanos, Reason,
     arbiter::Why,
     observe::{Kill, WouldRaise},
+    parallel::{Balance, ProcessId, Resumed},
 };
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +96,50 @@ pub enum Record {
         /// What that waits for, for people.
         behind: Option<String>,
     },
+    /// A process is about to be paused.
+    Pause {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// Which.
+        process: ProcessId,
+        /// Its program, for people.
+        program: String,
+    },
+    /// A process that was paused goes on.
+    Resume {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// Which.
+        process: ProcessId,
+        /// Why.
+        why: Resumed,
+    },
+    /// Job tokens that are withheld from now on.
+    Tokens {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// Where they are to be given back.
+        place: PathBuf,
+        /// While this process lives.
+        owner: ProcessId,
+        /// All of them.
+        taken: Vec<u8>,
+    },
+    /// There is not memory for all jobs at once.
+    Lends {
+        /// When.
+        at: Nanos,
+        /// In which cgroup.
+        cgroup: CgroupId,
+        /// How many would need how much, and how many run.
+        balance: Balance,
+    },
     /// A cgroup is only watched from now on.
     Observe {
         /// When.
@@ -160,6 +205,10 @@ impl Record {
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
             | Self::Waits { cgroup, .. }
+            | Self::Pause { cgroup, .. }
+            | Self::Resume { cgroup, .. }
+            | Self::Tokens { cgroup, .. }
+            | Self::Lends { cgroup, .. }
             | Self::Observe { cgroup, .. }
             | Self::WouldRaise { cgroup, .. }
             | Self::ObservedKill { cgroup, .. }
@@ -177,6 +226,10 @@ impl Record {
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
             | Self::Waits { at, .. }
+            | Self::Pause { at, .. }
+            | Self::Resume { at, .. }
+            | Self::Tokens { at, .. }
+            | Self::Lends { at, .. }
             | Self::Observe { at, .. }
             | Self::WouldRaise { at, .. }
             | Self::ObservedKill { at, .. }
@@ -211,6 +264,12 @@ impl Ledger {
     /// When the file cannot be opened again.
     pub fn another(&self) -> io::Result<Self> {
         Self::open(&self.path)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether it is time to [`Self::rotate`].
@@ -297,6 +356,14 @@ pub fn encode(record: &Record, line: &mut Vec<u8>) -> io::Result<()> {
 #[must_use]
 pub fn previous(path: &Path) -> PathBuf {
     path.with_extension("previous")
+}
+
+/// Where it is kept who is paused, beside the ledger at `path`: a file of its own, because its writer must not wait for
+/// the controller, nor the controller for it.
+#[must_use]
+pub fn paused(path: &Path) -> PathBuf {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{name}-paused.ledger"))
 }
 
 /// What a ledger file says.

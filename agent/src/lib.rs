@@ -22,6 +22,7 @@ pub mod guard;
 pub mod ledger;
 pub mod metrics;
 pub mod originals;
+pub mod parallel;
 pub mod policies;
 pub mod quota;
 pub mod recover;

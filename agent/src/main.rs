@@ -88,9 +88,9 @@ fn main() -> ExitCode {
                 .map(|text| print!("{text}"))
                 .map_err(|error| error.to_string()),
         ),
-        Command::Release { cgroup } => {
-            report(exec::releaser::wait_and_release(&cgroup).map_err(|error| error.to_string()))
-        }
+        Command::Release { cgroup, ledger } => report(
+            exec::releaser::wait_and_release(&cgroup, &ledger).map_err(|error| error.to_string()),
+        ),
     }
 }
 

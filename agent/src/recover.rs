@@ -17,6 +17,7 @@ use bellows_core::CgroupId;
 use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
     ledger::{self, Contents, Record},
+    parallel,
 };
 
 /// What was found and done.
@@ -24,6 +25,8 @@ use crate::{
 pub struct Recovered {
     /// Cgroups whose brake and hold were lifted.
     pub released: usize,
+    /// Processes that were paused, and go on.
+    pub resumed: usize,
     /// Lines of the ledger that were torn or damaged.
     pub unreadable: usize,
 }
@@ -54,6 +57,7 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
         // The predecessor died between putting its ledger aside and beginning the next.
         None => read_if_there(&ledger::previous(path))?.unwrap_or_default(),
     };
+    let resumed = parallel::resume_all(&ledger::paused(path))?;
     let guarded = left_by(&contents.records);
     for Left { path, braked, .. } in guarded.values() {
         let released = if *braked { release(path) } else { thaw(path) };
@@ -63,6 +67,7 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
     }
     Ok(Recovered {
         released: guarded.len(),
+        resumed,
         unreadable: contents.unreadable,
     })
 }
@@ -97,6 +102,10 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
             Record::Intend { .. }
             | Record::Verify { .. }
             | Record::Waits { .. }
+            | Record::Pause { .. }
+            | Record::Resume { .. }
+            | Record::Tokens { .. }
+            | Record::Lends { .. }
             | Record::Observe { .. }
             | Record::WouldRaise { .. }
             | Record::ObservedKill { .. }

@@ -85,6 +85,16 @@ pub enum Order {
     RaiseFirst,
 }
 
+/// What becomes of a container's jobs where there is not memory for all of them at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Parallelism {
+    /// They run, and are killed where the memory ends.
+    #[default]
+    Unchanged,
+    /// Some wait for others ([`crate::parallel`]).
+    Elastic,
+}
+
 /// What a container may have of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryRules {
@@ -96,6 +106,8 @@ pub struct MemoryRules {
     pub shrink_after: Nanos,
     /// In which order it is raised where the Kubernetes API owns it.
     pub order: Order,
+    /// What becomes of its jobs where there is not memory for all of them at once.
+    pub parallelism: Parallelism,
 }
 
 /// A container, as far as policies look at it.
@@ -166,6 +178,7 @@ mod tests {
                 floor: None,
                 shrink_after: Nanos::millis(5000),
                 order: Order::PatchFirst,
+                parallelism: Parallelism::Unchanged,
             }),
             cpu: None,
             boosts: Vec::new(),

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::{
-    elastic::{self, ElasticPolicy, Mode, Order},
+    elastic::{self, ElasticPolicy, Mode, Order, Parallelism},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::{Bytes, Nanos},
@@ -34,6 +34,8 @@ pub const EBPF_RESIZE: &str = "ebpf-resize";
 pub const CONTAINER: &str = "bellows.dev/container";
 /// `RaiseFirst` raises on the node and asks the API right after; `PatchFirst`, the default, the other way round.
 pub const ORDER: &str = "bellows.dev/order";
+/// `Elastic` has some jobs wait where there is not memory for all of them at once; `Unchanged`, the default, does not.
+pub const PARALLELISM: &str = "bellows.dev/parallelism";
 /// Written by Bellows at adoption: `CONTAINER=LIMIT` as they were, with commas between them.
 pub const ORIGINAL: &str = "bellows.dev/original-memory";
 /// Stands for the pod's own level where a container's name would stand; no container can have it.
@@ -163,6 +165,8 @@ pub struct Wish {
     pub shrink_after: Option<Nanos>,
     /// In which order its limit is raised.
     pub order: Order,
+    /// What becomes of its jobs where there is not memory for all of them at once.
+    pub parallelism: Parallelism,
     /// Its pod's priority.
     pub priority: i32,
     /// The policy that means it; `None` where annotations do.
@@ -183,6 +187,9 @@ pub enum Refusal {
     /// The order is none.
     #[error("annotation {ORDER} is `{0}`: use PatchFirst or RaiseFirst")]
     UnknownOrder(String),
+    /// The parallelism is none.
+    #[error("annotation {PARALLELISM} is `{0}`: use Unchanged or Elastic")]
+    UnknownParallelism(String),
     /// The demo's annotation makes no sense.
     #[error(
         "annotation {EBPF_RESIZE} makes no sense ({0}): use {MODE} and {MAX_MEMORY} in its place"
@@ -250,6 +257,7 @@ impl Refusal {
         match self {
             Self::UnknownMode(_)
             | Self::UnknownOrder(_)
+            | Self::UnknownParallelism(_)
             | Self::EbpfResize(_)
             | Self::NoMaximum
             | Self::Quantity { .. }
@@ -340,6 +348,7 @@ struct Asked {
     floor: Option<Bytes>,
     shrink_after: Option<Nanos>,
     order: Order,
+    parallelism: Parallelism,
     policy: Option<String>,
 }
 
@@ -355,6 +364,7 @@ fn by_annotations(pod: &Pod, mode: Mode) -> Result<Option<Wish>, Refusal> {
         floor: None,
         shrink_after: None,
         order: order(pod)?,
+        parallelism: parallelism(pod)?,
         policy: None,
     };
     wish(pod, subject(pod)?, asked)
@@ -365,6 +375,14 @@ fn order(pod: &Pod) -> Result<Order, Refusal> {
         None | Some("PatchFirst") => Ok(Order::PatchFirst),
         Some("RaiseFirst") => Ok(Order::RaiseFirst),
         Some(other) => Err(Refusal::UnknownOrder(other.to_owned())),
+    }
+}
+
+fn parallelism(pod: &Pod) -> Result<Parallelism, Refusal> {
+    match pod.annotations.get(PARALLELISM).map(|text| text.trim()) {
+        None | Some("Unchanged") => Ok(Parallelism::Unchanged),
+        Some("Elastic") => Ok(Parallelism::Elastic),
+        Some(other) => Err(Refusal::UnknownParallelism(other.to_owned())),
     }
 }
 
@@ -394,6 +412,7 @@ fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wis
             floor: memory.floor,
             shrink_after: Some(memory.shrink_after),
             order: memory.order,
+            parallelism: memory.parallelism,
             policy: Some(policy.name.clone()),
         };
         let subject = Subject::of(pod, index, container, text);
@@ -412,6 +431,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         floor,
         shrink_after,
         order,
+        parallelism,
         policy,
     } = asked;
     let Subject {
@@ -500,6 +520,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         patience: Patience::with(&probes),
         shrink_after,
         order,
+        parallelism,
         priority: pod.priority,
         policy,
         recorded: recorded.is_some(),

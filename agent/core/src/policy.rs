@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    elastic::Parallelism,
     patience::Patience,
     units::{Bytes, Nanos},
 };
@@ -56,6 +57,8 @@ pub struct Policy {
     pub by_hand_after: Option<Nanos>,
     /// Its pod's: where there is not enough for all, the higher ones come first.
     pub priority: i32,
+    /// What becomes of its jobs where there is not memory for all of them at once.
+    pub parallelism: Parallelism,
 }
 
 /// The share of a container's patience after which its raise is written by hand, however short that is.
@@ -151,6 +154,7 @@ impl Policy {
             usable_per_mille: WHOLE,
             by_hand_after: None,
             priority: 0,
+            parallelism: Parallelism::Unchanged,
         }
     }
 }

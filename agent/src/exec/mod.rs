@@ -23,7 +23,8 @@ use std::{
 };
 
 use bellows_core::{
-    Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, WHOLE, policy::PolicyError,
+    Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, WHOLE, elastic::Parallelism,
+    policy::PolicyError,
 };
 use thiserror::Error;
 
@@ -54,6 +55,8 @@ pub struct Options {
     pub shrink_after: Nanos,
     /// Holds every raise back by this time, as an API might.
     pub actuation_delay: Option<Nanos>,
+    /// What becomes of its jobs where there is not memory for all of them at once.
+    pub parallelism: Parallelism,
     /// Works from cgroup files instead of kernel programs.
     pub without_bpf: bool,
     /// Writes the report as JSON to this file.
@@ -163,6 +166,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         usable_per_mille: WHOLE,
         by_hand_after: None,
         priority: 0,
+        parallelism: options.parallelism,
     }
     .validate()
 }
@@ -198,7 +202,7 @@ fn run_in(
     let path = Path::new(ledger::DIRECTORY).join(format!("exec-{}.ledger", std::process::id()));
     let ledger = Ledger::open(&path)
         .map_err(|error| ExecError::System("cannot open the ledger in /run/bellows", error))?;
-    let releaser = Releaser::start(cgroup)
+    let releaser = Releaser::start(cgroup, &path)
         .map_err(|error| ExecError::System("cannot start the releaser", error))?;
     let (inputs, receiver) = mpsc::sync_channel(guard::INPUTS);
     let another = ledger

@@ -1,4 +1,4 @@
-//! A process that lifts brake and hold if `bellows exec` dies.
+//! A process that lifts brake and hold, and resumes who is paused, if `bellows exec` dies.
 //!
 //! A command whose guard was killed would stay braked, or frozen, for ever. The releaser is this
 //! same binary, waiting on a pipe whose other end only `bellows exec` has: end of file without a
@@ -18,6 +18,7 @@ use std::{
 use super::place::remove_tree;
 use crate::{
     cgroup::{Cgroup, CgroupError},
+    ledger, parallel,
     recover::release,
 };
 
@@ -36,11 +37,12 @@ pub(super) struct Releaser {
 }
 
 impl Releaser {
-    pub(super) fn start(cgroup: &Cgroup) -> io::Result<Self> {
+    pub(super) fn start(cgroup: &Cgroup, ledger: &Path) -> io::Result<Self> {
         let mut command = Command::new(env::current_exe()?);
         command
             .arg(SUBCOMMAND)
             .arg(cgroup.path())
+            .arg(ledger)
             .stdin(Stdio::piped());
         // SAFETY: setsid is async-signal-safe and does not allocate.
         unsafe {
@@ -76,14 +78,18 @@ impl Drop for Releaser {
 /// # Errors
 ///
 /// [`CgroupError`] when a file cannot be written; a cgroup that is gone is no error.
-pub fn wait_and_release(path: &Path) -> Result<(), CgroupError> {
+pub fn wait_and_release(path: &Path, ledger: &Path) -> Result<(), CgroupError> {
     let mut said = Vec::new();
     // Whatever ends the pipe, an error included, is the end of the parent.
     drop(io::stdin().read_to_end(&mut said));
     if said == FAREWELL {
         return Ok(());
     }
-    release(path)?;
+    let released = release(path);
+    if let Err(error) = parallel::resume_all(&ledger::paused(ledger)) {
+        tracing::error!(%error, "it cannot be read who is paused");
+    }
+    released?;
     // Nobody else is left to remove the command's cgroup when the command has ended.
     while Cgroup::open(path)
         .and_then(|cgroup| cgroup.populated())

@@ -2,7 +2,9 @@
 
 use std::{collections::VecDeque, path::PathBuf};
 
-use bellows_core::{Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash, decide::ByHand};
+use bellows_core::{
+    Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash, decide::ByHand, parallel::Balance,
+};
 
 use super::{
     foreign_brake::ForeignBrake,
@@ -59,6 +61,12 @@ pub struct Report {
     pub sleeps: u64,
     /// Charges seen by the growth hook.
     pub charges: u64,
+    /// Processes that were paused for want of memory.
+    pub pauses: u64,
+    /// Those that went on because nobody else did.
+    pub standstills: u64,
+    /// The first time that there was not memory for all jobs.
+    pub lent: Option<Balance>,
     /// Times from the request of a raise to the limit in force, the latest first.
     pub latencies: Vec<Nanos>,
 }
@@ -109,6 +117,8 @@ pub(super) struct Guarded {
     pub(super) has_learnt: bool,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
+    /// What its jobs were last said to have, and whether they are many; `None` where nobody looks at them.
+    pub(super) may_have: Option<(Bytes, bool)>,
     /// Cgroups above it with limits that are not ours.
     pub(super) ancestors: Vec<PathBuf>,
     /// A raise by hand has failed; it is not tried again before.
@@ -179,6 +189,7 @@ impl Guarded {
             learnt: None,
             has_learnt: false,
             reserved: None,
+            may_have: None,
             by_hand_not_before: Nanos(0),
             answered: None,
             report: Report {
@@ -373,6 +384,7 @@ mod tests {
             usable_per_mille: WHOLE,
             by_hand_after: None,
             priority: 0,
+            parallelism: bellows_core::elastic::Parallelism::Unchanged,
         };
         let mut guarded = Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), LIMIT);
         guarded.requested = Some((to, Nanos(0)));

@@ -9,6 +9,7 @@
 mod foreign_brake;
 mod guarded;
 mod learnt;
+mod lending;
 mod observed;
 mod requests;
 mod room;
@@ -38,6 +39,7 @@ use crate::{
     clock::now,
     ledger::{Ledger, Record},
     metrics::METRICS,
+    parallel::Parallel,
     signal::programs::{Kernel, LoadError},
     state,
 };
@@ -94,6 +96,8 @@ pub enum Input {
     ToRest(CgroupId),
     /// Guard or watch it no more.
     Forget(CgroupId),
+    /// Jobs are paused or resumed for want of memory.
+    Lent(Record),
     /// Somebody asks whether the controller and the reflex go round: the reflex answers.
     Alive(oneshot::Sender<()>),
     /// End.
@@ -182,6 +186,8 @@ pub struct Controller<R> {
     memory: Memory,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
+    /// Where the first is guarded that asks for it.
+    parallel: Option<Parallel>,
 }
 
 impl<R: Requester> Controller<R> {
@@ -205,6 +211,7 @@ impl<R: Requester> Controller<R> {
             raise_times: Answers::default(),
             memory: Memory::at(PathBuf::from(LEARNT)),
             reflex_is_behind: false,
+            parallel: None,
         }
     }
 
@@ -238,6 +245,7 @@ impl<R: Requester> Controller<R> {
         self.arm(&guarded, Some(controls));
         self.guards.insert(id, guarded);
         self.count_guards();
+        self.lend(id);
         Ok(())
     }
 
@@ -257,6 +265,13 @@ impl<R: Requester> Controller<R> {
         let guarded = self.guards.remove(&id)?;
         self.count_guards();
         self.reflex.send(Command::Disarm(id));
+        if let Some(parallel) = self
+            .parallel
+            .as_ref()
+            .filter(|_| guarded.may_have.is_some())
+        {
+            parallel.forget(id);
+        }
         let counted = self.kernel.as_mut().map(|kernel| kernel.forget(id));
         let (growth, holds) = counted.unwrap_or_default();
         let Growth {
@@ -317,6 +332,8 @@ impl<R: Requester> Controller<R> {
             .filter_map(|id| Some((id, self.forget(id)?)))
             .collect();
         self.reflex.stop();
+        // Everybody goes on.
+        drop(self.parallel.take());
         if let Err(error) = self.ledger.retire() {
             tracing::warn!(%error, "the ledger is left behind");
         }
@@ -332,6 +349,7 @@ impl<R: Requester> Controller<R> {
                 if let Some(guarded) = self.guards.get_mut(&id) {
                     guarded.follow(policy);
                     self.arm(&self.guards[&id], None);
+                    self.lend(id);
                 }
             }
             Input::Adopt(cgroup, policy, name) => {
@@ -354,6 +372,7 @@ impl<R: Requester> Controller<R> {
                 self.stop_observing(id);
                 drop(self.forget(id));
             }
+            Input::Lent(record) => self.take_lent(&record),
             Input::Alive(answer) => self.reflex.send(Command::Alive(answer)),
             Input::Stop => {}
         }
@@ -426,6 +445,7 @@ impl<R: Requester> Controller<R> {
         if guarded.limit != before {
             self.verify(id, None);
             self.remember(id);
+            self.lend(id);
         }
     }
 
@@ -614,6 +634,7 @@ impl<R: Requester> Controller<R> {
         if !was_asked && self.guards.get(&id).is_some_and(raises_first) {
             self.decide_once(id);
         }
+        self.lend(id);
     }
 
     fn decide_once(&mut self, id: CgroupId) {

@@ -53,7 +53,7 @@ pub(super) struct Waiting {
     /// The limit.
     wanted: Bytes,
     /// What it was told.
-    told: Option<Why>,
+    pub(super) told: Option<Why>,
 }
 
 /// The ancestors whose limits are somebody else's: a pod's moves with its containers.
@@ -371,6 +371,7 @@ mod tests {
             usable_per_mille: bellows_core::WHOLE,
             by_hand_after: None,
             priority: 7,
+            parallelism: bellows_core::elastic::Parallelism::Unchanged,
         };
         Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), limit)
     }

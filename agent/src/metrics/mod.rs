@@ -92,6 +92,10 @@ pub struct Metrics {
     pub ooms: Counter,
     /// Raises that were written by hand because the runtime was late or failed.
     pub raises_by_hand: Counter,
+    /// Processes that were paused for want of memory.
+    pub pauses: Counter,
+    /// Job tokens that were withheld for want of memory.
+    pub tokens_withheld: Counter,
     /// Raises for which there was no room at once.
     pub raises_waiting: Counter,
     /// Raises for which there was none for as long as the container could be held.
@@ -189,6 +193,16 @@ impl Metrics {
                 all,
                 "api_waits",
                 "Times that a change waited because this node has asked the Kubernetes API for many",
+            ),
+            pauses: of(
+                all,
+                "pauses",
+                "Processes that were paused because there was not memory for all jobs at once",
+            ),
+            tokens_withheld: of(
+                all,
+                "tokens_withheld",
+                "Job tokens that were withheld because there was not memory for all jobs at once",
             ),
             raises_waiting: of(
                 all,

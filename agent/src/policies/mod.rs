@@ -16,7 +16,9 @@ use std::{
 
 use bellows_core::{
     Bytes, Cpu, Nanos,
-    elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Order, Selector},
+    elastic::{
+        ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Mode, Order, Parallelism, Selector,
+    },
     quantity,
 };
 use serde::Deserialize;
@@ -43,6 +45,7 @@ A policy:
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
         order: PatchFirst  # or RaiseFirst: raised on the node, and the Kubernetes API asked right after
+        parallelism: Elastic # some jobs wait where there is not memory for all; Unchanged, if left out
       cpu:
         max: 2             # never more than this, but for boosts; 500m is half a CPU
         throttleTarget: 0% # the share of periods that may be throttled; none, if left out
@@ -210,9 +213,19 @@ pub fn told(policies: &[ElasticPolicy]) -> String {
 
 /// What a container may have.
 fn allowed(rules: &ContainerRules) -> String {
-    let memory = rules.memory.map(|MemoryRules { max, floor, .. }| {
+    let memory = rules.memory.map(|memory| {
+        let MemoryRules {
+            max,
+            floor,
+            parallelism,
+            ..
+        } = memory;
         let floor = floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
-        format!("memory up to {max}{floor}")
+        let wait = match parallelism {
+            Parallelism::Unchanged => "",
+            Parallelism::Elastic => ", jobs wait where it does not suffice",
+        };
+        format!("memory up to {max}{floor}{wait}")
     });
     let cpu = rules
         .cpu
@@ -326,6 +339,8 @@ struct Memory {
     shrink_after: Option<Spanned<String>>,
     #[serde(default)]
     order: Order,
+    #[serde(default)]
+    parallelism: Parallelism,
 }
 
 impl Document {
@@ -415,6 +430,7 @@ impl Memory {
                 .as_ref()
                 .map_or(Ok(SHRINK_AFTER), duration)?,
             order: self.order,
+            parallelism: self.parallelism,
         })
     }
 }
@@ -550,6 +566,7 @@ spec:
             floor: Some(Bytes::mib(128)),
             shrink_after: Nanos::millis(90_000),
             order: Order::PatchFirst,
+            parallelism: Parallelism::Elastic,
         };
         assert_eq!(named.memory, Some(memory));
         let cpu = CpuRules {

@@ -344,5 +344,6 @@ fn rest(limit: Bytes) -> Policy {
         usable_per_mille: WHOLE,
         by_hand_after: None,
         priority: 0,
+        parallelism: bellows_core::elastic::Parallelism::Unchanged,
     }
 }

@@ -113,6 +113,7 @@ fn policy() -> ElasticPolicy {
                 floor: Some(Bytes::mib(64)),
                 shrink_after: Nanos::millis(5000),
                 order: Order::PatchFirst,
+                parallelism: bellows_core::elastic::Parallelism::Unchanged,
             }),
             cpu: Some(CpuRules {
                 max: Cpu::millis(4000),

@@ -53,6 +53,7 @@ pub(crate) fn events(bytes: &[u8]) {
         usable_per_mille: u64::from(input.word()) % WHOLE + 1,
         by_hand_after: input.flag().then(|| Nanos(input.word().into())),
         priority: 0,
+        parallelism: bellows_core::elastic::Parallelism::Unchanged,
     };
     let Ok(policy) = policy.validate() else {
         return;

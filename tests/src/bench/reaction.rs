@@ -134,6 +134,7 @@ fn policy() -> Result<Policy> {
         usable_per_mille: WHOLE,
         by_hand_after: None,
         priority: 0,
+        parallelism: bellows_core::elastic::Parallelism::Unchanged,
     };
     Ok(policy.validate()?)
 }

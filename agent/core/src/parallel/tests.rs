@@ -255,7 +255,7 @@ fn who_fits_is_not_touched() {
 fn random_builds_stay_within_what_they_may_have_and_end() {
     let mut dice = Dice(7);
     let (mut compared, mut ratios, mut slowest) = (0, 0, 0);
-    for seed in 0..300 {
+    for seed in 0..100 {
         let ceiling = Bytes::mib(256 + dice.upto(1024));
         let jobs = 3 + dice.upto(10);
         // Together they need up to three times what they may have.
@@ -285,7 +285,7 @@ fn random_builds_stay_within_what_they_may_have_and_end() {
         }
     }
     let mean = ratios / compared;
-    assert!(compared >= 290, "{compared}");
+    assert!(compared >= 95, "{compared}");
     assert!(mean <= 1100 && slowest <= 1700, "{mean}, at most {slowest}");
 }
 

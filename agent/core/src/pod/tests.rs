@@ -236,6 +236,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
                 floor: None,
                 shrink_after: Nanos::millis(7000),
                 order: Order::RaiseFirst,
+                parallelism: Parallelism::Elastic,
             }),
             cpu: None,
             boosts: Vec::new(),

@@ -64,6 +64,7 @@ impl Stage {
             usable_per_mille: WHOLE,
             by_hand_after: None,
             priority: 0,
+            parallelism: bellows_core::elastic::Parallelism::Unchanged,
         };
         let arm = Arm {
             cgroup: ID,

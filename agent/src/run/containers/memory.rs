@@ -3,7 +3,7 @@
 
 use bellows_core::{
     Bytes, Nanos, Patience, Policy, WHOLE,
-    elastic::{MemoryRules, Order},
+    elastic::{MemoryRules, Order, Parallelism},
     moved::MovedLimit,
 };
 
@@ -208,6 +208,7 @@ impl Watch {
             floor: None,
             shrink_after: AT_ONCE,
             order: Order::PatchFirst,
+            parallelism: Parallelism::Unchanged,
         });
         if memory.order == Order::RaiseFirst {
             let why = "memory.order RaiseFirst is for pods of Kubernetes: leave it out";
@@ -226,6 +227,7 @@ impl Watch {
             usable_per_mille: WHOLE,
             by_hand_after: None,
             priority: 0,
+            parallelism: memory.parallelism,
         };
         policy.validate().map_err(text)
     }

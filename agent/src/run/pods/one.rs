@@ -47,6 +47,7 @@ impl Watch {
             shrink_after: wish.shrink_after.unwrap_or(*shrink_after),
             usable_per_mille: WHOLE,
             priority: wish.priority,
+            parallelism: wish.parallelism,
             by_hand_after: Some(match wish.order {
                 RaiseOrder::PatchFirst => BY_HAND_AFTER,
                 RaiseOrder::RaiseFirst => Nanos(0),

@@ -1,0 +1,538 @@
+//! Elastic parallelism: when there is not memory for all jobs of a burst, some of them wait ([`bellows_core::parallel`]).
+//!
+//! Two means, for different jobs. Those that have not begun are kept from beginning by their job tokens
+//! ([`jobserver`]). Those that run, or have no jobserver, are stopped (SIGSTOP) and go on as others end. A stopped process
+//! keeps its memory but no lock on it, unlike one that sleeps in the brake; a probe is not stopped, unlike by the freezer.
+//!
+//! It is a thread of its own: reading a process tree takes milliseconds, for which no raise may wait. It looks only at
+//! who asked for it by policy, only while that is raised (or cannot be), and at its processes only while it uses a
+//! quarter of what it may have.
+//!
+//! **Whoever is paused goes on**, whatever happens to the agent: each is written down before it is stopped, in a file
+//! beside the ledger, and whoever learns of the agent's death first (its parent, the releaser, its successor) resumes
+//! them and gives tokens back ([`resume_all`]). To do it twice does no harm. A token is written down after it was taken
+//! and before it is given back: who dies in between leaves a build with a job less, never with one too many.
+//!
+//! It must not signal anybody whom it has not compared with what it saw ([`process::signal`]).
+
+mod jobserver;
+mod process;
+mod watched;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    thread::{self, JoinHandle},
+    time::Instant,
+};
+
+use bellows_core::{Bytes, CgroupId, parallel::ProcessId};
+use rustix::process::Signal;
+
+use crate::{
+    cgroup::Cgroup,
+    ledger::{self, Ledger, Record},
+};
+use watched::Watched;
+
+/// Takes what is to be told to the controller; must not block.
+pub type Sink = Box<dyn Fn(Record) + Send>;
+
+/// What the thread is told.
+#[derive(Debug)]
+enum Command {
+    Watch(Cgroup),
+    MayHave {
+        cgroup: CgroupId,
+        granted: Bytes,
+        is_bursting: bool,
+    },
+    Forget(CgroupId),
+}
+
+/// The thread that lends time.
+#[derive(Debug)]
+pub struct Parallel {
+    commands: Option<Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Parallel {
+    /// Starts it; who is paused is written down at `path`.
+    ///
+    /// # Errors
+    ///
+    /// When the file or the thread cannot be had.
+    pub fn start(path: &Path, told: Sink) -> io::Result<Self> {
+        let ledger = Ledger::open(path)?;
+        let (commands, inbox) = mpsc::channel();
+        let lender = Lender {
+            inbox,
+            state: State { ledger, told },
+            watched: BTreeMap::new(),
+        };
+        let thread = thread::Builder::new()
+            .name("parallel".to_owned())
+            .spawn(move || lender.run())?;
+        Ok(Self {
+            commands: Some(commands),
+            thread: Some(thread),
+        })
+    }
+
+    /// Watches a cgroup from now on.
+    pub fn watch(&self, cgroup: Cgroup) {
+        self.send(Command::Watch(cgroup));
+    }
+
+    /// What it may have, all in all, and whether it needs to be looked at.
+    pub fn may_have(&self, cgroup: CgroupId, granted: Bytes, is_bursting: bool) {
+        self.send(Command::MayHave {
+            cgroup,
+            granted,
+            is_bursting,
+        });
+    }
+
+    /// Watches it no more; who is paused in it goes on.
+    pub fn forget(&self, cgroup: CgroupId) {
+        self.send(Command::Forget(cgroup));
+    }
+
+    fn send(&self, command: Command) {
+        let sent = self
+            .commands
+            .as_ref()
+            .map(|commands| commands.send(command));
+        if let Some(Err(_)) = sent {
+            tracing::error!("the thread that pauses jobs has ended");
+        }
+    }
+}
+
+impl Drop for Parallel {
+    /// Waits until everybody goes on.
+    fn drop(&mut self) {
+        drop(self.commands.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that pauses jobs has failed");
+        }
+    }
+}
+
+/// What is written down and told.
+struct State {
+    ledger: Ledger,
+    told: Sink,
+}
+
+impl State {
+    fn record(&mut self, record: &Record) -> io::Result<()> {
+        self.ledger.append(record)
+    }
+}
+
+struct Lender {
+    inbox: Receiver<Command>,
+    state: State,
+    watched: BTreeMap<CgroupId, Watched>,
+}
+
+impl Lender {
+    fn run(mut self) {
+        loop {
+            let due = self.watched.values().filter_map(Watched::due).min();
+            let command = match due {
+                Some(due) => {
+                    let rest = due.saturating_duration_since(Instant::now());
+                    self.inbox.recv_timeout(rest)
+                }
+                None => self.inbox.recv().map_err(RecvTimeoutError::from),
+            };
+            match command {
+                Ok(command) => self.take(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.look();
+        }
+        for watched in self.watched.values_mut() {
+            watched.let_go(&mut self.state);
+        }
+        if let Err(error) = self.state.ledger.remove() {
+            tracing::debug!(%error, "an empty file is left behind");
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Watch(cgroup) => {
+                self.watched.insert(cgroup.id(), Watched::new(cgroup));
+            }
+            Command::MayHave {
+                cgroup,
+                granted,
+                is_bursting,
+            } => {
+                if let Some(watched) = self.watched.get_mut(&cgroup) {
+                    watched.may_have(granted, is_bursting);
+                }
+            }
+            Command::Forget(cgroup) => {
+                if let Some(mut watched) = self.watched.remove(&cgroup) {
+                    watched.let_go(&mut self.state);
+                }
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        let now = Instant::now();
+        for watched in self.watched.values_mut() {
+            if watched.due().is_some_and(|due| due <= now) {
+                watched.look(&mut self.state);
+            }
+        }
+        self.watched.retain(|_, watched| !watched.is_gone);
+        if self.state.ledger.is_full().unwrap_or(false) {
+            let standing = self.watched.values().flat_map(Watched::standing);
+            let standing: Vec<Record> = standing.collect();
+            if let Err(error) = self.state.ledger.rotate(&standing) {
+                tracing::warn!(%error, "who is paused cannot be written anew: free memory on /run");
+            }
+        }
+    }
+}
+
+/// Who is paused and what is withheld, by the records of whoever did that.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Left {
+    paused: BTreeSet<ProcessId>,
+    /// By owner: where, and what.
+    tokens: BTreeMap<ProcessId, (PathBuf, Vec<u8>)>,
+}
+
+fn left_by(records: &[Record]) -> Left {
+    let mut left = Left::default();
+    for record in records {
+        match record {
+            Record::Pause { process, .. } => {
+                left.paused.insert(*process);
+            }
+            Record::Resume { process, .. } => {
+                left.paused.remove(process);
+            }
+            Record::Tokens {
+                place,
+                owner,
+                taken,
+                ..
+            } => {
+                left.tokens.insert(*owner, (place.clone(), taken.clone()));
+            }
+            _ => {}
+        }
+    }
+    left
+}
+
+/// Resumes whomever a dead agent has paused, and gives back what it has withheld; returns how many go on.
+///
+/// Two may do so at once: tokens are given back by who has renamed the file first.
+///
+/// # Errors
+///
+/// When the file exists but cannot be read.
+pub fn resume_all(path: &Path) -> io::Result<usize> {
+    let records = match ledger::read(path) {
+        Ok(contents) => contents.records,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let previous = ledger::read(&ledger::previous(path));
+            previous.unwrap_or_default().records
+        }
+        Err(error) => return Err(error),
+    };
+    let left = left_by(&records);
+    let mut count = 0;
+    for process in &left.paused {
+        match process::signal(*process, Signal::CONT) {
+            Ok(went_on) => count += usize::from(went_on),
+            Err(error) => {
+                tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+            }
+        }
+    }
+    let is_first = fs::rename(path, path.with_extension("resumed")).is_ok();
+    for (owner, (place, tokens)) in left.tokens.iter().filter(|_| is_first) {
+        if let Err(error) = jobserver::return_to(place, *owner, tokens) {
+            tracing::error!(place = %place.display(), %error, "job tokens cannot be given back");
+        }
+    }
+    if is_first {
+        // What it said is done.
+        drop(fs::remove_file(path.with_extension("resumed")));
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read as _,
+        os::unix::process::CommandExt as _,
+        process::{Child, Command as Program, Stdio},
+        time::Duration,
+    };
+
+    use super::*;
+
+    const JOBS: usize = 4;
+    const SIZE: Bytes = Bytes::mib(24);
+
+    /// A shell with children that have a buffer of [`SIZE`] each and wait for somebody to read it, in a directory with
+    /// the files of a cgroup.
+    struct Burst {
+        directory: PathBuf,
+        shell: Child,
+        /// The shell's, in the order of their age.
+        jobs: Vec<ProcessId>,
+        told: Receiver<Record>,
+    }
+
+    impl Burst {
+        fn start(name: &str) -> (Self, Parallel) {
+            let directory =
+                std::env::temp_dir().join(format!("bellows-{name}-{}", std::process::id()));
+            fs::create_dir_all(&directory).unwrap();
+            let script = format!(
+                "for n in $(seq {JOBS}); do (exec dd if=/dev/zero bs={} count=9 status=none) | sleep 60 & sleep 0.05; done; echo begun; wait",
+                SIZE.0
+            );
+            let mut shell = Program::new("sh");
+            shell
+                .args(["-c", &script])
+                .stdout(Stdio::piped())
+                .process_group(0);
+            let mut shell = shell.spawn().unwrap();
+            let pid = i32::try_from(shell.id()).unwrap();
+            let mut begun = [0; 6];
+            shell
+                .stdout
+                .as_mut()
+                .unwrap()
+                .read_exact(&mut begun)
+                .unwrap();
+            let jobs = until("all have their memory", || {
+                let jobs = descendants(pid, "dd");
+                let all = jobs.len() == JOBS && jobs.iter().all(|id| memory(*id) >= SIZE);
+                all.then_some(jobs)
+            });
+            let all = descendants(pid, "")
+                .into_iter()
+                .map(|id| format!("{}\n", id.pid));
+            let all: String = all.chain([format!("{pid}\n")]).collect();
+            let usage = SIZE.0 * 9 / 2;
+            for (file, content) in [
+                ("cgroup.procs", all),
+                ("cgroup.freeze", "0\n".to_owned()),
+                ("memory.current", format!("{usage}\n")),
+                (
+                    "memory.stat",
+                    "file 0\ninactive_file 0\nactive_file 0\n".to_owned(),
+                ),
+            ] {
+                fs::write(directory.join(file), content).unwrap();
+            }
+            let (tell, told) = mpsc::channel();
+            let sink = move |record| drop(tell.send(record));
+            let parallel =
+                Parallel::start(&directory.join("paused.ledger"), Box::new(sink)).unwrap();
+            let burst = Self {
+                directory,
+                shell,
+                jobs,
+                told,
+            };
+            (burst, parallel)
+        }
+
+        fn watch(&self, parallel: &Parallel, granted: Bytes) {
+            let cgroup = Cgroup::stand_in(&self.directory, CgroupId(7));
+            parallel.watch(cgroup);
+            parallel.may_have(CgroupId(7), granted, true);
+        }
+
+        fn stopped(&self) -> Vec<bool> {
+            self.jobs
+                .iter()
+                .map(|job| state(job.pid) == Some('T'))
+                .collect()
+        }
+
+        fn told(&self, is_meant: impl Fn(&Record) -> bool) -> Record {
+            loop {
+                let record = self
+                    .told
+                    .recv_timeout(Duration::from_secs(10))
+                    .expect("it is told");
+                if is_meant(&record) {
+                    return record;
+                }
+            }
+        }
+    }
+
+    impl Drop for Burst {
+        fn drop(&mut self) {
+            let group = rustix::process::Pid::from_child(&self.shell);
+            rustix::process::kill_process_group(group, Signal::KILL).unwrap();
+            self.shell.wait().unwrap();
+            fs::remove_dir_all(&self.directory).unwrap();
+        }
+    }
+
+    fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
+        let start = Instant::now();
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn descendants(of: i32, program: &str) -> Vec<ProcessId> {
+        let numbers = fs::read_dir("/proc").unwrap().flatten();
+        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let all: Vec<process::Process> = numbers.filter_map(process::read).collect();
+        let is_below = |known: &&process::Process| {
+            let mut next = known.parent;
+            while next > 1 && next != of {
+                next = all
+                    .iter()
+                    .find(|other| other.id.pid == next)
+                    .map_or(0, |other| other.parent);
+            }
+            next == of
+        };
+        let below = all.iter().filter(is_below);
+        let named = below.filter(|known| program.is_empty() || known.program == program);
+        let mut ids: Vec<ProcessId> = named.map(|known| known.id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    fn memory(id: ProcessId) -> Bytes {
+        let text = fs::read_to_string(format!("/proc/{}/statm", id.pid)).unwrap_or_default();
+        process::parse_statm(&text).unwrap_or_default()
+    }
+
+    fn state(pid: i32) -> Option<char> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        text.rsplit_once(") ")?.1.chars().next()
+    }
+
+    #[test]
+    fn the_youngest_wait_until_the_guard_ends() {
+        let (burst, parallel) = Burst::start("parallel-wait");
+        burst.watch(&parallel, SIZE.scaled(6, 1));
+        let Record::Lends { balance, .. } =
+            burst.told(|record| matches!(record, Record::Lends { .. }))
+        else {
+            unreachable!("it was asked for");
+        };
+        assert_eq!((balance.jobs, balance.running), (4, 1), "{balance:?}");
+        until("three stop", || {
+            (burst.stopped() == [false, true, true, true]).then_some(())
+        });
+        // Nobody else goes on: each of them is resumed, and stays so.
+        for _ in 1..JOBS {
+            burst.told(|record| {
+                matches!(
+                    record,
+                    Record::Resume {
+                        why: bellows_core::parallel::Resumed::Standstill,
+                        ..
+                    }
+                )
+            });
+        }
+        until("all go on", || {
+            (!burst.stopped().contains(&true)).then_some(())
+        });
+        thread::sleep(Duration::from_millis(200));
+        assert!(
+            !burst.stopped().contains(&true),
+            "who was resumed so is not paused again"
+        );
+        drop(parallel);
+        assert!(!burst.directory.join("paused.ledger").exists());
+    }
+
+    #[test]
+    fn whoever_learns_of_the_guards_death_resumes_whom_it_has_paused() {
+        let (burst, parallel) = Burst::start("parallel-death");
+        burst.watch(&parallel, SIZE.scaled(6, 1));
+        until("three stop", || {
+            (burst.stopped() == [false, true, true, true]).then_some(())
+        });
+        // What is left of one that is killed now.
+        let left = burst.directory.join("left.ledger");
+        fs::copy(burst.directory.join("paused.ledger"), &left).unwrap();
+        drop(parallel);
+        assert!(!burst.stopped().contains(&true), "its end resumes all");
+        assert!(process::signal(burst.jobs[2], Signal::STOP).unwrap());
+        until("it stops", || burst.stopped()[2].then_some(()));
+        assert_eq!(resume_all(&left).unwrap(), 3);
+        until("it goes on", || {
+            (!burst.stopped().contains(&true)).then_some(())
+        });
+        // The other one finds nothing left to do.
+        assert_eq!(resume_all(&left).unwrap(), 0);
+    }
+
+    #[test]
+    fn who_is_not_paused_any_more_is_not_left_paused() {
+        let process = |pid| ProcessId { began: 1, pid };
+        let (at, cgroup) = (bellows_core::Nanos(1), CgroupId(7));
+        let pause = |pid| Record::Pause {
+            at,
+            cgroup,
+            process: process(pid),
+            program: String::new(),
+        };
+        let resume = |pid| Record::Resume {
+            at,
+            cgroup,
+            process: process(pid),
+            why: bellows_core::parallel::Resumed::Fits,
+        };
+        let tokens = |taken: &[u8]| Record::Tokens {
+            at,
+            cgroup,
+            place: PathBuf::from("a"),
+            owner: process(1),
+            taken: taken.to_vec(),
+        };
+        let left = left_by(&[
+            pause(2),
+            tokens(b"a"),
+            pause(3),
+            resume(2),
+            tokens(b"ab"),
+            resume(3),
+            pause(2),
+            tokens(b"b"),
+        ]);
+        assert_eq!(left.paused, [process(2)].into());
+        assert_eq!(
+            left.tokens,
+            [(process(1), (PathBuf::from("a"), b"b".to_vec()))].into()
+        );
+    }
+}

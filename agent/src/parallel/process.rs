@@ -1,0 +1,321 @@
+//! The processes of a cgroup, as `/proc` shows them, and signals to exactly one of them.
+//!
+//! A number is used again as soon as its process has ended, so nobody is signalled by number: the process is opened
+//! first (`pidfd_open`), and only then compared with the one that was meant.
+//!
+//! Reading must not wait for a memory lock: `stat` and `statm` do not take it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::PathBuf,
+};
+
+use bellows_core::{
+    Bytes, Nanos,
+    parallel::{ProcessId, Seen},
+};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::cgroup::{Cgroup, CgroupError};
+
+/// Those that others need to go on, or that a person talks to. A name is cut off after 15 bytes.
+const NEEDED: [&str; 17] = [
+    "ash",
+    "bash",
+    "busybox",
+    "cargo",
+    "csh",
+    "dash",
+    "fish",
+    "gmake",
+    "ksh",
+    "make",
+    "ninja",
+    "screen",
+    "sh",
+    "sshd",
+    "tcsh",
+    "tmux: server",
+    "zsh",
+];
+/// A clock tick of `/proc` (`USER_HZ` is 100 wherever the kernel programs run).
+const TICK: Nanos = Nanos::millis(10);
+
+/// One line of `/proc/PID/stat`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) id: ProcessId,
+    pub(super) program: String,
+    pub(super) parent: i32,
+    state: char,
+    leads_on_terminal: bool,
+    cpu: Nanos,
+}
+
+/// What a process's `stat` says.
+#[must_use]
+pub(super) fn parse_stat(text: &str) -> Option<Process> {
+    // The name may have spaces and parentheses in it.
+    let (pid, rest) = text.split_once(" (")?;
+    let (program, rest) = rest.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let number = |index: usize| fields.get(index)?.parse::<i64>().ok();
+    let ticks = number(11)?.checked_add(number(12)?)?;
+    let pid: i32 = pid.trim().parse().ok()?;
+    let (group, terminal) = (number(2)?, number(4)?);
+    Some(Process {
+        id: ProcessId {
+            began: fields.get(19)?.parse().ok()?,
+            pid,
+        },
+        program: program.to_owned(),
+        parent: i32::try_from(number(1)?).ok()?,
+        state: fields.first()?.chars().next()?,
+        leads_on_terminal: group == i64::from(pid) && terminal != 0,
+        cpu: Nanos(u64::try_from(ticks).ok()?.saturating_mul(TICK.0)),
+    })
+}
+
+/// Anonymous memory by a process's `statm`, in pages of 4 KiB.
+#[must_use]
+pub(super) fn parse_statm(text: &str) -> Option<Bytes> {
+    let mut fields = text.split_ascii_whitespace().skip(1);
+    let mut number = || fields.next()?.parse::<u64>().ok();
+    let (resident, shared) = (number()?, number()?);
+    Some(Bytes::from_pages(resident.saturating_sub(shared)))
+}
+
+/// The process with this number now.
+pub(super) fn read(pid: i32) -> Option<Process> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// A cgroup's processes, with those of the cgroups below.
+#[derive(Debug, Default)]
+pub(super) struct Tree {
+    processes: BTreeMap<i32, Process>,
+}
+
+impl Tree {
+    /// Those that are there now. A process outside of this process's own view has number 0 there, and is none.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when the cgroup's own processes cannot be read.
+    pub(super) fn of(cgroup: &Cgroup) -> Result<Self, CgroupError> {
+        let pids = cgroup.processes()?.into_iter();
+        let pids = pids.filter_map(|pid| i32::try_from(pid).ok());
+        let processes = pids.filter_map(|pid| Some((pid, read(pid)?)));
+        Ok(Self {
+            processes: processes.collect(),
+        })
+    }
+
+    pub(super) fn get(&self, id: ProcessId) -> Option<&Process> {
+        self.processes
+            .get(&id.pid)
+            .filter(|process| process.id == id)
+    }
+
+    /// A process's ancestors in the tree, the parent first.
+    pub(super) fn ancestors(&self, id: ProcessId) -> Vec<&Process> {
+        let mut ancestors: Vec<&Process> = Vec::new();
+        let mut next = self.get(id).map(|process| process.parent);
+        while let Some(parent) = next.and_then(|parent| self.processes.get(&parent)) {
+            if ancestors.iter().any(|known| known.id == parent.id) {
+                break;
+            }
+            ancestors.push(parent);
+            next = Some(parent.parent);
+        }
+        ancestors
+    }
+
+    /// What core is told of them.
+    pub(super) fn seen(&self) -> Vec<Seen> {
+        let parents: BTreeSet<i32> = self
+            .processes
+            .values()
+            .map(|process| process.parent)
+            .collect();
+        let seen = self.processes.values().filter_map(|process| {
+            let is_leaf = !parents.contains(&process.id.pid);
+            let is_root = !self.processes.contains_key(&process.parent);
+            // Traced: its tracer decides.
+            let is_traced = process.state == 't';
+            let may_pause = is_leaf
+                && !is_root
+                && !is_traced
+                && !process.leads_on_terminal
+                && !NEEDED.contains(&&*process.program);
+            let statm = fs::read_to_string(format!("/proc/{}/statm", process.id.pid)).ok()?;
+            Some(Seen {
+                id: process.id,
+                program: process.program.clone(),
+                memory: parse_statm(&statm)?,
+                cpu: process.cpu,
+                is_stopped: process.state == 'T',
+                may_pause,
+            })
+        });
+        seen.collect()
+    }
+}
+
+/// Sends a signal to the process that is meant; `false` if it has ended.
+///
+/// # Errors
+///
+/// When it may not be signalled.
+pub(super) fn signal(id: ProcessId, signal: Signal) -> io::Result<bool> {
+    let Some(pid) = Pid::from_raw(id.pid) else {
+        return Ok(false);
+    };
+    let opened = match pidfd_open(pid, PidfdFlags::empty()) {
+        Err(rustix::io::Errno::SRCH) => return Ok(false),
+        opened => opened?,
+    };
+    if read(id.pid).is_none_or(|process| process.id != id) {
+        return Ok(false);
+    }
+    match pidfd_send_signal(opened, signal) {
+        Err(rustix::io::Errno::SRCH) => Ok(false),
+        sent => Ok(sent.map(|()| true)?),
+    }
+}
+
+/// Whether a process listens on a socket: others need it to go on.
+pub(super) fn is_server(pid: i32) -> bool {
+    let sockets: BTreeSet<String> = descriptors(pid)
+        .into_iter()
+        .filter_map(|(_, target)| {
+            let inode = target
+                .to_str()?
+                .strip_prefix("socket:[")?
+                .strip_suffix(']')?;
+            Some(inode.to_owned())
+        })
+        .collect();
+    // A socket's state: TCP_LISTEN in the one (include/net/tcp_states.h), __SO_ACCEPTCON among the flags of the other.
+    !sockets.is_empty()
+        && [
+            ("tcp", 3, "0A", 9),
+            ("tcp6", 3, "0A", 9),
+            ("unix", 3, "00010000", 6),
+        ]
+        .into_iter()
+        .any(|(table, state, listens, inode)| {
+            let table = fs::read_to_string(format!("/proc/{pid}/net/{table}"));
+            table.unwrap_or_default().lines().any(|line| {
+                let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+                fields.get(state) == Some(&listens)
+                    && fields
+                        .get(inode)
+                        .is_some_and(|inode| sockets.contains(*inode))
+            })
+        })
+}
+
+/// What a process has open: number and target.
+pub(super) fn descriptors(pid: i32) -> Vec<(i32, PathBuf)> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return Vec::new();
+    };
+    let descriptors = entries.flatten().filter_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        Some((number, fs::read_link(entry.path()).ok()?))
+    });
+    descriptors.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::TcpListener,
+        os::unix::net::UnixListener,
+        process::{Command, Stdio},
+        thread,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_name_may_have_anything_in_it() {
+        let text =
+            "42 (a ) b (c) S 7 42 9 34816 42 4194560 1 2 3 4 150 50 1 2 20 0 1 0 9999 1000 20\n";
+        let process = parse_stat(text).unwrap();
+        assert_eq!(process.program, "a ) b (c");
+        assert_eq!((process.id.pid, process.id.began), (42, 9999));
+        assert_eq!((process.parent, process.state), (7, 'S'));
+        assert_eq!(process.cpu, Nanos::millis(2000));
+        assert!(process.leads_on_terminal);
+        for text in [
+            "",
+            "42",
+            "42 (sh) S",
+            "x (sh) S 7 42 9 0 0 0 0 0 0 0 1 1 0 0 0 0 0 0 1",
+        ] {
+            assert_eq!(parse_stat(text), None, "{text}");
+        }
+        assert_eq!(
+            parse_statm("100 30 10 1 0 5 0"),
+            Some(Bytes::from_pages(20))
+        );
+        assert_eq!(parse_statm("100"), None);
+    }
+
+    fn state(pid: i32) -> Option<char> {
+        read(pid).map(|process| process.state)
+    }
+
+    fn until(what: &str, is_met: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !is_met() {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    #[test]
+    fn exactly_the_process_that_is_meant_is_stopped() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let id = read(pid).unwrap().id;
+        let other = ProcessId {
+            began: id.began + 1,
+            ..id
+        };
+        assert!(!signal(other, Signal::STOP).unwrap());
+        assert_ne!(state(pid), Some('T'));
+        assert!(signal(id, Signal::STOP).unwrap());
+        until("it stops", || state(pid) == Some('T'));
+        assert!(signal(id, Signal::CONT).unwrap());
+        until("it goes on", || state(pid) != Some('T'));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!signal(id, Signal::STOP).unwrap());
+    }
+
+    #[test]
+    fn who_listens_is_a_server() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        assert!(!is_server(i32::try_from(child.id()).unwrap()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(is_server(own));
+        drop(tcp);
+        let path = std::env::temp_dir().join(format!("bellows-server-{own}"));
+        let unix = UnixListener::bind(&path).unwrap();
+        assert!(is_server(own));
+        drop(unix);
+        fs::remove_file(path).unwrap();
+    }
+}

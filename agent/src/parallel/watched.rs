@@ -1,0 +1,313 @@
+//! One cgroup whose jobs may be paused: look, decide, write down, act.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use bellows_core::{
+    Bytes, CgroupId,
+    parallel::{Jobs, Look, Orders, ProcessId, Resumed, Seen},
+};
+use rustix::process::Signal;
+
+use super::{
+    State,
+    jobserver::Jobserver,
+    process::{Tree, is_server, signal},
+};
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    clock::now,
+    ledger::Record,
+    metrics::METRICS,
+};
+
+/// How often a burst is looked at whose jobs are many for what it may have.
+const NEAR: Duration = Duration::from_millis(25);
+/// How often any other is.
+const FAR: Duration = Duration::from_millis(100);
+/// Below this share of what it may have nobody is looked at.
+const QUARTER_PER_MILLE: u64 = 250;
+/// How often it is read how much of its usage is page cache.
+const CACHE_INTERVAL: Duration = Duration::from_millis(100);
+
+pub(super) struct Watched {
+    cgroup: Cgroup,
+    granted: Bytes,
+    due: Option<Instant>,
+    jobs: Jobs,
+    jobserver: Option<Jobserver>,
+    /// Parents of jobs that were asked for a jobserver.
+    asked: BTreeSet<ProcessId>,
+    /// What it uses beside its processes' own memory, and when that was read.
+    beside: Option<(Bytes, Instant)>,
+    pub(super) is_gone: bool,
+}
+
+impl Watched {
+    pub(super) fn new(cgroup: Cgroup) -> Self {
+        Self {
+            cgroup,
+            granted: Bytes(u64::MAX),
+            due: None,
+            jobs: Jobs::default(),
+            jobserver: None,
+            asked: BTreeSet::new(),
+            beside: None,
+            is_gone: false,
+        }
+    }
+
+    pub(super) const fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    pub(super) fn may_have(&mut self, granted: Bytes, is_bursting: bool) {
+        self.granted = granted;
+        if is_bursting {
+            self.due = Some(Instant::now());
+        } else if !self.is_lending() {
+            self.due = None;
+        }
+    }
+
+    fn is_lending(&self) -> bool {
+        self.jobs.paused().next().is_some()
+            || self
+                .jobserver
+                .as_ref()
+                .is_some_and(|jobserver| !jobserver.taken.is_empty())
+    }
+
+    /// What a new file must say of it.
+    pub(super) fn standing(&self) -> Vec<Record> {
+        let (at, cgroup) = (now(), self.cgroup.id());
+        let paused = self.jobs.paused().map(|process| Record::Pause {
+            at,
+            cgroup,
+            process,
+            program: String::new(),
+        });
+        let tokens = self
+            .jobserver
+            .as_ref()
+            .map(|jobserver| tokens(cgroup, jobserver, &jobserver.taken));
+        paused.chain(tokens).collect()
+    }
+
+    pub(super) fn look(&mut self, state: &mut State) {
+        let pause = match self.look_at_jobs(state) {
+            Ok(pause) => pause,
+            Err(error) if error.is_gone() => {
+                self.is_gone = true;
+                return self.let_go(state);
+            }
+            Err(error) => {
+                tracing::warn!(path = %self.cgroup.path().display(), %error, "a burst cannot be looked at: its jobs go on");
+                self.let_go(state);
+                FAR
+            }
+        };
+        self.due = Some(Instant::now() + pause);
+    }
+
+    /// Looks, acts, and returns when to look again.
+    fn look_at_jobs(&mut self, state: &mut State) -> Result<Duration, CgroupError> {
+        let quarter = self.granted.per_mille(QUARTER_PER_MILLE);
+        if !self.is_lending() {
+            if self.cgroup.usage()? < quarter {
+                return Ok(FAR);
+            }
+            // A cache that fills it is no burst.
+            if self.cgroup.stat()?.demand() < quarter {
+                return Ok(FAR);
+            }
+        }
+        let tree = Tree::of(&self.cgroup)?;
+        let processes = tree.seen();
+        let used = self.used(&processes)?;
+        let is_held = self.is_lending() && self.cgroup.read("cgroup.freeze")?.trim() == "1";
+        let look = Look {
+            now: now(),
+            granted: self.granted,
+            used,
+            is_held,
+            processes,
+        };
+        let orders = self.jobs.look(&look);
+        self.obey(&orders, &tree, state);
+        self.withhold(&orders, &tree, &look.processes, state);
+        Ok(if orders.jobs > 1 || self.is_lending() {
+            NEAR
+        } else {
+            FAR
+        })
+    }
+
+    fn used(&mut self, processes: &[Seen]) -> Result<Bytes, CgroupError> {
+        let own = processes
+            .iter()
+            .fold(Bytes::ZERO, |sum, seen| sum.plus(seen.memory));
+        let beside = match self.beside {
+            Some((beside, at)) if at.elapsed() < CACHE_INTERVAL => beside,
+            _ => {
+                let beside = self.cgroup.stat()?.demand().minus(own);
+                self.beside = Some((beside, Instant::now()));
+                beside
+            }
+        };
+        Ok(own.plus(beside))
+    }
+
+    fn obey(&mut self, orders: &Orders, tree: &Tree, state: &mut State) {
+        for &(process, why) in &orders.resume {
+            self.resume(process, why, state);
+        }
+        for &process in &orders.pause {
+            if let Err(why) = self.pause(process, tree, state) {
+                tracing::debug!(pid = process.pid, why, "a process is not paused");
+                self.jobs.not_paused(process);
+            }
+        }
+        if let Some(balance) = orders.told {
+            (state.told)(Record::Lends {
+                at: now(),
+                cgroup: self.cgroup.id(),
+                balance,
+            });
+        }
+    }
+
+    fn pause(&self, process: ProcessId, tree: &Tree, state: &mut State) -> Result<(), String> {
+        if is_server(process.pid) {
+            return Err("it is a server".to_owned());
+        }
+        let record = Record::Pause {
+            at: now(),
+            cgroup: self.cgroup.id(),
+            process,
+            program: tree
+                .get(process)
+                .map(|known| known.program.clone())
+                .unwrap_or_default(),
+        };
+        state.record(&record).map_err(|error| error.to_string())?;
+        match signal(process, Signal::STOP) {
+            Ok(true) => {
+                METRICS.pauses.inc();
+                (state.told)(record);
+                Ok(())
+            }
+            Ok(false) => Err("it has ended".to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Lets it go on first: to write that down may fail.
+    fn resume(&self, process: ProcessId, why: Resumed, state: &mut State) {
+        if let Err(error) = signal(process, Signal::CONT) {
+            tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+            return;
+        }
+        let record = Record::Resume {
+            at: now(),
+            cgroup: self.cgroup.id(),
+            process,
+            why,
+        };
+        if let Err(error) = state.record(&record) {
+            tracing::warn!(%error, "that a process goes on is not written down");
+        }
+        (state.told)(record);
+    }
+
+    /// Takes or gives back job tokens, so that no more jobs begin than there is memory for.
+    fn withhold(&mut self, orders: &Orders, tree: &Tree, processes: &[Seen], state: &mut State) {
+        let is_there = |jobserver: &mut Jobserver| jobserver.is_there();
+        self.jobserver.take_if(|jobserver| !is_there(jobserver));
+        if orders.capacity.is_some() && self.jobserver.is_none() {
+            self.find_jobserver(tree, processes);
+        }
+        let cgroup = self.cgroup.id();
+        let Some(jobserver) = &mut self.jobserver else {
+            return;
+        };
+        let taken = u64::try_from(jobserver.taken.len()).unwrap_or(u64::MAX);
+        let wanted = orders.capacity.map_or(0, |capacity| {
+            orders.jobs.saturating_add(taken).saturating_sub(capacity)
+        });
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        if jobserver.taken.len() > wanted {
+            let left = &jobserver.taken[..wanted];
+            let written = state.record(&tokens(cgroup, jobserver, left));
+            let given = jobserver.give_back(wanted);
+            if let Err(error) = written.and(given) {
+                tracing::warn!(place = %jobserver.place.display(), %error, "job tokens cannot be given back");
+            }
+            return;
+        }
+        loop {
+            match jobserver.take(wanted) {
+                Ok(false) => break,
+                Ok(true) => {
+                    METRICS.tokens_withheld.inc();
+                    if let Err(error) = state.record(&tokens(cgroup, jobserver, &jobserver.taken)) {
+                        tracing::warn!(%error, "job tokens that cannot be written down are given back");
+                        drop(jobserver.give_back(0));
+                        break;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(place = %jobserver.place.display(), %error, "a jobserver is left alone");
+                    self.jobserver = None;
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Asks each parent of jobs once.
+    fn find_jobserver(&mut self, tree: &Tree, processes: &[Seen]) {
+        for seen in processes.iter().filter(|seen| seen.may_pause) {
+            let Some(parent) = tree.ancestors(seen.id).first().map(|parent| parent.id) else {
+                continue;
+            };
+            if !self.asked.insert(parent) {
+                continue;
+            }
+            self.jobserver = Jobserver::of(seen.id, tree);
+            if self.jobserver.is_some() {
+                break;
+            }
+        }
+        self.asked.retain(|parent| tree.get(*parent).is_some());
+    }
+
+    /// Everybody goes on, and all tokens are given back.
+    pub(super) fn let_go(&mut self, state: &mut State) {
+        let paused: Vec<ProcessId> = self.jobs.paused().collect();
+        for process in paused {
+            self.resume(process, Resumed::Ended, state);
+        }
+        self.jobs = Jobs::default();
+        if let Some(mut jobserver) = self.jobserver.take()
+            && !jobserver.taken.is_empty()
+        {
+            let written = state.record(&tokens(self.cgroup.id(), &jobserver, &[]));
+            if let Err(error) = written.and(jobserver.give_back(0)) {
+                tracing::warn!(place = %jobserver.place.display(), %error, "job tokens cannot be given back");
+            }
+        }
+    }
+}
+
+fn tokens(cgroup: CgroupId, jobserver: &Jobserver, taken: &[u8]) -> Record {
+    Record::Tokens {
+        at: now(),
+        cgroup,
+        place: jobserver.place.clone(),
+        owner: jobserver.owner,
+        taken: taken.to_vec(),
+    }
+}
