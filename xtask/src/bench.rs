@@ -30,6 +30,7 @@ pub(crate) enum Name {
     PageCache,
     Thrash,
     Build,
+    Parallelism,
     ExecCli,
     ContainerBursts,
     Throttle,
@@ -133,7 +134,7 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
     /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel and nested (both bursts only), or all
-    /// (bursts, pod-bursts).
+    /// (bursts, pod-bursts). Which builds: make, random, real or killed (parallelism).
     #[arg(long)]
     pub(crate) kind: Option<String>,
     /// Huge pages: alternate, always or never (bursts, pod-bursts).
@@ -481,7 +482,10 @@ fn disk(options: &Options) -> Result<Option<PathBuf>> {
         Name::ContainerBursts | Name::ContainerEdges | Name::Faults if options.old_containerd => {
             debian::root_image("old-node", "bookworm", &OLD_NODE_PACKAGES).map(Some)
         }
-        name if name.needs_containerd() || name == Name::Build || options.systemd => {
+        name if name.needs_containerd()
+            || matches!(name, Name::Build | Name::Parallelism)
+            || options.systemd =>
+        {
             debian::root_image("node", "forky", &NODE_PACKAGES).map(Some)
         }
         _ => Ok(None),

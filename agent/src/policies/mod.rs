@@ -527,6 +527,7 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
+      parallelism: Elastic
     cpu: {max: 1.5, throttleTarget: 2.5%}
   - memory: {max: 1073741824}
     boosts:
@@ -613,7 +614,7 @@ spec:
         let policies = parse(&text).unwrap();
         assert_eq!(
             told(&policies),
-            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
         );
     }
 

@@ -45,8 +45,8 @@ struct Record {
     bellows: Outcome,
 }
 
-const ROOT: &str = "/disk";
-const SOURCES: &str = "/build-load";
+pub(super) const ROOT: &str = "/disk";
+pub(super) const SOURCES: &str = "/build-load";
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let Options {
@@ -104,7 +104,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 }
 
 /// Makes the disk a root to compile in.
-fn prepare() -> Result<()> {
+pub(super) fn prepare() -> Result<()> {
     ensure!(
         Path::new("/disk/usr/bin/make").exists(),
         "the guest's disk has no compiler"

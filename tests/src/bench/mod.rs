@@ -21,6 +21,7 @@ mod java;
 mod least_privilege;
 mod observe_edges;
 mod page_cache;
+mod parallelism;
 mod plateau;
 mod pod_build;
 mod pod_bursts;
@@ -78,6 +79,8 @@ pub(crate) enum Bench {
     Faults(faults::Options),
     /// Tomcat in a container with a quarter of a CPU.
     Java(java::Options),
+    /// Builds whose jobs need more together than they may have.
+    Parallelism(parallelism::Options),
     /// The C++ build in containers on a real containerd, without and with Bellows.
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
@@ -127,6 +130,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PageCache(options) => page_cache::run(options, &mut records),
         Bench::Thrash(options) => thrash::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
+        Bench::Parallelism(options) => parallelism::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
@@ -161,6 +165,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "plateau" => plateau::summarize(&read(path)?),
         "page-cache" => page_cache::summarize(&read(path)?),
         "thrash" => thrash::summarize(&read(path)?),
+        "parallelism" => parallelism::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "storm" => storm::summarize(&read(path)?),

@@ -3,6 +3,7 @@
 mod burst;
 mod growth;
 mod hot;
+mod job;
 mod pulse;
 mod tick;
 
@@ -53,6 +54,10 @@ pub(crate) enum Load {
     Tick(tick::Tick),
     /// Work a little at fixed times, and now and then without a pause.
     Pulse(pulse::Pulse),
+    /// Grow with the CPU time that is used, as a compiler does.
+    Job(job::Job),
+    /// Have jobs done, by the protocol of job tokens.
+    Jobs(job::Jobs),
     /// Wait for ever: the sandbox of a pod.
     Pause,
     /// Read a file again and again.
@@ -114,6 +119,8 @@ pub(crate) fn run(load: &Load) -> Result<()> {
         Load::Pause => loop {
             thread::sleep(Duration::from_secs(3600));
         },
+        Load::Job(job) => job::run(job),
+        Load::Jobs(jobs) => job::run_all(jobs),
         Load::Hot(hot) => hot::run(hot),
         Load::Cache(cache) => run_cache(cache),
     }
