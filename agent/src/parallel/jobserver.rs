@@ -61,7 +61,10 @@ pub(super) fn parse(flags: &str) -> Option<Auth> {
 /// A jobserver, and what was taken from it.
 #[derive(Debug)]
 pub(super) struct Jobserver {
+    /// To read from only.
     pipe: File,
+    /// To write to, while something is taken: so make waits for it at its end.
+    back: Option<File>,
     /// Where it can be opened for as long as its owner lives.
     pub(super) place: PathBuf,
     pub(super) owner: ProcessId,
@@ -95,13 +98,14 @@ impl Jobserver {
             let masters = ancestors.iter().filter(|process| is_master(process));
             masters.map(|process| process.id.pid).find_map(own_pipe)
         })?;
-        let pipe = reopen(&place, owner).ok()?;
+        let pipe = reopen(&place, owner, Way::Take).ok()?;
         Some(Self::at(pipe, place, owner))
     }
 
     pub(super) const fn at(pipe: File, place: PathBuf, owner: ProcessId) -> Self {
         Self {
             pipe,
+            back: None,
             place,
             owner,
             taken: Vec::new(),
@@ -122,33 +126,39 @@ impl Jobserver {
         if self.taken.len() >= wanted.min(MOST) {
             return Ok(false);
         }
+        let back = match self.back.take() {
+            Some(back) => back,
+            None => reopen(&self.place, self.owner, Way::GiveBack)?,
+        };
         let mut token = [0];
-        match self.pipe.read(&mut token) {
-            Ok(1) => {
-                self.taken.push(token[0]);
-                Ok(true)
-            }
-            Ok(_) => Ok(false),
-            Err(error) if is_passing(&error) => Ok(false),
-            Err(error) => Err(error),
+        let is_taken = match self.pipe.read(&mut token) {
+            Ok(count) => count == 1,
+            Err(error) if is_passing(&error) => false,
+            Err(error) => return Err(error),
+        };
+        if is_taken {
+            self.taken.push(token[0]);
         }
+        self.back = Some(back).filter(|_| !self.taken.is_empty());
+        Ok(is_taken)
     }
 
     /// Gives back what is more than `wanted`; returns how many were given back.
     ///
     /// # Errors
     ///
-    /// When a token cannot be given back: it is lost then, since a full pipe has more than there ever were.
+    /// When tokens cannot be given back: they are lost then, since a full pipe has more than there ever were, and one
+    /// without a reader needs none.
     pub(super) fn give_back(&mut self, wanted: usize) -> io::Result<usize> {
-        let mut count = 0;
-        while self.taken.len() > wanted {
-            let Some(token) = self.taken.pop() else {
-                break;
-            };
-            self.pipe.write_all(&[token])?;
-            count += 1;
+        let tokens = self.taken.split_off(wanted.min(self.taken.len()));
+        let written = match &mut self.back {
+            Some(back) => back.write_all(&tokens),
+            None => Ok(()),
+        };
+        if self.taken.is_empty() {
+            self.back = None;
         }
-        Ok(count)
+        written.map(|()| tokens.len())
     }
 }
 
@@ -161,21 +171,26 @@ pub(super) fn return_to(place: &Path, owner: ProcessId, tokens: &[u8]) -> io::Re
     if tokens.is_empty() || read(owner.pid).is_none_or(|process| process.id != owner) {
         return Ok(());
     }
-    reopen(place, owner)?.write_all(tokens)
+    reopen(place, owner, Way::GiveBack)?.write_all(tokens)
+}
+
+/// What a pipe is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Take,
+    GiveBack,
 }
 
 /// Opens the pipe of a jobserver, by a descriptor or as a fifo in its owner's root.
-fn reopen(place: &Path, owner: ProcessId) -> io::Result<File> {
+fn reopen(place: &Path, owner: ProcessId, way: Way) -> io::Result<File> {
     let root = root_of(owner.pid);
     match place.strip_prefix(&root) {
         Ok(path) => {
             let fifo = in_root(&root, path)?;
-            open(&PathBuf::from(format!(
-                "/proc/self/fd/{}",
-                fifo.as_raw_fd()
-            )))
+            let opened = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+            open(Path::new(&opened), way)
         }
-        Err(_) => open(place),
+        Err(_) => open(place, way),
     }
 }
 
@@ -247,15 +262,18 @@ fn in_root(root: &Path, path: &Path) -> io::Result<File> {
     Ok(openat2(&root, path, flags, Mode::empty(), resolve)?.into())
 }
 
-/// Opens a pipe for both ways, so that neither waits for another end nor ends with it.
-fn open(place: &Path) -> io::Result<File> {
+/// Opens a pipe one way.
+///
+/// At its end make closes its own writing end and reads until there is no other (`jobserver_acquire_all`, src/posixos.c),
+/// so it waits for whoever holds one open. That must be who has tokens, so that make finds them, and nobody else.
+fn open(place: &Path, way: Way) -> io::Result<File> {
     // Before it is opened: to open a device can do things.
     if !is_pipe(place) {
         return Err(io::Error::other(format!("{} is no pipe", place.display())));
     }
     let file = File::options()
-        .read(true)
-        .write(true)
+        .read(way == Way::Take)
+        .write(way == Way::GiveBack)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(place)?;
     // It may have been exchanged.
@@ -310,7 +328,7 @@ mod tests {
         let (from, mut to) = (File::from(from), File::from(to));
         to.write_all(tokens).unwrap();
         let place = descriptor(own().pid, from.as_raw_fd());
-        let pipe = open(&place).unwrap();
+        let pipe = open(&place, Way::Take).unwrap();
         (Jobserver::at(pipe, place, own()), from, to)
     }
 
@@ -353,7 +371,7 @@ mod tests {
     #[test]
     fn what_is_no_pipe_is_not_opened() {
         for place in ["/dev/null", "/proc/self/exe", "/no/such", "/"] {
-            let error = open(Path::new(place)).unwrap_err();
+            let error = open(Path::new(place), Way::Take).unwrap_err();
             assert!(error.to_string().contains("is no pipe"), "{error}");
         }
     }
@@ -362,6 +380,7 @@ mod tests {
     fn a_jobserver_that_vanishes_gets_nothing_back() {
         let (jobserver, from, to) = jobserver(b"abc");
         let place = jobserver.place.clone();
+        assert!(jobserver.back.is_none(), "make would wait for it");
         return_to(&place, own(), b"x").unwrap();
         let gone = ProcessId {
             began: own().began + 1,
@@ -369,12 +388,14 @@ mod tests {
         };
         assert!(jobserver.is_there());
         return_to(&place, gone, b"y").unwrap();
-        drop((from, to));
-        // Our own end keeps it, and nobody waits.
+        drop(to);
+        // Nobody but us could write: make sees the end of it.
         let Jobserver { mut pipe, .. } = jobserver;
         let mut left = [0; 8];
         let count = pipe.read(&mut left).unwrap();
         assert_eq!(&left[..count], b"abcx");
+        assert_eq!(pipe.read(&mut left).unwrap(), 0);
+        drop(from);
         return_to(&place, own(), b"z").unwrap_err();
     }
 }

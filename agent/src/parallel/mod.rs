@@ -496,6 +496,93 @@ mod tests {
         assert_eq!(resume_all(&left).unwrap(), 0);
     }
 
+    /// Puts what the processes below `of` have where the kernel would.
+    fn measure(directory: &Path, of: i32) -> Bytes {
+        let all = descendants(of, "");
+        let used = all
+            .iter()
+            .fold(Bytes::ZERO, |sum, id| sum.plus(memory(*id)));
+        let numbers = all.iter().map(|id| format!("{}\n", id.pid));
+        let numbers: String = numbers.chain([format!("{of}\n")]).collect();
+        let write = |file: &str, content: String| {
+            fs::write(directory.join("new"), content).unwrap();
+            fs::rename(directory.join("new"), directory.join(file)).unwrap();
+        };
+        write("cgroup.procs", numbers);
+        write("memory.current", format!("{}\n", used.0));
+        used
+    }
+
+    /// The installed make's own jobserver: a pipe before 4.4, a fifo since.
+    #[test]
+    fn a_build_of_makes_needs_no_more_than_it_may_have_and_keeps_its_tokens() {
+        let name = format!("bellows-make-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        fs::create_dir_all(&directory).unwrap();
+        let jobs: Vec<String> = (0..20).map(|n| format!("job{n}")).collect();
+        let jobs = jobs.join(" ");
+        let job = format!(
+            "@dd if=/dev/zero of=/dev/null bs={} count=60 status=none",
+            SIZE.0
+        );
+        fs::write(
+            directory.join("Makefile"),
+            format!("all: {jobs}\n{jobs}:\n\t{job}\n"),
+        )
+        .unwrap();
+        for (file, content) in [
+            ("cgroup.freeze", "0\n"),
+            ("memory.stat", "file 0\ninactive_file 0\nactive_file 0\n"),
+        ] {
+            fs::write(directory.join(file), content).unwrap();
+        }
+        let mut shell = Program::new("sh");
+        shell
+            .args(["-c", "make -j8 && echo passed"])
+            .current_dir(&directory);
+        shell.env_remove("MAKEFLAGS").env_remove("CARGO_MAKEFLAGS");
+        shell.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut shell = shell.spawn().unwrap();
+        let pid = i32::try_from(shell.id()).unwrap();
+        measure(&directory, pid);
+        let (tell, told) = mpsc::channel();
+        let sink = move |record| drop(tell.send(record));
+        let path = directory.join("paused.ledger");
+        let parallel = Parallel::start(&path, Box::new(sink)).unwrap();
+        parallel.watch(Cgroup::stand_in(&directory, CgroupId(7)));
+        parallel.may_have(CgroupId(7), SIZE.scaled(4, 1), true);
+        let (start, mut withheld) = (Instant::now(), 0);
+        while shell.try_wait().unwrap().is_none() {
+            measure(&directory, pid);
+            let records = ledger::read(&path).unwrap_or_default().records;
+            withheld += usize::from(
+                left_by(&records)
+                    .tokens
+                    .values()
+                    .any(|(_, taken)| !taken.is_empty()),
+            );
+            assert!(start.elapsed() < Duration::from_secs(60), "it stands still");
+            thread::sleep(Duration::from_millis(2));
+        }
+        drop(parallel);
+        let output = shell.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            "passed\n",
+            "{said}"
+        );
+        assert!(!said.contains("INTERNAL"), "{said}");
+        let records: Vec<Record> = told.try_iter().collect();
+        let count = |is_meant: fn(&&Record) -> bool| records.iter().filter(is_meant).count();
+        assert!(
+            count(|record| matches!(record, Record::Pause { .. })) > 3,
+            "{records:?}"
+        );
+        assert!(withheld > 0, "no token was withheld");
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
     #[test]
     fn who_is_not_paused_any_more_is_not_left_paused() {
         let process = |pid| ProcessId { began: 1, pid };

@@ -95,6 +95,8 @@ pub(super) fn read(pid: i32) -> Option<Process> {
 #[derive(Debug, Default)]
 pub(super) struct Tree {
     processes: BTreeMap<i32, Process>,
+    /// Whether there are some, and this process may not see any.
+    pub(super) is_unseen: bool,
 }
 
 impl Tree {
@@ -104,11 +106,13 @@ impl Tree {
     ///
     /// [`CgroupError`] when the cgroup's own processes cannot be read.
     pub(super) fn of(cgroup: &Cgroup) -> Result<Self, CgroupError> {
-        let pids = cgroup.processes()?.into_iter();
-        let pids = pids.filter_map(|pid| i32::try_from(pid).ok());
+        let pids = cgroup.processes()?;
+        let is_unseen = !pids.is_empty() && pids.iter().all(|&pid| pid == 0);
+        let pids = pids.into_iter().filter_map(|pid| i32::try_from(pid).ok());
         let processes = pids.filter_map(|pid| Some((pid, read(pid)?)));
         Ok(Self {
             processes: processes.collect(),
+            is_unseen,
         })
     }
 

@@ -43,6 +43,7 @@ pub(super) struct Watched {
     /// What it uses beside its processes' own memory, and when that was read.
     beside: Option<(Bytes, Instant)>,
     pub(super) is_gone: bool,
+    is_told_unseen: bool,
 }
 
 impl Watched {
@@ -56,6 +57,7 @@ impl Watched {
             asked: BTreeSet::new(),
             beside: None,
             is_gone: false,
+            is_told_unseen: false,
         }
     }
 
@@ -125,6 +127,10 @@ impl Watched {
             }
         }
         let tree = Tree::of(&self.cgroup)?;
+        if tree.is_unseen && !self.is_told_unseen {
+            self.is_told_unseen = true;
+            tracing::warn!(path = %self.cgroup.path().display(), "its processes are not seen from here, so its jobs do not wait for memory: set elasticParallelism, or hostPID");
+        }
         let processes = tree.seen();
         let used = self.used(&processes)?;
         let is_held = self.is_lending() && self.cgroup.read("cgroup.freeze")?.trim() == "1";

@@ -140,7 +140,10 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         ensure!(context["allowPrivilegeEscalation"] == false);
         ensure!(context["capabilities"]["drop"] == json!(["ALL"]));
     }
-    ensure!((spec["hostPID"] == true) == (values["hostPID"] == true));
+    ensure!(
+        (spec["hostPID"] == true)
+            == (values["hostPID"] == true || values["elasticParallelism"] == true)
+    );
     for field in ["hostNetwork", "hostIPC"] {
         ensure!(spec[field].is_null(), "{field}");
     }
