@@ -7,11 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason, parallel::Balance};
+use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
 use thiserror::Error;
 
 use crate::{
-    guard::{told_kill, told_raise, told_why},
+    guard::{told_balance, told_kill, told_raise, told_why},
     ledger::{self, Record},
 };
 
@@ -165,18 +165,6 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
     text
 }
 
-/// How many jobs run of those that there are, for people.
-#[must_use]
-pub fn told_balance(balance: &Balance) -> String {
-    let Balance {
-        jobs,
-        need,
-        granted,
-        running,
-    } = balance;
-    format!("{jobs} jobs would need {need}, {granted} granted: running {running}")
-}
-
 fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>) -> String {
     let why = match reason {
         Reason::WatermarkReached => "reached the watermark",
@@ -219,7 +207,28 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
 
 #[cfg(test)]
 mod tests {
+    use bellows_core::parallel::Balance;
+
     use super::*;
+
+    #[test]
+    fn tells_how_many_jobs_wait() {
+        let balance = Balance {
+            jobs: 8,
+            need: Bytes::mib(5325),
+            granted: Bytes::mib(3072),
+            running: 4,
+        };
+        let expected = "8 jobs would need 5.2 GiB, 3 GiB granted: running 4";
+        assert_eq!(told_balance(&balance), expected);
+        let records = [Record::Lends {
+            at: Nanos(0),
+            cgroup: CgroupId(7),
+            balance,
+        }];
+        let told = story(&records, CgroupId(7), "dev/pod/app");
+        assert!(told.ends_with(&format!("{expected}\n")), "{told}");
+    }
 
     #[test]
     fn tells_a_burst_with_its_numbers() {

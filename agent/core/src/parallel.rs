@@ -56,7 +56,7 @@ const PROGRAMS: usize = 64;
 /// Looks at which a process must have been the same program: one that was just forked is about to become another.
 const SETTLED: u32 = 2;
 /// The same is told again no sooner than this.
-const TOLD_AGAIN: Nanos = Nanos::millis(5000);
+const TOLD_AGAIN: Nanos = Nanos::millis(60_000);
 
 /// A process. A number that was used again is another: it began later. The order is that of age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ use crate::{
     actuate::reflex::Reflex,
     cgroup::{Cgroup, CgroupError, Limit},
     doctor::swap_devices,
-    guard::{self, Controller, GuardError, Input, Refused, Report, Requester},
+    guard::{self, Controller, GuardError, Input, Refused, Report, Requester, told_balance},
     ledger::{self, Ledger, Record},
     signal::{
         files::Files,
@@ -344,6 +344,9 @@ fn summary(options: &Options, report: &Report, end: &End) -> String {
             plural(report.holds),
             report.held.as_millis()
         );
+    }
+    if let Some(balance) = &report.lent {
+        text += &format!("; {}", told_balance(balance));
     }
     if end.events.oom_kill > 0 {
         text += &format!(

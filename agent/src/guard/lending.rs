@@ -1,6 +1,10 @@
 //! What the thread is told that has jobs wait: who asks for it, and how much they may have.
 
-use bellows_core::{Bytes, CgroupId, Nanos, elastic::Parallelism, parallel::Resumed};
+use bellows_core::{
+    Bytes, CgroupId, Nanos,
+    elastic::Parallelism,
+    parallel::{Balance, Resumed},
+};
 
 use super::{Controller, Guarded, Input, Requester};
 use crate::{
@@ -88,4 +92,16 @@ impl<R: Requester> Controller<R> {
             _ => {}
         }
     }
+}
+
+/// How many jobs run of those that there are, for people.
+#[must_use]
+pub fn told_balance(balance: &Balance) -> String {
+    let Balance {
+        jobs,
+        need,
+        granted,
+        running,
+    } = balance;
+    format!("{jobs} jobs would need {need}, {granted} granted: running {running}")
 }

@@ -47,6 +47,7 @@ use foreign_brake::ForeignBrake;
 pub use guarded::Report;
 use guarded::{Answers, Guarded};
 use learnt::Memory;
+pub use lending::told_balance;
 use observed::Watched;
 pub use observed::{Watching, told_kill, told_raise};
 use requests::Loss;

@@ -92,6 +92,23 @@ fn an_annotation_that_was_misread_is_refused_unless_the_pod_opts_out() {
 }
 
 #[test]
+fn jobs_wait_where_that_is_asked_for() {
+    let parallelism = |text| wish(&pod(&[ACT, MAX, (PARALLELISM, text)]));
+    assert_eq!(
+        parallelism("Elastic").unwrap().unwrap().parallelism,
+        Parallelism::Elastic
+    );
+    assert_eq!(
+        wish(&pod(&[ACT, MAX])).unwrap().unwrap().parallelism,
+        Parallelism::Unchanged
+    );
+    assert_eq!(
+        parallelism("elastic"),
+        Err(Refusal::UnknownParallelism("elastic".to_owned()))
+    );
+}
+
+#[test]
 fn the_order_is_one_of_two() {
     let order = |text| wish(&pod(&[ACT, MAX, (ORDER, text)]));
     assert_eq!(

@@ -49,7 +49,7 @@ use crate::{
     },
     cgroup::{Cgroup, Limit},
     clock::now,
-    guard::{Input, Refused, Requester, told_kill, told_raise, told_why},
+    guard::{Input, Refused, Requester, told_balance, told_kill, told_raise, told_why},
     ledger::Record,
     metrics::METRICS,
 };
@@ -594,6 +594,7 @@ impl Requester for Resizer {
                 behind,
                 ..
             } => Observed::Waits(told_why(*wanted, *why, behind.as_deref())),
+            Record::Lends { balance, .. } => Observed::Waits(told_balance(balance)),
             _ => return,
         };
         // A watch that has ended tells nobody.
