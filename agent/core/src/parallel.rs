@@ -144,6 +144,8 @@ pub struct Orders {
     pub capacity: Option<u64>,
     /// How many jobs there are, paused ones included.
     pub jobs: u64,
+    /// Whether somebody grows, or may be about to.
+    pub is_growing: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,6 +217,7 @@ impl Jobs {
         let balance = self.share(look, &jobs, &mut orders);
         self.wake(look, &mut orders);
         orders.told = self.tell(look.now, balance);
+        orders.is_growing = self.is_growing(look);
         orders
     }
 
@@ -436,6 +439,15 @@ impl Jobs {
             Some(index) => drop(orders.pause.remove(index)),
             None => orders.resume.push((oldest, why)),
         }
+    }
+
+    fn is_growing(&self, look: &Look) -> bool {
+        let candidates = look.processes.iter().filter(|seen| seen.may_pause);
+        let mut known = candidates.filter_map(|seen| self.known.get(&seen.id));
+        known.any(|known| {
+            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
+            known.looks < SETTLED || known.is_job && !is_flat
+        })
     }
 
     fn tell(&mut self, now: Nanos, balance: Balance) -> Option<Balance> {

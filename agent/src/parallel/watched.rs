@@ -144,7 +144,7 @@ impl Watched {
         let orders = self.jobs.look(&look);
         self.obey(&orders, &tree, state);
         self.withhold(&orders, &tree, &look.processes, state);
-        Ok(if orders.jobs > 1 || self.is_lending() {
+        Ok(if orders.is_growing || self.is_lending() {
             NEAR
         } else {
             FAR
