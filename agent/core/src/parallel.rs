@@ -39,6 +39,8 @@ const STOPS_WITHIN: Nanos = Nanos::millis(1000);
 const UNLEARNT_PER_MILLE: u64 = 3000;
 /// The next is taken to need more than the most of `n` that have ended by a share of `1 / (UNLIKE * n)`.
 const UNLIKE: u64 = 3;
+/// So many looks may pass before an order is carried out.
+const LATE: u64 = 2;
 /// Who has more than all before needs so much more than it has.
 const BEYOND_PER_MILLE: u64 = 1250;
 /// The share of memory that is left to what no process shows: page tables, stocks of CPUs, the kernel's own.
@@ -74,7 +76,7 @@ pub struct Seen {
     pub id: ProcessId,
     /// The program's name.
     pub program: String,
-    /// Its anonymous memory.
+    /// Its anonymous memory; nothing for one that may not be paused.
     pub memory: Bytes,
     /// CPU time that it has used.
     pub cpu: Nanos,
@@ -144,8 +146,20 @@ pub struct Orders {
     pub capacity: Option<u64>,
     /// How many jobs there are, paused ones included.
     pub jobs: u64,
-    /// Whether somebody grows, or may be about to.
-    pub is_growing: bool,
+    /// How much may change until the next look.
+    pub pace: Pace,
+}
+
+/// How much may change from one look to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pace {
+    /// Nobody grows.
+    #[default]
+    Calm,
+    /// Who grows is known to need no more than what it was given.
+    Steady,
+    /// Nobody knows what they need who grow.
+    Unknown,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +181,9 @@ struct Known {
     looks: u32,
     /// Whether it has been large, or is of a program that has been.
     is_job: bool,
+    memory: Bytes,
+    /// By how much it has grown from one look to the next, the last time.
+    step: Bytes,
     /// When it had grown last, by more than a little.
     grown: (Nanos, Bytes),
 }
@@ -190,6 +207,8 @@ struct Job {
     memory: Bytes,
     projected: Bytes,
     is_flat: bool,
+    /// What it may have grown by before it can be paused.
+    meanwhile: Bytes,
     state: State,
 }
 
@@ -217,7 +236,7 @@ impl Jobs {
         let balance = self.share(look, &jobs, &mut orders);
         self.wake(look, &mut orders);
         orders.told = self.tell(look.now, balance);
-        orders.is_growing = self.is_growing(look);
+        orders.pace = self.pace(look);
         orders
     }
 
@@ -250,6 +269,8 @@ impl Jobs {
             }
             known.looks = known.looks.saturating_add(1);
             known.peak = known.peak.max(seen.memory);
+            known.step = seen.memory.minus(known.memory);
+            known.memory = seen.memory;
             let is_paused = matches!(known.state, State::Paused { .. });
             if is_paused || seen.memory > known.grown.1.per_mille(FLAT_PER_MILLE) {
                 known.grown = (look.now, known.grown.1.max(seen.memory));
@@ -334,6 +355,11 @@ impl Jobs {
                 memory: seen.memory,
                 projected,
                 is_flat,
+                meanwhile: if self.ended.contains_key(&known.program) {
+                    Bytes::ZERO
+                } else {
+                    known.step.scaled(LATE, 1)
+                },
                 state: known.state,
             });
         }
@@ -365,7 +391,7 @@ impl Jobs {
         let mut running = 0_u64;
         let mut typical = Bytes::ZERO;
         for job in jobs {
-            let more = job.projected.minus(job.memory);
+            let more = job.projected.minus(job.memory).plus(job.meanwhile);
             need = need.plus(more);
             typical = typical.max(job.projected);
             let is_pinned = job.state == State::Pinned;
@@ -441,13 +467,19 @@ impl Jobs {
         }
     }
 
-    fn is_growing(&self, look: &Look) -> bool {
+    fn pace(&self, look: &Look) -> Pace {
         let candidates = look.processes.iter().filter(|seen| seen.may_pause);
-        let mut known = candidates.filter_map(|seen| self.known.get(&seen.id));
-        known.any(|known| {
+        let known = candidates.filter_map(|seen| self.known.get(&seen.id));
+        let paces = known.map(|known| {
             let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
-            known.looks < SETTLED || known.is_job && !is_flat
-        })
+            let is_known = self.ended.contains_key(&known.program);
+            match (known.looks < SETTLED || known.is_job && !is_flat, is_known) {
+                (false, _) => Pace::Calm,
+                (true, true) => Pace::Steady,
+                (true, false) => Pace::Unknown,
+            }
+        });
+        paces.max().unwrap_or_default()
     }
 
     fn tell(&mut self, now: Nanos, balance: Balance) -> Option<Balance> {
@@ -473,6 +505,8 @@ impl Known {
             state: State::Runs,
             looks: 0,
             is_job: false,
+            memory: seen.memory,
+            step: Bytes::ZERO,
             grown: (now, seen.memory),
         }
     }

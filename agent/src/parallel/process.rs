@@ -153,11 +153,17 @@ impl Tree {
                 && !is_traced
                 && !process.leads_on_terminal
                 && !NEEDED.contains(&&*process.program);
-            let statm = fs::read_to_string(format!("/proc/{}/statm", process.id.pid)).ok()?;
+            // What others have is not theirs to give up.
+            let memory = if may_pause {
+                let statm = fs::read_to_string(format!("/proc/{}/statm", process.id.pid));
+                parse_statm(&statm.ok()?)?
+            } else {
+                Bytes::ZERO
+            };
             Some(Seen {
                 id: process.id,
                 program: process.program.clone(),
-                memory: parse_statm(&statm)?,
+                memory,
                 cpu: process.cpu,
                 is_stopped: process.state == 'T',
                 may_pause,

@@ -7,7 +7,7 @@ use std::{
 
 use bellows_core::{
     Bytes, CgroupId,
-    parallel::{Jobs, Look, Orders, ProcessId, Resumed, Seen},
+    parallel::{Jobs, Look, Orders, Pace, ProcessId, Resumed, Seen},
 };
 use rustix::process::Signal;
 
@@ -23,14 +23,16 @@ use crate::{
     metrics::METRICS,
 };
 
-/// How often a burst is looked at whose jobs are many for what it may have.
+/// How often a burst is looked at of whose jobs nobody knows what they need.
 const NEAR: Duration = Duration::from_millis(25);
+/// The same while it is known what each of them needs.
+const BETWEEN: Duration = Duration::from_millis(50);
 /// How often any other is.
 const FAR: Duration = Duration::from_millis(100);
 /// Below this share of what it may have nobody is looked at.
 const QUARTER_PER_MILLE: u64 = 250;
 /// How often it is read how much of its usage is page cache.
-const CACHE_INTERVAL: Duration = Duration::from_millis(100);
+const CACHE_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) struct Watched {
     cgroup: Cgroup,
@@ -144,10 +146,11 @@ impl Watched {
         let orders = self.jobs.look(&look);
         self.obey(&orders, &tree, state);
         self.withhold(&orders, &tree, &look.processes, state);
-        Ok(if orders.is_growing || self.is_lending() {
-            NEAR
-        } else {
-            FAR
+        Ok(match orders.pace {
+            Pace::Unknown => NEAR,
+            Pace::Steady => BETWEEN,
+            Pace::Calm if self.is_lending() => BETWEEN,
+            Pace::Calm => FAR,
         })
     }
 

@@ -527,9 +527,8 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
-      parallelism: Elastic
     cpu: {max: 1.5, throttleTarget: 2.5%}
-  - memory: {max: 1073741824}
+  - memory: {max: 1073741824, parallelism: Elastic}
     boosts:
     - on: {start: true}
       cpu: 1800m
@@ -567,7 +566,7 @@ spec:
             floor: Some(Bytes::mib(128)),
             shrink_after: Nanos::millis(90_000),
             order: Order::PatchFirst,
-            parallelism: Parallelism::Elastic,
+            parallelism: Parallelism::Unchanged,
         };
         assert_eq!(named.memory, Some(memory));
         let cpu = CpuRules {
@@ -577,8 +576,8 @@ spec:
         assert_eq!((named.cpu, every.cpu), (Some(cpu), None));
         let memory = every.memory.unwrap();
         assert_eq!(
-            (memory.max, memory.shrink_after),
-            (Bytes::mib(1024), SHRINK_AFTER)
+            (memory.max, memory.shrink_after, memory.parallelism),
+            (Bytes::mib(1024), SHRINK_AFTER, Parallelism::Elastic)
         );
         let [start, exec] = &every.boosts[..] else {
             panic!("{every:?}")

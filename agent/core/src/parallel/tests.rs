@@ -362,8 +362,13 @@ fn who_fits_runs() {
             let known = &jobs.known[&seen.id];
             let same = jobs.known.values().filter(|other| other.is_job);
             let largest = same.map(|other| other.peak).max().unwrap_or_default();
-            jobs.projected(known, seen.memory, largest)
-                .minus(seen.memory)
+            let meanwhile = if jobs.ended.contains_key(&known.program) {
+                Bytes::ZERO
+            } else {
+                known.step.scaled(LATE, 1)
+            };
+            let projected = jobs.projected(known, seen.memory, largest);
+            projected.minus(seen.memory).plus(meanwhile)
         };
         let run = look.processes.iter().filter(|seen| seen.may_pause);
         let run = run.filter(is_job).filter(|seen| !paused.contains(&seen.id));
