@@ -474,6 +474,7 @@ impl Bench {
         // The later, the more tokens are withheld.
         thread::sleep(Duration::from_millis(600 * index));
         stopped = stopped.max(count_stopped(&path));
+        eprintln!("case Killed {index}: {stopped} are paused");
         guard.kill()?;
         let start = Instant::now();
         // What follows is about who goes on, not about who fits.
@@ -483,9 +484,11 @@ impl Bench {
         })?;
         let resumed_ms = u64::try_from(start.elapsed().as_millis())?;
         guard.wait()?;
-        wait("the build's end", Duration::from_secs(DEADLINE_S), || {
+        eprintln!("case Killed {index}: all go on after {resumed_ms} ms");
+        wait("the build's end", Duration::from_secs(60), || {
             Ok(!path.exists())
-        })?;
+        })
+        .with_context(|| standing(&path))?;
         let said = fs::read_to_string(format!("{ROOT}{PLACE}/said"))?;
         let record = Record {
             seed: self.seed,
@@ -515,6 +518,18 @@ fn count_stopped(cgroup: &Path) -> usize {
             .is_some_and(|(_, rest)| rest.starts_with('T'))
     };
     processes.lines().filter(is_stopped).count()
+}
+
+/// What processes are in a cgroup, and what they wait for.
+fn standing(cgroup: &Path) -> String {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let told = processes.lines().map(|pid| {
+        let read =
+            |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let stat: Vec<String> = read("stat").split(' ').take(4).map(str::to_owned).collect();
+        format!("{} in {}", stat.join(" "), read("wchan"))
+    });
+    told.collect::<Vec<String>>().join("; ")
 }
 
 fn tell(record: &Record) {
