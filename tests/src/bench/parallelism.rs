@@ -460,7 +460,7 @@ impl Bench {
                 &max,
                 "--",
             ])
-            .args(in_root(&script))
+            .args(["chroot", ROOT, "sh", "-c", &script])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
