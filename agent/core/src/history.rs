@@ -14,7 +14,7 @@ pub struct History {
     pub peak_demand: Bytes,
     /// Highest demand since the last shrink.
     pub burst_peak: Bytes,
-    /// When demand last rose by more than 1 % above what it was.
+    /// When demand last rose by more than 1 % above what it was, and by more than a twentieth of what the burst had at most.
     pub last_growth: Nanos,
     /// Demand at [`Self::last_growth`].
     pub grown_to: Bytes,
@@ -24,13 +24,21 @@ pub struct History {
     pub demand: Bytes,
 }
 
+/// What is less than this share of a burst is no part of it: after it a shell that polls, or a probe, begins a process every
+/// few moments, and a container that has become small grows by as much as it has each time. A shrink leaves five times as
+/// much room.
+const OF_BURST_PER_MILLE: u64 = 50;
+
 impl History {
     /// Takes in an observation of demand at `now`.
     pub fn observe(&mut self, now: Nanos, demand: Bytes) {
         self.demand = demand;
         self.peak_demand = self.peak_demand.max(demand);
         self.burst_peak = self.burst_peak.max(demand);
-        if demand > self.grown_to.per_mille(1010) {
+        let is_more = demand > self.grown_to.per_mille(1010);
+        let is_of_the_burst =
+            demand.minus(self.grown_to) > self.burst_peak.per_mille(OF_BURST_PER_MILLE);
+        if is_more && is_of_the_burst {
             self.grown_to = demand;
             self.last_growth = now;
         } else if demand < self.grown_to.per_mille(900) {
@@ -73,6 +81,23 @@ mod tests {
             );
         }
         assert_eq!(history.last_growth, Nanos(1));
+    }
+
+    /// Seen: after a build of 1.2 GiB a shell that polled for a file kept the limit raised.
+    #[test]
+    fn what_polls_after_a_burst_is_no_part_of_it() {
+        let mut history = History::default();
+        history.observe(Nanos(1), Bytes::mib(1200));
+        for round in 1..100 {
+            history.observe(Nanos(2 * round), Bytes::mib(1));
+            history.observe(Nanos(2 * round + 1), Bytes::mib(3));
+        }
+        assert_eq!(history.last_growth, Nanos(1));
+        // Slow growth counts in the end.
+        for mib in 3..70 {
+            history.observe(Nanos(1000 + mib), Bytes::mib(mib));
+        }
+        assert_eq!(history.last_growth, Nanos(1062));
     }
 
     #[test]
