@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason};
+use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason, requests::RequestWhy};
 use thiserror::Error;
 
 use crate::{
@@ -56,7 +56,11 @@ pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
 pub fn tell(records: &[Record], pod: &str) -> Result<String, ExplainError> {
     let mut names: BTreeMap<CgroupId, String> = BTreeMap::new();
     for record in records {
-        if let Record::Adopt { cgroup, name, .. } | Record::Observe { cgroup, name, .. } = record {
+        if let Record::Adopt { cgroup, name, .. }
+        | Record::Observe { cgroup, name, .. }
+        | Record::Request { cgroup, name, .. }
+        | Record::Owed { cgroup, name, .. } = record
+        {
             names.insert(*cgroup, name.clone());
         }
     }
@@ -141,6 +145,11 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
             }
             Record::WouldRaise { would, .. } => told_raise(would),
             Record::ObservedKill { kill, .. } => told_kill(kill),
+            Record::Request { from, to, why, .. } => {
+                format!("request from {from} to {to}: {}", told_request(why))
+            }
+            Record::RequestFailed { to, why, .. } => format!("no request of {to}: {why}"),
+            Record::Owed { owed, users, .. } => told_owed(*owed, users),
             Record::Brake { foreign: false, .. } => continue,
             Record::Brake { foreign: true, .. } => {
                 "memory.high is somebody else's: left alone".to_owned()
@@ -163,6 +172,35 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
         );
     }
     text
+}
+
+/// Why a memory request changes.
+#[must_use]
+pub fn told_request(why: &RequestWhy) -> String {
+    match why {
+        RequestWhy::RightSized { peak } => format!("it has used {peak} at most"),
+        RequestWhy::UsesMore { peak } => format!("it uses {peak}"),
+        RequestWhy::Lent { to, short, .. } => {
+            format!("lent to {to}, which is short of {short}")
+        }
+        RequestWhy::GivenBack => "there is room for it again".to_owned(),
+        RequestWhy::NoRoom => "there is no room for what it was".to_owned(),
+        RequestWhy::Unasked => "no policy asks for less".to_owned(),
+    }
+}
+
+/// What a container does not get back.
+#[must_use]
+pub fn told_owed(owed: Bytes, users: &[String]) -> String {
+    if owed == Bytes::ZERO {
+        return "nothing is owed to it any more".to_owned();
+    }
+    let users = if users.is_empty() {
+        "nobody knows whom".to_owned()
+    } else {
+        users.join(", ")
+    };
+    format!("owed {owed}: what it has lent was given back, and since used by {users}")
 }
 
 fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>) -> String {
@@ -228,6 +266,41 @@ mod tests {
         }];
         let told = story(&records, CgroupId(7), "dev/pod/app");
         assert!(told.ends_with(&format!("{expected}\n")), "{told}");
+    }
+
+    #[test]
+    fn tells_what_was_lent_and_what_is_owed() {
+        let cgroup = CgroupId(9);
+        let name = "dev/filler/app".to_owned();
+        let (from, to) = (Bytes::mib(400), Bytes::mib(300));
+        let why = RequestWhy::Lent {
+            to: "dev/db".to_owned(),
+            uid: "u".to_owned(),
+            before: Bytes::mib(64),
+            short: Bytes::mib(100),
+        };
+        let at = Nanos::millis(1000);
+        let records = [
+            Record::Request {
+                at,
+                cgroup,
+                name: name.clone(),
+                from,
+                to,
+                why,
+            },
+            Record::Owed {
+                at: Nanos::millis(3500),
+                cgroup,
+                name,
+                owed: Bytes::mib(100),
+                users: vec!["dev/new".to_owned()],
+            },
+        ];
+        let expected = "dev/filler/app\n\
+            \x20      0.000 s  request from 400 MiB to 300 MiB: lent to dev/db, which is short of 100 MiB\n\
+            \x20      2.500 s  owed 100 MiB: what it has lent was given back, and since used by dev/new\n";
+        assert_eq!(tell(&records, "dev/filler").unwrap(), expected);
     }
 
     #[test]

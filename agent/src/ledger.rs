@@ -21,6 +21,7 @@ use bellows_core::{
     arbiter::Why,
     observe::{Kill, WouldRaise},
     parallel::{Balance, ProcessId, Resumed},
+    requests::RequestWhy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -171,6 +172,45 @@ pub enum Record {
         /// The kill, and what would have become of it.
         kill: Kill,
     },
+    /// The memory request of a container is about to change.
+    Request {
+        /// When.
+        at: Nanos,
+        /// The container's cgroup.
+        cgroup: CgroupId,
+        /// What it is, for people.
+        name: String,
+        /// The request.
+        from: Bytes,
+        /// What it becomes.
+        to: Bytes,
+        /// Why.
+        why: RequestWhy,
+    },
+    /// That could not be.
+    RequestFailed {
+        /// When.
+        at: Nanos,
+        /// The container's cgroup.
+        cgroup: CgroupId,
+        /// What it would have become.
+        to: Bytes,
+        /// Why not.
+        why: String,
+    },
+    /// A container does not get back what it has lent: it is not there any more.
+    Owed {
+        /// When.
+        at: Nanos,
+        /// The container's cgroup.
+        cgroup: CgroupId,
+        /// What it is, for people.
+        name: String,
+        /// How much; nothing when it has got it back.
+        owed: Bytes,
+        /// Pods that came to the node since.
+        users: Vec<String>,
+    },
     /// A cgroup is watched no more.
     Unwatch {
         /// When.
@@ -212,6 +252,9 @@ impl Record {
             | Self::Observe { cgroup, .. }
             | Self::WouldRaise { cgroup, .. }
             | Self::ObservedKill { cgroup, .. }
+            | Self::Request { cgroup, .. }
+            | Self::RequestFailed { cgroup, .. }
+            | Self::Owed { cgroup, .. }
             | Self::Unwatch { cgroup, .. }
             | Self::Forget { cgroup, .. } => *cgroup,
         }
@@ -233,6 +276,9 @@ impl Record {
             | Self::Observe { at, .. }
             | Self::WouldRaise { at, .. }
             | Self::ObservedKill { at, .. }
+            | Self::Request { at, .. }
+            | Self::RequestFailed { at, .. }
+            | Self::Owed { at, .. }
             | Self::Unwatch { at, .. }
             | Self::Forget { at, .. } => *at,
         }

@@ -109,6 +109,9 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
             | Record::Observe { .. }
             | Record::WouldRaise { .. }
             | Record::ObservedKill { .. }
+            | Record::Request { .. }
+            | Record::RequestFailed { .. }
+            | Record::Owed { .. }
             | Record::Unwatch { .. } => {}
         }
     }

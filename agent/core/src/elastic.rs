@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     boost::BoostRules,
+    requests::RequestRules,
     units::{Bytes, Cpu, Nanos},
 };
 
@@ -108,6 +109,8 @@ pub struct MemoryRules {
     pub order: Order,
     /// What becomes of its jobs where there is not memory for all of them at once.
     pub parallelism: Parallelism,
+    /// What its request may become, where there is one; `None` leaves that alone.
+    pub requests: Option<RequestRules>,
 }
 
 /// A container, as far as policies look at it.
@@ -179,6 +182,7 @@ mod tests {
                 shrink_after: Nanos::millis(5000),
                 order: Order::PatchFirst,
                 parallelism: Parallelism::Unchanged,
+                requests: None,
             }),
             cpu: None,
             boosts: Vec::new(),

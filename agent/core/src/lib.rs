@@ -26,6 +26,7 @@ pub mod pod;
 pub mod policy;
 pub mod quantity;
 pub mod reflex;
+pub mod requests;
 pub mod thrash;
 pub mod thresholds;
 pub mod units;

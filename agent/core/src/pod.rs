@@ -9,6 +9,7 @@
 //! This knows nothing of the API's types: the shell converts them, once.
 
 mod cpu;
+mod requests;
 pub mod way;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use crate::{
 };
 
 pub use cpu::{CpuRefusal, CpuWish, CpuWishes, ORIGINAL_CPU, cpu_wishes, starting};
+pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
 
 /// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
 pub const MODE: &str = "bellows.dev/mode";
@@ -63,6 +65,17 @@ pub enum Level {
     Container(usize),
 }
 
+/// A resize that the kubelet does not carry out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutOff {
+    /// Whether it never will (Infeasible), rather than when there is room (Deferred).
+    pub is_infeasible: bool,
+    /// Why, in its own words.
+    pub message: String,
+    /// Whether it speaks of what the spec says now.
+    pub is_current: bool,
+}
+
 /// A container as its pod's spec and status have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
@@ -86,6 +99,10 @@ pub struct Container {
     pub restarts_on_cpu_resize: bool,
     /// `resources.requests.memory` as written: no limit may be below it.
     pub memory_request: Option<String>,
+    /// The field manager that has set it to what it is.
+    pub request_manager: Option<String>,
+    /// What the kubelet has allotted to it (`allocatedResources`, 1.33 and later), while it runs.
+    pub allotted: Option<String>,
     /// The field manager that has set it to what it is; `None` where the API does not say.
     pub limit_manager: Option<String>,
     /// Whether `resizePolicy` restarts it when memory changes.
@@ -117,11 +134,17 @@ pub struct Pod {
     pub memory_limit: Option<String>,
     /// The field manager that has set it to what it is.
     pub limit_manager: Option<String>,
+    /// Whether it has a memory request of its own (`spec.resources.requests.memory`): those of its containers do not count.
+    pub has_memory_request: bool,
     /// Whether it has a CPU limit of its own (`spec.resources.limits.cpu`).
     pub has_cpu_limit: bool,
     /// Whether the kubelet says that there is no room for what the spec says (PodResizePending; before 1.33
     /// `status.resize`, which is Deferred or Infeasible).
     pub is_resize_pending: bool,
+    /// Whether that may pass (Deferred) or cannot be (Infeasible), and its message.
+    pub put_off: Option<PutOff>,
+    /// What a scheduler counts of its memory; nothing once it has ended.
+    pub requested: Bytes,
     /// Whether it is about to carry that out, or tries to (PodResizeInProgress; before 1.33 Proposed or InProgress).
     pub is_resize_in_progress: bool,
     /// Its priority (`spec.priority`), 0 without one.
@@ -531,11 +554,16 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
 /// The least limit that a container may have: no less than its request, nor the same, which might make another QoS class
 /// of the pod's.
 fn least(pod: &Pod, level: Level) -> Bytes {
-    let request = match level {
-        Level::Pod => None,
-        Level::Container(index) => pod.containers[index].memory_request.as_ref(),
+    let Level::Container(index) = level else {
+        return Bytes::ZERO;
     };
-    let request = request.and_then(|request| quantity::parse(request).ok());
+    let container = &pod.containers[index];
+    // One that was lowered comes back.
+    let original = requests::recorded(pod, &container.name);
+    let request = [container.memory_request.as_deref(), original];
+    let request = request.into_iter().flatten();
+    let request = request.filter_map(|request| quantity::parse(request).ok());
+    let request = request.max();
     request.map_or(Bytes::ZERO, |request| request.plus(Bytes::mib(1)))
 }
 

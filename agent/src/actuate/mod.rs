@@ -13,6 +13,7 @@ pub mod pod_cgroup;
 pub mod pod_cpu;
 mod quota;
 pub mod reflex;
+pub mod requests;
 pub mod resize;
 pub mod shrink;
 pub mod targets;

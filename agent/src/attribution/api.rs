@@ -22,9 +22,12 @@ pub struct Pod {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Spec {
     #[serde(default)]
     pub(super) containers: Vec<Container>,
+    pub(super) init_containers: Option<Vec<InitContainer>>,
+    pub(super) overhead: Option<BTreeMap<String, Quantity>>,
     pub(super) resources: Option<Resources>,
     pub(super) priority: Option<i32>,
 }
@@ -38,6 +41,14 @@ pub(super) struct Container {
     pub(super) liveness_probe: Option<Probe>,
     pub(super) startup_probe: Option<Probe>,
     pub(super) readiness_probe: Option<serde::de::IgnoredAny>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct InitContainer {
+    pub(super) resources: Option<Resources>,
+    /// `Always` for one that runs beside the others.
+    pub(super) restart_policy: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -56,7 +67,7 @@ pub(super) enum Quantity {
 }
 
 impl Quantity {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
             Self::Number(number) => number.to_string(),
@@ -110,10 +121,14 @@ pub(super) struct Status {
 }
 
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Condition {
     #[serde(rename = "type")]
     pub(super) kind: String,
     pub(super) status: String,
+    pub(super) reason: Option<String>,
+    pub(super) message: Option<String>,
+    pub(super) observed_generation: Option<i64>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -126,6 +141,7 @@ pub(super) struct ContainerStatus {
     pub(super) ready: Option<bool>,
     /// Whatever they are.
     pub(super) resources: Option<serde::de::IgnoredAny>,
+    pub(super) allocated_resources: Option<BTreeMap<String, Quantity>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -1,9 +1,10 @@
 //! The API's pods as core's: converted here, once, so that the API's types go no further.
 
 use bellows_core::{
-    Nanos,
+    Bytes, Nanos,
     patience::{Probe, ProbeKind},
-    pod::{Container, Level, MANAGER, Pod, QosClass, WHOLE_POD},
+    pod::{Container, Level, MANAGER, Pod, PutOff, QosClass, WHOLE_POD},
+    quantity,
 };
 use kube::ResourceExt as _;
 use serde_json::json;
@@ -54,12 +55,17 @@ pub fn convert(pod: &api::Pod) -> Pod {
                 .resources
                 .as_ref()
                 .and_then(api::Resources::memory_request),
+            request_manager: manager_of(pod, &container.name, ["f:requests", "f:memory"]),
+            allotted: running.and_then(|status| {
+                let allotted = status.allocated_resources.as_ref()?.get("memory")?;
+                Some(allotted.text())
+            }),
             limit_manager: limit_manager(pod, &container.name),
             cpu_limit: container
                 .resources
                 .as_ref()
                 .and_then(api::Resources::cpu_limit),
-            cpu_limit_manager: manager_of(pod, &container.name, "f:cpu"),
+            cpu_limit_manager: manager_of(pod, &container.name, ["f:limits", "f:cpu"]),
             restarts_on_resize: restarts_on("memory"),
             restarts_on_cpu_resize: restarts_on("cpu"),
             probes: [&container.liveness_probe, &container.startup_probe]
@@ -94,6 +100,11 @@ pub fn convert(pod: &api::Pod) -> Pod {
         containers: containers.collect(),
         memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),
+        has_memory_request: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.resources.as_ref()?.memory_request())
+            .is_some(),
         has_cpu_limit: pod
             .spec
             .as_ref()
@@ -103,6 +114,8 @@ pub fn convert(pod: &api::Pod) -> Pod {
             || matches!(resize, Some("Deferred" | "Infeasible")),
         is_resize_in_progress: has_condition("PodResizeInProgress")
             || matches!(resize, Some("Proposed" | "InProgress")),
+        put_off: put_off(pod),
+        requested: if ended { Bytes::ZERO } else { requested(pod) },
         priority: pod
             .spec
             .as_ref()
@@ -111,6 +124,53 @@ pub fn convert(pod: &api::Pod) -> Pod {
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }
+}
+
+/// What a scheduler counts of a pod's memory (`PodRequests`, k8s.io/component-helpers/resource/helpers.go). What does not
+/// parse counts as nothing.
+fn requested(pod: &api::Pod) -> Bytes {
+    let Some(spec) = &pod.spec else {
+        return Bytes::ZERO;
+    };
+    let size = |text: Option<String>| {
+        let size = text.and_then(|text| quantity::parse(&text).ok());
+        size.unwrap_or_default()
+    };
+    let of = |resources: &Option<api::Resources>| {
+        size(resources.as_ref().and_then(api::Resources::memory_request))
+    };
+    let (mut beside, mut most) = (Bytes::ZERO, Bytes::ZERO);
+    for container in spec.init_containers.iter().flatten() {
+        let own = of(&container.resources);
+        most = most.max(beside.plus(own));
+        if container.restart_policy.as_deref() == Some("Always") {
+            beside = beside.plus(own);
+        }
+    }
+    let containers = spec.containers.iter();
+    let together = containers.fold(beside, |sum, container| sum.plus(of(&container.resources)));
+    let whole = spec
+        .resources
+        .as_ref()
+        .and_then(api::Resources::memory_request);
+    let requested = whole.map_or(together.max(most), |whole| size(Some(whole)));
+    let overhead = spec.overhead.as_ref();
+    let overhead = overhead.and_then(|overhead| Some(overhead.get("memory")?.text()));
+    requested.plus(size(overhead))
+}
+
+/// What the kubelet says of a resize that it does not carry out.
+fn put_off(pod: &api::Pod) -> Option<PutOff> {
+    let mut conditions = pod.status.as_ref()?.conditions.iter().flatten();
+    let pending = conditions
+        .find(|condition| condition.kind == "PodResizePending" && condition.status == "True")?;
+    // Without the number (before 1.34) it is not known to be older.
+    let said = pending.observed_generation.or(pod.metadata.generation);
+    Some(PutOff {
+        is_infeasible: pending.reason.as_deref() == Some("Infeasible"),
+        message: pending.message.clone().unwrap_or_default(),
+        is_current: said == pod.metadata.generation,
+    })
 }
 
 /// The memory limit in the spec, as it was written.
@@ -136,7 +196,8 @@ pub fn cpu_limit_at(pod: &api::Pod, index: usize) -> Option<String> {
 pub fn cpu_limit_is_ours(pod: &api::Pod, index: usize) -> bool {
     let containers = pod.spec.as_ref().map(|spec| &spec.containers);
     let container = containers.and_then(|containers| containers.get(index));
-    let manager = container.and_then(|container| manager_of(pod, &container.name, "f:cpu"));
+    let manager =
+        container.and_then(|container| manager_of(pod, &container.name, ["f:limits", "f:cpu"]));
     manager.as_deref() == Some(MANAGER)
 }
 
@@ -165,22 +226,22 @@ fn probe(probe: &api::Probe) -> Probe {
 /// value. Ours comes first where several have set the same one.
 #[must_use]
 pub fn limit_manager(pod: &api::Pod, container: &str) -> Option<String> {
-    manager_of(pod, container, "f:memory")
+    manager_of(pod, container, ["f:limits", "f:memory"])
 }
 
-/// The same of a limit of any resource, as managed fields name it.
-fn manager_of(pod: &api::Pod, container: &str, resource: &str) -> Option<String> {
+/// The same of a limit or request of any resource, as managed fields name them.
+fn manager_of(pod: &api::Pod, container: &str, [kind, resource]: [&str; 2]) -> Option<String> {
     let key = format!("k:{}", json!({ "name": container }));
     let of_container = [
         "f:spec",
         "f:containers",
         &key,
         "f:resources",
-        "f:limits",
+        kind,
         resource,
     ];
     let path = if container == WHOLE_POD {
-        &["f:spec", "f:resources", "f:limits", resource][..]
+        &["f:spec", "f:resources", kind, resource][..]
     } else {
         &of_container
     };
@@ -230,8 +291,13 @@ mod tests {
         let pod: api::Pod = serde_json::from_value(json!({
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": { "name": "web", "namespace": "dev", "uid": "0f8c", "annotations": null },
+            "metadata": { "name": "web", "namespace": "dev", "uid": "0f8c", "annotations": null, "generation": 2 },
             "spec": {
+                "overhead": { "memory": "1Mi", "cpu": "1m" },
+                "initContainers": [
+                    { "name": "proxy", "restartPolicy": "Always", "resources": { "requests": { "memory": "8Mi" } } },
+                    { "name": "once", "resources": { "requests": { "memory": "16Mi" } } },
+                ],
                 "volumes": [{ "name": "token", "projected": { "sources": [{}] } }],
                 "resources": { "limits": { "memory": "2Gi", "cpu": 2 } },
                 "containers": [{
@@ -247,9 +313,15 @@ mod tests {
             "status": {
                 "phase": "Running",
                 "qosClass": "Burstable",
-                "conditions": [{ "type": "PodResizePending", "status": "True", "reason": "Deferred" }],
+                "conditions": [{
+                    "type": "PodResizePending", "status": "True", "reason": "Deferred",
+                    "message": "no room", "observedGeneration": 2,
+                }],
                 "containerStatuses": [
-                    { "name": "app", "containerID": "containerd://abc", "state": { "running": { "startedAt": null } } },
+                    {
+                        "name": "app", "containerID": "containerd://abc", "state": { "running": { "startedAt": null } },
+                        "allocatedResources": { "cpu": "10m", "memory": "24Mi" },
+                    },
                     { "name": "side", "containerID": "containerd://def", "state": { "waiting": {} } },
                 ],
             },
@@ -257,13 +329,21 @@ mod tests {
         .unwrap();
         let seen = convert(&pod);
         assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
+        assert_eq!(seen.requested, Bytes::mib(32 + 8 + 1));
         assert_eq!((seen.qos, seen.ending), (QosClass::Burstable, false));
         assert!(seen.is_resize_pending);
+        let put_off = PutOff {
+            is_infeasible: false,
+            message: "no room".to_owned(),
+            is_current: true,
+        };
+        assert_eq!(seen.put_off, Some(put_off));
         let [app, side] = &seen.containers[..] else {
             panic!("{seen:?}")
         };
         assert_eq!(app.memory_limit.as_deref(), Some("67108864"));
         assert_eq!(app.memory_request.as_deref(), Some("32Mi"));
+        assert_eq!(app.allotted.as_deref(), Some("24Mi"));
         assert_eq!(app.id.as_deref(), Some("abc"));
         assert!(app.restarts_on_resize);
         assert!(!app.reports_resources && !seen.is_resize_in_progress);

@@ -375,6 +375,16 @@ impl Cgroup {
         })
     }
 
+    /// Usage without the page cache that is given back first: what the kubelet evicts by.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when it cannot be read.
+    pub fn working_set(&self) -> Result<Bytes, CgroupError> {
+        let inactive = field(&self.read("memory.stat")?, "inactive_file");
+        Ok(self.usage()?.minus(Bytes(inactive.unwrap_or(0))))
+    }
+
     /// File pages that were read again after they had been reclaimed, since the cgroup was made.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //! what to write instead, and whoever has a good one already keeps it.
 
 mod boosts;
+mod requests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,6 +47,12 @@ A policy:
         shrinkAfter: 5s    # 5s, if left out
         order: PatchFirst  # or RaiseFirst: raised on the node, and the Kubernetes API asked right after
         parallelism: Elastic # some jobs wait where there is not memory for all; Unchanged, if left out
+        requests:            # what its memory request may become, in Kubernetes; left alone, if left out
+          rightSize: false   # down to what was used, so that pending pods fit
+          makeRoom: true     # down when the resize of a pod of higher priority finds no room, and back later
+          floor: 64Mi        # never below this
+          margin: 25%        # what it keeps beyond what is used; 25%, if left out
+          observe: 1h        # for how long it is watched before rightSize; 1h, if left out
       cpu:
         max: 2             # never more than this, but for boosts; 500m is half a CPU
         throttleTarget: 0% # the share of periods that may be throttled; none, if left out
@@ -227,11 +234,18 @@ fn allowed(rules: &ContainerRules) -> String {
         };
         format!("memory up to {max}{floor}{wait}")
     });
+    let requests = rules.memory.and_then(|memory| memory.requests);
+    let requests = requests.as_ref().map(requests::told);
     let cpu = rules
         .cpu
         .map(|CpuRules { max, .. }| format!("CPU up to {max}"));
     let boosts = rules.boosts.iter().map(boosts::told);
-    let allowed: Vec<String> = memory.into_iter().chain(cpu).chain(boosts).collect();
+    let allowed: Vec<String> = memory
+        .into_iter()
+        .chain(requests)
+        .chain(cpu)
+        .chain(boosts)
+        .collect();
     if allowed.is_empty() {
         "left alone".to_owned()
     } else {
@@ -341,6 +355,7 @@ struct Memory {
     order: Order,
     #[serde(default)]
     parallelism: Parallelism,
+    requests: Option<requests::Requests>,
 }
 
 impl Document {
@@ -431,6 +446,11 @@ impl Memory {
                 .map_or(Ok(SHRINK_AFTER), duration)?,
             order: self.order,
             parallelism: self.parallelism,
+            requests: self
+                .requests
+                .as_ref()
+                .map(requests::Requests::checked)
+                .transpose()?,
         })
     }
 }
@@ -508,7 +528,10 @@ fn duration(text: &Spanned<String>) -> Result<Nanos, Problem> {
 mod tests {
     use super::*;
 
-    use bellows_core::boost::{Program, Ready, Trigger, Until};
+    use bellows_core::{
+        boost::{Program, Ready, Trigger, Until},
+        requests::RequestRules,
+    };
 
     const GOOD: &str = "\
 apiVersion: bellows.dev/v1alpha1
@@ -527,6 +550,7 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
+      requests: {makeRoom: true, floor: 64Mi, margin: 10%}
     cpu: {max: 1.5, throttleTarget: 2.5%}
   - memory: {max: 1073741824, parallelism: Elastic}
     boosts:
@@ -567,6 +591,13 @@ spec:
             shrink_after: Nanos::millis(90_000),
             order: Order::PatchFirst,
             parallelism: Parallelism::Unchanged,
+            requests: Some(RequestRules {
+                right_size: false,
+                make_room: true,
+                floor: Bytes::mib(64),
+                margin_per_mille: 100,
+                observe: Nanos::millis(3_600_000),
+            }),
         };
         assert_eq!(named.memory, Some(memory));
         let cpu = CpuRules {
@@ -613,7 +644,7 @@ spec:
         let policies = parse(&text).unwrap();
         assert_eq!(
             told(&policies),
-            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice; request down for pods of higher priority, 64 MiB at least; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
         );
     }
 
@@ -626,7 +657,7 @@ spec:
         assert_eq!(policies.len(), 2);
         assert_eq!(policies[1].mode, Mode::Observe);
         let problem = parse(&format!("{GOOD}---\n{GOOD}")).unwrap_err();
-        assert_eq!(problem.line, 30);
+        assert_eq!(problem.line, 31);
         assert!(problem.what.contains("second policy"), "{problem}");
     }
 
@@ -659,38 +690,43 @@ spec:
                 16,
                 "from 1s to 24h",
             ),
-            ("max: 1.5", "max: 1.5x", 17, "such as 2 or 250m"),
-            ("max: 1.5", "max: 1m", 17, "at least 10m"),
-            ("2.5%", "2.5", 17, "such as 5%"),
-            ("2.5%", "60%", 17, "0% to 50%"),
-            ("2.5%", "0.05%", 17, "0% to 50%"),
+            ("max: 1.5", "max: 1.5x", 18, "such as 2 or 250m"),
+            ("max: 1.5", "max: 1m", 18, "at least 10m"),
+            ("2.5%", "2.5", 18, "such as 5%"),
+            ("2.5%", "60%", 18, "0% to 50%"),
+            ("2.5%", "0.05%", 18, "0% to 50%"),
             (
                 "throttleTarget",
                 "throttledTarget",
-                17,
+                18,
                 "did you mean `throttleTarget`",
             ),
             ("v1alpha1", "v1", 1, "write bellows.dev/v1alpha1"),
             ("kind: ElasticPolicy", "kind: Pod", 2, "write ElasticPolicy"),
             ("name: workspaces", "name: ''", 4, "needs a name"),
-            ("{start: true}", "{}", 20, "write `start: true`"),
-            ("start: true", "start: true, exec: x", 20, "two triggers"),
-            ("start: true", "start: true, arguments: [x]", 20, "`exec`"),
-            ("cpu: 1800m", "cpu: 1m", 21, "at least 10m"),
-            ("cpu: 1800m", "cpus: 2", 21, "did you mean `cpu`"),
-            ("      cpu: 1800m\n", "", 20, "a boost of nothing"),
-            ("idle: 7s", "exit: true", 22, "a start has no `exit`"),
-            ("idle: 7s", "idle: 7", 22, "such as 5s"),
-            ("port: 80,", "port: 0,", 22, "no port 0"),
-            ("port: 80,", "port: 70000,", 22, "check --help"),
-            ("path: /ok", "path: ok", 22, "such as /healthz"),
-            ("path: /ok", "path: '/o k'", 22, "such as /healthz"),
-            ("exec: java", "exec: bin/", 23, "no program"),
-            ("atMost: 1h", "atMost: 25h", 25, "from 1s to 24h"),
+            ("{start: true}", "{}", 21, "write `start: true`"),
+            ("start: true", "start: true, exec: x", 21, "two triggers"),
+            ("start: true", "start: true, arguments: [x]", 21, "`exec`"),
+            ("cpu: 1800m", "cpu: 1m", 22, "at least 10m"),
+            ("cpu: 1800m", "cpus: 2", 22, "did you mean `cpu`"),
+            ("      cpu: 1800m\n", "", 21, "a boost of nothing"),
+            ("idle: 7s", "exit: true", 23, "a start has no `exit`"),
+            ("idle: 7s", "idle: 7", 23, "such as 5s"),
+            ("port: 80,", "port: 0,", 23, "no port 0"),
+            ("port: 80,", "port: 70000,", 23, "check --help"),
+            ("path: /ok", "path: ok", 23, "such as /healthz"),
+            ("path: /ok", "path: '/o k'", 23, "such as /healthz"),
+            ("exec: java", "exec: bin/", 24, "no program"),
+            ("atMost: 1h", "atMost: 25h", 26, "from 1s to 24h"),
+            ("floor: 64Mi", "floor: 64", 17, "too small"),
+            ("makeRoom: true", "makeRoom: false", 17, "neither"),
+            ("makeRoom", "makeroom", 17, "did you mean `makeRoom`"),
+            ("margin: 10%", "margin: 10Mi", 17, "such as 25%"),
+            ("margin: 10%", "margin: 500%", 17, "0% to 400%"),
             (
                 "- memory:",
                 "- name: ide\n    memory:",
-                18,
+                19,
                 "only the first",
             ),
         ] {

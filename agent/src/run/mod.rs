@@ -44,7 +44,8 @@ pub use restore::restore;
 
 use crate::{
     actuate::{
-        pod::PodRecords, pod_cpu::CpuResizer, reflex::Reflex, resize::Resizer, update::Updater,
+        pod::PodRecords, pod_cpu::CpuResizer, reflex::Reflex, requests::RequestResizer,
+        resize::Resizer, update::Updater,
     },
     attribution::CGROUP_ROOT,
     cri::{self, Runtime, RuntimeError},
@@ -315,6 +316,7 @@ impl Fast {
             resizer: resizer.clone(),
         };
         let context = pods::Context {
+            requests: RequestResizer::new(client.clone(), resizer.clone()),
             client,
             node: node.to_owned(),
             inputs: inputs.clone(),

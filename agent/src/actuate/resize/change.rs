@@ -4,10 +4,11 @@ use bellows_core::pod::{Level, MANAGER};
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
 use kube::api::{Patch, PatchParams};
 
-/// A change of one limit.
+/// A change of one limit or request.
 #[derive(Clone, Debug)]
 pub struct Change {
-    resource: &'static str,
+    /// Where among the resources it stands.
+    place: [&'static str; 2],
     level: Level,
     from: String,
     pub(super) to: String,
@@ -18,8 +19,19 @@ impl Change {
     #[must_use]
     pub const fn memory(level: Level, from: String, to: String) -> Self {
         Self {
-            resource: "memory",
+            place: ["limits", "memory"],
             level,
+            from,
+            to,
+        }
+    }
+
+    /// The same of a container's memory request.
+    #[must_use]
+    pub const fn memory_request(index: usize, from: String, to: String) -> Self {
+        Self {
+            place: ["requests", "memory"],
+            level: Level::Container(index),
             from,
             to,
         }
@@ -29,7 +41,7 @@ impl Change {
     #[must_use]
     pub const fn cpu(level: Level, from: String, to: String) -> Self {
         Self {
-            resource: "cpu",
+            place: ["limits", "cpu"],
             level,
             from,
             to,
@@ -46,7 +58,7 @@ pub fn parameters() -> PatchParams {
     }
 }
 
-/// Replaces limits of a pod if each is still what it was.
+/// Replaces limits and requests of a pod if each is still what it was.
 #[must_use]
 pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
     let test = |path, value: &str| {
@@ -57,13 +69,13 @@ pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
     };
     let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
     for Change {
-        resource,
+        place: [kind, resource],
         level,
         from,
         to,
     } in changes
     {
-        let limit = ["resources", "limits", *resource];
+        let limit = ["resources", *kind, *resource];
         let path = match level {
             Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
             Level::Container(index) => {
@@ -93,6 +105,7 @@ mod tests {
             change(Level::Container(1), "64Mi", "512Mi"),
             change(Level::Pod, "1Gi", "2Gi"),
             Change::cpu(level, "250m".to_owned(), "2".to_owned()),
+            Change::memory_request(0, "32Mi".to_owned(), "8Mi".to_owned()),
         ];
         let Patch::Json(patch) = limits_patch("0f8c", &changes) else {
             panic!("no JSON patch")
@@ -100,6 +113,7 @@ mod tests {
         let container = "/spec/containers/1/resources/limits/memory";
         let pod = "/spec/resources/limits/memory";
         let cpu = "/spec/containers/0/resources/limits/cpu";
+        let request = "/spec/containers/0/resources/requests/memory";
         let expected = serde_json::json!([
             { "op": "test", "path": "/metadata/uid", "value": "0f8c" },
             { "op": "test", "path": container, "value": "64Mi" },
@@ -108,6 +122,8 @@ mod tests {
             { "op": "replace", "path": pod, "value": "2Gi" },
             { "op": "test", "path": cpu, "value": "250m" },
             { "op": "replace", "path": cpu, "value": "2" },
+            { "op": "test", "path": request, "value": "32Mi" },
+            { "op": "replace", "path": request, "value": "8Mi" },
         ]);
         assert_eq!(serde_json::to_value(patch).unwrap(), expected);
     }

@@ -209,6 +209,7 @@ impl Watch {
             shrink_after: AT_ONCE,
             order: Order::PatchFirst,
             parallelism: Parallelism::Unchanged,
+            requests: None,
         });
         if memory.order == Order::RaiseFirst {
             let why = "memory.order RaiseFirst is for pods of Kubernetes: leave it out";

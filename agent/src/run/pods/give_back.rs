@@ -197,6 +197,22 @@ impl Leaving {
                     );
                 }
             }
+            // Where there is no room the kubelet puts it off, and gives it back as soon as there is.
+            for wish in pod::request_wishes(&seen, &[]).into_values().flatten() {
+                found += 1;
+                let (from, to) = (wish.request_text, wish.original_text);
+                let level = Level::Container(wish.index);
+                let change = Change::memory_request(wish.index, from, to);
+                let (client, ways) = (&self.client, self.movers.resizer.ways());
+                if let Err(why) = changed_back(client, ways, &seen, level, change).await {
+                    tracing::warn!(
+                        pod.namespace = seen.namespace,
+                        pod.name = seen.name,
+                        why,
+                        "a memory request is not given back yet"
+                    );
+                }
+            }
         }
         Ok(found)
     }

@@ -10,6 +10,7 @@ mod cpu;
 mod give_back;
 mod one;
 mod policies;
+mod requests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -49,6 +50,7 @@ use crate::{
     actuate::{
         containers::Owner as _,
         pod_cpu::{CpuResizer, CpuTarget},
+        requests::RequestResizer,
         resize::{Observed, Order, Resizer, Target},
     },
     attribution::{self, api::Pod, pods::convert},
@@ -57,6 +59,7 @@ use crate::{
 };
 use cpu::{Begun, KnownCpu};
 use policies::Policies;
+use requests::Requests;
 
 /// What the watch needs.
 pub(super) struct Context {
@@ -66,6 +69,7 @@ pub(super) struct Context {
     pub(super) resizer: Resizer,
     pub(super) online_cpus: u64,
     pub(super) cpus: CpuResizer,
+    pub(super) requests: RequestResizer,
     pub(super) quotas: Quotas,
     /// Paths of cgroups as they are made.
     pub(super) made: Receiver<String>,
@@ -119,6 +123,7 @@ pub(super) async fn watch(context: Context) {
     let config = watcher::Config::default();
     let mut rules = pin!(watcher(policies::api(&context.client), config).default_backoff());
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
+    let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
         context,
@@ -138,11 +143,14 @@ pub(super) async fn watch(context: Context) {
         starting: BTreeMap::new(),
         cpus: BTreeMap::new(),
         cpu_refused: BTreeMap::new(),
+        requests: Requests::new(changed),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);
     // Not polled while there is nothing to try again: a quiet node is not woken for it.
     retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sample = tokio::time::interval(requests::SAMPLE);
+    sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let event = tokio::select! {
             // In this order: who was killed must be told before its pod is gone.
@@ -159,6 +167,11 @@ pub(super) async fn watch(context: Context) {
                 watch.made(&path);
                 continue;
             }
+            Some(changed) = requests_changed.recv() => {
+                watch.request_changed(changed);
+                watch.step_requests();
+                continue;
+            }
             event = rules.try_next() => {
                 if watch.policies.take(event, &watch.events) {
                     watch.apply_all().await;
@@ -166,6 +179,11 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             event = pods.try_next() => event,
+            _ = sample.tick(), if watch.requests.is_any() => {
+                watch.requests.sample();
+                watch.step_requests();
+                continue;
+            }
             _ = retry.tick(), if watch.is_anything_left() => {
                 watch.retry().await;
                 watch.lower_left();
@@ -186,7 +204,10 @@ pub(super) async fn watch(context: Context) {
                 watch.is_listed = true;
             }
             Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
-            Ok(Some(watcher::Event::Delete(pod))) => watch.forget(&pod.uid().unwrap_or_default()),
+            Ok(Some(watcher::Event::Delete(pod))) => {
+                watch.forget(&pod.uid().unwrap_or_default());
+                watch.step_requests();
+            }
             Ok(None) => return,
             Err(error) => tracing::warn!(%error, "the pod watch is interrupted"),
         }
@@ -221,6 +242,7 @@ struct Watch {
     cpus: BTreeMap<Key, KnownCpu>,
     /// Why a container does not get what a policy says of CPU, as it was told.
     cpu_refused: BTreeMap<Key, String>,
+    requests: Requests,
     /// Whether this node's pods were listed: until then whom they are for is not known.
     is_listed: bool,
 }
@@ -373,7 +395,9 @@ impl Watch {
         if self.policies.are_known(&seen.namespace) && !self.context.only_observes {
             self.follow_cpu(&pod, &mut seen).await;
         }
+        self.follow_requests(&pod, &mut seen).await;
         self.pods.insert(uid, pod);
+        self.step_requests();
     }
 
     /// A pod as the API has it, with what was written onto it since.
@@ -509,6 +533,7 @@ impl Watch {
             self.known.remove(&key);
         }
         self.watched.retain(|_, watched| watched.key.0 != uid);
+        self.requests.forget_pod(uid);
         self.originals.retain(|(own, _, _), _| own != uid);
         self.orders.remove(uid);
         self.pods.remove(uid);

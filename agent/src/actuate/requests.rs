@@ -1,0 +1,153 @@
+//! Changing a container's memory request through the API: the `resize` subresource, as with limits, and in the same order of a
+//! pod's requests.
+//!
+//! Each patch carries what was raised by hand of memory in the same pod: with any resize the kubelet sets all of a
+//! container's limits to what the spec says. It changes no limit otherwise, so nobody is killed for it.
+//!
+//! It must not lower a request before what it was is recorded on the pod.
+
+use bellows_core::{
+    bucket::Urgency,
+    pod::way::{Way, Whose},
+};
+use kube::{Api, Client};
+use tokio::time::timeout;
+
+use super::resize::{
+    Change, Order, Probed, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch, parameters,
+};
+use crate::attribution::api::Pod;
+
+/// A change of one request.
+#[derive(Clone, Debug)]
+pub struct RequestChange {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub name: String,
+    /// Its uid: another may have its name.
+    pub uid: String,
+    /// The container's index in the spec.
+    pub index: usize,
+    /// The request in the spec, as written.
+    pub from: String,
+    /// What it becomes.
+    pub to: String,
+    /// One request of a pod at a time.
+    pub order: Order,
+    /// Whether somebody waits for it.
+    pub urgency: Urgency,
+}
+
+/// Why a request is not what it should be.
+#[derive(Debug)]
+pub struct NotChanged {
+    /// In the API's words.
+    pub why: String,
+    /// Whether it may be another time; else it was refused as such (a quota, a LimitRange, a right that is missing).
+    pub is_passing: bool,
+}
+
+/// Tells the API of requests; clones share what they know.
+#[derive(Clone)]
+pub struct RequestResizer {
+    client: Client,
+    memory: Resizer,
+}
+
+impl std::fmt::Debug for RequestResizer {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("RequestResizer")
+            .finish_non_exhaustive()
+    }
+}
+
+impl RequestResizer {
+    /// One for a node's pods, beside what resizes their memory limits.
+    #[must_use]
+    pub const fn new(client: Client, memory: Resizer) -> Self {
+        Self { client, memory }
+    }
+
+    /// Changes a request if it is still what it was.
+    ///
+    /// # Errors
+    ///
+    /// [`NotChanged`]; after an uncertain answer it may still come.
+    pub async fn change(&self, change: RequestChange) -> Result<(), NotChanged> {
+        let RequestChange {
+            namespace,
+            name,
+            uid,
+            index,
+            from,
+            to,
+            order,
+            urgency,
+        } = change;
+        let own = Change::memory_request(index, from, to);
+        self.is_resized(&namespace, &name, &uid, own.clone())
+            .await?;
+        self.memory.may_ask(urgency).await;
+        let _turn = order.lock().await;
+        let begun = self.memory.begins_in(&uid, None);
+        let by_hand = self.memory.by_hand_in(&uid, |_| false);
+        let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
+        let (parameters, patch) = (parameters(), limits_patch(&uid, &changes));
+        let patched = pods.patch_resize(&name, &parameters, &patch);
+        let patched = timeout(RESIZE_TIMEOUT, patched).await;
+        let is_uncertain = is_uncertain(&patched);
+        counted(&patched);
+        if let Ok(Ok(patched)) = &patched {
+            self.memory.is_taken_in(&uid, patched);
+        }
+        self.memory.ends_in(begun, is_uncertain);
+        match patched {
+            Ok(Ok(_patched)) => Ok(()),
+            Ok(Err(error)) => {
+                let is_refused = matches!(&error, kube::Error::Api(status) if status.code == 403);
+                Err(NotChanged {
+                    why: error.to_string(),
+                    is_passing: !is_refused,
+                })
+            }
+            Err(_elapsed) => Err(NotChanged {
+                why: format!("no answer within {} s", RESIZE_TIMEOUT.as_secs()),
+                is_passing: true,
+            }),
+        }
+    }
+
+    /// Whether the cluster resizes through `pods/resize`. Where limits are moved on the node, the kubelet would set what the
+    /// spec says of them with any resize, and kill.
+    async fn is_resized(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        change: Change,
+    ) -> Result<(), NotChanged> {
+        let probed = Probed {
+            namespace,
+            name,
+            uid,
+            whose: Whose::Container,
+            is_reported: true,
+            change,
+        };
+        match self.memory.ways().of(&probed).await {
+            Ok(Way::Resize) => Ok(()),
+            Ok(Way::Patch | Way::Node) => Err(NotChanged {
+                why: "this Kubernetes does not resize in both directions (1.34 and later do): leave `memory.requests` out"
+                    .to_owned(),
+                is_passing: false,
+            }),
+            Err(why) => Err(NotChanged {
+                why,
+                is_passing: true,
+            }),
+        }
+    }
+}
