@@ -218,6 +218,44 @@ impl Cluster {
         Ok(())
     }
 
+    /// Changes the memory request of its container, as anybody might.
+    pub(crate) fn request(&self, name: &str, request: Bytes) -> Result<()> {
+        let requests = json!({ "memory": quantity::format(request) });
+        let container = json!({ "name": CONTAINER, "resources": { "requests": requests } });
+        let patch = Patch::Strategic(json!({ "spec": { "containers": [container] } }));
+        let parameters = PatchParams::default();
+        self.runtime
+            .block_on(self.pods.patch_resize(name, &parameters, &patch))?;
+        Ok(())
+    }
+
+    /// The pods with this value of the label `app`.
+    pub(crate) fn of_app(&self, app: &str) -> Result<Vec<Pod>> {
+        let selected = ListParams::default().labels(&format!("app={app}"));
+        Ok(self.runtime.block_on(self.pods.list(&selected))?.items)
+    }
+
+    /// What the node has of memory for pods.
+    pub(crate) fn allocatable(&self) -> Result<Bytes> {
+        let node = self.runtime.block_on(self.nodes.get(node::NAME))?;
+        let allocatable = node.status.and_then(|status| status.allocatable);
+        let memory = allocatable.and_then(|all| Some(all.get("memory")?.0.clone()));
+        Ok(quantity::parse(&memory.context("a node has memory")?)?)
+    }
+
+    /// Deletes an object without waiting.
+    pub(crate) fn remove(&self, api_version: &str, kind: &str, name: &str) -> Result<()> {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        let kind = GroupVersionKind::gvk(group, version, kind);
+        self.runtime.block_on(async {
+            let client = self.nodes.clone().into_client();
+            let (resource, _) = pinned_kind(&client, &kind).await?;
+            let api: Api<DynamicObject> = Api::namespaced_with(client, NAMESPACE, &resource);
+            api.delete(name, &DeleteParams::default()).await?;
+            Ok(())
+        })
+    }
+
     /// Adds annotations, as anybody might.
     pub(crate) fn annotate(&self, name: &str, annotations: &Value) -> Result<()> {
         let patch = Patch::Merge(json!({ "metadata": { "annotations": annotations } }));

@@ -40,6 +40,8 @@ pub(crate) enum Name {
     Storm,
     ContainerBuild,
     ContainerEdges,
+    MakeRoom,
+    RightSize,
     PodBursts,
     PodBuild,
     PodEdges,
@@ -78,7 +80,9 @@ impl Name {
     const fn needs_node(self) -> bool {
         matches!(
             self,
-            Self::PodBursts
+            Self::MakeRoom
+                | Self::RightSize
+                | Self::PodBursts
                 | Self::PodBuild
                 | Self::PodEdges
                 | Self::PodFaults
@@ -91,6 +95,11 @@ impl Name {
                 | Self::Idle
                 | Self::Plateau
         )
+    }
+
+    /// Whether pods must be placed, and made, as in a cluster.
+    const fn needs_controllers(self) -> bool {
+        matches!(self, Self::MakeRoom | Self::RightSize)
     }
 
     /// As it is typed.
@@ -367,9 +376,12 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         let binaries = kubernetes::binaries(release)?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
         let control = ControlPlane::start(&binaries, gates)?;
+        if options.name.needs_controllers(release) {
+            control.control(&kubernetes::controllers(release)?)?;
+        }
         if matches!(
             options.name,
-            Name::Daemonset | Name::PodJava | Name::PodThrottle
+            Name::Daemonset | Name::PodJava | Name::PodThrottle | Name::MakeRoom | Name::RightSize
         ) {
             for name in ["bellows.yaml", "elasticpolicies.yaml"] {
                 files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));

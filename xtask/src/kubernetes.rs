@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     debian, root,
@@ -46,6 +46,29 @@ pub(crate) struct Binaries {
     pub(crate) kubelet: PathBuf,
     apiserver: PathBuf,
     etcd: PathBuf,
+}
+
+/// What places pods and makes those of Deployments and StatefulSets, for the benches that need it.
+#[derive(Clone, Debug)]
+pub(crate) struct Controllers {
+    scheduler: PathBuf,
+    manager: PathBuf,
+}
+
+/// Builds or finds them.
+pub(crate) fn controllers(release: &str) -> Result<Controllers> {
+    let directory = tools::cache()?.join("kubernetes").join(release);
+    let built = Controllers {
+        scheduler: directory.join("kube-scheduler"),
+        manager: directory.join("kube-controller-manager"),
+    };
+    fs::create_dir_all(&directory)?;
+    for component in [&built.scheduler, &built.manager] {
+        if !tools::is_intact(component) {
+            build(release, &directory, component)?;
+        }
+    }
+    Ok(built)
 }
 
 /// The release that is meant by a minor version, or by its own name.
@@ -149,7 +172,7 @@ fn write_module(release: &str, module: &Path) -> Result<()> {
         "module bellows.dev/kubernetes\n\ngo 1.26\n\nrequire k8s.io/kubernetes v{release}\n\n{replaces}"
     );
     fs::write(module.join("go.mod"), go_mod)?;
-    let imports = "//go:build tools\n\npackage tools\n\nimport (\n\t_ \"k8s.io/kubernetes/cmd/kube-apiserver\"\n\t_ \"k8s.io/kubernetes/cmd/kubelet\"\n)\n";
+    let imports = "//go:build tools\n\npackage tools\n\nimport (\n\t_ \"k8s.io/kubernetes/cmd/kube-apiserver\"\n\t_ \"k8s.io/kubernetes/cmd/kube-controller-manager\"\n\t_ \"k8s.io/kubernetes/cmd/kube-scheduler\"\n\t_ \"k8s.io/kubernetes/cmd/kubelet\"\n)\n";
     fs::write(module.join("tools.go"), imports)?;
     quiet(go(module).args(["mod", "tidy", "-e"]))
 }
@@ -157,12 +180,28 @@ fn write_module(release: &str, module: &Path) -> Result<()> {
 /// A process that ends with its owner.
 struct Service(Child);
 
+impl Service {
+    /// Starts one that prints into a log.
+    fn spawn(command: &mut Command, log: File) -> std::io::Result<Self> {
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        command.spawn().map(Self)
+    }
+}
+
 impl Drop for Service {
     fn drop(&mut self) {
         // One that has ended already needs neither.
         drop(self.0.kill());
         drop(self.0.wait());
     }
+}
+
+/// Where they print to, and keep what they have.
+fn directory() -> Result<PathBuf> {
+    Ok(root()?.join("target/guests/control-plane"))
 }
 
 /// A running API server and its etcd; both end when it is dropped.
@@ -179,6 +218,7 @@ pub(crate) struct ControlPlane {
 struct Services {
     start_apiserver: Command,
     // Dropped in this order.
+    controllers: Vec<Service>,
     apiserver: Service,
     etcd: Service,
 }
@@ -244,7 +284,7 @@ impl ControlPlane {
     }
 
     fn started(binaries: &Binaries, gates: Option<&str>) -> Result<Self> {
-        let directory = root()?.join("target/guests/control-plane");
+        let directory = directory()?;
         drop(fs::remove_dir_all(&directory));
         fs::create_dir_all(&directory)?;
         let [client, peer, port] = free_ports()?;
@@ -269,14 +309,8 @@ impl ControlPlane {
                 &peer,
             ])
             .args(["--initial-cluster", &format!("default={peer}")]);
-        let service = |command: &mut Command, log: File| {
-            command
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log);
-            command.spawn().map(Service)
-        };
-        let running_etcd = service(&mut command, log("etcd.log")?).context("cannot run etcd")?;
+        let running_etcd =
+            Service::spawn(&mut command, log("etcd.log")?).context("cannot run etcd")?;
         let key = directory.join("service-account.key");
         quiet(
             Command::new("openssl")
@@ -310,10 +344,11 @@ impl ControlPlane {
         if let Some(gate) = gates {
             command.arg(format!("--feature-gates={gate}=true"));
         }
-        let apiserver = service(&mut command, log("kube-apiserver.log")?)
+        let apiserver = Service::spawn(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
         let services = Arc::new(Mutex::new(Services {
             start_apiserver: command,
+            controllers: Vec::new(),
             apiserver,
             etcd: running_etcd,
         }));
@@ -327,6 +362,40 @@ impl ControlPlane {
         listen(listener, Arc::downgrade(&control.services));
         control.wait_ready(&directory)?;
         Ok(control)
+    }
+
+    /// Starts a scheduler and a controller manager beside it; they end with it.
+    pub(crate) fn control(&self, binaries: &Controllers) -> Result<()> {
+        step("start kube-scheduler and kube-controller-manager", || {
+            let directory = directory()?;
+            let kubeconfig = directory.join("kubeconfig");
+            let server = format!("https://127.0.0.1:{}", self.port);
+            let text = json!({
+                "apiVersion": "v1",
+                "kind": "Config",
+                "clusters": [{ "name": "c", "cluster": { "server": server, "insecure-skip-tls-verify": true } }],
+                "users": [{ "name": "u", "user": { "token": TOKEN } }],
+                "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
+                "current-context": "x",
+            });
+            fs::write(&kubeconfig, text.to_string())?;
+            for (component, name) in [
+                (&binaries.scheduler, "kube-scheduler"),
+                (&binaries.manager, "kube-controller-manager"),
+            ] {
+                let mut command = Command::new(component);
+                // There is one of each, which nobody asks anything.
+                command
+                    .arg(format!("--kubeconfig={}", kubeconfig.display()))
+                    .args(["--leader-elect=false", "--secure-port=0"]);
+                let log = File::create(directory.join(format!("{name}.log")))?;
+                let service = Service::spawn(&mut command, log)
+                    .with_context(|| format!("cannot run {name}"))?;
+                let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+                services.controllers.push(service);
+            }
+            Ok(())
+        })
     }
 
     fn wait_ready(&self, directory: &Path) -> Result<()> {

@@ -19,6 +19,7 @@ mod idle;
 mod inside;
 mod java;
 mod least_privilege;
+mod make_room;
 mod observe_edges;
 mod page_cache;
 mod parallelism;
@@ -32,6 +33,8 @@ mod pod_kill;
 mod pod_throttle;
 mod reaction;
 mod record;
+mod reserved;
+mod right_size;
 mod runner;
 mod smoke;
 mod storm;
@@ -65,6 +68,10 @@ pub(crate) enum Bench {
     Thrash(thrash::Options),
     /// A real C++ build without a limit, at a fixed one, and under `bellows exec`.
     Build(build::Options),
+    /// Room for the resize of a pod of high priority on a full node.
+    MakeRoom(make_room::Options),
+    /// A node full of pods that use a tenth of what they request, and one more that is to run there.
+    RightSize(right_size::Options),
     /// Bursts in pods on a real kubelet, raised through the API.
     PodBursts(pod_bursts::Options),
     /// Bursts in containers on a real containerd, raised through it.
@@ -131,6 +138,8 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Thrash(options) => thrash::run(options, &mut records),
         Bench::Build(options) => build::run(options, &mut records),
         Bench::Parallelism(options) => parallelism::run(options, &mut records),
+        Bench::MakeRoom(options) => make_room::run(options, &mut records),
+        Bench::RightSize(options) => right_size::run(options, &mut records),
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
@@ -167,6 +176,8 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "thrash" => thrash::summarize(&read(path)?),
         "parallelism" => parallelism::summarize(&read(path)?),
         "build" => build::summarize(&read(path)?),
+        "make-room" => make_room::summarize(&read(path)?),
+        "right-size" => right_size::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
         "storm" => storm::summarize(&read(path)?),
         "pod-kill" => pod_kill::summarize(&read(path)?),

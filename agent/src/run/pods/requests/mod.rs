@@ -138,8 +138,21 @@ impl Requests {
     pub(super) fn forget_pod(&mut self, uid: &str) {
         self.known.retain(|(own, _), _| own != uid);
         self.refused.retain(|(own, _), _| own != uid);
-        self.pods.remove(uid);
         self.served.remove(uid);
+        if self.pods.remove(uid).is_some() {
+            self.try_again();
+        }
+    }
+
+    /// Somebody has given something up: what could not be had back may be there now.
+    fn try_again(&mut self) {
+        let mut known = self.known.values_mut();
+        for known in known
+            .by_ref()
+            .filter(|known| known.backoff > Duration::ZERO)
+        {
+            known.not_before = None;
+        }
     }
 
     /// Looks what containers use.
@@ -258,7 +271,11 @@ impl Watch {
             put_off: seen.put_off.clone(),
             arrived: before.map_or_else(Instant::now, |before| before.arrived),
         };
+        let is_less = before.is_some_and(|before| summary.requested < before.requested);
         self.requests.pods.insert(seen.uid.clone(), summary);
+        if is_less {
+            self.requests.try_again();
+        }
     }
 
     /// Tells why a container's request is left alone, once.

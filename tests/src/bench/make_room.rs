@@ -1,0 +1,371 @@
+//! `make-room`: a stateful pod of high priority wants more on a full node, where the kubelet puts it off; the scheduler has
+//! pods at hand for whatever becomes free. Room is made by pods of low priority, and given back when the pod gives it up,
+//! unless the scheduler was faster.
+//!
+//! What the same resize takes on a node with room is measured in the same boot.
+
+use std::{
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use bellows_core::Bytes;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    record::{Records, parsed, percentile, rounded},
+    reserved::{
+        Harm, Reserved, Resting, allotted, has_condition, is_placed, requested, wait_unschedulable,
+    },
+};
+use crate::{
+    agent::Agent,
+    node::{ApiServer, Node, wait},
+    pods::Cluster,
+};
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Times that the pod wants more.
+    #[arg(long, default_value_t = 20)]
+    n: u64,
+    #[command(flatten)]
+    server: ApiServer,
+}
+
+const GUARDED: &str = "make-room";
+/// Pods that fill the node.
+const PODS: usize = 6;
+/// Pods that wait for a place, and what each requests.
+const RACERS: usize = 4;
+const RACER: Bytes = Bytes::mib(96);
+/// What the pod of high priority has at rest.
+const REST: Bytes = Bytes::mib(128);
+/// What is free on the full node: no room for a racer.
+const SLACK: Bytes = Bytes::mib(32);
+/// Resizes with room that are measured.
+const MEASURED: usize = 10;
+const GRANTED: Duration = Duration::from_secs(60);
+/// For how long nothing must change until the race is taken to be over, and the longest that it may take.
+const QUIET: Duration = Duration::from_secs(4);
+const RACE: Duration = Duration::from_secs(60);
+const BACK: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What became of one filler's request after the race.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Debt {
+    pod: String,
+    owed: Bytes,
+    /// Whether `bellows explain` tells it.
+    explained: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    index: u64,
+    /// What is wanted, beyond what it has at rest.
+    more: Bytes,
+    /// What resizes by as much took with room, of this boot.
+    api_ms: Vec<u64>,
+    /// Whether the kubelet was seen to put it off.
+    deferred: bool,
+    granted: bool,
+    granted_ms: u64,
+    /// Fillers that came down, by how much in all.
+    lenders: usize,
+    lent: Bytes,
+    /// Racers that had a place while it was lent, and after it was given up.
+    raced_while_lent: usize,
+    raced: usize,
+    /// Racers that the kubelet refused, for it had given their place to others.
+    refused: usize,
+    debts: Vec<Debt>,
+    /// Whether all was back when the racers were gone.
+    given_back: bool,
+    harm: Harm,
+}
+
+struct Bed {
+    cluster: Cluster,
+    db: Resting,
+    fillers: Reserved,
+    resting: Vec<Resting>,
+    racers: Reserved,
+}
+
+pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
+    let mut node = Node::start(&options.server)?;
+    let cluster = Cluster::connect()?;
+    cluster.wait_node_ready()?;
+    for (name, value) in [("high", 1000), ("low", 100)] {
+        cluster.apply(json!({
+            "apiVersion": "scheduling.k8s.io/v1",
+            "kind": "PriorityClass",
+            "metadata": { "name": name },
+            "value": value,
+        }))?;
+    }
+    cluster.guard_labelled(
+        GUARDED,
+        &json!({ "memory": { "max": "4Gi", "requests": { "makeRoom": true, "floor": "32Mi" } } }),
+    )?;
+    let mut agent = Agent::start()?;
+    let db = Reserved {
+        app: "db",
+        replicas: 1,
+        request: REST,
+        uses: Bytes::mib(32),
+        priority: Some("high"),
+        guard: None,
+        is_stateful: true,
+    };
+    let db = db.start(&cluster)?.remove(0);
+    let mut api_ms = Vec::new();
+    for index in 0..MEASURED {
+        api_ms.push(with_room(&cluster, &db.name, wanted(index as u64))?);
+    }
+    let bed = fill(cluster, db)?;
+    for index in 0..options.n {
+        node.check()?;
+        agent.check()?;
+        let record = bed.observe(index, &api_ms)?;
+        eprintln!(
+            "case {index}: {} more granted {} after {} ms (deferred {}; api {:?}); {} lent by {}; raced {} and {}, {} refused; debts {:?}; back {}; {:?}",
+            record.more,
+            record.granted,
+            record.granted_ms,
+            record.deferred,
+            record.api_ms.iter().min(),
+            record.lent,
+            record.lenders,
+            record.raced_while_lent,
+            record.raced,
+            record.refused,
+            record.debts,
+            record.given_back,
+            record.harm,
+        );
+        records.write(&record)?;
+    }
+    Ok(())
+}
+
+/// From one filler to several.
+const fn wanted(index: u64) -> Bytes {
+    Bytes::mib(128 + index * 7 % 10 * 64)
+}
+
+/// Fills the node, and has racers wait.
+fn fill(cluster: Cluster, db: Resting) -> Result<Bed> {
+    let room = cluster.allocatable()?.minus(REST).minus(SLACK);
+    let request = Bytes(((room.0 / PODS as u64) >> 20) << 20);
+    let fillers = Reserved {
+        app: "filler",
+        replicas: PODS,
+        request,
+        uses: request.per_mille(100),
+        priority: Some("low"),
+        guard: Some(GUARDED),
+        is_stateful: false,
+    };
+    let resting = fillers.start(&cluster)?;
+    let racers = Reserved {
+        app: "racer",
+        replicas: RACERS,
+        request: RACER,
+        uses: Bytes::mib(8),
+        priority: Some("low"),
+        guard: None,
+        is_stateful: false,
+    };
+    racers.scale(&cluster, RACERS)?;
+    wait_unschedulable(&cluster, racers.app, RACERS)?;
+    Ok(Bed {
+        cluster,
+        db,
+        fillers,
+        resting,
+        racers,
+    })
+}
+
+/// How long a resize takes where there is room for it.
+fn with_room(cluster: &Cluster, name: &str, more: Bytes) -> Result<u64> {
+    let to = REST.plus(more);
+    let begun = Instant::now();
+    cluster.request(name, to)?;
+    let (is_granted, is_deferred) = until_granted(cluster, name, to)?;
+    let took = begun.elapsed();
+    ensure!(is_granted && !is_deferred, "there is room for {to}");
+    cluster.request(name, REST)?;
+    ensure!(until_granted(cluster, name, REST)?.0, "it comes down");
+    Ok(u64::try_from(took.as_millis())?)
+}
+
+/// Waits until the kubelet has carried out a resize; returns whether it has, and whether it was seen to put it off.
+fn until_granted(cluster: &Cluster, name: &str, to: Bytes) -> Result<(bool, bool)> {
+    let begun = Instant::now();
+    let mut is_deferred = false;
+    while begun.elapsed() < GRANTED {
+        let pod = cluster.get(name)?;
+        let is_pending = has_condition(&pod, "PodResizePending", "True");
+        is_deferred |= is_pending;
+        let is_under_way = is_pending || has_condition(&pod, "PodResizeInProgress", "True");
+        if allotted(&pod) == to && !is_under_way {
+            return Ok((true, is_deferred));
+        }
+        thread::sleep(POLL);
+    }
+    Ok((false, is_deferred))
+}
+
+impl Bed {
+    fn observe(&self, index: u64, api_ms: &[u64]) -> Result<Record> {
+        let more = wanted(index);
+        let begun = Instant::now();
+        self.cluster.request(&self.db.name, REST.plus(more))?;
+        let (granted, deferred) = until_granted(&self.cluster, &self.db.name, REST.plus(more))?;
+        let granted_ms = u64::try_from(begun.elapsed().as_millis())?;
+        // What is lent is not free: the scheduler has had its chance by then.
+        thread::sleep(QUIET);
+        let missing = self.missing()?;
+        let raced_while_lent = self.placed()?;
+        let lent = missing.iter().map(|(_, missing)| *missing);
+        let lent = lent.fold(Bytes::ZERO, Bytes::plus);
+        let lenders = missing.len();
+        self.cluster.request(&self.db.name, REST)?;
+        self.race()?;
+        let debts = self.missing()?.into_iter().map(|(pod, owed)| {
+            let explained = is_explained(&pod, owed)?;
+            Ok(Debt {
+                pod,
+                owed,
+                explained,
+            })
+        });
+        let debts: Vec<Debt> = debts.collect::<Result<_>>()?;
+        let raced = self.placed()?;
+        let refused = self.refused()?;
+        self.racers.end(&self.cluster)?;
+        let given_back = wait("all is given back", BACK, || Ok(self.missing()?.is_empty()));
+        let harmed: Vec<Resting> = self.resting.iter().chain([&self.db]).cloned().collect();
+        let harm = Harm::to(&self.cluster, &harmed)?;
+        if given_back.is_ok() {
+            self.racers.scale(&self.cluster, RACERS)?;
+            wait_unschedulable(&self.cluster, self.racers.app, RACERS)?;
+        }
+        Ok(Record {
+            index,
+            more,
+            api_ms: api_ms.to_vec(),
+            deferred,
+            granted,
+            granted_ms,
+            lenders,
+            lent,
+            raced_while_lent,
+            raced,
+            refused,
+            debts,
+            given_back: given_back.is_ok(),
+            harm,
+        })
+    }
+
+    /// What each filler lacks, whoever lacks something.
+    fn missing(&self) -> Result<Vec<(String, Bytes)>> {
+        let pods = self.cluster.of_app(self.fillers.app)?;
+        let missing = pods.iter().map(|pod| {
+            let name = pod.metadata.name.clone().unwrap_or_default();
+            // What the spec says and the kubelet does not carry out is not there.
+            let has = requested(pod).min(allotted(pod));
+            (name, self.fillers.request.minus(has))
+        });
+        Ok(missing
+            .filter(|(_, missing)| *missing > Bytes::ZERO)
+            .collect())
+    }
+
+    fn placed(&self) -> Result<usize> {
+        let racers = self.cluster.of_app(self.racers.app)?;
+        let placed = racers
+            .iter()
+            .filter(|pod| is_placed(pod) && !has_failed(pod));
+        Ok(placed.count())
+    }
+
+    fn refused(&self) -> Result<usize> {
+        let racers = self.cluster.of_app(self.racers.app)?;
+        Ok(racers.iter().filter(|pod| has_failed(pod)).count())
+    }
+
+    /// Waits until what was given up is somebody's.
+    fn race(&self) -> Result<()> {
+        let begun = Instant::now();
+        let (mut last, mut since) = (None, Instant::now());
+        while begun.elapsed() < RACE && since.elapsed() < QUIET {
+            let seen = Some((self.missing()?, self.placed()?));
+            if seen != last {
+                (last, since) = (seen, Instant::now());
+            }
+            thread::sleep(POLL * 10);
+        }
+        Ok(())
+    }
+}
+
+fn has_failed(pod: &k8s_openapi::api::core::v1::Pod) -> bool {
+    let status = pod.status.as_ref();
+    status.and_then(|status| status.phase.as_deref()) == Some("Failed")
+}
+
+/// Whether the last that is told of a debt of a pod is this one.
+fn is_explained(pod: &str, owed: Bytes) -> Result<bool> {
+    let told = Command::new("bellows")
+        .args(["explain", &format!("default/{pod}")])
+        .output()?;
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let last = told.lines().rfind(|line| line.contains("owed"));
+    let is_it = last.is_some_and(|line| line.contains(&format!("owed {owed}:")));
+    if !is_it {
+        eprintln!("bellows: {pod} lacks {owed}: {told}");
+    }
+    Ok(is_it)
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let records: Vec<Record> = parsed(records)?;
+    let debts = || records.iter().flat_map(|record| &record.debts);
+    let of = |value: &dyn Fn(&Record) -> u64| -> u64 { records.iter().map(value).sum() };
+    let granted = records.iter().filter(|record| record.granted);
+    let granted: Vec<f64> = granted.map(|record| record.granted_ms as f64).collect();
+    let api = records.first().map(|record| record.api_ms.iter());
+    let api: Vec<f64> = api.into_iter().flatten().map(|ms| *ms as f64).collect();
+    let api_p50 = percentile(&api, 50.0);
+    ensure!(api_p50 > 0.0, "nothing to compare with");
+    let harm = records.iter().map(|record| record.harm);
+    Ok(json!({
+        "n": records.len(),
+        "deferred": of(&|record| u64::from(record.deferred)),
+        "granted": granted.len(),
+        "granted_ms_p50": percentile(&granted, 50.0),
+        "api_ms_p50": api_p50,
+        "granted_vs_api_p50": rounded(percentile(&granted, 50.0) / api_p50),
+        "granted_vs_api_max": rounded(percentile(&granted, 100.0) / api_p50),
+        "lent_beyond_short": records.iter().filter(|record| record.lent > record.more).count(),
+        "raced_while_lent": of(&|record| record.raced_while_lent as u64),
+        "raced": of(&|record| record.raced as u64),
+        "racers_refused": of(&|record| record.refused as u64),
+        // Counters of pods that live throughout.
+        "kills": harm.clone().map(|harm| harm.kills).max(),
+        "restarts": harm.map(|harm| harm.restarts).max(),
+        "debts": debts().count(),
+        "debts_explained": debts().filter(|debt| debt.explained).count(),
+        "given_back": of(&|record| u64::from(record.given_back)),
+    }))
+}
