@@ -130,6 +130,10 @@ pub struct Run {
     /// Give limits back at the end if this DaemonSet, in the agent's own namespace, is deleted then.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["standalone", "observe"])]
     restore_with: Option<String>,
+    /// Change memory requests of pods where a policy asks for it (memory.requests). The API must allow it: requests.enabled
+    /// of the chart.
+    #[arg(long, conflicts_with_all = ["standalone", "observe"])]
+    requests: bool,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
@@ -153,6 +157,7 @@ impl Run {
             health,
             observe,
             restore_with,
+            requests,
             without_bpf,
         } = self;
         let of = match policies {
@@ -163,6 +168,7 @@ impl Run {
                     shrink_after.unwrap_or(SHRINK_AFTER).saturating_mul(1000),
                 ),
                 only_observes: observe,
+                moves_requests: requests,
                 daemon_set: restore_with,
             },
         };
@@ -239,5 +245,6 @@ mod tests {
         assert!(run.observe);
         assert!(parsed(&["uninstall", "agent"]).is_ok());
         assert!(parsed(&["run", "--observe", "--restore-with", "agent"]).is_err());
+        assert!(parsed(&["run", "--observe", "--requests"]).is_err());
     }
 }

@@ -376,7 +376,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         let binaries = kubernetes::binaries(release)?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
         let control = ControlPlane::start(&binaries, gates)?;
-        if options.name.needs_controllers(release) {
+        if options.name.needs_controllers() {
             control.control(&kubernetes::controllers(release)?)?;
         }
         if matches!(

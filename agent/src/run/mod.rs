@@ -95,6 +95,8 @@ pub enum Of {
         shrink_after: Nanos,
         /// Whether nothing is changed, whatever policies and annotations say.
         only_observes: bool,
+        /// Whether memory requests may be changed where a policy asks for it.
+        moves_requests: bool,
         /// The DaemonSet with whose end limits are given back.
         daemon_set: Option<String>,
     },
@@ -141,6 +143,13 @@ pub enum RunError {
     Ended(&'static str),
 }
 
+/// What may be changed of a node's pods, whatever policies and annotations say.
+#[derive(Clone, Copy)]
+struct Changes {
+    only_observes: bool,
+    moves_requests: bool,
+}
+
 /// What the time of a resize is taken for before one was measured (90th percentile of 60 resizes
 /// of an emulated 1.37 node; native ones are faster).
 const ASSUMED_P95: Nanos = Nanos::millis(1500);
@@ -183,6 +192,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
             name,
             shrink_after,
             only_observes,
+            moves_requests,
             daemon_set,
         } => {
             let client = runtime.block_on(async {
@@ -194,7 +204,10 @@ pub fn run(options: &Options) -> Result<(), RunError> {
                 runtime.handle(),
                 name,
                 *shrink_after,
-                *only_observes,
+                Changes {
+                    only_observes: *only_observes,
+                    moves_requests: *moves_requests,
+                },
             )?;
             leaving = daemon_set.clone().map(|daemon_set| Leaving {
                 client,
@@ -295,7 +308,7 @@ impl Fast {
         tasks: &Handle,
         node: &str,
         shrink_after: Nanos,
-        only_observes: bool,
+        changes: Changes,
     ) -> Result<Node, RunError> {
         let inputs = self.inputs.clone();
         let (told, observed) = tokio::sync::mpsc::unbounded_channel();
@@ -328,7 +341,8 @@ impl Fast {
             actuation: Actuation::Requested { p95: ASSUMED_P95 },
             signals: fast.signals,
             shrink_after,
-            only_observes,
+            only_observes: changes.only_observes,
+            moves_requests: changes.moves_requests,
             observed,
         };
         let watch: Watch = Box::pin(pods::watch(context));

@@ -18,3 +18,14 @@ system:serviceaccount:{{ .Release.Namespace }}:agent
 {{- define "bellows.acts" -}}
 {{- if eq .Values.mode "Act" }}true{{ end -}}
 {{- end }}
+
+{{- /* Whether it moves memory requests. */}}
+{{- define "bellows.requests" -}}
+{{- if and .Values.requests.enabled (include "bellows.acts" .) }}true{{ end -}}
+{{- end }}
+
+{{- /* The annotations that it writes. */}}
+{{- define "bellows.originals" -}}
+["bellows.dev/original-memory", "bellows.dev/original-cpu"
+{{- if include "bellows.requests" . }}, "bellows.dev/original-requests"{{ end }}]
+{{- end }}

@@ -6,9 +6,11 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::CHART;
@@ -21,6 +23,11 @@ use crate::{
 };
 
 const NAMESPACE: &str = "bellows";
+/// A pod in `dev`, and the node where it would run.
+const POD: &str = "placed";
+const NODE: &str = "somewhere";
+/// For how long an API server may go by admission policies as they were.
+const IN_FORCE: Duration = Duration::from_secs(20);
 
 struct Cluster<'a> {
     helm: &'a Path,
@@ -32,13 +39,18 @@ struct Cluster<'a> {
 type Case = (&'static str, fn(&Cluster<'_>) -> Result<()>);
 
 /// Each goes on where the one before it has ended.
-const CASES: [Case; 4] = [
+const CASES: [Case; 6] = [
     ("helm install: an agent that may only watch", install),
     (
         "helm upgrade: it may act, by policies of the chart",
         upgrade,
     ),
+    ("admission: it changes no request", no_requests),
     ("helm upgrade: every option but privileges", all_options),
+    (
+        "admission: it changes memory requests that are there, and nothing else of them",
+        memory_requests,
+    ),
     ("helm uninstall: nothing is left but policies", uninstall),
 ];
 
@@ -115,6 +127,39 @@ impl Cluster<'_> {
         Ok(said["status"]["allowed"] == true)
     }
 
+    /// What becomes of a change of the pod by the agent of its node; told by the status code.
+    fn patched(&self, subresource: &str, patch: &Value) -> Result<u64> {
+        let mut command = Command::new("curl");
+        command
+            .args(["--silent", "--insecure", "--max-time", "30"])
+            .args(["--request", "PATCH", "--header"])
+            .arg("Content-Type: application/strategic-merge-patch+json")
+            .arg("--header")
+            .arg(format!("Authorization: Bearer {TOKEN}"));
+        for header in [
+            format!("Impersonate-User: system:serviceaccount:{NAMESPACE}:agent"),
+            "Impersonate-Group: system:authenticated".to_owned(),
+            format!("Impersonate-Extra-authentication.kubernetes.io%2Fnode-name: {NODE}"),
+        ] {
+            command.args(["--header", &header]);
+        }
+        let path = format!("/api/v1/namespaces/dev/pods/{POD}{subresource}");
+        let patch = patch.to_string();
+        command.args(["--data", &patch, &format!("{}{path}", self.url)]);
+        let said: Value = serde_json::from_str(&output(&mut command)?)?;
+        if said["kind"] == "Pod" {
+            return Ok(200);
+        }
+        eprintln!("      {}", said["message"]);
+        said["code"].as_u64().context("no code")
+    }
+
+    /// The same, of what its container requests.
+    fn requested(&self, requests: &Value) -> Result<u64> {
+        let container = json!({ "name": "app", "resources": { "requests": requests } });
+        self.patched("/resize", &json!({ "spec": { "containers": [container] } }))
+    }
+
     fn agent(&self) -> Result<Option<Value>> {
         self.ask(
             &format!("/apis/apps/v1/namespaces/{NAMESPACE}/daemonsets/agent"),
@@ -189,6 +234,67 @@ fn all_options(cluster: &Cluster<'_>) -> Result<()> {
     let runtime = &spec["volumes"][2]["hostPath"]["path"];
     ensure!(runtime == "/run/crio", "{spec}");
     ensure!(cluster.policy("dev")?.is_some() && cluster.policy("ci")?.is_none());
+    Ok(())
+}
+
+/// Until it is in force.
+fn eventually(is: u64, ask: impl Fn() -> Result<u64>) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let code = ask()?;
+        if code == is {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < IN_FORCE, "{code} instead of {is}");
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn original() -> Value {
+    json!({ "metadata": { "annotations": { "bellows.dev/original-requests": "app=64Mi" } } })
+}
+
+fn no_requests(cluster: &Cluster<'_>) -> Result<()> {
+    let pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": { "name": POD },
+        "spec": {
+            "nodeName": NODE,
+            "containers": [{
+                "name": "app",
+                "image": "app",
+                "resources": {
+                    "requests": { "memory": "64Mi", "cpu": "100m" },
+                    "limits": { "memory": "128Mi" },
+                },
+            }],
+        },
+    });
+    cluster.ask("/api/v1/namespaces/dev/pods", Some(&pod))?;
+    let limit = json!({ "name": "app", "resources": { "limits": { "memory": "256Mi" } } });
+    let limit = json!({ "spec": { "containers": [limit] } });
+    eventually(200, || cluster.patched("/resize", &limit))?;
+    eventually(403, || cluster.requested(&json!({ "memory": "32Mi" })))?;
+    eventually(403, || cluster.patched("", &original()))
+}
+
+fn memory_requests(cluster: &Cluster<'_>) -> Result<()> {
+    eventually(200, || cluster.patched("", &original()))?;
+    eventually(200, || cluster.requested(&json!({ "memory": "32Mi" })))?;
+    for refused in [
+        json!({ "cpu": "50m" }),
+        json!({ "memory": "16Mi", "cpu": "200m" }),
+        json!({ "ephemeral-storage": "1Mi" }),
+    ] {
+        let code = cluster.requested(&refused)?;
+        ensure!(code != 200, "{refused} is taken");
+    }
+    let code = cluster.patched(
+        "",
+        &json!({ "metadata": { "annotations": { "other": "1" } } }),
+    )?;
+    ensure!(code == 403, "another annotation: {code}");
     Ok(())
 }
 

@@ -48,7 +48,7 @@ const VALUES: [(&str, Option<&str>); 4] = [
 ];
 
 /// Values that are refused, and a part of what is said of each.
-const WRONG: [(&str, &str); 12] = [
+const WRONG: [(&str, &str); 13] = [
     ("moed=Act", "moed"),
     ("mode=act", "mode"),
     ("mode=Recommend", "mode"),
@@ -58,6 +58,7 @@ const WRONG: [(&str, &str); 12] = [
     ("health.port=65536", "port"),
     ("policy.namespaces={dev}", "max"),
     ("policy.memory.max=4GB", "max"),
+    ("requests.enabled=yes", "enabled"),
     ("image.digest=sha256:12", "digest"),
     ("runtimeSocket.directory=run", "directory"),
     ("resources.agent.limit.memory=1Gi", "limit"),
@@ -110,6 +111,12 @@ fn only<'a>(all: &'a [Value], kind: &str) -> Result<&'a Value> {
     }
 }
 
+fn only_named<'a>(all: &'a [Value], kind: &str, name: &str) -> Result<&'a Value> {
+    let mut found = of_kind(all, kind).into_iter();
+    let found = found.find(|object| object["metadata"]["name"] == name);
+    found.with_context(|| format!("no {kind} {name}"))
+}
+
 /// What must hold whatever the options are, and what must follow them.
 fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
     let values: Value = match values {
@@ -125,6 +132,8 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         bail!("not two containers");
     };
     ensure!(agent["name"] == "agent" && releaser["name"] == "releaser");
+    let moves_requests = acts && values["requests"]["enabled"] == true;
+    ensure!(has(&agent["args"], "--requests") == moves_requests);
     for container in containers {
         let context = &container["securityContext"];
         ensure!(context["readOnlyRootFilesystem"] == true);
@@ -223,6 +232,21 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
     let args = &daemons["spec"]["template"]["spec"]["containers"][0]["args"];
     ensure!(args[0] == "run" && has(args, "--observe") != acts, "{args}");
     ensure!(has(args, "--restore-with") == acts, "{args}");
+    let moves_requests = has(args, "--requests");
+    for part in [
+        "name == \"memory\" || old.resources.requests",
+        "-cpu\", \"bellows.dev/original-requests\"] ||",
+    ] {
+        let agents = only_named(all, "ValidatingAdmissionPolicy", "bellows-agent")?;
+        let text = agents["spec"]["validations"]
+            .as_array()
+            .context("no validations")?;
+        let mut expressions = text.iter().filter_map(|own| own["expression"].as_str());
+        ensure!(
+            expressions.any(|own| own.contains(part)) == moves_requests,
+            "{part}"
+        );
+    }
     let roles = of_kind(all, "Role");
     let own = |role: &&Value| role["metadata"]["name"] == "agent";
     ensure!(roles.into_iter().any(|role| own(&role)) == acts);

@@ -78,6 +78,8 @@ pub(super) struct Context {
     pub(super) shrink_after: Nanos,
     /// Whether mode Act counts as Observe, and nothing is given back.
     pub(super) only_observes: bool,
+    /// Whether memory requests may be changed where a policy asks for it.
+    pub(super) moves_requests: bool,
     /// What is told of those that are only watched.
     pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
 }

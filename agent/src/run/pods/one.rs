@@ -264,17 +264,18 @@ impl Watch {
 
     async fn record_memory(&mut self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
         self.record_original(seen, ORIGINAL, &wish.container, &wish.original_text)
-            .await
+            .await?;
+        Ok(())
     }
 
-    /// Writes a limit as it was onto the pod, before it is changed.
+    /// Writes a limit or request as it was onto the pod, before it is changed.
     pub(super) async fn record_original(
         &mut self,
         seen: &mut pod::Pod,
         annotation: &'static str,
         container: &str,
         original: &str,
-    ) -> Result<(), String> {
+    ) -> Result<(), NotRecorded> {
         let value = pod::with_original(seen, annotation, container, original);
         // Another pod may have got its name.
         let patch =
@@ -290,10 +291,15 @@ impl Watch {
                 self.originals.insert(key, original.to_owned());
                 Ok(())
             }
-            Ok(Err(error)) => Err(format!("its original limit cannot be recorded: {error}")),
-            Err(_elapsed) => {
-                Err("its original limit cannot be recorded: the API does not answer".to_owned())
-            }
+            Ok(Err(error)) => Err(NotRecorded {
+                // 422 is how an admission policy refuses that gives no reason.
+                is_refused: matches!(&error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
+                why: format!("what it was cannot be recorded: {error}"),
+            }),
+            Err(_elapsed) => Err(NotRecorded {
+                is_refused: false,
+                why: "what it was cannot be recorded: the API does not answer".to_owned(),
+            }),
         }
     }
 }
@@ -306,6 +312,19 @@ fn on_way(wish: &Wish, way: Way) -> Wish {
         wish.rest_text.clone_from(&wish.limit_text);
     }
     wish
+}
+
+/// Why a limit or request as it was is not on the pod.
+pub(super) struct NotRecorded {
+    pub(super) why: String,
+    /// Whether the API will not have it; else it may another time.
+    pub(super) is_refused: bool,
+}
+
+impl From<NotRecorded> for String {
+    fn from(not: NotRecorded) -> Self {
+        not.why
+    }
 }
 
 /// What a container is, for people.

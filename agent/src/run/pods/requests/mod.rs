@@ -17,7 +17,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 use bellows_core::{
     Bytes, CgroupId, Nanos,
     bucket::Urgency,
-    pod::{self, Level, ORIGINAL_REQUESTS, PutOff, RequestWish},
+    pod::{self, Level, ORIGINAL_REQUESTS, PutOff, RequestWish, RequestWishes},
     quantity,
     requests::{Observed, RequestWhy, right_size},
 };
@@ -45,13 +45,17 @@ const OLD: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_secs(5);
 /// The same of what is refused as such.
 const REFUSED: Duration = Duration::from_secs(600);
+/// What is told of a pod whose policy asks for what this agent is not to do.
+const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may not change requests: set requests.enabled of the chart (--requests), or take that out of the policy";
 
 /// All that is known of requests.
 pub(super) struct Requests {
     known: BTreeMap<Key, KnownRequest>,
     pods: BTreeMap<String, Summary>,
-    /// Why a container's request is left alone, as it was told.
+    /// Why a container's request is left alone, as it was told; without a container's name, those of a pod.
     refused: BTreeMap<Key, String>,
+    /// When what was to be recorded on a pod, and was refused, is tried again.
+    unrecorded: BTreeMap<Key, Instant>,
     /// What was last done for each pod that waits for room, by its uid.
     served: BTreeMap<String, Served>,
     /// What the node has for pods, as the kubelet has said.
@@ -119,6 +123,7 @@ impl Requests {
             known: BTreeMap::new(),
             pods: BTreeMap::new(),
             refused: BTreeMap::new(),
+            unrecorded: BTreeMap::new(),
             served: BTreeMap::new(),
             capacity: None,
             before: loans(Path::new(LEDGER)),
@@ -138,6 +143,7 @@ impl Requests {
     pub(super) fn forget_pod(&mut self, uid: &str) {
         self.known.retain(|(own, _), _| own != uid);
         self.refused.retain(|(own, _), _| own != uid);
+        self.unrecorded.retain(|(own, _), _| own != uid);
         self.served.remove(uid);
         if self.pods.remove(uid).is_some() {
             self.try_again();
@@ -226,7 +232,7 @@ impl Watch {
         if !self.policies.are_known(&seen.namespace) || self.context.only_observes {
             return;
         }
-        let wishes = pod::request_wishes(seen, self.policies.all());
+        let wishes = self.request_wishes(pod, seen);
         let known = self.requests.known.range((uid.clone(), String::new())..);
         let known = known.take_while(|((own, _), _)| *own == uid);
         let others: Vec<Key> = known
@@ -250,6 +256,21 @@ impl Watch {
                 }
             }
         }
+    }
+
+    /// What the requests of a pod may become. Where none may be moved, what was lowered is asked for as it was: that may be
+    /// refused, too.
+    fn request_wishes(&mut self, pod: &Pod, seen: &pod::Pod) -> RequestWishes {
+        let wishes = pod::request_wishes(seen, self.policies.all());
+        if self.context.moves_requests {
+            return wishes;
+        }
+        let is_asked = |wish: &RequestWish| wish.rules.is_some();
+        if wishes.values().flatten().any(is_asked) {
+            let key = (seen.uid.clone(), String::new());
+            self.refuse_request(&key, pod, "RequestsNotEnabled", NOT_ENABLED.to_owned());
+        }
+        pod::request_wishes(seen, &[])
     }
 
     /// Takes over what others' requests depend on.
@@ -297,9 +318,9 @@ impl Watch {
             return Ok(());
         }
         if !wish.recorded && wish.rules.is_some() {
-            let text = wish.original_text.clone();
-            self.record_original(seen, ORIGINAL_REQUESTS, &key.1, &text)
-                .await?;
+            if !self.record_request(key, pod, seen, &wish).await? {
+                return Ok(());
+            }
             wish.recorded = true;
             if wish.foreign {
                 let note = format!(
@@ -314,6 +335,34 @@ impl Watch {
             _ => self.adopt_request(key, seen, wish)?,
         }
         Ok(())
+    }
+
+    /// Writes a request as it was onto the pod, unless that is refused as such, which is not tried again soon.
+    async fn record_request(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        wish: &RequestWish,
+    ) -> Result<bool, String> {
+        let again = self.requests.unrecorded.get(key);
+        if again.is_some_and(|&at| Instant::now() < at) {
+            return Ok(false);
+        }
+        let recorded = self.record_original(seen, ORIGINAL_REQUESTS, &key.1, &wish.original_text);
+        match recorded.await {
+            Ok(()) => {
+                self.requests.unrecorded.remove(key);
+                Ok(true)
+            }
+            Err(not) if not.is_refused => {
+                let at = Instant::now() + REFUSED;
+                self.requests.unrecorded.insert(key.clone(), at);
+                self.refuse_request(key, pod, "RequestRefused", not.why);
+                Ok(false)
+            }
+            Err(not) => Err(not.into()),
+        }
     }
 
     fn adopt_request(
