@@ -59,6 +59,8 @@ fn cargo(arguments: &[&str]) -> Result<()> {
 }
 
 fn unit(checks: &mut Checks) -> Result<()> {
+    // One of the tests runs make.
+    tools::packages()?;
     checks.check("rustfmt", cargo(&["fmt", "--all", "--check"]));
     let tests = step("unit tests", || {
         cargo(&[

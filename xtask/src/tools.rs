@@ -17,7 +17,7 @@ const CARGO_MUTANTS: &str = "27.1.0";
 pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";
 
 /// A file by which a Debian package is recognised, and the package.
-const PACKAGES: [(&str, &str); 10] = [
+const PACKAGES: [(&str, &str); 11] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("cpio", "cpio"),
@@ -28,6 +28,7 @@ const PACKAGES: [(&str, &str); 10] = [
     ("depmod", "kmod"),
     ("openssl", "openssl"),
     ("curl", "curl"),
+    ("make", "make"),
 ];
 
 /// The cache directory: never needed, only faster.
