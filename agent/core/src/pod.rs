@@ -9,6 +9,7 @@
 //! This knows nothing of the API's types: the shell converts them, once.
 
 mod cpu;
+mod original;
 mod requests;
 pub mod way;
 
@@ -16,14 +17,17 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
+use original::entries;
+
 use crate::{
-    elastic::{self, ElasticPolicy, Mode, Order, Parallelism},
+    elastic::{self, ContainerRules, ElasticPolicy, Mode, Order, Parallelism},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::{Bytes, Nanos},
 };
 
 pub use cpu::{CpuRefusal, CpuWish, CpuWishes, ORIGINAL_CPU, cpu_wishes, starting};
+pub use original::with_original;
 pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
 
 /// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
@@ -409,17 +413,26 @@ fn parallelism(pod: &Pod) -> Result<Parallelism, Refusal> {
     }
 }
 
+/// The policy that means a container, and what it says.
+fn meant<'a>(
+    pod: &Pod,
+    policies: &'a [ElasticPolicy],
+    container: &Container,
+) -> Option<(&'a ElasticPolicy, &'a ContainerRules)> {
+    let named = elastic::Subject {
+        namespace: pod.namespace.clone(),
+        pod: pod.name.clone(),
+        container: container.name.clone(),
+        labels: pod.labels.clone(),
+    };
+    elastic::rules(policies, &named)
+}
+
 /// Containers without a limit of their own are not meant: there is nothing to raise.
 fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wishes {
     let mut wishes = Wishes::new();
     for (index, container) in pod.containers.iter().enumerate() {
-        let named = elastic::Subject {
-            namespace: pod.namespace.clone(),
-            pod: pod.name.clone(),
-            container: container.name.clone(),
-            labels: pod.labels.clone(),
-        };
-        let Some((policy, rules)) = elastic::rules(policies, &named) else {
+        let Some((policy, rules)) = meant(pod, policies, container) else {
             continue;
         };
         let mode = mode.unwrap_or(policy.mode);
@@ -559,7 +572,7 @@ fn least(pod: &Pod, level: Level) -> Bytes {
     };
     let container = &pod.containers[index];
     // One that was lowered comes back.
-    let original = requests::recorded(pod, &container.name);
+    let original = original::recorded(pod, ORIGINAL_REQUESTS, &container.name);
     let request = [container.memory_request.as_deref(), original];
     let request = request.into_iter().flatten();
     let request = request.filter_map(|request| quantity::parse(request).ok());
@@ -620,33 +633,6 @@ fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
         original: original.to_owned(),
         id,
     })
-}
-
-/// The entries of an annotation with originals.
-fn entries<'a>(pod: &'a Pod, annotation: &str) -> impl Iterator<Item = &'a str> + use<'a> {
-    let value = pod.annotations.get(annotation);
-    value.into_iter().flat_map(|value| value.split(','))
-}
-
-/// An annotation with originals, with another one in it. What is left of containers that do not exist is not kept.
-#[must_use]
-pub fn with_original(pod: &Pod, annotation: &str, container: &str, original: &str) -> String {
-    let exists = |name: &str| {
-        name == WHOLE_POD
-            || pod
-                .containers
-                .iter()
-                .any(|container| container.name == name)
-    };
-    let mut entries: Vec<String> = entries(pod, annotation)
-        .filter(|entry| {
-            let name = entry.split_once('=').map(|(name, _)| name);
-            name.is_some_and(|name| name != container && exists(name))
-        })
-        .map(str::to_owned)
-        .collect();
-    entries.push(format!("{container}={original}"));
-    entries.join(",")
 }
 
 /// Whose limit is meant.

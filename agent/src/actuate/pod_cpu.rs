@@ -30,10 +30,7 @@ use tokio::{
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
     pod::Pod,
-    resize::{
-        Change, Order, Probed, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch,
-        patched,
-    },
+    resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer},
 };
 use crate::{
     attribution::{
@@ -243,19 +240,9 @@ impl CpuResizer {
         };
         let level = Level::Container(target.index);
         let own = Change::cpu(level, target.limit.clone(), to);
-        let begun = self.memory.begins_in(&target.uid, None);
-        let by_hand = self.memory.by_hand_in(&target.uid, |_| false);
-        let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
-        let patch = limits_patch(&target.uid, &changes);
         let named = (target.namespace.as_str(), target.name.as_str());
-        let patched = patched(&self.client, way, named, &patch);
-        let patched = timeout(RESIZE_TIMEOUT, patched).await;
-        let is_uncertain = is_uncertain(&patched);
-        counted(&patched);
-        if let Ok(Ok(patched)) = &patched {
-            self.memory.is_taken_in(&target.uid, patched);
-        }
-        self.memory.ends_in(begun, is_uncertain);
+        let patched = self.memory.patch_beside(&target.uid, way, named, own);
+        let (patched, is_uncertain) = patched.await;
         match patched {
             Ok(Ok(patched)) => {
                 self.is_in_spec(id, target.index, &patched);

@@ -6,17 +6,11 @@
 //!
 //! It must not lower a request before what it was is recorded on the pod.
 
+use super::resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer};
 use bellows_core::{
     bucket::Urgency,
     pod::way::{Way, Whose},
 };
-use kube::{Api, Client};
-use tokio::time::timeout;
-
-use super::resize::{
-    Change, Order, Probed, RESIZE_TIMEOUT, Resizer, counted, is_uncertain, limits_patch, parameters,
-};
-use crate::attribution::api::Pod;
 
 /// A change of one request.
 #[derive(Clone, Debug)]
@@ -51,7 +45,6 @@ pub struct NotChanged {
 /// Tells the API of requests; clones share what they know.
 #[derive(Clone)]
 pub struct RequestResizer {
-    client: Client,
     memory: Resizer,
 }
 
@@ -66,8 +59,8 @@ impl std::fmt::Debug for RequestResizer {
 impl RequestResizer {
     /// One for a node's pods, beside what resizes their memory limits.
     #[must_use]
-    pub const fn new(client: Client, memory: Resizer) -> Self {
-        Self { client, memory }
+    pub const fn new(memory: Resizer) -> Self {
+        Self { memory }
     }
 
     /// Changes a request if it is still what it was.
@@ -91,19 +84,9 @@ impl RequestResizer {
             .await?;
         self.memory.may_ask(urgency).await;
         let _turn = order.lock().await;
-        let begun = self.memory.begins_in(&uid, None);
-        let by_hand = self.memory.by_hand_in(&uid, |_| false);
-        let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
-        let (parameters, patch) = (parameters(), limits_patch(&uid, &changes));
-        let patched = pods.patch_resize(&name, &parameters, &patch);
-        let patched = timeout(RESIZE_TIMEOUT, patched).await;
-        let is_uncertain = is_uncertain(&patched);
-        counted(&patched);
-        if let Ok(Ok(patched)) = &patched {
-            self.memory.is_taken_in(&uid, patched);
-        }
-        self.memory.ends_in(begun, is_uncertain);
+        let named = (namespace.as_str(), name.as_str());
+        let patched = self.memory.patch_beside(&uid, Way::Resize, named, own);
+        let (patched, _is_uncertain) = patched.await;
         match patched {
             Ok(Ok(_patched)) => Ok(()),
             Ok(Err(error)) => {

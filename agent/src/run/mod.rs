@@ -329,7 +329,7 @@ impl Fast {
             resizer: resizer.clone(),
         };
         let context = pods::Context {
-            requests: RequestResizer::new(client.clone(), resizer.clone()),
+            requests: RequestResizer::new(resizer.clone()),
             client,
             node: node.to_owned(),
             inputs: inputs.clone(),

@@ -9,10 +9,13 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use super::{Container, MANAGER, Pod, QosClass, entries, mode};
+use super::{
+    Container, Pod, QosClass, meant, mode,
+    original::{Original, recorded},
+};
 use crate::{
     boost::BoostRules,
-    elastic::{self, CpuRules, ElasticPolicy, Mode},
+    elastic::{CpuRules, ElasticPolicy, Mode},
     quantity,
     units::Cpu,
 };
@@ -145,10 +148,7 @@ fn wish(
         })
     };
     let asked = asked(pod, policies, container);
-    let recorded = entries(pod, ORIGINAL_CPU).find_map(|entry| {
-        let (own, original) = entry.split_once('=')?;
-        (own == name).then_some(original)
-    });
+    let recorded = recorded(pod, ORIGINAL_CPU, name);
     if asked.is_none() && recorded.is_none() {
         return Ok(None);
     }
@@ -156,11 +156,8 @@ fn wish(
     let recorded = recorded.map(|original| Ok((size(original)?, original)));
     let recorded: Option<(Cpu, &str)> = recorded.transpose()?;
     let manager = container.cpu_limit_manager.as_deref();
-    let is_theirs = manager.is_some_and(|manager| manager != MANAGER);
-    let foreign = is_theirs && recorded.is_some_and(|(original, _)| original != limit);
-    let known = recorded.filter(|_| !foreign);
-    let (original, original_text) = known.unwrap_or((limit, text));
-    if asked.is_none() && (foreign || original == limit) {
+    let original = Original::of((limit, text), manager, recorded);
+    if asked.is_none() && (original.is_foreign || original.value == limit) {
         return Ok(None);
     }
     let (policy, rules, boosts) = asked.unwrap_or_default();
@@ -168,12 +165,12 @@ fn wish(
         return Err(refusal);
     }
     if let Some(CpuRules { max, .. }) = rules
-        && max < original
+        && max < original.value
     {
         return Err(CpuRefusal::MaximumBelowLimit {
             policy,
             max,
-            limit: original,
+            limit: original.value,
         });
     }
     Ok(Some(CpuWish {
@@ -181,12 +178,12 @@ fn wish(
         id: container.id.clone(),
         limit_text: text.to_owned(),
         limit,
-        original,
-        original_text: original_text.to_owned(),
+        original: original.value,
+        original_text: original.text.to_owned(),
         rules,
         boosts,
-        recorded: known.is_some(),
-        foreign,
+        recorded: original.is_recorded,
+        foreign: original.is_foreign,
     }))
 }
 
@@ -197,13 +194,7 @@ fn asked(
     container: &Container,
 ) -> Option<(String, Option<CpuRules>, Vec<BoostRules>)> {
     let own = mode(pod).ok()?;
-    let subject = elastic::Subject {
-        namespace: pod.namespace.clone(),
-        pod: pod.name.clone(),
-        container: container.name.clone(),
-        labels: pod.labels.clone(),
-    };
-    let (policy, rules) = elastic::rules(policies, &subject)?;
+    let (policy, rules) = meant(pod, policies, container)?;
     let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
     let is_more = rules.cpu.is_some() || rules.boosts.iter().any(|boost| boost.cpu.is_some());
     let boosts = rules.boosts.clone();
@@ -255,7 +246,7 @@ mod tests {
         Bytes, Nanos,
         boost::{Trigger, Until},
         elastic::{ContainerRules, Selector},
-        pod::{MODE, tests::pod},
+        pod::{MANAGER, MODE, tests::pod},
     };
 
     fn policy(cpu: Option<Cpu>, boost: Option<Cpu>) -> ElasticPolicy {

@@ -10,9 +10,12 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use super::{Container, MANAGER, Pod, QosClass, entries, mode};
+use super::{
+    Container, MANAGER, Pod, QosClass, meant, mode,
+    original::{Original, recorded},
+};
 use crate::{
-    elastic::{self, ElasticPolicy, Mode},
+    elastic::{ElasticPolicy, Mode},
     quantity::{self, QuantityError},
     requests::RequestRules,
     units::Bytes,
@@ -114,14 +117,6 @@ pub fn request_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> RequestWishes {
     wishes.collect()
 }
 
-/// The original that stands on the pod for this container, as written.
-pub(super) fn recorded<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
-    entries(pod, ORIGINAL_REQUESTS).find_map(|entry| {
-        let (own, original) = entry.split_once('=')?;
-        (own == name).then_some(original)
-    })
-}
-
 fn wish(
     pod: &Pod,
     policies: &[ElasticPolicy],
@@ -137,7 +132,7 @@ fn wish(
         })
     };
     let rules = asked(pod, policies, container);
-    let recorded = recorded(pod, name);
+    let recorded = recorded(pod, ORIGINAL_REQUESTS, name);
     if rules.is_none() && recorded.is_none() {
         return Ok(None);
     }
@@ -145,11 +140,8 @@ fn wish(
     let recorded = recorded.map(|original| Ok((size(original)?, original)));
     let recorded: Option<(Bytes, &str)> = recorded.transpose()?;
     let manager = container.request_manager.as_deref();
-    let is_theirs = manager.is_some_and(|manager| manager != MANAGER);
-    let foreign = is_theirs && recorded.is_some_and(|(original, _)| original != request);
-    let known = recorded.filter(|_| !foreign);
-    let (original, original_text) = known.unwrap_or((request, text));
-    if rules.is_none() && (foreign || original == request) {
+    let original = Original::of((request, text), manager, recorded);
+    if rules.is_none() && (original.is_foreign || original.value == request) {
         return Ok(None);
     }
     if let Some(refusal) = refusal(pod, container) {
@@ -160,27 +152,21 @@ fn wish(
         id: container.id.clone(),
         request_text: text.to_owned(),
         request,
-        original,
-        original_text: original_text.to_owned(),
+        original: original.value,
+        original_text: original.text.to_owned(),
         allotted: container.allotted.clone(),
         rules,
         priority: pod.priority,
-        recorded: known.is_some(),
+        recorded: original.is_recorded,
         is_ours: manager == Some(MANAGER),
-        foreign,
+        foreign: original.is_foreign,
     }))
 }
 
 /// What a policy says of a container's request.
 fn asked(pod: &Pod, policies: &[ElasticPolicy], container: &Container) -> Option<RequestRules> {
     let own = mode(pod).ok()?;
-    let subject = elastic::Subject {
-        namespace: pod.namespace.clone(),
-        pod: pod.name.clone(),
-        container: container.name.clone(),
-        labels: pod.labels.clone(),
-    };
-    let (policy, rules) = elastic::rules(policies, &subject)?;
+    let (policy, rules) = meant(pod, policies, container)?;
     let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
     let requests = rules.memory.and_then(|memory| memory.requests);
     requests.filter(|rules| is_meant && (rules.right_size || rules.make_room))

@@ -251,7 +251,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
         name: name.to_owned(),
         selector: elastic::Selector::default(),
         mode,
-        containers: vec![elastic::ContainerRules {
+        containers: vec![ContainerRules {
             name: container.map(str::to_owned),
             memory: Some(elastic::MemoryRules {
                 max: Bytes::mib(max),

@@ -32,11 +32,10 @@ use tokio::{
     runtime::Handle,
     sync::mpsc::UnboundedSender,
     task::spawn_blocking,
-    time::{sleep, timeout},
+    time::{error::Elapsed, sleep, timeout},
 };
 
-pub(super) use answer::{counted, is_uncertain};
-use answer::{refusal, silent};
+use answer::{counted, is_uncertain, refusal, silent};
 pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
@@ -351,7 +350,7 @@ impl Resizer {
     }
 
     /// The API has taken a resize of this pod.
-    pub(super) fn is_taken_in(&self, uid: &str, patched: &Pod) {
+    fn is_taken_in(&self, uid: &str, patched: &Pod) {
         for cgroup in self.of_pod(uid) {
             self.is_taken(cgroup, patched);
         }
@@ -359,7 +358,7 @@ impl Resizer {
 
     /// A resize of something else in a pod begins: with it the kubelet sets the limit of the pod's cgroup, too, and may set
     /// those of all of its containers, to what the spec says then.
-    pub(super) fn begins_in(&self, uid: &str, own: Option<CgroupId>) -> Vec<(CgroupId, Bytes)> {
+    fn begins_in(&self, uid: &str, own: Option<CgroupId>) -> Vec<(CgroupId, Bytes)> {
         self.targets.with(|targets| {
             let others = targets
                 .iter_mut()
@@ -373,8 +372,31 @@ impl Resizer {
         })
     }
 
+    /// Changes something else in a pod than a memory limit; returns whether it may still come, too. What was raised by hand
+    /// of memory goes with it.
+    pub(super) async fn patch_beside(
+        &self,
+        uid: &str,
+        way: Way,
+        named: (&str, &str),
+        own: Change,
+    ) -> (Result<kube::Result<Pod>, Elapsed>, bool) {
+        let begun = self.begins_in(uid, None);
+        let by_hand = self.by_hand_in(uid, |_| false);
+        let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
+        let patch = limits_patch(uid, &changes);
+        let patched = timeout(RESIZE_TIMEOUT, patched(&self.client, way, named, &patch)).await;
+        let is_uncertain = is_uncertain(&patched);
+        counted(&patched);
+        if let Ok(Ok(patched)) = &patched {
+            self.is_taken_in(uid, patched);
+        }
+        self.ends_in(begun, is_uncertain);
+        (patched, is_uncertain)
+    }
+
     /// It has ended.
-    pub(super) fn ends_in(&self, begun: Vec<(CgroupId, Bytes)>, is_uncertain: bool) {
+    fn ends_in(&self, begun: Vec<(CgroupId, Bytes)>, is_uncertain: bool) {
         for (cgroup, comes) in begun {
             self.is_answered(cgroup, comes);
             if is_uncertain {
@@ -385,7 +407,7 @@ impl Resizer {
 
     /// What was raised by hand in a pod, for a patch of something else: with the next resize of any resource the kubelet sets
     /// what the spec says. But for those that the patch has anyway.
-    pub(super) fn by_hand_in(&self, uid: &str, has: impl Fn(CgroupId) -> bool) -> Vec<Change> {
+    fn by_hand_in(&self, uid: &str, has: impl Fn(CgroupId) -> bool) -> Vec<Change> {
         self.targets.with(|targets| {
             let own = targets
                 .iter()

@@ -183,33 +183,30 @@ impl Leaving {
                     );
                 }
             }
-            for wish in pod::cpu_wishes(&seen, &[]).into_values().flatten() {
-                found += 1;
+            let cpus = pod::cpu_wishes(&seen, &[]).into_values().flatten();
+            let cpus = cpus.map(|wish| {
                 let level = Level::Container(wish.index);
-                let change = Change::cpu(level, wish.limit_text, wish.original_text);
-                let (client, ways) = (&self.client, self.movers.resizer.ways());
-                if let Err(why) = changed_back(client, ways, &seen, level, change).await {
-                    tracing::warn!(
-                        pod.namespace = seen.namespace,
-                        pod.name = seen.name,
-                        why,
-                        "a CPU limit is not given back yet"
-                    );
-                }
-            }
+                (
+                    level,
+                    Change::cpu(level, wish.limit_text, wish.original_text),
+                )
+            });
             // Where there is no room the kubelet puts it off, and gives it back as soon as there is.
-            for wish in pod::request_wishes(&seen, &[]).into_values().flatten() {
-                found += 1;
+            let requests = pod::request_wishes(&seen, &[]).into_values().flatten();
+            let requests = requests.map(|wish| {
                 let (from, to) = (wish.request_text, wish.original_text);
-                let level = Level::Container(wish.index);
                 let change = Change::memory_request(wish.index, from, to);
+                (Level::Container(wish.index), change)
+            });
+            for (level, change) in cpus.chain(requests) {
+                found += 1;
                 let (client, ways) = (&self.client, self.movers.resizer.ways());
                 if let Err(why) = changed_back(client, ways, &seen, level, change).await {
                     tracing::warn!(
                         pod.namespace = seen.namespace,
                         pod.name = seen.name,
                         why,
-                        "a memory request is not given back yet"
+                        "a CPU limit or memory request is not given back yet"
                     );
                 }
             }
