@@ -4,10 +4,14 @@ use std::{
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+/// A kernel program writes its record in some microseconds.
+const UNFINISHED: Duration = Duration::from_micros(50);
 
 /// A wake-up; clones share it.
 #[derive(Clone, Debug)]
@@ -42,8 +46,19 @@ impl Wake {
             .is_ok()
     }
 
-    /// Waits until it is given, a source is readable, or the time is over. Allocates nothing.
-    pub(crate) fn wait(&self, sources: [Option<BorrowedFd<'_>>; 2], timeout: Duration) {
+    /// Lets others run for a moment, because a source was readable and had nothing.
+    ///
+    /// A record that a kernel program has begun makes its ring readable, and can be taken only when it is finished. Whoever
+    /// is charged may have been interrupted in between by this very thread, which has real-time priority: to look
+    /// again and again would keep the one that is waited for from its CPU until the kernel's limit for
+    /// real-time tasks, nearly a second.
+    pub(crate) fn let_others_finish() {
+        thread::sleep(UNFINISHED);
+    }
+
+    /// Waits until it is given, a source is readable, or the time is over; returns whether a source is. Allocates
+    /// nothing.
+    pub(crate) fn wait(&self, sources: [Option<BorrowedFd<'_>>; 2], timeout: Duration) -> bool {
         let timeout = rustix::time::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(1),
             tv_nsec: timeout.subsec_nanos().into(),
@@ -51,10 +66,13 @@ impl Wake {
         let own = self.0.as_fd();
         let [first, second] = sources.map(|source| source.unwrap_or(own));
         let mut polled = [own, first, second].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let polled = poll(&mut polled, Some(&timeout));
         // Interrupted or not: whoever waits looks at everything anyway.
-        if let Err(errno) = polled {
+        if let Err(errno) = poll(&mut polled, Some(&timeout)) {
             tracing::trace!(%errno, "poll");
         }
+        let [_, first, second] = polled;
+        let told = [first, second].into_iter().zip(sources);
+        told.filter(|(_, source)| source.is_some())
+            .any(|(polled, _)| polled.revents().contains(PollFlags::IN))
     }
 }

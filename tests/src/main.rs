@@ -9,6 +9,7 @@ mod api_proxy;
 mod bench;
 mod containers;
 mod fake;
+mod heartbeat;
 mod init;
 mod load;
 mod node;

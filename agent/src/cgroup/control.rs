@@ -7,12 +7,13 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use bellows_core::Bytes;
+use rustix::fs::OFlags;
 
 use super::{Cgroup, CgroupError, Limit, parse_limit};
 
@@ -25,13 +26,23 @@ pub struct Control {
 }
 
 impl Control {
-    /// Opens the file `name` of `cgroup`.
+    /// Opens the file `name` of `cgroup`, for writes that do not wait where the kernel offers that: a limit or brake
+    /// below usage is then in force at once, and whoever is charged next reclaims in place of the writer (6.16:
+    /// `memory_high_write`, mm/memcontrol.c). Older kernels reclaim in the writer all the same.
     ///
     /// # Errors
     ///
     /// [`CgroupError::Io`] when it cannot be opened for reading and writing.
     pub fn open(cgroup: &Cgroup, name: &'static str) -> Result<Self, CgroupError> {
-        Self::open_in(&cgroup.path, name, File::options().read(true).write(true))
+        let without_waiting = OFlags::NONBLOCK.bits().cast_signed();
+        Self::open_in(
+            &cgroup.path,
+            name,
+            File::options()
+                .read(true)
+                .write(true)
+                .custom_flags(without_waiting),
+        )
     }
 
     /// Opens the limits of those that have inherited the limit of `cgroup`, for reading only. One that

@@ -179,9 +179,30 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             record.bellows.sleeps,
             record.bellows.stderr,
         );
+        if record.bellows.killed() {
+            eprintln!("{}", last_seconds(&record.bellows));
+        }
         records.write(&record)?;
     }
     Ok(())
+}
+
+/// What became of one that was killed, for whoever has nothing but this.
+fn last_seconds(outcome: &Outcome) -> String {
+    let last = outcome.samples.iter().rev().take(24).rev();
+    let last: Vec<String> = last
+        .map(|sample| {
+            let Sample { at_us, limit, peak } = *sample;
+            format!("{} ms {}/{}", at_us / 1000, Bytes(peak), Bytes(limit))
+        })
+        .collect();
+    format!(
+        "killed at {} ms, a CPU stood still for {} ms at most, peak/limit: {}; report {}",
+        outcome.killed_at_ns / 1_000_000,
+        outcome.stood_still_us / 1000,
+        last.join(", "),
+        outcome.report
+    )
 }
 
 fn run_case(runner: &Runner, case: Case) -> Result<Record> {

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    heartbeat::Heartbeat,
     node::wait,
     sampler::{Sample, Sampler},
 };
@@ -42,6 +43,9 @@ pub(crate) struct Outcome {
     pub(crate) killed_at_ns: u64,
     /// Microseconds from the start of the command to its end.
     pub(crate) wall_us: u64,
+    /// The longest time, in microseconds, for which a CPU of the machine stood still meanwhile.
+    #[serde(default)]
+    pub(crate) stood_still_us: u64,
     /// What the load said of itself.
     pub(crate) said: Value,
     /// What it was granted and used over time.
@@ -99,6 +103,7 @@ pub(crate) struct Runner {
     probe: Probe,
     executable: PathBuf,
     runs: AtomicU64,
+    heartbeat: Heartbeat,
 }
 
 impl Runner {
@@ -108,6 +113,7 @@ impl Runner {
             probe: Probe::start()?,
             executable: env::current_exe()?,
             runs: AtomicU64::new(0),
+            heartbeat: Heartbeat::start()?,
         })
     }
 
@@ -177,6 +183,7 @@ impl Runner {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let start = Instant::now();
+        self.heartbeat.take();
         let child = command.spawn().context("run the load")?;
         let path = if cgroup.as_os_str().is_empty() {
             Path::new(ROOT).join(format!("bellows-exec-{}", child.id()))
@@ -200,6 +207,7 @@ impl Runner {
             sleeps: track.sleeps,
             killed_at_ns: track.killed_at_ns,
             wall_us,
+            stood_still_us: self.heartbeat.take(),
             said: said(&stdout),
             samples: track.samples,
             report: Value::Null,

@@ -332,11 +332,13 @@ impl Worker {
             tracing::warn!(%error, "memory is not locked: reactions may wait for a page");
         }
         loop {
-            self.wait();
+            let is_readable = self.wait();
             if !self.take_commands() {
                 break;
             }
-            self.take_events();
+            if !self.take_events() && is_readable {
+                Wake::let_others_finish();
+            }
             self.look_after_held();
         }
         let armed: Vec<CgroupId> = self.table.keys().copied().collect();
@@ -345,14 +347,15 @@ impl Worker {
         }
     }
 
-    fn wait(&self) {
+    /// Returns whether there seems to be an event.
+    fn wait(&self) -> bool {
         let at = now();
         let held = self.table.values().filter_map(Row::held_since);
         let timeout = held.max().map_or(IDLE_POLL, |latest| {
             let poll = at.since(latest).per_mille(POLL_PER_MILLE);
             Duration::from_nanos(poll.max(SHORTEST_POLL).0)
         });
-        self.wake.wait([Some(self.source.as_fd()), None], timeout);
+        self.wake.wait([Some(self.source.as_fd()), None], timeout)
     }
 
     /// Returns whether to go on.
@@ -382,8 +385,11 @@ impl Worker {
         }
     }
 
-    fn take_events(&mut self) {
+    /// Returns whether there was one.
+    fn take_events(&mut self) -> bool {
+        let mut any = false;
         while let Some(taken) = self.source.take() {
+            any = true;
             match taken {
                 Taken::Event(event) => self.react(&event),
                 Taken::Unknown => {
@@ -391,6 +397,7 @@ impl Worker {
                 }
             }
         }
+        any
     }
 
     fn tell(&self, verdict: Verdict) {
