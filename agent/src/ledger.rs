@@ -126,9 +126,7 @@ pub enum Record {
         /// In which cgroup.
         cgroup: CgroupId,
         /// Where they are to be given back.
-        place: PathBuf,
-        /// While this process lives.
-        owner: ProcessId,
+        place: Place,
         /// All of them.
         taken: Vec<u8>,
     },
@@ -225,6 +223,19 @@ pub enum Record {
         /// The cgroup.
         cgroup: CgroupId,
     },
+}
+
+/// Where a jobserver is, as long as its owner lives: a descriptor, and which pipe it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Place {
+    /// The make or cargo that has it for others.
+    pub owner: ProcessId,
+    /// By which it has it.
+    pub descriptor: i32,
+    /// The pipe's.
+    pub device: u64,
+    /// The pipe's.
+    pub inode: u64,
 }
 
 /// An open ledger.
@@ -338,10 +349,7 @@ impl Ledger {
         let path = self.path.clone();
         let fresh = path.with_extension("next");
         // What a predecessor may have left of an attempt.
-        match fs::remove_file(&fresh) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_if_there(&fresh)?;
         let mut next = Self::open(&fresh)?;
         for record in first {
             next.append(record)?;
@@ -371,12 +379,14 @@ impl Ledger {
         fs::rename(&self.path, previous(&self.path))
     }
 
-    /// Removes the file: everything in it is undone.
+    /// Removes the file and the one put aside: everything in them is undone.
     ///
     /// # Errors
     ///
-    /// When it cannot be removed.
+    /// When one cannot be removed.
     pub fn remove(self) -> io::Result<()> {
+        // In this order: without the one the other counts.
+        remove_if_there(&previous(&self.path))?;
         fs::remove_file(&self.path)
     }
 }
@@ -396,6 +406,18 @@ pub fn encode(record: &Record, line: &mut Vec<u8>) -> io::Result<()> {
     write!(&mut line[1..9], "{crc:08x}")?;
     line.push(b'\n');
     Ok(())
+}
+
+/// Removes a file that may not be there.
+///
+/// # Errors
+///
+/// When it is there and cannot be removed.
+pub fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Where the ledger of the process before is kept.

@@ -57,7 +57,6 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
         // The predecessor died between putting its ledger aside and beginning the next.
         None => read_if_there(&ledger::previous(path))?.unwrap_or_default(),
     };
-    let resumed = parallel::resume_all(&ledger::paused(path))?;
     let guarded = left_by(&contents.records);
     for Left { path, braked, .. } in guarded.values() {
         let released = if *braked { release(path) } else { thaw(path) };
@@ -65,6 +64,11 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
             tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
         }
     }
+    // After the holds: what fails here must not keep anybody held.
+    let resumed = parallel::resume_all(&ledger::paused(path)).unwrap_or_else(|error| {
+        tracing::error!(%error, "those that a predecessor has paused may stay so");
+        0
+    });
     Ok(Recovered {
         released: guarded.len(),
         resumed,
@@ -196,6 +200,39 @@ mod tests {
         assert_eq!(braked(&forgotten), None);
         let overtaken = [adopt.clone(), ours.clone(), adopt, forget, ours];
         assert_eq!(braked(&overtaken), Some(true));
+    }
+
+    #[test]
+    fn whoever_is_held_goes_on_though_it_cannot_be_read_who_is_paused() {
+        let directory = env::temp_dir().join(format!("bellows-unreadable-{}", process::id()));
+        let cgroup = directory.join("cgroup");
+        fs::create_dir_all(&cgroup).unwrap();
+        let read = |file: &str| fs::read_to_string(cgroup.join(file)).unwrap();
+        fs::write(cgroup.join("memory.high"), "4096").unwrap();
+        fs::write(cgroup.join("cgroup.freeze"), "1").unwrap();
+        let path = directory.join("ledger");
+        fs::create_dir_all(ledger::paused(&path)).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap();
+        let (at, id) = (Nanos(1), CgroupId(7));
+        let adopt = Record::Adopt {
+            at,
+            cgroup: id,
+            path: cgroup.clone(),
+            name: String::new(),
+            original: Bytes(1),
+            limit: Bytes(1),
+        };
+        ledger.append(&adopt).unwrap();
+        let brake = Record::Brake {
+            at,
+            cgroup: id,
+            foreign: false,
+        };
+        ledger.append(&brake).unwrap();
+        assert_eq!(recover(&path).unwrap().released, 1);
+        assert_eq!(read("memory.high").trim(), "max");
+        assert_eq!(read("cgroup.freeze").trim(), "0");
+        fs::remove_dir_all(&directory).unwrap();
     }
 
     /// Parent and releaser learn of a death at the same time.

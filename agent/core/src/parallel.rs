@@ -116,6 +116,8 @@ pub enum Resumed {
     NotStopped,
     /// It is not a leaf any more, or has become something that others need.
     Exempt,
+    /// It is not seen any more, or could not be resumed before.
+    Lost,
     /// The guard ends.
     Ended,
 }

@@ -86,9 +86,14 @@ pub fn wait_and_release(path: &Path, ledger: &Path) -> Result<(), CgroupError> {
         return Ok(());
     }
     let released = release(path);
-    if let Err(error) = parallel::resume_all(&ledger::paused(ledger)) {
-        tracing::error!(%error, "it cannot be read who is paused");
-    }
+    let resume = || {
+        let resumed = parallel::resume_all(&ledger::paused(ledger));
+        if let Err(error) = &resumed {
+            tracing::error!(%error, "those that were paused may stay so");
+        }
+        resumed.is_ok()
+    };
+    let mut is_resumed = resume();
     released?;
     // Nobody else is left to remove the command's cgroup when the command has ended.
     while Cgroup::open(path)
@@ -96,6 +101,7 @@ pub fn wait_and_release(path: &Path, ledger: &Path) -> Result<(), CgroupError> {
         .unwrap_or(false)
     {
         thread::sleep(LOOK_AGAIN);
+        is_resumed = is_resumed || resume();
     }
     match Cgroup::open(path).and_then(|cgroup| remove_tree(&cgroup)) {
         Err(error) if !error.is_gone() => Err(error),

@@ -5,26 +5,26 @@
 //! fifo (`--jobserver-auth=fifo:PATH`, the default since 4.4). A byte is given back as it was taken. The pipe is opened
 //! anew, through `/proc`: not to block must be said for this end only, make may rely on its own.
 //!
-//! What `MAKEFLAGS` says is a container's word. Nothing but a pipe is read, a path is resolved within the container's
-//! own root, and no more is taken than is withheld, whatever lies in the pipe. A jobserver that hands out nothing costs
-//! nothing: who begins a job too many is paused then.
+//! What `MAKEFLAGS` says is a container's word, and it may be stale: a make before 4.4 tells descriptors to a recipe that
+//! does not have them, where the same numbers are anything, a compiler's output for one. So a jobserver is only what a
+//! make or cargo above the job has open itself, and it is reached through the topmost that has: those between may end
+//! before it. A path is never followed, and no more is taken than is withheld, whatever lies in the pipe. A jobserver
+//! that hands out nothing costs nothing: who begins a job too many is paused then.
 //!
 //! Tokens must not outlive their jobserver in here, nor be kept when a build winds down: make counts them at its end.
+//! They must not be written into any other pipe: what is opened is compared with what was found.
 
 use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
-    },
-    path::{Path, PathBuf},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::PathBuf,
 };
 
 use bellows_core::parallel::ProcessId;
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
-use super::process::{Process, Tree, descriptors, read};
+use super::process::{Process, Tree, descriptors, is_there};
+use crate::ledger::Place;
 
 /// No build is slowed down by more.
 const MOST: usize = 256;
@@ -58,6 +58,36 @@ pub(super) fn parse(flags: &str) -> Option<Auth> {
     Some(Auth::Pipe(from.parse().ok()?, to.parse().ok()?))
 }
 
+impl Auth {
+    /// The descriptor by which a process has this jobserver, if it has it.
+    fn within(&self, pid: i32) -> Option<i32> {
+        match *self {
+            Self::Fifo(ref path) => descriptors(pid)
+                .into_iter()
+                .find(|(_, target)| target.file_name() == path.file_name())
+                .map(|(number, _)| number),
+            Self::Pipe(from, to) if from >= 0 && to >= 0 => {
+                let is_one = from != to && pipe(pid, from)? == pipe(pid, to)?;
+                is_one.then_some(from)
+            }
+            // Make tells those that may not have it so, since 4.4 (`jobserver_get_invalid_auth`, src/posixos.c).
+            Self::Pipe(..) => own_pipe(pid),
+        }
+    }
+
+    /// Where a process has it.
+    fn place(&self, owner: ProcessId) -> Option<Place> {
+        let descriptor = self.within(owner.pid)?;
+        let (device, inode) = pipe(owner.pid, descriptor)?;
+        Some(Place {
+            owner,
+            descriptor,
+            device,
+            inode,
+        })
+    }
+}
+
 /// A jobserver, and what was taken from it.
 #[derive(Debug)]
 pub(super) struct Jobserver {
@@ -65,56 +95,33 @@ pub(super) struct Jobserver {
     pipe: File,
     /// To write to, while something is taken: so make waits for it at its end.
     back: Option<File>,
-    /// Where it can be opened for as long as its owner lives.
-    pub(super) place: PathBuf,
-    pub(super) owner: ProcessId,
+    pub(super) place: Place,
     pub(super) taken: Vec<u8>,
 }
 
 impl Jobserver {
-    /// The one that a job belongs to.
+    /// The one that a job belongs to: what the nearest make or cargo has, by the topmost that has the same.
     pub(super) fn of(job: ProcessId, tree: &Tree) -> Option<Self> {
         let auth = parse(&make_flags(job.pid)?)?;
         let ancestors = tree.ancestors(job);
-        let owner = ancestors
-            .iter()
-            .rev()
-            .find(|process| is_master(process))?
-            .id;
-        let place = match auth {
-            Auth::Fifo(path) => Some(root_of(owner.pid).join(path.strip_prefix("/").ok()?)),
-            Auth::Pipe(from, to) if from >= 0 && to >= 0 => {
-                let holders = [job]
-                    .into_iter()
-                    .chain(ancestors.iter().map(|process| process.id));
-                holders
-                    .map(|id| descriptor(id.pid, from))
-                    .find(|place| is_pipe(place))
-            }
-            // Make tells those that may not have it so, since 4.3.
-            Auth::Pipe(..) => None,
-        };
-        let place = place.or_else(|| {
-            let masters = ancestors.iter().filter(|process| is_master(process));
-            masters.map(|process| process.id.pid).find_map(own_pipe)
-        })?;
-        let pipe = reopen(&place, owner, Way::Take).ok()?;
-        Some(Self::at(pipe, place, owner))
-    }
-
-    pub(super) const fn at(pipe: File, place: PathBuf, owner: ProcessId) -> Self {
-        Self {
-            pipe,
+        let masters = ancestors.iter().filter(|process| is_master(process));
+        let mut places = masters.filter_map(|process| auth.place(process.id));
+        let nearest = places.next()?;
+        let place = places
+            .filter(|place| (place.device, place.inode) == (nearest.device, nearest.inode))
+            .next_back()
+            .unwrap_or(nearest);
+        Some(Self {
+            pipe: open(place, Way::Take).ok()?,
             back: None,
             place,
-            owner,
             taken: Vec::new(),
-        }
+        })
     }
 
-    /// Whether its owner lives.
+    /// Whether its owner lives, as far as can be told.
     pub(super) fn is_there(&self) -> bool {
-        read(self.owner.pid).is_some_and(|process| process.id == self.owner)
+        is_there(self.place.owner).unwrap_or(true)
     }
 
     /// Takes one token, if there is one to be had and no more than `wanted` are taken then.
@@ -126,21 +133,20 @@ impl Jobserver {
         if self.taken.len() >= wanted.min(MOST) {
             return Ok(false);
         }
-        let back = match self.back.take() {
-            Some(back) => back,
-            None => reopen(&self.place, self.owner, Way::GiveBack)?,
-        };
-        let mut token = [0];
-        let is_taken = match self.pipe.read(&mut token) {
-            Ok(count) => count == 1,
-            Err(error) if is_passing(&error) => false,
-            Err(error) => return Err(error),
-        };
-        if is_taken {
-            self.taken.push(token[0]);
+        if self.back.is_none() {
+            self.back = Some(open(self.place, Way::GiveBack)?);
         }
-        self.back = Some(back).filter(|_| !self.taken.is_empty());
-        Ok(is_taken)
+        let mut token = [0];
+        let read = self.pipe.read(&mut token);
+        self.taken
+            .extend(token.iter().filter(|_| matches!(read, Ok(1))));
+        if self.taken.is_empty() {
+            self.back = None;
+        }
+        match read {
+            Err(error) if is_passing(&error) => Ok(false),
+            read => Ok(read? == 1),
+        }
     }
 
     /// Gives back what is more than `wanted`; returns how many were given back.
@@ -167,11 +173,11 @@ impl Jobserver {
 /// # Errors
 ///
 /// When it is there and takes none.
-pub(super) fn return_to(place: &Path, owner: ProcessId, tokens: &[u8]) -> io::Result<()> {
-    if tokens.is_empty() || read(owner.pid).is_none_or(|process| process.id != owner) {
+pub(super) fn return_to(place: Place, tokens: &[u8]) -> io::Result<()> {
+    if tokens.is_empty() || !is_there(place.owner)? {
         return Ok(());
     }
-    reopen(place, owner, Way::GiveBack)?.write_all(tokens)
+    open(place, Way::GiveBack)?.write_all(tokens)
 }
 
 /// What a pipe is opened for.
@@ -179,23 +185,6 @@ pub(super) fn return_to(place: &Path, owner: ProcessId, tokens: &[u8]) -> io::Re
 enum Way {
     Take,
     GiveBack,
-}
-
-/// Opens the pipe of a jobserver, by a descriptor or as a fifo in its owner's root.
-fn reopen(place: &Path, owner: ProcessId, way: Way) -> io::Result<File> {
-    let root = root_of(owner.pid);
-    match place.strip_prefix(&root) {
-        Ok(path) => {
-            let fifo = in_root(&root, path)?;
-            let opened = format!("/proc/self/fd/{}", fifo.as_raw_fd());
-            open(Path::new(&opened), way)
-        }
-        Err(_) => open(place, way),
-    }
-}
-
-fn root_of(pid: i32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}/root"))
 }
 
 fn is_passing(error: &io::Error) -> bool {
@@ -230,67 +219,77 @@ fn descriptor(pid: i32, number: i32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/fd/{number}"))
 }
 
-fn is_pipe(place: &Path) -> bool {
-    fs::metadata(place).is_ok_and(|metadata| metadata.file_type().is_fifo())
+/// Which pipe a descriptor is, if it is one: device and inode.
+fn pipe(pid: i32, number: i32) -> Option<(u64, u64)> {
+    let metadata = fs::metadata(descriptor(pid, number)).ok()?;
+    let is_fifo = metadata.file_type().is_fifo();
+    is_fifo.then(|| (metadata.dev(), metadata.ino()))
 }
 
-/// The pipe of which a process has both ends: a make's own.
-fn own_pipe(pid: i32) -> Option<PathBuf> {
-    let pipes: Vec<(i32, PathBuf)> = descriptors(pid)
+/// The pipe of which a process has both ends, if there is one such: a make's own.
+fn own_pipe(pid: i32) -> Option<i32> {
+    let mut pipes: Vec<(PathBuf, i32)> = descriptors(pid)
         .into_iter()
         .filter(|(number, target)| *number > 2 && target.to_string_lossy().starts_with("pipe:"))
+        .map(|(number, target)| (target, number))
         .collect();
-    let has_twin = |(number, target): &&(i32, PathBuf)| {
-        pipes
-            .iter()
-            .any(|(other, same)| other != number && same == target)
+    pipes.sort_unstable();
+    let mut twins = pipes
+        .chunk_by(|(one, _), (other, _)| one == other)
+        .filter(|same| same.len() > 1);
+    let (Some([(_, number), ..]), None) = (twins.next(), twins.next()) else {
+        return None;
     };
-    pipes
-        .iter()
-        .find(has_twin)
-        .map(|(number, _)| descriptor(pid, *number))
+    Some(*number)
 }
 
-/// A path within a root, whatever links are on the way, opened as a place only.
-fn in_root(root: &Path, path: &Path) -> io::Result<File> {
-    let root = File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-        .open(root)?;
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    Ok(openat2(&root, path, flags, Mode::empty(), resolve)?.into())
-}
-
-/// Opens a pipe one way.
+/// Opens a jobserver's pipe one way.
 ///
 /// At its end make closes its own writing end and reads until there is no other (`jobserver_acquire_all`, src/posixos.c),
 /// so it waits for whoever holds one open. That must be who has tokens, so that make finds them, and nobody else.
-fn open(place: &Path, way: Way) -> io::Result<File> {
+fn open(place: Place, way: Way) -> io::Result<File> {
+    let Place {
+        owner,
+        descriptor: number,
+        device,
+        inode,
+    } = place;
+    let gone = || io::Error::other(format!("the jobserver of {} is gone", owner.pid));
     // Before it is opened: to open a device can do things.
-    if !is_pipe(place) {
-        return Err(io::Error::other(format!("{} is no pipe", place.display())));
+    if !is_there(owner)? || pipe(owner.pid, number) != Some((device, inode)) {
+        return Err(gone());
     }
     let file = File::options()
         .read(way == Way::Take)
         .write(way == Way::GiveBack)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(place)?;
+        .open(descriptor(owner.pid, number))?;
     // It may have been exchanged.
-    if !file.metadata()?.file_type().is_fifo() {
-        return Err(io::Error::other(format!(
-            "{} is no pipe any more",
-            place.display()
-        )));
+    let metadata = file.metadata()?;
+    if (metadata.dev(), metadata.ino()) != (device, inode) {
+        return Err(gone());
     }
     Ok(file)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd as _;
+    use std::{
+        os::{
+            fd::{AsFd as _, AsRawFd as _},
+            unix::process::CommandExt as _,
+        },
+        process::{Child, Command, Stdio},
+        thread,
+        time::{Duration, Instant},
+    };
 
-    use super::*;
+    use rustix::{fs::OFlags, process::Signal};
+
+    use super::{
+        super::process::{self, read},
+        *,
+    };
 
     #[test]
     fn both_ways_to_name_a_jobserver_are_understood_and_nothing_else() {
@@ -319,17 +318,149 @@ mod tests {
     }
 
     fn own() -> ProcessId {
-        read(i32::try_from(std::process::id()).unwrap()).unwrap().id
+        let pid = i32::try_from(std::process::id()).unwrap();
+        read(pid).unwrap().unwrap().id
     }
 
-    /// A jobserver with these tokens, and the end of make's.
+    /// Where a file of this process is.
+    fn place(file: &File) -> Place {
+        let metadata = file.metadata().unwrap();
+        Place {
+            owner: own(),
+            descriptor: file.as_raw_fd(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+
+    /// A jobserver with these tokens, and make's ends.
     fn jobserver(tokens: &[u8]) -> (Jobserver, File, File) {
         let (from, to) = rustix::pipe::pipe().unwrap();
         let (from, mut to) = (File::from(from), File::from(to));
         to.write_all(tokens).unwrap();
-        let place = descriptor(own().pid, from.as_raw_fd());
-        let pipe = open(&place, Way::Take).unwrap();
-        (Jobserver::at(pipe, place, own()), from, to)
+        let place = place(&from);
+        let jobserver = Jobserver {
+            pipe: open(place, Way::Take).unwrap(),
+            back: None,
+            place,
+            taken: Vec::new(),
+        };
+        (jobserver, from, to)
+    }
+
+    /// A make that runs this makefile, and its processes.
+    struct Make {
+        directory: PathBuf,
+        child: Child,
+    }
+
+    impl Make {
+        fn start(name: &str, makefile: &str) -> Self {
+            let name = format!("bellows-{name}-{}", std::process::id());
+            let directory = std::env::temp_dir().join(name);
+            fs::create_dir_all(&directory).unwrap();
+            fs::write(directory.join("Makefile"), makefile).unwrap();
+            let mut make = Command::new("make");
+            make.arg("-j3").current_dir(&directory).process_group(0);
+            make.env_remove("MAKEFLAGS").env_remove("CARGO_MAKEFLAGS");
+            let child = make.stdout(Stdio::null()).spawn().unwrap();
+            Self { directory, child }
+        }
+
+        fn id(&self) -> ProcessId {
+            let pid = i32::try_from(self.child.id()).unwrap();
+            read(pid).unwrap().unwrap().id
+        }
+
+        /// Its processes, and the job among them, when that has begun.
+        fn job(&self) -> (ProcessId, Tree) {
+            let start = Instant::now();
+            loop {
+                let tree = Tree::below(self.id().pid);
+                if let Some(job) = tree.named("sleep") {
+                    return (job, tree);
+                }
+                assert!(start.elapsed() < Duration::from_secs(10), "it begins");
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
+
+        /// What the job's jobserver must be: what this make has of it.
+        fn own(&self) -> Place {
+            let flags = self.job().0;
+            let auth = Auth::Pipe(-2, -2);
+            let fifo = || parse(&make_flags(flags.pid)?)?.place(self.id());
+            auth.place(self.id()).or_else(fifo).unwrap()
+        }
+    }
+
+    impl Drop for Make {
+        fn drop(&mut self) {
+            let group = rustix::process::Pid::from_child(&self.child);
+            rustix::process::kill_process_group(group, Signal::KILL).unwrap();
+            self.child.wait().unwrap();
+            fs::remove_dir_all(&self.directory).unwrap();
+        }
+    }
+
+    /// What a recipe's processes have under the numbers that `MAKEFLAGS` names may be anything: a compiler's output.
+    #[test]
+    fn only_what_make_has_is_its_jobserver() {
+        let make = Make::start(
+            "plain",
+            "all:\n\t@tail -f /dev/null | (exec sleep 60 3<&0 4<&0)\n",
+        );
+        let (job, tree) = make.job();
+        assert_eq!(Jobserver::of(job, &tree).unwrap().place, make.own());
+        // Nobody above it has one.
+        let lie =
+            "all:\n\t@tail -f /dev/null | (MAKEFLAGS=--jobserver-auth=0,5 exec sleep 60 5<&0)\n";
+        let make = Make::start("lie", lie);
+        let (job, tree) = make.job();
+        assert!(Jobserver::of(job, &tree).is_none());
+    }
+
+    #[test]
+    fn make_need_not_say_which_pipe_it_has() {
+        let makefile = "all:\n\t@MAKEFLAGS=--jobserver-auth=-2,-2 sleep 60\n";
+        let make = Make::start("unsaid", makefile);
+        let (job, tree) = make.job();
+        let place = Jobserver::of(job, &tree).map(|jobserver| jobserver.place);
+        // One with a fifo has no such pipe.
+        assert_eq!(place, Auth::Pipe(-2, -2).place(make.id()));
+    }
+
+    /// The one in between ends before the other.
+    #[test]
+    fn a_jobserver_is_its_topmost_owners() {
+        let makefile = "all:\n\t@+$(MAKE) sub; sleep 30\nsub:\n\t@sleep 60\n";
+        let make = Make::start("sub", makefile);
+        let (job, tree) = make.job();
+        let names = |id| {
+            tree.ancestors(id)
+                .iter()
+                .filter(|known| is_master(known))
+                .count()
+        };
+        assert_eq!(names(job), 2);
+        let mut jobserver = Jobserver::of(job, &tree).unwrap();
+        assert_eq!(jobserver.place, make.own());
+        assert!(jobserver.take(1).unwrap());
+        let sub = tree.ancestors(job)[0].id;
+        for id in [job, sub] {
+            process::signal(id, Signal::KILL).unwrap();
+        }
+        while is_there(sub).unwrap() {
+            thread::sleep(Duration::from_millis(2));
+        }
+        return_to(jobserver.place, &jobserver.taken).unwrap();
+        jobserver.taken.clear();
+        jobserver.back = None;
+        let mut taken = 0;
+        while jobserver.take(9).unwrap() {
+            taken += 1;
+        }
+        assert!(taken >= 1);
     }
 
     #[test]
@@ -369,25 +500,50 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pipe_is_not_opened() {
-        for place in ["/dev/null", "/proc/self/exe", "/no/such", "/"] {
-            let error = open(Path::new(place), Way::Take).unwrap_err();
-            assert!(error.to_string().contains("is no pipe"), "{error}");
+    fn nothing_but_the_pipe_that_was_found_is_opened() {
+        let (jobserver, _from, _to) = jobserver(b"");
+        let (other, _end) = rustix::pipe::pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let meant = jobserver.place;
+        for wrong in [
+            place(&null),
+            Place {
+                descriptor: other.as_raw_fd(),
+                ..meant
+            },
+            Place {
+                descriptor: 1 << 20,
+                ..meant
+            },
+            Place {
+                owner: gone(),
+                ..meant
+            },
+        ] {
+            let error = open(wrong, Way::Take).unwrap_err();
+            assert!(error.to_string().contains("is gone"), "{error}");
+        }
+    }
+
+    fn gone() -> ProcessId {
+        ProcessId {
+            began: own().began + 1,
+            ..own()
         }
     }
 
     #[test]
     fn a_jobserver_that_vanishes_gets_nothing_back() {
         let (jobserver, from, to) = jobserver(b"abc");
-        let place = jobserver.place.clone();
+        let place = jobserver.place;
         assert!(jobserver.back.is_none(), "make would wait for it");
-        return_to(&place, own(), b"x").unwrap();
-        let gone = ProcessId {
-            began: own().began + 1,
-            ..own()
+        return_to(place, b"x").unwrap();
+        let stranger = Place {
+            owner: gone(),
+            ..place
         };
         assert!(jobserver.is_there());
-        return_to(&place, gone, b"y").unwrap();
+        return_to(stranger, b"y").unwrap();
         drop(to);
         // Nobody but us could write: make sees the end of it.
         let Jobserver { mut pipe, .. } = jobserver;
@@ -396,6 +552,6 @@ mod tests {
         assert_eq!(&left[..count], b"abcx");
         assert_eq!(pipe.read(&mut left).unwrap(), 0);
         drop(from);
-        return_to(&place, own(), b"z").unwrap_err();
+        return_to(place, b"z").unwrap_err();
     }
 }

@@ -22,10 +22,10 @@ mod watched;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread::{self, JoinHandle},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bellows_core::{Bytes, CgroupId, parallel::ProcessId};
@@ -33,9 +33,13 @@ use rustix::process::Signal;
 
 use crate::{
     cgroup::Cgroup,
-    ledger::{self, Ledger, Record},
+    ledger::{self, Ledger, Place, Record},
 };
 use watched::Watched;
+
+/// At its end the guard tries so often, and waits so long in between, to resume whom it could not.
+const LAST_ATTEMPTS: usize = 10;
+const LAST_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Takes what is to be told to the controller; must not block.
 pub type Sink = Box<dyn Fn(Record) + Send>;
@@ -66,11 +70,19 @@ impl Parallel {
     ///
     /// When the file or the thread cannot be had.
     pub fn start(path: &Path, told: Sink) -> io::Result<Self> {
+        Self::start_with(path, told, process::signal)
+    }
+
+    fn start_with(path: &Path, told: Sink, signal: Signaller) -> io::Result<Self> {
         let ledger = Ledger::open(path)?;
         let (commands, inbox) = mpsc::channel();
         let lender = Lender {
             inbox,
-            state: State { ledger, told },
+            state: State {
+                ledger,
+                told,
+                signal,
+            },
             watched: BTreeMap::new(),
         };
         let thread = thread::Builder::new()
@@ -124,10 +136,14 @@ impl Drop for Parallel {
     }
 }
 
+/// Sends a signal to exactly one process: [`process::signal`].
+type Signaller = fn(ProcessId, Signal) -> io::Result<bool>;
+
 /// What is written down and told.
 struct State {
     ledger: Ledger,
     told: Sink,
+    signal: Signaller,
 }
 
 impl State {
@@ -160,10 +176,19 @@ impl Lender {
             }
             self.look();
         }
-        for watched in self.watched.values_mut() {
-            watched.let_go(&mut self.state);
+        for _ in 0..LAST_ATTEMPTS {
+            for watched in self.watched.values_mut() {
+                watched.forget(&mut self.state);
+            }
+            self.watched.retain(|_, watched| !watched.is_over());
+            if self.watched.is_empty() {
+                break;
+            }
+            thread::sleep(LAST_INTERVAL);
         }
-        if let Err(error) = self.state.ledger.remove() {
+        if !self.watched.is_empty() {
+            tracing::error!("processes stay paused: whoever reads the file next resumes them");
+        } else if let Err(error) = self.state.ledger.remove() {
             tracing::debug!(%error, "an empty file is left behind");
         }
     }
@@ -171,7 +196,9 @@ impl Lender {
     fn take(&mut self, command: Command) {
         match command {
             Command::Watch(cgroup) => {
-                self.watched.insert(cgroup.id(), Watched::new(cgroup));
+                let watched = self.watched.entry(cgroup.id());
+                let watched = watched.or_insert_with(|| Watched::new(cgroup));
+                watched.watch_again();
             }
             Command::MayHave {
                 cgroup,
@@ -183,8 +210,8 @@ impl Lender {
                 }
             }
             Command::Forget(cgroup) => {
-                if let Some(mut watched) = self.watched.remove(&cgroup) {
-                    watched.let_go(&mut self.state);
+                if let Some(watched) = self.watched.get_mut(&cgroup) {
+                    watched.forget(&mut self.state);
                 }
             }
         }
@@ -197,7 +224,7 @@ impl Lender {
                 watched.look(&mut self.state);
             }
         }
-        self.watched.retain(|_, watched| !watched.is_gone);
+        self.watched.retain(|_, watched| !watched.is_over());
         if self.state.ledger.is_full().unwrap_or(false) {
             let standing = self.watched.values().flat_map(Watched::standing);
             let standing: Vec<Record> = standing.collect();
@@ -212,8 +239,7 @@ impl Lender {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Left {
     paused: BTreeSet<ProcessId>,
-    /// By owner: where, and what.
-    tokens: BTreeMap<ProcessId, (PathBuf, Vec<u8>)>,
+    tokens: BTreeMap<Place, Vec<u8>>,
 }
 
 fn left_by(records: &[Record]) -> Left {
@@ -226,13 +252,8 @@ fn left_by(records: &[Record]) -> Left {
             Record::Resume { process, .. } => {
                 left.paused.remove(process);
             }
-            Record::Tokens {
-                place,
-                owner,
-                taken,
-                ..
-            } => {
-                left.tokens.insert(*owner, (place.clone(), taken.clone()));
+            Record::Tokens { place, taken, .. } => {
+                left.tokens.insert(*place, taken.clone());
             }
             _ => {}
         }
@@ -246,30 +267,42 @@ fn left_by(records: &[Record]) -> Left {
 ///
 /// # Errors
 ///
-/// When the file exists but cannot be read.
+/// When the file exists but cannot be read, or not be put aside.
 pub fn resume_all(path: &Path) -> io::Result<usize> {
-    let records = match ledger::read(path) {
-        Ok(contents) => contents.records,
+    let put_aside = ledger::previous(path);
+    let (file, records) = match ledger::read(path) {
+        Ok(contents) => (path, contents.records),
+        // Its writer died between putting it aside and beginning the next.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let previous = ledger::read(&ledger::previous(path));
-            previous.unwrap_or_default().records
+            let previous = ledger::read(&put_aside);
+            (&*put_aside, previous.unwrap_or_default().records)
         }
         Err(error) => return Err(error),
     };
     let left = left_by(&records);
     let mut count = 0;
+    let mut failed = None;
     for process in &left.paused {
         match process::signal(*process, Signal::CONT) {
             Ok(went_on) => count += usize::from(went_on),
             Err(error) => {
                 tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+                failed = Some(error);
             }
         }
     }
-    let is_first = fs::rename(path, path.with_extension("resumed")).is_ok();
-    for (owner, (place, tokens)) in left.tokens.iter().filter(|_| is_first) {
-        if let Err(error) = jobserver::return_to(place, *owner, tokens) {
-            tracing::error!(place = %place.display(), %error, "job tokens cannot be given back");
+    // Whoever comes next tries again.
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    if file == path {
+        // It would be taken for the newest one as soon as there is no other.
+        ledger::remove_if_there(&put_aside)?;
+    }
+    let is_first = fs::rename(file, path.with_extension("resumed")).is_ok();
+    for (place, tokens) in left.tokens.iter().filter(|_| is_first) {
+        if let Err(error) = jobserver::return_to(*place, tokens) {
+            tracing::error!(?place, %error, "job tokens cannot be given back");
         }
     }
     if is_first {
@@ -282,11 +315,17 @@ pub fn resume_all(path: &Path) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use std::{
-        io::Read as _,
-        os::unix::process::CommandExt as _,
+        io::{Read as _, Write as _},
+        os::{
+            fd::AsRawFd as _,
+            unix::{fs::MetadataExt as _, process::CommandExt as _},
+        },
+        path::PathBuf,
         process::{Child, Command as Program, Stdio},
-        time::Duration,
+        sync::atomic::{AtomicUsize, Ordering},
     };
+
+    use bellows_core::parallel::Resumed;
 
     use super::*;
 
@@ -305,6 +344,10 @@ mod tests {
 
     impl Burst {
         fn start(name: &str) -> (Self, Parallel) {
+            Self::start_with(name, process::signal)
+        }
+
+        fn start_with(name: &str, signal: Signaller) -> (Self, Parallel) {
             let directory =
                 std::env::temp_dir().join(format!("bellows-{name}-{}", std::process::id()));
             fs::create_dir_all(&directory).unwrap();
@@ -350,7 +393,8 @@ mod tests {
             let (tell, told) = mpsc::channel();
             let sink = move |record| drop(tell.send(record));
             let parallel =
-                Parallel::start(&directory.join("paused.ledger"), Box::new(sink)).unwrap();
+                Parallel::start_with(&directory.join("paused.ledger"), Box::new(sink), signal)
+                    .unwrap();
             let burst = Self {
                 directory,
                 shell,
@@ -409,7 +453,8 @@ mod tests {
     fn descendants(of: i32, program: &str) -> Vec<ProcessId> {
         let numbers = fs::read_dir("/proc").unwrap().flatten();
         let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let all: Vec<process::Process> = numbers.filter_map(process::read).collect();
+        let all = numbers.filter_map(|pid| process::read(pid).ok()?);
+        let all: Vec<process::Process> = all.collect();
         let is_below = |known: &&process::Process| {
             let mut next = known.parent;
             while next > 1 && next != of {
@@ -456,7 +501,7 @@ mod tests {
                 matches!(
                     record,
                     Record::Resume {
-                        why: bellows_core::parallel::Resumed::Standstill,
+                        why: Resumed::Standstill,
                         ..
                     }
                 )
@@ -494,6 +539,129 @@ mod tests {
         });
         // The other one finds nothing left to do.
         assert_eq!(resume_all(&left).unwrap(), 0);
+    }
+
+    /// It may have been moved to another cgroup, or not be readable at one look.
+    #[test]
+    fn who_is_paused_and_not_seen_any_more_goes_on() {
+        let (burst, parallel) = Burst::start("parallel-unseen");
+        burst.watch(&parallel, SIZE.scaled(6, 1));
+        until("three stop", || {
+            (burst.stopped() == [false, true, true, true]).then_some(())
+        });
+        let path = burst.directory.join("cgroup.procs");
+        let all = fs::read_to_string(&path).unwrap();
+        let youngest = format!("{}\n", burst.jobs[JOBS - 1].pid);
+        let new = burst.directory.join("new");
+        fs::write(&new, all.replace(&youngest, "")).unwrap();
+        fs::rename(&new, &path).unwrap();
+        let record = burst.told(|record| {
+            matches!(
+                record,
+                Record::Resume {
+                    why: Resumed::Lost,
+                    ..
+                }
+            )
+        });
+        let Record::Resume { process, .. } = record else {
+            unreachable!("it was asked for");
+        };
+        assert_eq!(process, burst.jobs[JOBS - 1]);
+        until("it goes on", || (!burst.stopped()[JOBS - 1]).then_some(()));
+        drop(parallel);
+        assert!(!burst.stopped().contains(&true));
+    }
+
+    #[test]
+    fn who_cannot_be_resumed_is_tried_again() {
+        static FAILURES: AtomicUsize = AtomicUsize::new(5);
+        let signal = |id, signal| {
+            let left = FAILURES.load(Ordering::Relaxed);
+            if signal == Signal::CONT && left > 0 {
+                FAILURES.store(left - 1, Ordering::Relaxed);
+                return Err(io::Error::from_raw_os_error(libc::EMFILE));
+            }
+            process::signal(id, signal)
+        };
+        let (burst, parallel) = Burst::start_with("parallel-again", signal);
+        burst.watch(&parallel, SIZE.scaled(6, 1));
+        until("three stop", || {
+            (burst.stopped() == [false, true, true, true]).then_some(())
+        });
+        drop(parallel);
+        assert_eq!(FAILURES.load(Ordering::Relaxed), 0);
+        assert!(!burst.stopped().contains(&true));
+        assert!(!burst.directory.join("paused.ledger").exists());
+    }
+
+    /// Which of the files counts, and for how long.
+    #[test]
+    fn what_a_dead_agent_has_put_aside_counts_once_and_only_without_a_newer_one() {
+        let name = format!("bellows-aside-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("paused.ledger");
+        let (mut from, to) = io::pipe().unwrap();
+        let own = fs::metadata(format!("/proc/self/fd/{}", to.as_raw_fd())).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let place = Place {
+            owner: process::read(pid).unwrap().unwrap().id,
+            descriptor: to.as_raw_fd(),
+            device: own.dev(),
+            inode: own.ino(),
+        };
+        let mut child = Program::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let paused = process::read(pid).unwrap().unwrap().id;
+        let stop = || {
+            assert!(process::signal(paused, Signal::STOP).unwrap());
+            until("it stops", || (state(pid) == Some('T')).then_some(()));
+        };
+        let (at, cgroup) = (bellows_core::Nanos(1), CgroupId(7));
+        let pause = Record::Pause {
+            at,
+            cgroup,
+            process: paused,
+            program: String::new(),
+        };
+        let tokens = Record::Tokens {
+            at,
+            cgroup,
+            place,
+            taken: b"ab".to_vec(),
+        };
+        // Killed between the two renames of a rotation.
+        let mut ledger = Ledger::open(&path).unwrap();
+        ledger.append(&pause).unwrap();
+        ledger.append(&tokens).unwrap();
+        ledger.retire().unwrap();
+        stop();
+        assert_eq!(resume_all(&path).unwrap(), 1);
+        assert_eq!(resume_all(&path).unwrap(), 0, "all is done");
+        // After one that had rotated.
+        let mut ledger = Ledger::open(&path).unwrap();
+        ledger.append(&pause).unwrap();
+        ledger.rotate(&[]).unwrap();
+        stop();
+        assert_eq!(resume_all(&path).unwrap(), 0, "it is somebody else's stop");
+        assert_eq!(resume_all(&path).unwrap(), 0, "and stays so");
+        // Nor after one that had rotated and ended.
+        let mut ledger = Ledger::open(&path).unwrap();
+        ledger.append(&pause).unwrap();
+        ledger.rotate(&[]).unwrap();
+        ledger.remove().unwrap();
+        assert_eq!(resume_all(&path).unwrap(), 0);
+        assert_eq!(state(pid), Some('T'));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Each token was given back once.
+        let mut more = &to;
+        more.write_all(b"!").unwrap();
+        let mut left = [0; 8];
+        let count = from.read(&mut left).unwrap();
+        assert_eq!(&left[..count], b"ab!");
+        fs::remove_dir_all(&directory).unwrap();
     }
 
     /// Puts what the processes below `of` have where the kernel would.
@@ -559,7 +727,7 @@ mod tests {
                 left_by(&records)
                     .tokens
                     .values()
-                    .any(|(_, taken)| !taken.is_empty()),
+                    .any(|taken| !taken.is_empty()),
             );
             assert!(start.elapsed() < Duration::from_secs(60), "it stands still");
             thread::sleep(Duration::from_millis(2));
@@ -597,13 +765,18 @@ mod tests {
             at,
             cgroup,
             process: process(pid),
-            why: bellows_core::parallel::Resumed::Fits,
+            why: Resumed::Fits,
+        };
+        let place = Place {
+            owner: process(1),
+            descriptor: 3,
+            device: 1,
+            inode: 2,
         };
         let tokens = |taken: &[u8]| Record::Tokens {
             at,
             cgroup,
-            place: PathBuf::from("a"),
-            owner: process(1),
+            place,
             taken: taken.to_vec(),
         };
         let left = left_by(&[
@@ -617,9 +790,6 @@ mod tests {
             tokens(b"b"),
         ]);
         assert_eq!(left.paused, [process(2)].into());
-        assert_eq!(
-            left.tokens,
-            [(process(1), (PathBuf::from("a"), b"b".to_vec()))].into()
-        );
+        assert_eq!(left.tokens, [(place, b"b".to_vec())].into());
     }
 }

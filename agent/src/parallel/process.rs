@@ -86,9 +86,37 @@ pub(super) fn parse_statm(text: &str) -> Option<Bytes> {
     Some(Bytes::from_pages(resident.saturating_sub(shared)))
 }
 
-/// The process with this number now.
-pub(super) fn read(pid: i32) -> Option<Process> {
-    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+/// The process with this number now; none if that is certain.
+///
+/// # Errors
+///
+/// When it cannot be told.
+pub(super) fn read(pid: i32) -> io::Result<Option<Process>> {
+    parse_read(fs::read_to_string(format!("/proc/{pid}/stat")))
+}
+
+fn parse_read(text: io::Result<String>) -> io::Result<Option<Process>> {
+    let is_gone = |error: &io::Error| {
+        // It may end between open and read.
+        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+    };
+    match text {
+        Ok(text) => {
+            let unreadable = || io::Error::new(io::ErrorKind::InvalidData, text.clone());
+            parse_stat(&text).map(Some).ok_or_else(unreadable)
+        }
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the process that is meant is there yet.
+///
+/// # Errors
+///
+/// When it cannot be told.
+pub(super) fn is_there(id: ProcessId) -> io::Result<bool> {
+    Ok(read(id.pid)?.is_some_and(|process| process.id == id))
 }
 
 /// A cgroup's processes, with those of the cgroups below.
@@ -109,7 +137,7 @@ impl Tree {
         let pids = cgroup.processes()?;
         let is_unseen = !pids.is_empty() && pids.iter().all(|&pid| pid == 0);
         let pids = pids.into_iter().filter_map(|pid| i32::try_from(pid).ok());
-        let processes = pids.filter_map(|pid| Some((pid, read(pid)?)));
+        let processes = pids.filter_map(|pid| Some((pid, read(pid).ok()??)));
         Ok(Self {
             processes: processes.collect(),
             is_unseen,
@@ -173,11 +201,37 @@ impl Tree {
     }
 }
 
+#[cfg(test)]
+impl Tree {
+    /// A process and all below it.
+    pub(super) fn below(root: i32) -> Self {
+        let numbers = fs::read_dir("/proc").unwrap().flatten();
+        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let all = numbers.filter_map(|pid| Some((pid, read(pid).ok()??)));
+        let mut tree = Self {
+            processes: all.collect(),
+            is_unseen: false,
+        };
+        let is_root = |known: &&Process| known.id.pid == root;
+        let is_below =
+            |known: &Process| known.id.pid == root || tree.ancestors(known.id).iter().any(is_root);
+        let below = tree.processes.clone();
+        let below = below.into_iter().filter(|(_, known)| is_below(known));
+        tree.processes = below.collect();
+        tree
+    }
+
+    pub(super) fn named(&self, program: &str) -> Option<ProcessId> {
+        let mut known = self.processes.values();
+        Some(known.find(|known| known.program == program)?.id)
+    }
+}
+
 /// Sends a signal to the process that is meant; `false` if it has ended.
 ///
 /// # Errors
 ///
-/// When it may not be signalled.
+/// When it may not be signalled, or it cannot be told whether it has ended.
 pub(super) fn signal(id: ProcessId, signal: Signal) -> io::Result<bool> {
     let Some(pid) = Pid::from_raw(id.pid) else {
         return Ok(false);
@@ -186,7 +240,7 @@ pub(super) fn signal(id: ProcessId, signal: Signal) -> io::Result<bool> {
         Err(rustix::io::Errno::SRCH) => return Ok(false),
         opened => opened?,
     };
-    if read(id.pid).is_none_or(|process| process.id != id) {
+    if !is_there(id)? {
         return Ok(false);
     }
     match pidfd_send_signal(opened, signal) {
@@ -276,8 +330,21 @@ mod tests {
         assert_eq!(parse_statm("100"), None);
     }
 
+    /// For want of descriptors or memory nobody has ended.
+    #[test]
+    fn what_cannot_be_read_has_not_ended() {
+        let failed = |code| parse_read(Err(io::Error::from_raw_os_error(code)));
+        for code in [libc::ENOENT, libc::ESRCH] {
+            assert_eq!(failed(code).unwrap(), None);
+        }
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES] {
+            failed(code).unwrap_err();
+        }
+        parse_read(Ok("42 (sh) S".to_owned())).unwrap_err();
+    }
+
     fn state(pid: i32) -> Option<char> {
-        read(pid).map(|process| process.state)
+        read(pid).unwrap().map(|process| process.state)
     }
 
     fn until(what: &str, is_met: impl Fn() -> bool) {
@@ -292,7 +359,7 @@ mod tests {
     fn exactly_the_process_that_is_meant_is_stopped() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let id = read(pid).unwrap().id;
+        let id = read(pid).unwrap().unwrap().id;
         let other = ProcessId {
             began: id.began + 1,
             ..id

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use super::{
     State,
     jobserver::Jobserver,
-    process::{Tree, is_server, signal},
+    process::{Tree, is_server},
 };
 use crate::{
     cgroup::{Cgroup, CgroupError},
@@ -39,12 +39,15 @@ pub(super) struct Watched {
     granted: Bytes,
     due: Option<Instant>,
     jobs: Jobs,
+    /// Who was stopped, until it has been resumed or has ended: whatever a look at them shows.
+    stopped: BTreeSet<ProcessId>,
     jobserver: Option<Jobserver>,
     /// Parents of jobs that were asked for a jobserver.
     asked: BTreeSet<ProcessId>,
     /// What it uses beside its processes' own memory, and when that was read.
     beside: Option<(Bytes, Instant)>,
-    pub(super) is_gone: bool,
+    /// Nobody is to be stopped any more.
+    is_forgotten: bool,
     is_told_unseen: bool,
 }
 
@@ -55,10 +58,11 @@ impl Watched {
             granted: Bytes(u64::MAX),
             due: None,
             jobs: Jobs::default(),
+            stopped: BTreeSet::new(),
             jobserver: None,
             asked: BTreeSet::new(),
             beside: None,
-            is_gone: false,
+            is_forgotten: false,
             is_told_unseen: false,
         }
     }
@@ -76,8 +80,23 @@ impl Watched {
         }
     }
 
+    pub(super) const fn watch_again(&mut self) {
+        self.is_forgotten = false;
+    }
+
+    pub(super) fn forget(&mut self, state: &mut State) {
+        self.is_forgotten = true;
+        self.let_go(state);
+        self.due = Some(Instant::now() + FAR);
+    }
+
+    /// Whether nobody waits for it any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_forgotten && self.stopped.is_empty()
+    }
+
     fn is_lending(&self) -> bool {
-        self.jobs.paused().next().is_some()
+        !self.stopped.is_empty()
             || self
                 .jobserver
                 .as_ref()
@@ -87,7 +106,7 @@ impl Watched {
     /// What a new file must say of it.
     pub(super) fn standing(&self) -> Vec<Record> {
         let (at, cgroup) = (now(), self.cgroup.id());
-        let paused = self.jobs.paused().map(|process| Record::Pause {
+        let paused = self.stopped.iter().map(|&process| Record::Pause {
             at,
             cgroup,
             process,
@@ -101,12 +120,12 @@ impl Watched {
     }
 
     pub(super) fn look(&mut self, state: &mut State) {
+        if self.is_forgotten {
+            return self.forget(state);
+        }
         let pause = match self.look_at_jobs(state) {
             Ok(pause) => pause,
-            Err(error) if error.is_gone() => {
-                self.is_gone = true;
-                return self.let_go(state);
-            }
+            Err(error) if error.is_gone() => return self.forget(state),
             Err(error) => {
                 tracing::warn!(path = %self.cgroup.path().display(), %error, "a burst cannot be looked at: its jobs go on");
                 self.let_go(state);
@@ -173,6 +192,12 @@ impl Watched {
         for &(process, why) in &orders.resume {
             self.resume(process, why, state);
         }
+        // One that was not seen this time, or could not be resumed before, would stay as it is.
+        let paused: BTreeSet<ProcessId> = self.jobs.paused().collect();
+        let lost: Vec<ProcessId> = self.stopped.difference(&paused).copied().collect();
+        for process in lost {
+            self.resume(process, Resumed::Lost, state);
+        }
         for &process in &orders.pause {
             if let Err(why) = self.pause(process, tree, state) {
                 tracing::debug!(pid = process.pid, why, "a process is not paused");
@@ -188,7 +213,7 @@ impl Watched {
         }
     }
 
-    fn pause(&self, process: ProcessId, tree: &Tree, state: &mut State) -> Result<(), String> {
+    fn pause(&mut self, process: ProcessId, tree: &Tree, state: &mut State) -> Result<(), String> {
         if is_server(process.pid) {
             return Err("it is a server".to_owned());
         }
@@ -202,8 +227,9 @@ impl Watched {
                 .unwrap_or_default(),
         };
         state.record(&record).map_err(|error| error.to_string())?;
-        match signal(process, Signal::STOP) {
+        match (state.signal)(process, Signal::STOP) {
             Ok(true) => {
+                self.stopped.insert(process);
                 METRICS.pauses.inc();
                 (state.told)(record);
                 Ok(())
@@ -213,10 +239,17 @@ impl Watched {
         }
     }
 
-    /// Lets it go on first: to write that down may fail.
-    fn resume(&self, process: ProcessId, why: Resumed, state: &mut State) {
-        if let Err(error) = signal(process, Signal::CONT) {
-            tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+    /// Lets it go on first: to write that down may fail. Who cannot be told to is told again at the next look.
+    fn resume(&mut self, process: ProcessId, why: Resumed, state: &mut State) {
+        let is_there = match (state.signal)(process, Signal::CONT) {
+            Ok(is_there) => is_there,
+            Err(error) => {
+                tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+                return;
+            }
+        };
+        self.stopped.remove(&process);
+        if !is_there {
             return;
         }
         let record = Record::Resume {
@@ -248,13 +281,7 @@ impl Watched {
         });
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
         if jobserver.taken.len() > wanted {
-            let left = &jobserver.taken[..wanted];
-            let written = state.record(&tokens(cgroup, jobserver, left));
-            let given = jobserver.give_back(wanted);
-            if let Err(error) = written.and(given) {
-                tracing::warn!(place = %jobserver.place.display(), %error, "job tokens cannot be given back");
-            }
-            return;
+            return give_back(jobserver, wanted, cgroup, state);
         }
         loop {
             match jobserver.take(wanted) {
@@ -263,12 +290,13 @@ impl Watched {
                     METRICS.tokens_withheld.inc();
                     if let Err(error) = state.record(&tokens(cgroup, jobserver, &jobserver.taken)) {
                         tracing::warn!(%error, "job tokens that cannot be written down are given back");
-                        drop(jobserver.give_back(0));
+                        give_back(jobserver, 0, cgroup, state);
                         break;
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(place = %jobserver.place.display(), %error, "a jobserver is left alone");
+                    tracing::warn!(place = ?jobserver.place, %error, "a jobserver is left alone");
+                    give_back(jobserver, 0, cgroup, state);
                     self.jobserver = None;
                     break;
                 }
@@ -295,19 +323,26 @@ impl Watched {
 
     /// Everybody goes on, and all tokens are given back.
     pub(super) fn let_go(&mut self, state: &mut State) {
-        let paused: Vec<ProcessId> = self.jobs.paused().collect();
-        for process in paused {
+        for process in self.stopped.clone() {
             self.resume(process, Resumed::Ended, state);
         }
         self.jobs = Jobs::default();
-        if let Some(mut jobserver) = self.jobserver.take()
-            && !jobserver.taken.is_empty()
-        {
-            let written = state.record(&tokens(self.cgroup.id(), &jobserver, &[]));
-            if let Err(error) = written.and(jobserver.give_back(0)) {
-                tracing::warn!(place = %jobserver.place.display(), %error, "job tokens cannot be given back");
-            }
+        if let Some(mut jobserver) = self.jobserver.take() {
+            give_back(&mut jobserver, 0, self.cgroup.id(), state);
         }
+    }
+}
+
+/// Gives back what is more than `wanted`; that is written down first.
+fn give_back(jobserver: &mut Jobserver, wanted: usize, cgroup: CgroupId, state: &mut State) {
+    let left = jobserver.taken.get(..wanted);
+    let Some(left) = left.filter(|left| left.len() < jobserver.taken.len()) else {
+        return;
+    };
+    let written = state.record(&tokens(cgroup, jobserver, left));
+    let given = jobserver.give_back(wanted);
+    if let Err(error) = written.and(given) {
+        tracing::warn!(place = ?jobserver.place, %error, "job tokens cannot be given back");
     }
 }
 
@@ -315,8 +350,7 @@ fn tokens(cgroup: CgroupId, jobserver: &Jobserver, taken: &[u8]) -> Record {
     Record::Tokens {
         at: now(),
         cgroup,
-        place: jobserver.place.clone(),
-        owner: jobserver.owner,
+        place: jobserver.place,
         taken: taken.to_vec(),
     }
 }
