@@ -55,7 +55,9 @@ const FLAT_PER_MILLE: u64 = 1050;
 const ENDS: usize = 16;
 /// How many programs are remembered.
 const PROGRAMS: usize = 64;
-/// Looks at which a process must have been the same program: one that was just forked is about to become another.
+/// Looks at which a process must have been the same program: one that was just forked is about to become another. Not if
+/// it is known what the program needs: a job of a fifth of a second has grown by a third meanwhile, and so have those
+/// that began with it.
 const SETTLED: u32 = 2;
 /// The same is told again no sooner than this.
 const TOLD_AGAIN: Nanos = Nanos::millis(60_000);
@@ -144,7 +146,7 @@ pub struct Orders {
     pub resume: Vec<(ProcessId, Resumed)>,
     /// To be told, if there is something new to tell.
     pub told: Option<Balance>,
-    /// How many jobs there may be; `None` while all that is asked for fits.
+    /// How many jobs there may be; `None` while nobody knows what one needs.
     pub capacity: Option<u64>,
     /// How many jobs there are, paused ones included.
     pub jobs: u64,
@@ -264,10 +266,10 @@ impl Jobs {
                 .entry(seen.id)
                 .or_insert_with(|| Known::new(look.now, seen));
             if known.program != seen.program {
-                // One that was paused on its way to another program is paused still.
-                let state = known.state;
-                *known = Known::new(look.now, seen);
-                known.state = state;
+                // One that was paused on its way to another program is paused still, and goes on with the others.
+                let before = std::mem::replace(known, Known::new(look.now, seen));
+                known.state = before.state;
+                known.is_job = before.is_job && matches!(before.state, State::Paused { .. });
             }
             known.looks = known.looks.saturating_add(1);
             known.peak = known.peak.max(seen.memory);
@@ -283,8 +285,8 @@ impl Jobs {
             }
             known.cpu = known.cpu.max(seen.cpu);
             known.is_job |= seen.may_pause
-                && known.looks >= SETTLED
-                && (seen.memory >= large || self.ended.contains_key(&seen.program));
+                && (known.looks >= SETTLED && seen.memory >= large
+                    || self.ended.contains_key(&seen.program));
         }
         // One large compiler makes jobs of all.
         let programs: BTreeSet<String> = (self.known.values())
@@ -429,9 +431,7 @@ impl Jobs {
         } else {
             room.0.checked_div(typical.0).unwrap_or(u64::MAX)
         };
-        // While there is room for as many again nobody need be kept from beginning.
-        orders.capacity =
-            (typical > Bytes::ZERO && more <= running).then_some(running.saturating_add(more));
+        orders.capacity = (typical > Bytes::ZERO).then_some(running.saturating_add(more));
         Balance {
             jobs: orders.jobs,
             need,

@@ -268,7 +268,8 @@ impl Watched {
     fn withhold(&mut self, orders: &Orders, tree: &Tree, processes: &[Seen], state: &mut State) {
         let is_there = |jobserver: &mut Jobserver| jobserver.is_there();
         self.jobserver.take_if(|jobserver| !is_there(jobserver));
-        if orders.capacity.is_some() && self.jobserver.is_none() {
+        let is_full = orders.capacity.is_some_and(|most| orders.jobs >= most);
+        if is_full && self.jobserver.is_none() {
             self.find_jobserver(tree, processes);
         }
         let cgroup = self.cgroup.id();
