@@ -17,7 +17,10 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
+    },
     path::PathBuf,
 };
 
@@ -108,15 +111,23 @@ impl Jobserver {
         let mut places = masters.filter_map(|process| auth.place(process.id));
         let nearest = places.next()?;
         let place = places
-            .filter(|place| (place.device, place.inode) == (nearest.device, nearest.inode))
-            .next_back()
+            .rfind(|place| (place.device, place.inode) == (nearest.device, nearest.inode))
             .unwrap_or(nearest);
-        Some(Self {
-            pipe: open(place, Way::Take).ok()?,
+        Self::at(place).ok()
+    }
+
+    pub(super) fn at(place: Place) -> io::Result<Self> {
+        Ok(Self {
+            pipe: open(place, Way::Take)?,
             back: None,
             place,
             taken: Vec::new(),
         })
+    }
+
+    /// What is readable when there is a token.
+    pub(super) fn source(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
     }
 
     /// Whether its owner lives, as far as can be told.
@@ -275,10 +286,7 @@ fn open(place: Place, way: Way) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use std::{
-        os::{
-            fd::{AsFd as _, AsRawFd as _},
-            unix::process::CommandExt as _,
-        },
+        os::{fd::AsRawFd as _, unix::process::CommandExt as _},
         process::{Child, Command, Stdio},
         thread,
         time::{Duration, Instant},
@@ -339,13 +347,7 @@ mod tests {
         let (from, mut to) = (File::from(from), File::from(to));
         to.write_all(tokens).unwrap();
         let place = place(&from);
-        let jobserver = Jobserver {
-            pipe: open(place, Way::Take).unwrap(),
-            back: None,
-            place,
-            taken: Vec::new(),
-        };
-        (jobserver, from, to)
+        (Jobserver::at(place).unwrap(), from, to)
     }
 
     /// A make that runs this makefile, and its processes.

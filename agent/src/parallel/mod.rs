@@ -23,7 +23,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::Path,
-    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    sync::mpsc::{self, Receiver, Sender, TryRecvError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -34,9 +34,12 @@ use rustix::process::Signal;
 use crate::{
     cgroup::Cgroup,
     ledger::{self, Ledger, Place, Record},
+    wake::Wake,
 };
 use watched::Watched;
 
+/// So long is slept while nothing is to be looked at; whoever has something to tell wakes it.
+const LONG: Duration = Duration::from_secs(3600);
 /// At its end the guard tries so often, and waits so long in between, to resume whom it could not.
 const LAST_ATTEMPTS: usize = 10;
 const LAST_INTERVAL: Duration = Duration::from_millis(50);
@@ -60,6 +63,7 @@ enum Command {
 #[derive(Debug)]
 pub struct Parallel {
     commands: Option<Sender<Command>>,
+    wake: Wake,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -76,8 +80,10 @@ impl Parallel {
     fn start_with(path: &Path, told: Sink, signal: Signaller) -> io::Result<Self> {
         let ledger = Ledger::open(path)?;
         let (commands, inbox) = mpsc::channel();
+        let wake = Wake::new()?;
         let lender = Lender {
             inbox,
+            wake: wake.clone(),
             state: State {
                 ledger,
                 told,
@@ -90,6 +96,7 @@ impl Parallel {
             .spawn(move || lender.run())?;
         Ok(Self {
             commands: Some(commands),
+            wake,
             thread: Some(thread),
         })
     }
@@ -121,6 +128,7 @@ impl Parallel {
         if let Some(Err(_)) = sent {
             tracing::error!("the thread that pauses jobs has ended");
         }
+        self.wake.give();
     }
 }
 
@@ -128,6 +136,7 @@ impl Drop for Parallel {
     /// Waits until everybody goes on.
     fn drop(&mut self) {
         drop(self.commands.take());
+        self.wake.give();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -154,6 +163,7 @@ impl State {
 
 struct Lender {
     inbox: Receiver<Command>,
+    wake: Wake,
     state: State,
     watched: BTreeMap<CgroupId, Watched>,
 }
@@ -162,20 +172,28 @@ impl Lender {
     fn run(mut self) {
         loop {
             let due = self.watched.values().filter_map(Watched::due).min();
-            let command = match due {
-                Some(due) => {
-                    let rest = due.saturating_duration_since(Instant::now());
-                    self.inbox.recv_timeout(rest)
+            let rest = due.map_or(LONG, |due| due.saturating_duration_since(Instant::now()));
+            let mut sources = self.watched.values().filter_map(Watched::source);
+            self.wake.wait([sources.next(), sources.next()], rest);
+            drop(sources);
+            // Before what was told is read, so that nothing is missed.
+            let is_told = self.wake.take();
+            // The token of a job that has ended is make's next job, unless it is taken at once.
+            for watched in self.watched.values_mut() {
+                watched.take_between(&mut self.state);
+            }
+            while is_told {
+                match self.inbox.try_recv() {
+                    Ok(command) => self.take(command),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return self.end(),
                 }
-                None => self.inbox.recv().map_err(RecvTimeoutError::from),
-            };
-            match command {
-                Ok(command) => self.take(command),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
             }
             self.look();
         }
+    }
+
+    fn end(mut self) {
         for _ in 0..LAST_ATTEMPTS {
             for watched in self.watched.values_mut() {
                 watched.forget(&mut self.state);
@@ -316,10 +334,7 @@ pub fn resume_all(path: &Path) -> io::Result<usize> {
 mod tests {
     use std::{
         io::{Read as _, Write as _},
-        os::{
-            fd::AsRawFd as _,
-            unix::{fs::MetadataExt as _, process::CommandExt as _},
-        },
+        os::unix::{fs::MetadataExt as _, process::CommandExt as _},
         path::PathBuf,
         process::{Child, Command as Program, Stdio},
         sync::atomic::{AtomicUsize, Ordering},
@@ -603,14 +618,7 @@ mod tests {
         fs::create_dir_all(&directory).unwrap();
         let path = directory.join("paused.ledger");
         let (mut from, to) = io::pipe().unwrap();
-        let own = fs::metadata(format!("/proc/self/fd/{}", to.as_raw_fd())).unwrap();
-        let pid = i32::try_from(std::process::id()).unwrap();
-        let place = Place {
-            owner: process::read(pid).unwrap().unwrap().id,
-            descriptor: to.as_raw_fd(),
-            device: own.dev(),
-            inode: own.ino(),
-        };
+        let place = place_of(&to);
         let mut child = Program::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let paused = process::read(pid).unwrap().unwrap().id;
@@ -662,6 +670,62 @@ mod tests {
         let count = from.read(&mut left).unwrap();
         assert_eq!(&left[..count], b"ab!");
         fs::remove_dir_all(&directory).unwrap();
+    }
+
+    /// Make's next job would begin with it.
+    #[test]
+    fn a_token_that_becomes_free_between_two_looks_is_taken_at_once() {
+        let name = format!("bellows-between-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("paused.ledger");
+        let (mut from, mut to) = io::pipe().unwrap();
+        let watched = Watched::waiting_for(
+            2,
+            jobserver::Jobserver::at(place_of(&to)).unwrap(),
+            Cgroup::stand_in(&directory, CgroupId(7)),
+        );
+        let wake = Wake::new().unwrap();
+        let (commands, inbox) = mpsc::channel();
+        let lender = Lender {
+            inbox,
+            wake: wake.clone(),
+            state: State {
+                ledger: Ledger::open(&path).unwrap(),
+                told: Box::new(|_| {}),
+                signal: process::signal,
+            },
+            watched: [(CgroupId(7), watched)].into(),
+        };
+        let thread = thread::spawn(move || lender.run());
+        for (token, expected) in [(b"a", "a"), (b"b", "ab")] {
+            to.write_all(token).unwrap();
+            until("it is taken", || {
+                let left = left_by(&ledger::read(&path).unwrap().records);
+                let taken = left.tokens.into_values().next();
+                (taken? == expected.as_bytes()).then_some(())
+            });
+        }
+        to.write_all(b"c").unwrap();
+        drop(commands);
+        wake.give();
+        thread.join().unwrap();
+        let mut left = [0; 8];
+        let count = from.read(&mut left).unwrap();
+        assert_eq!(&left[..count], b"cab", "no more than is wanted");
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    /// Where an end of a pipe of this process is.
+    fn place_of(end: &impl std::os::fd::AsRawFd) -> Place {
+        let own = fs::metadata(format!("/proc/self/fd/{}", end.as_raw_fd())).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        Place {
+            owner: process::read(pid).unwrap().unwrap().id,
+            descriptor: end.as_raw_fd(),
+            device: own.dev(),
+            inode: own.ino(),
+        }
     }
 
     /// Puts what the processes below `of` have where the kernel would.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    os::fd::BorrowedFd,
     time::{Duration, Instant},
 };
 
@@ -42,6 +43,10 @@ pub(super) struct Watched {
     /// Who was stopped, until it has been resumed or has ended: whatever a look at them shows.
     stopped: BTreeSet<ProcessId>,
     jobserver: Option<Jobserver>,
+    /// How many tokens are to be withheld.
+    wanted: usize,
+    /// Whether the next token is to be taken as soon as there is one.
+    is_waiting: bool,
     /// Parents of jobs that were asked for a jobserver.
     asked: BTreeSet<ProcessId>,
     /// What it uses beside its processes' own memory, and when that was read.
@@ -60,6 +65,8 @@ impl Watched {
             jobs: Jobs::default(),
             stopped: BTreeSet::new(),
             jobserver: None,
+            wanted: 0,
+            is_waiting: false,
             asked: BTreeSet::new(),
             beside: None,
             is_forgotten: false,
@@ -281,25 +288,53 @@ impl Watched {
             orders.jobs.saturating_add(taken).saturating_sub(capacity)
         });
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        self.is_waiting = false;
         if jobserver.taken.len() > wanted {
             return give_back(jobserver, wanted, cgroup, state);
         }
+        self.wanted = wanted;
+        self.take_tokens(state);
+        self.is_waiting = true;
+    }
+
+    /// What is readable when there is a token to be taken.
+    pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
+        let jobserver = self.jobserver.as_ref()?;
+        let is_waiting = self.is_waiting && jobserver.taken.len() < self.wanted;
+        is_waiting.then(|| jobserver.source())
+    }
+
+    /// Takes tokens between two looks. If make was faster, or all who write are gone, the next look is waited for.
+    pub(super) fn take_between(&mut self, state: &mut State) {
+        if self.source().is_some() {
+            self.is_waiting = self.take_tokens(state);
+        }
+    }
+
+    /// Takes all tokens that are wanted and to be had; returns whether there was one.
+    fn take_tokens(&mut self, state: &mut State) -> bool {
+        let cgroup = self.cgroup.id();
+        let Some(jobserver) = &mut self.jobserver else {
+            return false;
+        };
+        let mut has_taken = false;
         loop {
-            match jobserver.take(wanted) {
-                Ok(false) => break,
+            match jobserver.take(self.wanted) {
+                Ok(false) => return has_taken,
                 Ok(true) => {
+                    has_taken = true;
                     METRICS.tokens_withheld.inc();
                     if let Err(error) = state.record(&tokens(cgroup, jobserver, &jobserver.taken)) {
                         tracing::warn!(%error, "job tokens that cannot be written down are given back");
                         give_back(jobserver, 0, cgroup, state);
-                        break;
+                        return false;
                     }
                 }
                 Err(error) => {
                     tracing::warn!(place = ?jobserver.place, %error, "a jobserver is left alone");
                     give_back(jobserver, 0, cgroup, state);
                     self.jobserver = None;
-                    break;
+                    return false;
                 }
             }
         }
@@ -330,6 +365,19 @@ impl Watched {
         self.jobs = Jobs::default();
         if let Some(mut jobserver) = self.jobserver.take() {
             give_back(&mut jobserver, 0, self.cgroup.id(), state);
+        }
+    }
+}
+
+#[cfg(test)]
+impl Watched {
+    /// One that waits for so many tokens, and is never looked at.
+    pub(super) fn waiting_for(wanted: usize, jobserver: Jobserver, cgroup: Cgroup) -> Self {
+        Self {
+            jobserver: Some(jobserver),
+            wanted,
+            is_waiting: true,
+            ..Self::new(cgroup)
         }
     }
 }

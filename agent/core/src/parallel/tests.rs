@@ -189,55 +189,49 @@ impl World {
 }
 
 impl World {
-    /// The same by a make with so many tokens, and looks as far apart as the agent's.
-    fn run_as_make(mut self, jobs: usize, granted: Bytes, deadline: Nanos) -> Option<End> {
+    /// The same by a make with so many tokens, and looks so many times as far apart as the agent's. Of the tokens that
+    /// become free between two looks every other is make's again before it can be taken.
+    fn run_as_make(mut self, jobs: usize, granted: Bytes, late: u64) -> End {
         let (begin, mut due) = (self.now, self.now);
         let mut known = Jobs::default();
-        let (mut end, mut taken) = (End::default(), 0);
+        let (mut end, mut taken, mut wanted) = (End::default(), 0, 0);
         loop {
             self.start(jobs - taken);
             if self.running.is_empty() {
                 end.time = self.now.since(begin);
-                return Some(end);
+                return end;
             }
-            if self.now >= due {
-                let is_small = taken == 0
-                    && known.paused().count() == 0
-                    && self.used() < granted.per_mille(250);
-                due.0 = self.now.0 + 100_000_000;
-                if !is_small {
-                    let look = self.look(granted);
-                    let orders = known.look(&look);
-                    check(&look, &orders, &known);
-                    end.pauses += u64::try_from(orders.pause.len()).unwrap();
-                    taken = withheld(&orders, taken, jobs - self.running.len());
-                    let between = match orders.pace {
-                        Pace::Unknown => Nanos::millis(25),
-                        Pace::Steady => Nanos::millis(50),
-                        Pace::Calm => Nanos::millis(100),
-                    };
-                    due.0 = self.now.0 + between.0;
-                    self.obey(&orders);
-                }
+            let is_small =
+                taken == 0 && known.paused().count() == 0 && self.used() < granted.per_mille(250);
+            if self.now >= due && !is_small {
+                let look = self.look(granted);
+                let orders = known.look(&look);
+                check(&look, &orders, &known);
+                end.pauses += u64::try_from(orders.pause.len()).unwrap();
+                wanted = orders.capacity.map_or(0, |capacity| {
+                    let all = usize::try_from(orders.jobs).unwrap() + taken;
+                    all.saturating_sub(usize::try_from(capacity).unwrap())
+                });
+                taken = wanted.min(jobs - self.running.len());
+                self.obey(&orders);
+                let between = match orders.pace {
+                    Pace::Unknown => 25,
+                    Pace::Steady => 50,
+                    Pace::Calm => 100,
+                };
+                due = Nanos(self.now.0 + Nanos::millis(between * late).0);
+            } else if self.now >= due {
+                due = Nanos(self.now.0 + Nanos::millis(100).0);
             }
+            let before = self.ended.len();
             self.compute();
-            end.peak = end.peak.max(self.used());
-            if self.now.since(begin) >= deadline {
-                return None;
+            for ended in before..self.ended.len() {
+                taken += usize::from(ended % 2 == 0 && taken < wanted);
             }
+            end.peak = end.peak.max(self.used());
+            assert!(self.now.since(begin) < LONG, "it does not end");
         }
     }
-}
-
-/// How many tokens are withheld then, of which so many are to be had or are withheld already.
-fn withheld(orders: &Orders, taken: usize, free: usize) -> usize {
-    let Some(capacity) = orders.capacity else {
-        return 0;
-    };
-    let wanted = usize::try_from(orders.jobs).unwrap() + taken;
-    wanted
-        .saturating_sub(usize::try_from(capacity).unwrap())
-        .min(free)
 }
 
 /// What holds after every look.
@@ -450,38 +444,34 @@ fn it_is_told_once_and_not_again_at_every_look() {
     assert!(told.len() <= 6, "{told:?}");
 }
 
-/// Jobs of a fifth of a second, looked at as often as the pace says, by a make whose tokens are taken as told: between
-/// two looks one may have grown by a third.
+/// Jobs of a fifth of a second by a make: between two looks one grows by a third. On a busy machine they are looked at half
+/// as often.
 #[test]
 fn short_jobs_are_paused_before_they_need_too_much() {
     let mut dice = Dice(11);
-    let (mut ratios, mut over, mut worst) = (0, 0, Bytes::ZERO);
-    for seed in 0..200 {
-        let mean = Bytes::mib(24 + dice.upto(25));
-        let works: Vec<Work> = (0..24)
-            .map(|_| Work {
-                program: "cc1",
-                peak: mean.per_mille(800 + dice.upto(401)),
-                cpu: Nanos::millis(150 + dice.upto(151)),
-                waits_for: None,
-            })
-            .collect();
-        let ceiling = mean.scaled(4, 1).plus(Bytes::mib(16));
-        let lent = World::new(works.clone()).run_as_make(8, ceiling, LONG);
-        let lent = lent.unwrap_or_else(|| panic!("case {seed} does not end"));
-        if lent.peak > ceiling {
-            over += 1;
-            worst = worst.max(lent.peak.minus(ceiling));
-            println!("case {seed}: {lent:?} in {ceiling}");
+    for late in [1, 2] {
+        let mut ratios = 0;
+        for seed in 0..50 {
+            let mean = Bytes::mib(24 + dice.upto(25));
+            let works: Vec<Work> = (0..24)
+                .map(|_| Work {
+                    program: "cc1",
+                    peak: mean.per_mille(800 + dice.upto(401)),
+                    cpu: Nanos::millis(150 + dice.upto(151)),
+                    waits_for: None,
+                })
+                .collect();
+            let ceiling = mean.scaled(4, 1).plus(Bytes::mib(16));
+            let lent = World::new(works.clone()).run_as_make(8, ceiling, late);
+            assert!(lent.peak <= ceiling, "case {seed}: {lent:?} in {ceiling}");
+            let fixed = (1..=8).filter_map(|jobs| {
+                let fixed = World::new(works.clone()).run(jobs, None, LONG)?;
+                (fixed.peak <= ceiling).then_some(fixed.time)
+            });
+            ratios += lent.time.0 * 1000 / fixed.min().unwrap().0;
         }
-        let fixed = (1..=8).filter_map(|jobs| {
-            let fixed = World::new(works.clone()).run(jobs, None, LONG)?;
-            (fixed.peak <= ceiling).then_some(fixed.time)
-        });
-        ratios += lent.time.0 * 1000 / fixed.min().unwrap().0;
+        assert!(ratios / 50 <= 1150, "{late}: {}", ratios / 50);
     }
-    println!("over {over} by at most {worst}, ratio {}", ratios / 200);
-    assert_eq!(over, 0, "by at most {worst}");
 }
 
 /// Once it is known what a job needs, who takes tokens as told has no job that does not run.
