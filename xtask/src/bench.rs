@@ -40,6 +40,7 @@ pub(crate) enum Name {
     Storm,
     ContainerBuild,
     ContainerEdges,
+    Crio,
     MakeRoom,
     RightSize,
     PodBursts,
@@ -68,6 +69,7 @@ impl Name {
                 Self::ContainerBursts
                     | Self::ContainerBuild
                     | Self::ContainerEdges
+                    | Self::Crio
                     | Self::Throttle
                     | Self::Java
                     | Self::Churn

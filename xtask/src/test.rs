@@ -409,6 +409,12 @@ fn node(checks: &mut Checks) -> Result<()> {
         &bench::Options::of(Name::ContainerEdges),
         "bellows run --standalone",
     );
+    edges(
+        checks,
+        &binaries,
+        &bench::Options::of(Name::Crio),
+        "the agent beside CRI-O",
+    );
     Ok(())
 }
 

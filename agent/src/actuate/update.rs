@@ -29,7 +29,7 @@ use super::{
     tell::{Delivered, Told},
 };
 use crate::{
-    cgroup::{Cgroup, Limit},
+    cgroup::Cgroup,
     cri::{LinuxContainerResources, Runtime, RuntimeError, resources},
     guard::{Input, Refused, Requester},
     ledger::Record,
@@ -418,12 +418,11 @@ impl Updater {
 /// Raises the limit by writing it, where the runtime is late or fails: its container would be killed. The
 /// policy allows the limit, and it is written down as ours. Returns whether it is in force.
 fn fall_back(cgroup: &Cgroup, to: Bytes) -> Result<bool, Refused> {
-    let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
+    let cgroup = cgroup.clone().with_inner();
+    let limit = cgroup.limit_in_force().map_err(text)?;
     if limit < to {
         // Usage is below a limit that is raised: nothing is reclaimed here.
-        cgroup
-            .set_limit("memory.max", Limit::At(to))
-            .map_err(text)?;
+        cgroup.raise_to(to).map_err(text)?;
         METRICS.raises_by_hand.inc();
     }
     Ok(limit <= to)

@@ -24,6 +24,9 @@ pub use control::Control;
 /// The magic number of cgroup v2 (`CGROUP2_SUPER_MAGIC`, include/uapi/linux/magic.h).
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
 
+/// What crun calls its second cgroup of a container.
+const INNER: &str = "container";
+
 /// What went wrong with a cgroup file.
 #[derive(Debug, Error)]
 pub enum CgroupError {
@@ -196,6 +199,26 @@ impl Cgroup {
         Ok(self)
     }
 
+    /// The same with the cgroup below in which its runtime keeps the container's processes, and sets the same limits: by
+    /// hand both must be moved.
+    #[must_use]
+    pub fn with_inner(mut self) -> Self {
+        let inner = self.inner().map(|inner| inner.path.to_path_buf());
+        let is_new = |inner: &PathBuf| !self.heirs.contains(inner);
+        let inner = inner.filter(is_new);
+        self.heirs.extend(inner);
+        self
+    }
+
+    /// The cgroup that crun makes below each scope of systemd (`find_systemd_subgroup`, libcrun/cgroup-systemd.c). What
+    /// it is asked for it sets in both (`libcrun_update_cgroup_resources`, libcrun/cgroup.c).
+    #[must_use]
+    pub fn inner(&self) -> Option<Self> {
+        let is_scope = self.path.extension().is_some_and(|unit| unit == "scope");
+        let path = is_scope.then(|| self.path.join(INNER))?;
+        Self::open(&path).ok()
+    }
+
     /// Creates the cgroup `name` below this one.
     ///
     /// # Errors
@@ -348,6 +371,24 @@ impl Cgroup {
             return Ok(());
         }
         self.set_limit("memory.max", Limit::At(to))
+    }
+
+    /// Raises `memory.max`, and its heirs', where they are below.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when one cannot be read or written.
+    pub fn raise_to(&self, to: Bytes) -> Result<(), CgroupError> {
+        if self.limit("memory.max")?.bytes() < to {
+            self.set_limit("memory.max", Limit::At(to))?;
+        }
+        for path in &self.heirs {
+            match Self::open(path).and_then(|heir| heir.raise_to(to)) {
+                Err(error) if !error.is_gone() => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// `memory.events`, which counts the cgroups below as well.

@@ -30,31 +30,58 @@ impl Quota {
 }
 
 impl Cgroup {
-    /// `cpu.max`; `None` without a quota.
+    /// The quota in force: the least of its own `cpu.max` and of that of its [inner](Cgroup::inner) cgroup; `None` without
+    /// one.
     ///
     /// # Errors
     ///
     /// [`CgroupError`] when it cannot be read, as where the controller is not enabled, or makes no sense.
     pub fn quota(&self) -> Result<Option<Quota>, CgroupError> {
+        let own = self.own_quota()?;
+        // One that has none, or not yet, limits nothing.
+        let inner = self.inner().and_then(|inner| inner.own_quota().ok()?);
+        Ok(match (own, inner) {
+            (Some(own), Some(inner)) if inner.cpu < own.cpu => Some(inner),
+            (own, inner) => own.or(inner),
+        })
+    }
+
+    fn own_quota(&self) -> Result<Option<Quota>, CgroupError> {
         let content = self.read("cpu.max")?;
         parse_quota(&content).ok_or_else(|| self.unparsable("cpu.max", &content, "CPU quota"))
     }
 
-    /// Sets `cpu.max`. A raise ends the wait of whoever is throttled at once.
+    /// Sets `cpu.max`, also that of its [inner](Cgroup::inner) cgroup where that has a quota. A raise ends the wait of
+    /// whoever is throttled at once.
     ///
     /// # Errors
     ///
     /// [`CgroupError::Io`] when it cannot be written.
     pub fn set_quota(&self, quota: Quota) -> Result<(), CgroupError> {
-        self.write("cpu.max", &quota.text())
+        self.write("cpu.max", &quota.text())?;
+        let inner = self.inner();
+        match inner.filter(|inner| matches!(inner.own_quota(), Ok(Some(_)))) {
+            Some(inner) => inner.write("cpu.max", &quota.text()),
+            None => Ok(()),
+        }
     }
 
-    /// `cpu.stat`.
+    /// `cpu.stat`. Periods count where they are throttled: in the [inner](Cgroup::inner) cgroup, too.
     ///
     /// # Errors
     ///
     /// [`CgroupError`] when it cannot be read or does not tell of use.
     pub fn cpu_counters(&self) -> Result<CpuCounters, CgroupError> {
+        let own = self.own_counters()?;
+        let inner = self.inner().and_then(|inner| inner.own_counters().ok());
+        let throttled = inner.map_or(0, |inner| inner.throttled);
+        Ok(CpuCounters {
+            throttled: own.throttled.saturating_add(throttled),
+            ..own
+        })
+    }
+
+    fn own_counters(&self) -> Result<CpuCounters, CgroupError> {
         let content = self.read("cpu.stat")?;
         parse_counters(&content)
             .ok_or_else(|| self.unparsable("cpu.stat", &content, "CPU counters"))

@@ -281,7 +281,9 @@ impl<S: Setter> Worker<S> {
         let Some(throttles) = &mut self.throttles else {
             return;
         };
-        throttles.forget(id);
+        for id in [Some(id), row.inner].into_iter().flatten() {
+            throttles.forget(id);
+        }
         let is_shared = self.table.values().any(|other| other.pod == row.pod);
         if let Some(pod) = row.pod.filter(|_| !is_shared) {
             throttles.forget(pod);
@@ -295,10 +297,10 @@ impl<S: Setter> Worker<S> {
         starts: Option<&mut Told<Begun>>,
     ) {
         let id = row.cgroup.id();
-        let is_untold = row.is_throttle_untold();
+        let untold = row.untold();
         let path = row.cgroup.path().display();
-        if let (Some(throttles), true) = (throttles, is_untold) {
-            for id in [Some(id), row.pod].into_iter().flatten() {
+        if let Some(throttles) = throttles {
+            for id in untold {
                 if let Err(error) = throttles.watch(id) {
                     tracing::warn!(%path, %error, "a container's throttling is not told");
                 }
@@ -371,7 +373,8 @@ impl<S: Setter> Worker<S> {
             throttled.insert(cgroup, at);
         }
         let meant = self.table.iter().filter_map(|(&id, row)| {
-            let own = throttled.get(&id);
+            let inner = row.inner.and_then(|inner| throttled.get(&inner));
+            let own = throttled.get(&id).or(inner);
             let by_pod = row.pod.and_then(|pod| throttled.get(&pod));
             Some((id, *own.or(by_pod)?, by_pod.is_some()))
         });

@@ -43,6 +43,8 @@ pub(super) struct Row {
     pub(super) cgroup: Cgroup,
     pub(super) rules: Rules,
     pub(super) pod: Option<CgroupId>,
+    /// Its runtime's second cgroup, which has the same quota and is throttled in its place; known once it is told of.
+    pub(super) inner: Option<CgroupId>,
     pub(super) history: CpuHistory,
     /// As last read; `None` where there is no limit (yet).
     pub(super) quota: Option<Cpu>,
@@ -85,6 +87,7 @@ impl Row {
             cgroup,
             rules,
             pod,
+            inner: None,
             history: CpuHistory::default(),
             quota: None,
             throttled: 0,
@@ -118,9 +121,21 @@ impl Row {
         self.is_expected || is_lent || is_moved
     }
 
-    /// Whether the kernel must be told of it; once.
-    pub(super) fn is_throttle_untold(&mut self) -> bool {
-        self.rules.cpu.is_some() && !std::mem::replace(&mut self.is_throttle_told, true)
+    /// Cgroups of whose throttling the kernel must be told, each once. The inner one is made while it starts.
+    pub(super) fn untold(&mut self) -> Vec<CgroupId> {
+        if self.rules.cpu.is_none() {
+            return Vec::new();
+        }
+        let mut untold = Vec::new();
+        if !std::mem::replace(&mut self.is_throttle_told, true) {
+            untold.push(self.cgroup.id());
+            untold.extend(self.pod);
+        }
+        if self.inner.is_none() {
+            self.inner = self.cgroup.inner().map(|inner| inner.id());
+            untold.extend(self.inner);
+        }
+        untold
     }
 
     /// Whether programs that are executed in it matter.

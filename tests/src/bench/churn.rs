@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     containers::{Machine, Spec, Standalone, hand_out, policy_of},
-    fake::{Fake, Said},
+    fake::{Fake, Kind, Said},
     node::{GUEST, log_text, wait},
 };
 
@@ -118,7 +118,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 fn not_real(options: &Options, policies: &str, records: &mut Records) -> Result<()> {
     hand_out(&["kubepods", "burstable"])?;
-    let fake = Fake::start(Path::new(SOCKET))?;
+    let fake = Fake::start(Path::new(SOCKET), Kind::Own)?;
     let mut agent = Standalone::start_with(policies, &["--runtime-endpoint", SOCKET], None)?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     churn(&fake, &mut random, 0..BEFORE, false)?;
@@ -205,8 +205,9 @@ fn born(fake: &Fake, random: &mut fastrand::Rng, number: u64, bursts: bool) -> R
     let said = Said {
         uid,
         name: format!("one-{number}"),
-        cgroup: path.clone(),
+        cgroups: vec![path.clone()],
         limit: LIMIT,
+        quota: None,
         labels: [("guard".to_owned(), GUARDED.to_owned())].into(),
     };
     fake.state().running.insert(id.clone(), said);

@@ -10,6 +10,7 @@ mod churn;
 mod container_build;
 mod container_bursts;
 mod container_edges;
+mod crio;
 mod daemonset;
 mod deaths;
 mod exec_cli;
@@ -78,6 +79,8 @@ pub(crate) enum Bench {
     ContainerBursts(container_bursts::Options),
     /// What `bellows run --standalone` promises at its edges.
     ContainerEdges(container_edges::Options),
+    /// The agent beside CRI-O, whose part is played.
+    Crio,
     /// A service with a CPU limit at its mean: fixed, with cpu.max.burst, with Bellows.
     Throttle(throttle::Options),
     /// Containers that come and go as fast as a node can make them.
@@ -143,6 +146,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodBursts(options) => pod_bursts::run(options, &mut records),
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
+        Bench::Crio => crio::run(&mut records),
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::Throttle(options) => throttle::run(options, &mut records),
         Bench::Churn(options) => churn::run(options, &mut records),
@@ -193,7 +197,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
-        "exec-cli" | "pod-edges" | "container-edges" | "daemonset" => {
+        "exec-cli" | "pod-edges" | "container-edges" | "crio" | "daemonset" => {
             exec_cli::summarize(&read(path)?)
         }
         "reaction" => reaction::summarize(&read(path)?),

@@ -155,7 +155,8 @@ impl Watch {
         let (container, id) = (target.original.name, target.original.id);
         let path = cgroup.path().display();
         tracing::info!(container, id, %path, limit = %policy.original, max = %policy.ceiling, "guarded");
-        self.send(Input::Adopt(cgroup.clone(), policy, container));
+        let cgroup = cgroup.clone().with_inner();
+        self.send(Input::Adopt(cgroup, policy, container));
         Ok(())
     }
 

@@ -354,6 +354,6 @@ fn cgroup(seen: &pod::Pod, wish: &Wish) -> Result<Cgroup, String> {
     let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
     match wish.level {
         Level::Pod => cgroup.with_heirs().map_err(|error| error.to_string()),
-        Level::Container(_) => Ok(cgroup),
+        Level::Container(_) => Ok(cgroup.with_inner()),
     }
 }
