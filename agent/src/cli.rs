@@ -134,6 +134,10 @@ pub struct Run {
     /// of the chart.
     #[arg(long, conflicts_with_all = ["standalone", "observe"])]
     requests: bool,
+    /// Be a plugin of the container runtime (NRI), so that heaps are sized where a policy asks for it (memory.heap). Its
+    /// socket must be there: nri.enabled of the chart. Standalone it is one where policies need it.
+    #[arg(long, conflicts_with_all = ["standalone", "observe"])]
+    nri: bool,
     /// Work from cgroup files instead of kernel programs: slower, and it brakes at 90 % of the limit.
     /// Chosen by itself, with a warning, where the kernel does not take the programs.
     #[arg(long)]
@@ -158,6 +162,7 @@ impl Run {
             observe,
             restore_with,
             requests,
+            nri,
             without_bpf,
         } = self;
         let of = match policies {
@@ -169,6 +174,7 @@ impl Run {
                 ),
                 only_observes: observe,
                 moves_requests: requests,
+                sizes_heaps: nri,
                 daemon_set: restore_with,
             },
         };
@@ -246,5 +252,6 @@ mod tests {
         assert!(parsed(&["uninstall", "agent"]).is_ok());
         assert!(parsed(&["run", "--observe", "--restore-with", "agent"]).is_err());
         assert!(parsed(&["run", "--observe", "--requests"]).is_err());
+        assert!(parsed(&["run", "--observe", "--nri"]).is_err());
     }
 }

@@ -21,6 +21,7 @@ pub mod explain;
 pub mod guard;
 pub mod ledger;
 pub mod metrics;
+pub mod nri;
 pub mod originals;
 pub mod parallel;
 pub mod policies;

@@ -41,6 +41,7 @@ pub(crate) enum Name {
     ContainerBuild,
     ContainerEdges,
     Crio,
+    Heaps,
     MakeRoom,
     RightSize,
     PodBursts,
@@ -70,6 +71,7 @@ impl Name {
                     | Self::ContainerBuild
                     | Self::ContainerEdges
                     | Self::Crio
+                    | Self::Heaps
                     | Self::Throttle
                     | Self::Java
                     | Self::Churn

@@ -415,6 +415,7 @@ fn node(checks: &mut Checks) -> Result<()> {
         &bench::Options::of(Name::Crio),
         "the agent beside CRI-O",
     );
+    edges(checks, &binaries, &bench::Options::of(Name::Heaps), "heaps");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     boost::BoostRules,
+    heap::Heap,
     requests::RequestRules,
     units::{Bytes, Cpu, Nanos},
 };
@@ -109,6 +110,9 @@ pub struct MemoryRules {
     pub order: Order,
     /// What becomes of its jobs where there is not memory for all of them at once.
     pub parallelism: Parallelism,
+    /// The limit that heaps are sized by which are sized when a program starts; `None` leaves them to the limit that is in
+    /// force then.
+    pub heap: Option<Heap>,
     /// What its request may become, where there is one; `None` leaves that alone.
     pub requests: Option<RequestRules>,
 }
@@ -182,6 +186,7 @@ mod tests {
                 shrink_after: Nanos::millis(5000),
                 order: Order::PatchFirst,
                 parallelism: Parallelism::Unchanged,
+                heap: None,
                 requests: None,
             }),
             cpu: None,

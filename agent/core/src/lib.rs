@@ -17,6 +17,7 @@ pub mod bucket;
 pub mod cpu;
 pub mod decide;
 pub mod elastic;
+pub mod heap;
 pub mod history;
 pub mod moved;
 pub mod observe;

@@ -1,6 +1,6 @@
 //! What the machine is and allows: kernel, cgroups, swap, huge pages, pressure, priorities.
 
-use std::{fs, io, path::Path, thread};
+use std::{fs, io, os::unix::fs::FileTypeExt as _, path::Path, thread};
 
 use rustix::process::{Resource, getrlimit};
 
@@ -9,12 +9,15 @@ use crate::{
     actuate::reflex::{PRIORITY, try_real_time},
     attribution::CGROUP_ROOT,
     cgroup::{Cgroup, CgroupError},
+    cri,
     exec::place::Place,
+    nri,
 };
 
 pub(super) fn findings() -> Vec<Finding> {
     let mut findings = vec![kernel(), user(), cgroups()];
     findings.extend(memory_controller());
+    findings.extend(plugins());
     findings.extend([
         lru(),
         huge_pages(),
@@ -63,6 +66,22 @@ fn cgroups() -> Finding {
             "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 there",
         ),
     }
+}
+
+/// Whether a runtime takes plugins; nothing where there is no runtime.
+fn plugins() -> Option<Finding> {
+    let runtime = cri::find_socket().ok()?;
+    let is_there = fs::metadata(nri::SOCKET).is_ok_and(|there| there.file_type().is_socket());
+    Some(if is_there {
+        Finding::works("runtime's plugins", nri::SOCKET)
+    } else {
+        Finding::limited(
+            "runtime's plugins",
+            format!("no {} beside {}", nri::SOCKET, runtime.display()),
+            "memory.heap of policies: a JVM that starts while its limit is raised sizes its heap by that",
+            nri::REMEDY,
+        )
+    })
 }
 
 /// The files of the memory controller, in a cgroup made for it.

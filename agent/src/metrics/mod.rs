@@ -120,6 +120,10 @@ pub struct Metrics {
     pub reserve_kept: Gauge,
     /// Kills in containers that are only watched.
     pub observed_kills: Family<Observed, Counter>,
+    /// Containers that were told at their creation by which limit heaps are sized.
+    pub heaps_sized: Counter,
+    /// Containers that should have been and were not, because they were made before.
+    pub heaps_missed: Counter,
     /// Policies that could not be read, and changed nothing.
     pub policies_rejected: Counter,
 }
@@ -254,6 +258,16 @@ impl Metrics {
                 all,
                 "observed_kills",
                 "Kills in containers that are only watched, by what mode Act would have made of them",
+            ),
+            heaps_sized: of(
+                all,
+                "heaps_sized",
+                "Containers that were told at their creation by which limit heaps are sized",
+            ),
+            heaps_missed: of(
+                all,
+                "heaps_missed",
+                "Containers whose policy sizes heaps and that were made before the agent was there",
             ),
             policies_rejected: of(
                 all,

@@ -7,6 +7,7 @@
 //! what to write instead, and whoever has a good one already keeps it.
 
 mod boosts;
+mod heap;
 mod requests;
 
 use std::{
@@ -47,6 +48,8 @@ A policy:
         shrinkAfter: 5s    # 5s, if left out
         order: PatchFirst  # or RaiseFirst: raised on the node, and the Kubernetes API asked right after
         parallelism: Elastic # some jobs wait where there is not memory for all; Unchanged, if left out
+        heap: Original     # the limit by which JVMs and node size their heaps: the container's own, Maximum (max), or a
+                           # size such as 1Gi; the one in force when they start, if left out. Needs NRI (containerd 2)
         requests:            # what its memory request may become, in Kubernetes; left alone, if left out
           rightSize: false   # down to what was used, so that pending pods fit
           makeRoom: true     # down when the resize of a pod of higher priority finds no room, and back later
@@ -225,6 +228,7 @@ fn allowed(rules: &ContainerRules) -> String {
             max,
             floor,
             parallelism,
+            heap,
             ..
         } = memory;
         let floor = floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
@@ -232,7 +236,8 @@ fn allowed(rules: &ContainerRules) -> String {
             Parallelism::Unchanged => "",
             Parallelism::Elastic => ", jobs wait where it does not suffice",
         };
-        format!("memory up to {max}{floor}{wait}")
+        let heap = heap.map_or_else(String::new, heap::told);
+        format!("memory up to {max}{floor}{wait}{heap}")
     });
     let requests = rules.memory.and_then(|memory| memory.requests);
     let requests = requests.as_ref().map(requests::told);
@@ -355,6 +360,7 @@ struct Memory {
     order: Order,
     #[serde(default)]
     parallelism: Parallelism,
+    heap: Option<Spanned<String>>,
     requests: Option<requests::Requests>,
 }
 
@@ -446,6 +452,11 @@ impl Memory {
                 .map_or(Ok(SHRINK_AFTER), duration)?,
             order: self.order,
             parallelism: self.parallelism,
+            heap: self
+                .heap
+                .as_ref()
+                .map(|text| heap::checked(text, max))
+                .transpose()?,
             requests: self
                 .requests
                 .as_ref()
@@ -530,6 +541,7 @@ mod tests {
 
     use bellows_core::{
         boost::{Program, Ready, Trigger, Until},
+        heap::Heap,
         requests::RequestRules,
     };
 
@@ -551,6 +563,7 @@ spec:
       floor: 128Mi
       shrinkAfter: 1m30s
       requests: {makeRoom: true, floor: 64Mi, margin: 10%}
+      heap: 512Mi
     cpu: {max: 1.5, throttleTarget: 2.5%}
   - memory: {max: 1073741824, parallelism: Elastic}
     boosts:
@@ -591,6 +604,7 @@ spec:
             shrink_after: Nanos::millis(90_000),
             order: Order::PatchFirst,
             parallelism: Parallelism::Unchanged,
+            heap: Some(Heap::At(Bytes::mib(512))),
             requests: Some(RequestRules {
                 right_size: false,
                 make_room: true,
@@ -600,6 +614,11 @@ spec:
             }),
         };
         assert_eq!(named.memory, Some(memory));
+        for (word, heap) in [("Original", Heap::Original), ("Maximum", Heap::Maximum)] {
+            let policies = parse(&GOOD.replace("heap: 512Mi", &format!("heap: {word}")));
+            let memory = policies.unwrap()[0].containers[0].memory;
+            assert_eq!(memory.and_then(|memory| memory.heap), Some(heap));
+        }
         let cpu = CpuRules {
             max: Cpu::millis(1500),
             throttled_per_mille: 25,
@@ -644,7 +663,7 @@ spec:
         let policies = parse(&text).unwrap();
         assert_eq!(
             told(&policies),
-            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice; request down for pods of higher priority, 64 MiB at least; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
+            "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice, heaps by its own limit; request down for pods of higher priority, 64 MiB at least; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
         );
     }
 
@@ -657,7 +676,7 @@ spec:
         assert_eq!(policies.len(), 2);
         assert_eq!(policies[1].mode, Mode::Observe);
         let problem = parse(&format!("{GOOD}---\n{GOOD}")).unwrap_err();
-        assert_eq!(problem.line, 31);
+        assert_eq!(problem.line, 32);
         assert!(problem.what.contains("second policy"), "{problem}");
     }
 
@@ -690,43 +709,52 @@ spec:
                 16,
                 "from 1s to 24h",
             ),
-            ("max: 1.5", "max: 1.5x", 18, "such as 2 or 250m"),
-            ("max: 1.5", "max: 1m", 18, "at least 10m"),
-            ("2.5%", "2.5", 18, "such as 5%"),
-            ("2.5%", "60%", 18, "0% to 50%"),
-            ("2.5%", "0.05%", 18, "0% to 50%"),
+            ("max: 1.5", "max: 1.5x", 19, "such as 2 or 250m"),
+            ("max: 1.5", "max: 1m", 19, "at least 10m"),
+            ("2.5%", "2.5", 19, "such as 5%"),
+            ("2.5%", "60%", 19, "0% to 50%"),
+            ("2.5%", "0.05%", 19, "0% to 50%"),
             (
                 "throttleTarget",
                 "throttledTarget",
-                18,
+                19,
                 "did you mean `throttleTarget`",
             ),
             ("v1alpha1", "v1", 1, "write bellows.dev/v1alpha1"),
             ("kind: ElasticPolicy", "kind: Pod", 2, "write ElasticPolicy"),
             ("name: workspaces", "name: ''", 4, "needs a name"),
-            ("{start: true}", "{}", 21, "write `start: true`"),
-            ("start: true", "start: true, exec: x", 21, "two triggers"),
-            ("start: true", "start: true, arguments: [x]", 21, "`exec`"),
-            ("cpu: 1800m", "cpu: 1m", 22, "at least 10m"),
-            ("cpu: 1800m", "cpus: 2", 22, "did you mean `cpu`"),
-            ("      cpu: 1800m\n", "", 21, "a boost of nothing"),
-            ("idle: 7s", "exit: true", 23, "a start has no `exit`"),
-            ("idle: 7s", "idle: 7", 23, "such as 5s"),
-            ("port: 80,", "port: 0,", 23, "no port 0"),
-            ("port: 80,", "port: 70000,", 23, "check --help"),
-            ("path: /ok", "path: ok", 23, "such as /healthz"),
-            ("path: /ok", "path: '/o k'", 23, "such as /healthz"),
-            ("exec: java", "exec: bin/", 24, "no program"),
-            ("atMost: 1h", "atMost: 25h", 26, "from 1s to 24h"),
+            ("{start: true}", "{}", 22, "write `start: true`"),
+            ("start: true", "start: true, exec: x", 22, "two triggers"),
+            ("start: true", "start: true, arguments: [x]", 22, "`exec`"),
+            ("cpu: 1800m", "cpu: 1m", 23, "at least 10m"),
+            ("cpu: 1800m", "cpus: 2", 23, "did you mean `cpu`"),
+            ("      cpu: 1800m\n", "", 22, "a boost of nothing"),
+            ("idle: 7s", "exit: true", 24, "a start has no `exit`"),
+            ("idle: 7s", "idle: 7", 24, "such as 5s"),
+            ("port: 80,", "port: 0,", 24, "no port 0"),
+            ("port: 80,", "port: 70000,", 24, "check --help"),
+            ("path: /ok", "path: ok", 24, "such as /healthz"),
+            ("path: /ok", "path: '/o k'", 24, "such as /healthz"),
+            ("exec: java", "exec: bin/", 25, "no program"),
+            ("atMost: 1h", "atMost: 25h", 27, "from 1s to 24h"),
             ("floor: 64Mi", "floor: 64", 17, "too small"),
             ("makeRoom: true", "makeRoom: false", 17, "neither"),
             ("makeRoom", "makeroom", 17, "did you mean `makeRoom`"),
             ("margin: 10%", "margin: 10Mi", 17, "such as 25%"),
             ("margin: 10%", "margin: 500%", 17, "0% to 400%"),
             (
+                "heap: 512Mi",
+                "heap: original",
+                18,
+                "write Original, Maximum",
+            ),
+            ("heap: 512Mi", "heap: 5Gi", 18, "above max"),
+            ("heap: 512Mi", "heap: 8Mi", 18, "at least 16Mi"),
+            ("heap: 512Mi", "heaps: 512Mi", 18, "did you mean `heap`"),
+            (
                 "- memory:",
                 "- name: ide\n    memory:",
-                19,
+                20,
                 "only the first",
             ),
         ] {

@@ -54,6 +54,7 @@ use crate::{
     guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
     metrics::METRICS,
+    nri,
     originals::Records,
     policies::{self, PolicyFileError},
     quota::{Quotas, Setter},
@@ -97,6 +98,8 @@ pub enum Of {
         only_observes: bool,
         /// Whether memory requests may be changed where a policy asks for it.
         moves_requests: bool,
+        /// Whether heaps may be sized where a policy asks for it.
+        sizes_heaps: bool,
         /// The DaemonSet with whose end limits are given back.
         daemon_set: Option<String>,
     },
@@ -148,6 +151,7 @@ pub enum RunError {
 struct Changes {
     only_observes: bool,
     moves_requests: bool,
+    sizes_heaps: bool,
 }
 
 /// What the time of a resize is taken for before one was measured (90th percentile of 60 resizes
@@ -193,6 +197,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
             shrink_after,
             only_observes,
             moves_requests,
+            sizes_heaps,
             daemon_set,
         } => {
             let client = runtime.block_on(async {
@@ -207,6 +212,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
                 Changes {
                     only_observes: *only_observes,
                     moves_requests: *moves_requests,
+                    sizes_heaps: *sizes_heaps,
                 },
             )?;
             leaving = daemon_set.clone().map(|daemon_set| Leaving {
@@ -328,7 +334,13 @@ impl Fast {
             cpus: cpus.clone(),
             resizer: resizer.clone(),
         };
+        let told = changes.sizes_heaps.then(|| {
+            let (told, policies) = tokio::sync::watch::channel(Vec::new());
+            tasks.spawn(nri::serve(policies, PathBuf::from(nri::SOCKET)));
+            told
+        });
         let context = pods::Context {
+            told,
             requests: RequestResizer::new(resizer.clone()),
             client,
             node: node.to_owned(),
@@ -375,7 +387,9 @@ impl Fast {
             lent: Arc::clone(&lent),
         };
         let quotas = fast.start_quotas(hands)?;
+        let (told, policies_now) = tokio::sync::watch::channel(read.clone());
         let context = containers::Context {
+            told,
             updater: updater.clone(),
             quotas,
             policies: policies.to_owned(),
@@ -393,6 +407,7 @@ impl Fast {
             lent,
         };
         let watch = containers::watch(context, read);
+        tasks.spawn(nri::serve(policies_now, PathBuf::from(nri::SOCKET)));
         Ok((inputs, fast.control(updater)?, Box::pin(watch)))
     }
 }

@@ -24,6 +24,11 @@ system:serviceaccount:{{ .Release.Namespace }}:agent
 {{- if and .Values.requests.enabled (include "bellows.acts" .) }}true{{ end -}}
 {{- end }}
 
+{{- /* Whether it is a plugin of the runtime. */}}
+{{- define "bellows.nri" -}}
+{{- if and .Values.nri.enabled (include "bellows.acts" .) }}true{{ end -}}
+{{- end }}
+
 {{- /* The annotations that it writes. */}}
 {{- define "bellows.originals" -}}
 ["bellows.dev/original-memory", "bellows.dev/original-cpu"

@@ -114,6 +114,7 @@ fn policy() -> ElasticPolicy {
                 shrink_after: Nanos::millis(5000),
                 order: Order::PatchFirst,
                 parallelism: bellows_core::elastic::Parallelism::Unchanged,
+                heap: None,
                 requests: None,
             }),
             cpu: Some(CpuRules {

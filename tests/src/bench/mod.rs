@@ -15,6 +15,7 @@ mod daemonset;
 mod deaths;
 mod exec_cli;
 mod faults;
+mod heaps;
 mod hook_cost;
 mod idle;
 mod inside;
@@ -81,6 +82,8 @@ pub(crate) enum Bench {
     ContainerEdges(container_edges::Options),
     /// The agent beside CRI-O, whose part is played.
     Crio,
+    /// By which limit a JVM sizes its heap that starts during a burst.
+    Heaps,
     /// A service with a CPU limit at its mean: fixed, with cpu.max.burst, with Bellows.
     Throttle(throttle::Options),
     /// Containers that come and go as fast as a node can make them.
@@ -147,6 +150,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::ContainerBursts(options) => container_bursts::run(options, &mut records),
         Bench::ContainerEdges(options) => container_edges::run(options, &mut records),
         Bench::Crio => crio::run(&mut records),
+        Bench::Heaps => heaps::run(&mut records),
         Bench::ContainerBuild(options) => container_build::run(options, &mut records),
         Bench::Throttle(options) => throttle::run(options, &mut records),
         Bench::Churn(options) => churn::run(options, &mut records),
@@ -197,7 +201,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
-        "exec-cli" | "pod-edges" | "container-edges" | "crio" | "daemonset" => {
+        "exec-cli" | "pod-edges" | "container-edges" | "crio" | "heaps" | "daemonset" => {
             exec_cli::summarize(&read(path)?)
         }
         "reaction" => reaction::summarize(&read(path)?),

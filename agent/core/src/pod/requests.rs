@@ -208,6 +208,7 @@ mod tests {
                     shrink_after: Nanos::millis(5000),
                     order: Order::PatchFirst,
                     parallelism: Parallelism::Unchanged,
+                    heap: None,
                     requests: Some(RequestRules {
                         right_size: true,
                         make_room: false,

@@ -259,6 +259,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
                 shrink_after: Nanos::millis(7000),
                 order: Order::RaiseFirst,
                 parallelism: Parallelism::Elastic,
+                heap: None,
                 requests: None,
             }),
             cpu: None,

@@ -210,6 +210,7 @@ impl Watch {
             shrink_after: AT_ONCE,
             order: Order::PatchFirst,
             parallelism: Parallelism::Unchanged,
+            heap: None,
             requests: None,
         });
         if memory.order == Order::RaiseFirst {

@@ -29,7 +29,7 @@ use bellows_core::{
     elastic::{self, ElasticPolicy, Mode, Subject},
 };
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 
@@ -71,6 +71,8 @@ pub(super) struct Context {
     pub(super) made: mpsc::Receiver<String>,
     /// What is lent of memory.
     pub(super) lent: Arc<Lent>,
+    /// Policies, for whoever decides when containers are made.
+    pub(super) told: watch::Sender<Vec<ElasticPolicy>>,
 }
 
 /// Watches for ever. A change of the policies is taken over when the tick sees it.
@@ -235,6 +237,7 @@ impl Watch {
             }
             Ok(policies) => {
                 tracing::info!(policies = policies.len(), "policies were read again");
+                self.context.told.send_replace(policies.clone());
                 self.policies = policies;
                 self.known.values_mut().for_each(Known::look_again);
                 return true;

@@ -27,7 +27,7 @@ use std::{
 
 use bellows_core::{
     Actuation, CgroupId, Nanos, Policy, Signals,
-    elastic::Mode,
+    elastic::{ElasticPolicy, Mode},
     pod::{self, Raised, Refusal},
 };
 use futures::TryStreamExt as _;
@@ -37,7 +37,10 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use tokio::{
-    sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
+    sync::{
+        mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
+        watch,
+    },
     task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
@@ -55,6 +58,7 @@ use crate::{
     },
     attribution::{self, api::Pod, pods::convert},
     guard::Input,
+    nri,
     quota::Quotas,
 };
 use cpu::{Begun, KnownCpu};
@@ -80,6 +84,8 @@ pub(super) struct Context {
     pub(super) only_observes: bool,
     /// Whether memory requests may be changed where a policy asks for it.
     pub(super) moves_requests: bool,
+    /// Policies, for whoever decides when containers are made; `None` where nobody does.
+    pub(super) told: Option<watch::Sender<Vec<ElasticPolicy>>>,
     /// What is told of those that are only watched.
     pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
 }
@@ -176,6 +182,7 @@ pub(super) async fn watch(context: Context) {
             }
             event = rules.try_next() => {
                 if watch.policies.take(event, &watch.events) {
+                    watch.tell_of_heaps();
                     watch.apply_all().await;
                 }
                 continue;
@@ -250,6 +257,18 @@ struct Watch {
 }
 
 impl Watch {
+    /// Hands policies on to whoever sizes heaps, or says that nobody does.
+    fn tell_of_heaps(&self) {
+        let policies = self.policies.all();
+        match &self.context.told {
+            Some(told) => drop(told.send_replace(policies.to_vec())),
+            None if nri::is_wanted(policies) => tracing::warn!(
+                "memory.heap of policies is not heeded: nri.enabled of the chart makes the agent a plugin of the runtime"
+            ),
+            None => {}
+        }
+    }
+
     fn is_anything_left(&self) -> bool {
         !self.pending.is_empty() || self.is_any_left.load(Ordering::Relaxed)
     }

@@ -1,0 +1,288 @@
+use std::{fs, os::unix::net::UnixListener as StdListener};
+
+use bellows_core::{
+    Nanos,
+    elastic::{ContainerRules, Order, Parallelism, Selector},
+    heap::Heap,
+};
+use tokio::net::UnixListener;
+
+use super::{
+    v1alpha1::{LinuxContainer, LinuxMemory, LinuxResources, OptionalInt64},
+    *,
+};
+
+fn policy(mode: Mode, heap: Option<Heap>) -> ElasticPolicy {
+    ElasticPolicy {
+        name: "heaps".to_owned(),
+        mode,
+        selector: Selector {
+            namespaces: vec!["dev".to_owned()],
+            labels: BTreeMap::new(),
+        },
+        containers: vec![ContainerRules {
+            name: Some("app".to_owned()),
+            memory: Some(MemoryRules {
+                max: Bytes::mib(4096),
+                floor: None,
+                shrink_after: Nanos::millis(5000),
+                order: Order::PatchFirst,
+                parallelism: Parallelism::Unchanged,
+                heap,
+                requests: None,
+            }),
+            cpu: None,
+            boosts: Vec::new(),
+        }],
+    }
+}
+
+fn pod(namespace: &str) -> PodSandbox {
+    PodSandbox {
+        id: "sandbox".to_owned(),
+        name: "shop".to_owned(),
+        namespace: namespace.to_owned(),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+    }
+}
+
+fn container(name: &str, limit: i64, env: &[&str]) -> Container {
+    let limit = Some(OptionalInt64 { value: limit });
+    let memory = Some(LinuxMemory { limit });
+    Container {
+        id: "container".to_owned(),
+        pod_sandbox_id: "sandbox".to_owned(),
+        name: name.to_owned(),
+        state: ContainerState::ContainerRunning.into(),
+        env: env.iter().map(|&one| one.to_owned()).collect(),
+        linux: Some(LinuxContainer {
+            resources: Some(LinuxResources { memory }),
+        }),
+    }
+}
+
+fn call(stream: u32, method: &str, payload: &impl prost::Message) -> Message {
+    let call = Call {
+        service: "nri.pkg.api.v1alpha1.Plugin".to_owned(),
+        method: method.to_owned(),
+        payload: payload.encode_to_vec(),
+        ..Call::default()
+    };
+    Message {
+        connection: PLUGIN,
+        stream,
+        kind: CALL,
+        data: call.encode_to_vec(),
+    }
+}
+
+/// What a plugin answers with, or the code of its error.
+fn answered<T: prost::Message + Default>(message: Option<Message>, stream: u32) -> Result<T, i32> {
+    let message = message.unwrap();
+    let meant = (message.connection, message.stream, message.kind);
+    assert_eq!(meant, (PLUGIN, stream, ANSWER));
+    let answer = Answer::decode(&*message.data).unwrap();
+    match answer.status {
+        Some(status) => Err(status.code),
+        None => Ok(T::decode(&*answer.payload).unwrap()),
+    }
+}
+
+/// What is set in a container that is made.
+fn set(heap: Heap, mode: Mode, pod: PodSandbox, container: Container) -> Vec<String> {
+    let (_sender, policies) = watch::channel(vec![policy(mode, Some(heap))]);
+    let mut plugin = Plugin::new(policies);
+    let request = CreateContainerRequest {
+        pod: Some(pod),
+        container: Some(container),
+    };
+    let answer = plugin.take(call(7, "CreateContainer", &request)).unwrap();
+    let response: CreateContainerResponse = answered(answer, 7).unwrap();
+    let adjust = response.adjust.unwrap_or_default();
+    let env = adjust.env.into_iter();
+    env.map(|variable| format!("{}={}", variable.key, variable.value))
+        .collect()
+}
+
+#[test]
+fn what_is_generated_was_not_changed_and_nor_was_its_protocol() {
+    let generated = include_str!("v1alpha1.rs");
+    let (head, text) = generated.split_once("\n// ").unwrap();
+    let (sums, text) = text.split_once('\n').unwrap();
+    assert!(head.contains("cargo xtask codegen"));
+    let sum = |text: &str| format!("{:08x}", crc32fast::hash(text.as_bytes()));
+    let protocol = include_str!("../../proto/nri.proto");
+    let expected = format!("{} {}", sum(protocol), sum(text));
+    assert_eq!(sums, expected, "run `cargo xtask codegen`");
+}
+
+#[test]
+fn a_container_is_told_the_limit_that_its_policy_names() {
+    let java = |bytes: u64| format!("JAVA_TOOL_OPTIONS=-XX:MaxRAM={bytes}");
+    let act = |heap| {
+        set(
+            heap,
+            Mode::Act,
+            pod("dev"),
+            container("app", 256 << 20, &[]),
+        )
+    };
+    let original = act(Heap::Original);
+    let node = "NODE_OPTIONS=--max-old-space-size=128".to_owned();
+    assert_eq!(original, [java(256 << 20), node]);
+    assert_eq!(act(Heap::Maximum)[0], java(4 << 30));
+    assert_eq!(act(Heap::At(Bytes::mib(512)))[0], java(512 << 20));
+}
+
+#[test]
+fn who_is_not_meant_is_left_alone() {
+    let nothing = Vec::<String>::new();
+    let app = || container("app", 256 << 20, &[]);
+    let original = |mode, pod, container| set(Heap::Original, mode, pod, container);
+    assert_eq!(original(Mode::Act, pod("live"), app()), nothing);
+    let other = container("other", 256 << 20, &[]);
+    assert_eq!(original(Mode::Act, pod("dev"), other), nothing);
+    for mode in [Mode::Off, Mode::Observe, Mode::Recommend] {
+        assert_eq!(original(mode, pod("dev"), app()), nothing);
+    }
+    for (own, mode, is_told) in [
+        ("Off", Mode::Act, false),
+        ("act", Mode::Act, false),
+        ("Act", Mode::Observe, true),
+    ] {
+        let mut pod = pod("dev");
+        pod.annotations.insert(pod::MODE.to_owned(), own.to_owned());
+        assert_eq!(original(mode, pod, app()).is_empty(), !is_told, "{own}");
+    }
+    for no_limit in [0, -1, i64::MIN] {
+        let container = container("app", no_limit, &[]);
+        assert_eq!(original(Mode::Act, pod("dev"), container), nothing);
+    }
+}
+
+#[test]
+fn what_others_have_set_is_kept_and_one_that_was_there_is_replaced_as_a_whole() {
+    let env = [
+        "JAVA_TOOL_OPTIONS=-Da=b",
+        "NODE_OPTIONS=--max-old-space-size=9",
+    ];
+    let app = container("app", 256 << 20, &env);
+    let set = set(Heap::Original, Mode::Act, pod("dev"), app);
+    let whole = "JAVA_TOOL_OPTIONS=-Da=b -XX:MaxRAM=268435456";
+    assert_eq!(set, ["-JAVA_TOOL_OPTIONS=", whole]);
+}
+
+#[test]
+fn one_event_is_asked_for_and_split_lists_are_taken() {
+    let (_sender, policies) = watch::channel(vec![policy(Mode::Act, Some(Heap::Original))]);
+    let mut plugin = Plugin::new(policies);
+    let answer = plugin.take(call(1, "Configure", &ConfigureRequest::default()));
+    let configured: ConfigureResponse = answered(answer.unwrap(), 1).unwrap();
+    assert_eq!(configured.events, 8);
+    let before = METRICS.heaps_missed.get();
+    for (stream, more) in [(3, true), (5, false)] {
+        let sized = ["JAVA_TOOL_OPTIONS=-XX:MaxRAM=1"];
+        let request = SynchronizeRequest {
+            pods: if more { vec![pod("dev")] } else { Vec::new() },
+            containers: vec![
+                container("app", 1, if more { &[] } else { &sized }),
+                container("other", 1, &[]),
+            ],
+            more,
+        };
+        let answer = plugin.take(call(stream, "Synchronize", &request)).unwrap();
+        let answer: SynchronizeResponse = answered(answer, stream).unwrap();
+        assert_eq!((answer.more, plugin.is_ready), (more, !more));
+    }
+    assert_eq!(METRICS.heaps_missed.get() - before, 1);
+}
+
+#[test]
+fn what_is_not_understood_changes_nothing_and_nonsense_ends_the_connection() {
+    let (_sender, policies) = watch::channel(Vec::new());
+    let mut plugin = Plugin::new(policies);
+    let empty = ConfigureResponse::default();
+    let answer = plugin.take(call(9, "StopContainer", &empty)).unwrap();
+    assert_eq!(answered::<Status>(answer, 9), Err(UNIMPLEMENTED));
+    let nonsense = Message {
+        connection: PLUGIN,
+        stream: 1,
+        kind: CALL,
+        data: vec![0xff; 9],
+    };
+    assert!(plugin.take(nonsense.clone()).is_err());
+    let refused = Answer {
+        status: Some(Status {
+            code: 7,
+            message: "no".to_owned(),
+        }),
+        payload: Vec::new(),
+    };
+    let refused = Message {
+        connection: RUNTIME,
+        kind: ANSWER,
+        data: refused.encode_to_vec(),
+        ..nonsense
+    };
+    let error = plugin.take(refused).unwrap_err();
+    assert!(matches!(error, PluginError::Refused(why) if why == "no"));
+}
+
+/// The next message at a runtime's side.
+async fn arrived(stream: &mut UnixStream, decoder: &mut Decoder) -> Option<Message> {
+    let mut buffer = vec![0; 4096];
+    loop {
+        if let Some(message) = decoder.next().unwrap() {
+            return Some(message);
+        }
+        match stream.read(&mut buffer).await.unwrap() {
+            0 => return None,
+            length => decoder.feed(&buffer[..length]),
+        }
+    }
+}
+
+#[tokio::test]
+async fn it_is_there_while_a_policy_needs_it_and_comes_back_when_the_runtime_does() {
+    let directory = std::env::temp_dir().join(format!("bellows-nri-{}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    let socket = directory.join("nri.sock");
+    let listener = StdListener::bind(&socket).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let listener = UnixListener::from_std(listener).unwrap();
+    let (sender, policies) = watch::channel(vec![policy(Mode::Act, None)]);
+    let served = tokio::spawn(serve(policies, socket));
+    let early = timeout(Duration::from_millis(200), listener.accept()).await;
+    assert!(early.is_err(), "nobody needs it");
+    sender.send_replace(vec![policy(Mode::Act, Some(Heap::Maximum))]);
+    // The first runtime ends at once.
+    for _ in 0..2 {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut decoder = Decoder::default();
+        let message = arrived(&mut stream, &mut decoder).await.unwrap();
+        let call = Call::decode(&*message.data).unwrap();
+        assert_eq!(
+            (message.connection, &*call.method),
+            (RUNTIME, "RegisterPlugin")
+        );
+        let request = RegisterPluginRequest::decode(&*call.payload).unwrap();
+        assert_eq!((&*request.plugin_name, &*request.plugin_idx), (NAME, INDEX));
+    }
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut decoder = Decoder::default();
+    arrived(&mut stream, &mut decoder).await.unwrap();
+    let request = CreateContainerRequest {
+        pod: Some(pod("dev")),
+        container: Some(container("app", 1 << 30, &[])),
+    };
+    let asked = call(1, "CreateContainer", &request);
+    stream.write_all(&asked.encoded()).await.unwrap();
+    let answer = arrived(&mut stream, &mut decoder).await;
+    let response: CreateContainerResponse = answered(answer, 1).unwrap();
+    assert_eq!(response.adjust.unwrap().env.len(), 2);
+    sender.send_replace(Vec::new());
+    assert_eq!(arrived(&mut stream, &mut decoder).await, None, "it stays");
+    served.abort();
+    fs::remove_dir_all(directory).unwrap();
+}
