@@ -39,6 +39,13 @@
 //! not give back. Where not even the end of all others would help nothing is kept, and the answer says how much there
 //! is, for whoever can do with less.
 //!
+//! **What may never end.** A leak is granted nothing. One that grows without a trigger and gives nothing back ([`crate::growth`]) is not counted on to end,
+//! comes after all others of its priority, and begins nothing: it is granted what fits beside what those at rest are known
+//! to need, or expected to, when they burst, as far as that is a quarter of the room or one of them alone needs more. It is told so
+//! at once, for to wait is in vain. Not all of what they need: on a node of a hundred workspaces that is many times what it has,
+//! and a build by a daemon, which may look so, would die beside gigabytes that nobody asks for. The price: more
+//! bursts at once than for what was kept may find that it has taken the rest.
+//!
 //! **What follows**, each a property that is tested on seeded random cases (`arbiter::tests`):
 //! - *No over-commit*: in no room more is granted than is free and not promised.
 //! - *Priority*: nothing that is asked for later in the order changes what is granted earlier in it.
@@ -66,7 +73,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, CgroupId, Nanos};
+use crate::{
+    growth::Nature,
+    units::{Bytes, CgroupId, Nanos},
+};
 
 mod bursts;
 #[cfg(test)]
@@ -79,6 +89,9 @@ use bursts::{Burst, Bursts};
 pub const RESERVED_FOR: Nanos = Nanos::millis(10_000);
 /// A GiB over this weight counts as a second of waiting.
 pub const DEFAULT_WEIGHT: u64 = 100;
+
+/// The share of a room that is kept for known bursts from one that may never end.
+const KEPT_PER_MILLE: u64 = 250;
 
 /// More than any room has, and few enough that a sum of many does not overflow.
 const EVERYTHING: i128 = 1 << 80;
@@ -151,6 +164,10 @@ pub struct Claim {
     /// The highest limit that its burst is expected to ask for: what was learned, else its ceiling. Too much makes it
     /// run alone, too little may let others begin with which it cannot end.
     pub most: Bytes,
+    /// What is to be thought of its growth.
+    pub nature: Nature,
+    /// The limit that it is known, or expected, to ask for when it bursts: what is kept for it from those that may never end.
+    pub usual: Bytes,
 }
 
 /// Why something is not granted now. Closed, for [`Verdict`] to be told to people.
@@ -165,6 +182,10 @@ pub enum Why {
     Behind(CgroupId),
     /// There is enough, but this one, which has begun, could then not end.
     WouldStrand(CgroupId),
+    /// It may never end, and what is left in this place is for bursts that will. So much would be granted at most, now.
+    KeptForBursts(Place, Bytes),
+    /// It will not end.
+    Leaks,
 }
 
 /// What becomes of a claim.
@@ -221,7 +242,18 @@ impl Claim {
 
     /// Whether its burst is under way: it has more than at rest, and is counted on to go on and give back.
     fn has_begun(&self, now: Nanos) -> bool {
-        self.held() > self.at_rest && now.since(self.moved_at) < RESERVED_FOR
+        self.nature == Nature::Burst
+            && self.held() > self.at_rest
+            && now.since(self.moved_at) < RESERVED_FOR
+    }
+
+    /// What is kept for it from one that may never end: nothing once it has begun, for then it must be able to end.
+    fn is_kept(&self, now: Nanos) -> Bytes {
+        if self.nature == Nature::Burst && !self.has_begun(now) {
+            self.usual.minus(self.held())
+        } else {
+            Bytes::ZERO
+        }
     }
 
     /// Until when it may wait.
@@ -231,7 +263,7 @@ impl Claim {
     }
 
     /// Its place in the order, but for its id.
-    fn rank(&self, now: Nanos) -> (Reverse<i32>, bool, u128, Nanos) {
+    fn rank(&self, now: Nanos) -> (Reverse<i32>, Nature, bool, u128, Nanos) {
         const SECOND: u128 = 1_000_000_000;
         let has_begun = self.has_begun(now);
         let as_if_at = if has_begun {
@@ -242,7 +274,8 @@ impl Claim {
             let later = share.checked_div(u128::from(self.weight));
             later.map_or(u128::MAX, |later| u128::from(self.since.0) + later)
         };
-        (Reverse(self.priority), !has_begun, as_if_at, self.since)
+        let priority = Reverse(self.priority);
+        (priority, self.nature, !has_begun, as_if_at, self.since)
     }
 
     /// The rooms that it is in, the node first.
@@ -289,6 +322,7 @@ pub fn arbitrate(
         rooms,
         bursts: Bursts::new(now, rooms, &order),
         kept: Vec::new(),
+        claims,
     };
     let asking = order.into_iter().filter(|(_, claim)| claim.asks());
     asking
@@ -303,6 +337,7 @@ struct Arbiter<'a> {
     bursts: Bursts,
     /// For whom how much is kept, in order.
     kept: Vec<(Burst, i128)>,
+    claims: &'a BTreeMap<CgroupId, Claim>,
 }
 
 impl Arbiter<'_> {
@@ -313,6 +348,14 @@ impl Arbiter<'_> {
         let is_too_small = |place: &&Place| claim.wanted > self.rooms.size(**place);
         if let Some(&place) = burst.places.iter().find(is_too_small) {
             return Verdict::Refused(Why::ExceedsRoom(place));
+        }
+        let why = match claim.nature {
+            Nature::Burst => None,
+            Nature::Suspect => self.kept_for_bursts(&burst, asked),
+            Nature::Leak => Some(Why::Leaks),
+        };
+        if let Some(why) = why {
+            return Verdict::Refused(why);
         }
         let stranded = self.bursts.would_strand(&burst, asked);
         let shortage = self.shortage(&burst, asked, has_begun);
@@ -330,6 +373,26 @@ impl Arbiter<'_> {
             self.kept.push((burst, kept));
         }
         Verdict::Waits(until, why)
+    }
+
+    /// Why one that may never end is not granted so much, where there is a place that is kept for those that will.
+    fn kept_for_bursts(&self, burst: &Burst, asked: i128) -> Option<Why> {
+        let lefts = burst.places.iter().map(|&place| {
+            let others = self.claims.iter().filter(|(id, _)| **id != burst.id);
+            let inside = others.filter(|(_, claim)| claim.places().contains(&place));
+            let needs = inside.map(|(_, claim)| claim.is_kept(self.now));
+            let (mut all, mut largest) = (Bytes::ZERO, Bytes::ZERO);
+            for need in needs {
+                all = all.plus(need);
+                largest = largest.max(need);
+            }
+            let share = self.rooms.size(place).per_mille(KEPT_PER_MILLE);
+            let kept = all.min(share).max(largest);
+            (self.left(place, false) - i128::from(kept.0), place)
+        });
+        let (least, place) = lefts.min()?;
+        let limit = u64::try_from(burst.held + least.max(0)).unwrap_or(u64::MAX);
+        (least < asked).then_some(Why::KeptForBursts(place, Bytes(limit)))
     }
 
     /// What is kept in a place for those before, from one that has begun or has not.

@@ -40,8 +40,6 @@ const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
 /// A refused shrink is tried again after this time even if demand has not fallen.
 const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
-/// What the last burst needed must be so much more than what is used now.
-const LEARNT_PER_MILLE: u64 = 1100;
 /// A requested raise goes to at least this multiple of the demand.
 pub const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.
@@ -70,8 +68,6 @@ pub struct Snapshot {
     pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
     pub raise_not_before: Nanos,
-    /// The limit with which its last burst would have been served, if it had one.
-    pub learnt: Option<Bytes>,
     /// Whether the request could not be made, for a passing reason.
     pub request_failed: bool,
     /// Whether the raise that was asked for may be written by hand.
@@ -125,23 +121,19 @@ pub(crate) fn request_target(policy: &Policy, history: &History, p95: Nanos) -> 
     policy.limit_for(target).round_up_mib().min(ceiling)
 }
 
-/// Where a raise goes: to what the last burst needed, in one step, or step by step where that is not known, or is used up.
+/// Where a raise goes: to what runs like this one have needed, in one step, or step by step where that is not known, or is
+/// used up.
 fn target(snapshot: &Snapshot, p95: Nanos) -> Bytes {
     let Snapshot {
         policy,
         history,
-        learnt,
         limit,
         ..
     } = snapshot;
-    let unlearnt = request_target(policy, history, p95);
-    let is_enough = |learnt: &Bytes| {
-        // Who is held for a huge page is raised although it might go on without.
-        learnt > limit && policy.usable(*learnt) >= history.demand.per_mille(LEARNT_PER_MILLE)
-    };
-    learnt
-        .filter(is_enough)
-        .map_or(unlearnt, |learnt| learnt.min(policy.ceiling))
+    // Who is held for a huge page is raised although it might go on without.
+    let learnt = policy.learnt_for(history.demand);
+    let learnt = learnt.filter(|learnt| learnt > limit);
+    learnt.unwrap_or_else(|| request_target(policy, history, p95))
 }
 
 fn raise(snapshot: &Snapshot) -> Option<(Action, Reason)> {
@@ -317,7 +309,6 @@ mod tests {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
-            learnt: None,
             request_failed: false,
             by_hand: ByHand::No,
         }
@@ -327,7 +318,7 @@ mod tests {
     fn what_the_last_burst_needed_is_granted_in_one_step() {
         let mut again = snapshot(REQUESTED);
         again.history.demand = Bytes::mib(63);
-        again.learnt = Some(Bytes::mib(900));
+        again.policy.learnt = Some(Bytes::mib(900));
         let to = |snapshot: &Snapshot| match decide(snapshot).actions[..] {
             [(Action::Raise { to, .. }, _)] => Some(to),
             _ => None,

@@ -59,7 +59,12 @@ pub struct Policy {
     pub priority: i32,
     /// What becomes of its jobs where there is not memory for all of them at once.
     pub parallelism: Parallelism,
+    /// The limit with which runs like the one under way have been served ([`crate::learnt`]).
+    pub learnt: Option<Bytes>,
 }
+
+/// What a run has needed must be so much more than what is used already, or it is one like none before.
+const LEARNT_PER_MILLE: u64 = 1100;
 
 /// The share of a container's patience after which its raise is written by hand, however short that is.
 const PATIENT_PER_MILLE: u64 = 750;
@@ -99,6 +104,14 @@ impl Policy {
     #[must_use]
     pub fn limit_for(&self, usable: Bytes) -> Bytes {
         usable.scaled(WHOLE, self.usable_per_mille)
+    }
+
+    /// The limit that runs like this one have needed, where that is enough for what is used now, and for some more.
+    #[must_use]
+    pub fn learnt_for(&self, demand: Bytes) -> Option<Bytes> {
+        let is_enough = |learnt: &Bytes| self.usable(*learnt) >= demand.per_mille(LEARNT_PER_MILLE);
+        let learnt = self.learnt.filter(is_enough)?;
+        Some(learnt.min(self.ceiling))
     }
 
     /// How long it may be held.
@@ -155,6 +168,7 @@ impl Policy {
             by_hand_after: None,
             priority: 0,
             parallelism: Parallelism::Unchanged,
+            learnt: None,
         }
     }
 }

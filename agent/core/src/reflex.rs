@@ -89,10 +89,12 @@ fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
     let mut rungs = Vec::new();
     loop {
         let trigger = current.watermark;
-        let limit = policy
-            .limit_for(trigger.per_mille(DIRECT_STEP_PER_MILLE))
-            .round_up_mib()
-            .min(policy.ceiling);
+        let step = || {
+            let usable = trigger.per_mille(DIRECT_STEP_PER_MILLE);
+            let step = policy.limit_for(usable).round_up_mib();
+            step.min(policy.ceiling)
+        };
+        let limit = policy.learnt_for(trigger).unwrap_or_else(step);
         let next = thresholds(policy, limit);
         rungs.push(Rung {
             trigger,
@@ -157,6 +159,38 @@ mod tests {
         );
         let top = rungs.last().expect("not empty");
         assert_eq!((top.limit, top.thresholds), (policy.ceiling, None));
+    }
+
+    #[test]
+    fn what_runs_before_have_needed_is_the_first_rung() {
+        let policy = Policy {
+            learnt: Some(Bytes::mib(700)),
+            ..policy(100, 4000)
+        };
+        let limits = |policy: &Policy| match reaction(policy, policy.original) {
+            Reaction::Raise { rungs } => rungs.iter().map(|rung| rung.limit).collect(),
+            _ => Vec::new(),
+        };
+        assert_eq!(limits(&policy)[0], Bytes::mib(700));
+        // And from there by steps.
+        assert!(limits(&policy)[1] > Bytes::mib(1400));
+        // What is used up is no help, and what is not allowed is not granted.
+        for learnt in [Bytes::ZERO, Bytes::mib(100)] {
+            let used_up = Policy {
+                learnt: Some(learnt),
+                ..policy
+            };
+            let unlearnt = Policy {
+                learnt: None,
+                ..policy
+            };
+            assert_eq!(limits(&used_up), limits(&unlearnt));
+        }
+        let small = Policy {
+            ceiling: Bytes::mib(300),
+            ..policy
+        };
+        assert_eq!(limits(&small), [Bytes::mib(300)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@ use std::ops::Range;
 use super::*;
 
 mod cases;
+mod endless;
 mod progress;
 mod properties;
 
@@ -24,6 +25,8 @@ fn claim(wanted: u64, most: u64) -> Claim {
         promised: Bytes::ZERO,
         wanted: Bytes::mib(wanted),
         most: Bytes::mib(most),
+        nature: Nature::Burst,
+        usual: Bytes::ZERO,
     }
 }
 

@@ -110,6 +110,8 @@ impl Case {
             promised,
             wanted,
             most: random.of(&[wanted, more, more, Bytes::ZERO, Bytes(u64::MAX)]),
+            nature: Nature::Burst,
+            usual: Bytes::ZERO,
         }
     }
 

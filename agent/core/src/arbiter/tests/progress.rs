@@ -101,6 +101,8 @@ fn burst(random: &mut Random, total: Bytes, count: u64, tick: Nanos) -> (Claim, 
         promised: Bytes::ZERO,
         wanted: Bytes::ZERO,
         most,
+        nature: Nature::Burst,
+        usual: Bytes::ZERO,
     };
     let life = Life {
         peak,

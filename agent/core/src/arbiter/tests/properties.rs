@@ -378,6 +378,8 @@ fn reason_is_right(case: &Case, model: &Model, id: CgroupId, why: Why) -> bool {
             let is_told = model.strands(case, id).contains(&other);
             is_told && !rooms.iter().any(|&room| is_short(room))
         }
+        // Nobody in these cases may never end.
+        Why::KeptForBursts(..) | Why::Leaks => false,
     }
 }
 
@@ -442,7 +444,7 @@ fn more_room_is_not_worse(case: &Case, verdicts: &Verdicts, random: &mut Random)
             Why::WouldStrand(_) => 3,
             Why::Behind(_) => 2,
             Why::NoRoom(..) => 1,
-            Why::ExceedsRoom(_) => 0,
+            Why::ExceedsRoom(_) | Why::KeptForBursts(..) | Why::Leaks => 0,
         },
     };
     let values = |verdicts: &Verdicts| -> Vec<u64> {

@@ -1,0 +1,139 @@
+//! What runs of a workload have needed: the peaks of the last ones, by what began them.
+//!
+//! A burst that is like one before starts with what that needed, in one raise. Like is: the same workload, which is whoever
+//! makes its pods and the container's name in them and so outlives a pod, and the same trigger, the program that the memory
+//! is for: `make` and the language server of one container have nothing to do with each other.
+//!
+//! **How much.** The highest peak of the last [`RUNS`] runs, and a margin, so that the watermark is not reached again. The
+//! highest, because a build that has less to do now and then must not make the next whole one climb anew; of the last
+//! ones, because a workload that has become smaller is to be believed after as many runs. What one more than that
+//! needed is forgotten, whatever it was: a freak run costs its room for so many runs and no more.
+//!
+//! **Where it errs.** A run that needs more than any of the last climbs from there, by steps, and is learnt. Runs of one
+//! trigger that differ widely (a build of everything after three of one file) are granted too much or climb; nothing tells
+//! them apart before they have grown. What is unlike anything before is granted by steps as if nothing was learnt.
+//!
+//! It must not forget what others need to remember something new without end: the triggers are bounded, too, and the one
+//! that was seen longest ago goes first.
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::Bytes;
+
+/// Runs of one trigger that are remembered.
+pub const RUNS: usize = 3;
+/// Triggers that are remembered of one workload.
+pub const TRIGGERS: usize = 16;
+/// What a burst needed is so much more than it used: the watermark must not be reached again.
+const MARGIN_PER_MILLE: u64 = 1150;
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Run {
+    trigger: String,
+    /// The highest demand in it.
+    peak: Bytes,
+}
+
+/// What is known of one workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Learnt {
+    /// The latest first.
+    runs: Vec<Run>,
+}
+
+impl Learnt {
+    /// A run has ended with this peak.
+    pub fn ended(&mut self, trigger: &str, peak: Bytes) {
+        let run = Run {
+            trigger: trigger.to_owned(),
+            peak,
+        };
+        self.runs.insert(0, run);
+        let mut known: Vec<(String, usize)> = Vec::new();
+        self.runs.retain(|run| {
+            let place = known
+                .iter()
+                .position(|(trigger, _)| *trigger == run.trigger);
+            match place.and_then(|place| known.get_mut(place)) {
+                Some((_, runs)) => {
+                    *runs += 1;
+                    *runs <= RUNS
+                }
+                None => {
+                    known.push((run.trigger.clone(), 1));
+                    known.len() <= TRIGGERS
+                }
+            }
+        });
+    }
+
+    /// What a run with this trigger is expected to use, with the margin; `None` for one that is like none before.
+    #[must_use]
+    pub fn expected(&self, trigger: &str) -> Option<Bytes> {
+        let runs = self.runs.iter().filter(|run| run.trigger == trigger);
+        let peak = runs.map(|run| run.peak).max()?;
+        Some(peak.per_mille(MARGIN_PER_MILLE))
+    }
+
+    /// The same of the largest of all its triggers.
+    #[must_use]
+    pub fn largest(&self) -> Option<Bytes> {
+        let peaks = self.runs.iter().map(|run| run.peak);
+        Some(peaks.max()?.per_mille(MARGIN_PER_MILLE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn learnt(runs: &[(&str, u64)]) -> Learnt {
+        let mut learnt = Learnt::default();
+        for (trigger, mib) in runs {
+            learnt.ended(trigger, Bytes::mib(*mib));
+        }
+        learnt
+    }
+
+    #[test]
+    fn each_trigger_has_its_own_size() {
+        let learnt = learnt(&[("make", 1000), ("node", 200)]);
+        assert_eq!(learnt.expected("make"), Some(Bytes::mib(1150)));
+        assert_eq!(learnt.expected("node"), Some(Bytes::mib(230)));
+        assert_eq!(learnt.expected("cargo"), None);
+        assert_eq!(learnt.largest(), Some(Bytes::mib(1150)));
+        assert_eq!(Learnt::default().largest(), None);
+    }
+
+    #[test]
+    fn one_small_run_unlearns_nothing_and_three_do() {
+        let mut learnt = learnt(&[("make", 1000)]);
+        for left in [Bytes::mib(1150), Bytes::mib(1150), Bytes::mib(115)] {
+            learnt.ended("make", Bytes::mib(100));
+            assert_eq!(learnt.expected("make"), Some(left));
+        }
+    }
+
+    #[test]
+    fn what_needs_more_is_learnt_at_once() {
+        let learnt = learnt(&[("make", 100), ("make", 1000)]);
+        assert_eq!(learnt.expected("make"), Some(Bytes::mib(1150)));
+    }
+
+    #[test]
+    fn nothing_grows_without_end() {
+        let mut learnt = learnt(&[("first", 1)]);
+        for number in 0..10 * TRIGGERS {
+            learnt.ended("make", Bytes::mib(7));
+            learnt.ended(&format!("program-{number}"), Bytes::mib(1));
+        }
+        assert!(
+            learnt.runs.len() <= TRIGGERS * RUNS,
+            "{}",
+            learnt.runs.len()
+        );
+        assert_eq!(learnt.expected("first"), None, "the longest ago");
+        assert!(learnt.expected("make").is_some());
+    }
+}
