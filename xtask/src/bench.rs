@@ -38,6 +38,7 @@ pub(crate) enum Name {
     Churn,
     Faults,
     Storm,
+    Learned,
     ContainerBuild,
     ContainerEdges,
     Crio,
@@ -76,6 +77,7 @@ impl Name {
                     | Self::Java
                     | Self::Churn
                     | Self::Faults
+                    | Self::Learned
                     | Self::Storm
             )
     }

@@ -5,6 +5,7 @@ use bellows_core::{
     patience::{Probe, ProbeKind},
     pod::{Container, Level, MANAGER, Pod, PutOff, QosClass, WHOLE_POD},
     quantity,
+    workload::Owner,
 };
 use kube::ResourceExt as _;
 use serde_json::json;
@@ -157,6 +158,17 @@ fn requested(pod: &api::Pod) -> Bytes {
     let overhead = spec.overhead.as_ref();
     let overhead = overhead.and_then(|overhead| Some(overhead.get("memory")?.text()));
     requested.plus(size(overhead))
+}
+
+/// The controller that has made it, and would make another.
+#[must_use]
+pub fn owner(pod: &api::Pod) -> Option<Owner> {
+    let mut owners = pod.owner_references().iter();
+    let owner = owners.find(|owner| owner.controller == Some(true))?;
+    Some(Owner {
+        kind: owner.kind.clone(),
+        name: owner.name.clone(),
+    })
 }
 
 /// What the kubelet says of a resize that it does not carry out.

@@ -32,7 +32,7 @@ use crate::{
     actuate::reflex::Reflex,
     cgroup::{Cgroup, CgroupError, Limit},
     doctor::swap_devices,
-    guard::{self, Controller, GuardError, Input, Refused, Report, Requester, told_balance},
+    guard::{self, Controller, GuardError, Input, Named, Refused, Report, Requester, told_balance},
     ledger::{self, Ledger, Record},
     signal::{
         files::Files,
@@ -167,6 +167,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         by_hand_after: None,
         priority: 0,
         parallelism: options.parallelism,
+        learnt: None,
     }
     .validate()
 }
@@ -221,11 +222,7 @@ fn run_in(
         (inputs.clone(), receiver),
         requester,
     );
-    let name = options
-        .command
-        .first()
-        .map(|word| word.to_string_lossy().into_owned());
-    controller.adopt(cgroup.clone(), policy, name.unwrap_or_default())?;
+    controller.adopt(cgroup.clone(), policy, named(&options.command))?;
     let controller = thread::Builder::new()
         .name("controller".to_owned())
         .spawn(move || controller.run())
@@ -250,6 +247,20 @@ fn run_in(
         }),
     );
     Ok((status, report, end))
+}
+
+/// What a command is called. It has needed as much before if the same words were run in the same directory.
+fn named(command: &[OsString]) -> Named {
+    let program = command.first().map(|word| word.to_string_lossy());
+    let name = program.unwrap_or_default().into_owned();
+    let mut words = crc32fast::Hasher::new();
+    let directory = std::env::current_dir().unwrap_or_default();
+    for word in std::iter::once(directory.as_os_str()).chain(command.iter().map(|word| &**word)) {
+        words.update(word.as_encoded_bytes());
+        words.update(&[0]);
+    }
+    let workload = format!("exec_{:08x}", words.finalize());
+    Named { name, workload }
 }
 
 fn end(cgroup: &Cgroup) -> Result<End, CgroupError> {

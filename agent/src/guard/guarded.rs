@@ -3,10 +3,14 @@
 use std::{collections::VecDeque, path::PathBuf};
 
 use bellows_core::{
-    Actuation, Bytes, History, Nanos, Policy, Snapshot, Thrash, decide::ByHand, parallel::Balance,
+    Actuation, Bytes, History, Learnt, Nanos, Policy, Snapshot, Thrash, Thresholds,
+    decide::ByHand,
+    growth::{Nature, Spell, UNTRIGGERED},
+    parallel::Balance,
 };
 
 use super::{
+    Named,
     foreign_brake::ForeignBrake,
     room::{Waiting, ancestors},
     seconds,
@@ -27,8 +31,8 @@ const RAISE_LOST: Nanos = Nanos::millis(15_000);
 const LOWERING_LOST: Nanos = Nanos::millis(7_000);
 /// So many lowerings in a row are waited for as long: by then the kubelet has read its figures again.
 const LOWERINGS: u32 = 3;
-/// What a burst needed is so much more than it used: the watermark must not be reached again.
-const LEARNT_MARGIN_PER_MILLE: u64 = 1150;
+/// Who uses less than this share of the limit at rest, and was not raised, has no burst.
+const CALM_PER_MILLE: u64 = 900;
 /// From then on each is waited for twice as long as the one before, so many times.
 const LOWERING_DOUBLES: u32 = 5;
 
@@ -111,10 +115,19 @@ pub(super) struct Guarded {
     pub(super) burst_since: Option<Nanos>,
     /// The most that it has used in that.
     pub(super) burst_peak: Bytes,
-    /// The limit with which its last burst would have been served.
-    pub(super) learnt: Option<Bytes>,
-    /// Whether that is not written down yet.
-    pub(super) has_learnt: bool,
+    /// What outlives it, for what it has learnt.
+    pub(super) workload: String,
+    /// What its runs have needed.
+    pub(super) learnt: Learnt,
+    /// The last of them, while it is not written down yet.
+    pub(super) ended: Option<(String, Bytes)>,
+    /// What its burst is for; `None` while there is none.
+    pub(super) trigger: Option<String>,
+    /// Its growth since it was at rest; `None` while it is.
+    pub(super) spell: Option<Spell>,
+    /// What was thought of that when it last asked for more, and when.
+    pub(super) nature: Nature,
+    pub(super) judged: Nanos,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
     /// What its jobs were last said to have, and whether they are many; `None` where nobody looks at them.
@@ -157,7 +170,7 @@ impl Guarded {
     /// A cgroup that was just adopted with `limit` in force.
     pub(super) fn new(
         cgroup: Cgroup,
-        name: String,
+        Named { name, workload }: Named,
         policy: Policy,
         at: Nanos,
         limit: Bytes,
@@ -186,8 +199,13 @@ impl Guarded {
             waiting: None,
             burst_since: None,
             burst_peak: Bytes::ZERO,
-            learnt: None,
-            has_learnt: false,
+            workload,
+            learnt: Learnt::default(),
+            ended: None,
+            trigger: None,
+            spell: None,
+            nature: Nature::Burst,
+            judged: Nanos(0),
             reserved: None,
             may_have: None,
             by_hand_not_before: Nanos(0),
@@ -253,6 +271,7 @@ impl Guarded {
         self.policy = Policy {
             actuation: self.policy.actuation,
             usable_per_mille: self.policy.usable_per_mille,
+            learnt: self.policy.learnt,
             ..policy
         };
     }
@@ -294,29 +313,63 @@ impl Guarded {
             held_since: self.held_since,
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
-            learnt: self.learnt,
             request_failed: self.request_failed,
             by_hand,
         }
     }
 
     /// Takes note of what a burst uses.
-    pub(super) fn look_at_burst(&mut self) {
+    pub(super) fn look_at_burst(&mut self, at: Nanos) {
+        if let Some(spell) = &mut self.spell {
+            spell.observe(at, self.history.demand);
+            if spell.age(at) < UNTRIGGERED {
+                self.nature = Nature::Burst;
+            }
+        }
         if self.burst_since.is_some() {
             self.burst_peak = self.burst_peak.max(self.history.demand);
         }
     }
 
+    /// Remembers what runs have needed that were for the same. Where the reflex raises by itself there is nobody to ask when
+    /// it does: all runs are of one kind.
+    pub(super) fn recall(&mut self, trigger: String) {
+        let expected = self.learnt.expected(&trigger);
+        self.policy.learnt = expected.map(|needed| self.policy.limit_for(needed).round_up_mib());
+        self.trigger = Some(trigger);
+    }
+
     /// What it needed is learnt, and room is kept for it no longer.
-    fn burst_is_over(&mut self) {
+    pub(super) fn burst_is_over(&mut self) {
         (self.burst_since, self.reserved) = (None, None);
         let peak = std::mem::take(&mut self.burst_peak);
-        let needed = peak.per_mille(LEARNT_MARGIN_PER_MILLE);
-        let needed = self.policy.limit_for(needed).round_up_mib();
+        let trigger = self.trigger.take().unwrap_or_default();
         // Of a raise for page cache nothing is learnt.
-        if needed > self.policy.original {
-            self.learnt = Some(needed);
-            self.has_learnt = true;
+        if Thresholds::under(&self.policy, self.policy.original).watermark <= peak {
+            self.learnt.ended(&trigger, peak);
+            self.ended = Some((trigger.clone(), peak));
+        }
+        if self.policy.actuation == Actuation::Direct {
+            self.recall(trigger);
+        } else {
+            self.policy.learnt = None;
+        }
+    }
+
+    /// What it grows by from now on is another matter.
+    const fn has_rested(&mut self) {
+        self.spell = None;
+        self.nature = Nature::Burst;
+    }
+
+    /// A burst that was expected did not come: what begins next may be for something else.
+    pub(super) fn calm_down(&mut self) {
+        let is_at_rest = self.limit <= self.policy.original && self.requested.is_none();
+        let is_calm = self.history.demand < self.limit.per_mille(CALM_PER_MILLE);
+        if is_at_rest && is_calm && self.policy.actuation != Actuation::Direct {
+            (self.burst_since, self.trigger, self.policy.learnt) = (None, None, None);
+            self.has_rested();
+            self.burst_peak = Bytes::ZERO;
         }
     }
 
@@ -328,6 +381,7 @@ impl Guarded {
         let is_raise = limit > self.limit;
         METRICS.moved("memory", is_raise);
         if is_raise {
+            self.burst_since.get_or_insert(at);
             self.report.raises += 1;
             self.refused_shrink = None;
         } else {
@@ -352,6 +406,11 @@ impl Guarded {
         self.limit = limit;
         if !is_raise {
             self.burst_is_over();
+        } else if let Some(spell) = &mut self.spell {
+            spell.raised(self.history.demand);
+        }
+        if limit <= self.policy.original {
+            self.has_rested();
         }
         if self.report.limits.len() < KEPT {
             self.report.limits.push((at, limit));
@@ -385,8 +444,13 @@ mod tests {
             by_hand_after: None,
             priority: 0,
             parallelism: bellows_core::elastic::Parallelism::Unchanged,
+            learnt: None,
         };
-        let mut guarded = Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), LIMIT);
+        let named = Named {
+            name: "a/b-0/c".to_owned(),
+            workload: "a/b/c".to_owned(),
+        };
+        let mut guarded = Guarded::new(cgroup, named, policy, Nanos(0), LIMIT);
         guarded.requested = Some((to, Nanos(0)));
         guarded.lost_lowerings = lost_lowerings;
         guarded
@@ -418,5 +482,35 @@ mod tests {
         let mut raised = guarded(Bytes::mib(512), 0);
         raised.limit_is(Nanos::millis(400), Bytes::mib(512));
         assert_eq!(raised.report.latencies, [Nanos::millis(400)]);
+    }
+
+    #[test]
+    fn a_run_that_ends_is_learnt_by_what_it_was_for() {
+        let mut run = guarded(Bytes::mib(512), 0);
+        run.recall("make".to_owned());
+        assert_eq!(run.policy.learnt, None);
+        run.limit_is(Nanos::millis(400), Bytes::mib(512));
+        run.history.observe(Nanos::millis(500), Bytes::mib(400));
+        run.look_at_burst(Nanos::millis(500));
+        run.limit_is(Nanos::millis(9000), Bytes::mib(64));
+        assert_eq!(run.ended, Some(("make".to_owned(), Bytes::mib(400))));
+        for (trigger, learnt) in [("make", Some(Bytes::mib(460))), ("node", None)] {
+            run.recall(trigger.to_owned());
+            assert_eq!(run.policy.learnt, learnt);
+        }
+        // What is at rest and uses little has nothing under way.
+        run.history.observe(Nanos::millis(9500), Bytes::mib(10));
+        run.calm_down();
+        assert_eq!((run.trigger, run.policy.learnt), (None, None));
+    }
+
+    #[test]
+    fn of_a_raise_for_page_cache_nothing_is_learnt() {
+        let mut run = guarded(Bytes::mib(512), 0);
+        run.limit_is(Nanos::millis(400), Bytes::mib(512));
+        run.history.observe(Nanos::millis(500), Bytes::mib(40));
+        run.look_at_burst(Nanos::millis(500));
+        run.limit_is(Nanos::millis(9000), Bytes::mib(64));
+        assert_eq!(run.learnt, Learnt::default());
     }
 }

@@ -1,26 +1,28 @@
-//! What bursts have needed, kept over the agent's restarts: by the name of the container, which a dev pod and a pod of a
-//! StatefulSet keep. What is new has to be learnt anew.
+//! What runs have needed ([`bellows_core::learnt`]), kept over the agent's restarts: one record for each workload, in memory-backed
+//! files as everything that the hot path may wait for. A reboot forgets it, and the first run after that climbs by steps.
 //!
-//! It must not grow for ever: of the many containers of a node's life the latest are kept.
+//! It must not grow for ever: of the many workloads of a node's life the latest are kept.
 
 use std::{fs, path::PathBuf, time::SystemTime};
 
-use bellows_core::Bytes;
+use bellows_core::Learnt;
 use serde::{Deserialize, Serialize};
 
 use crate::originals::{Recorded, Records};
 
-/// Containers that are remembered, at most. A node runs 110 pods (`maxPods`, the kubelet's default).
+/// Workloads that are remembered, at most. A node runs 110 pods (`maxPods`, the kubelet's default).
 const MOST: usize = 1000;
+/// Where it is kept.
+const DIRECTORY: &str = "/run/bellows/learnt";
 
-/// What the last burst of a container needed.
+/// What is known of one workload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Learnt {
+struct Known {
     key: String,
-    limit: Bytes,
+    learnt: Learnt,
 }
 
-impl Recorded for Learnt {
+impl Recorded for Known {
     fn key(&self) -> &str {
         &self.key
     }
@@ -29,32 +31,34 @@ impl Recorded for Learnt {
 /// What is remembered of all.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
-    records: Records<Learnt>,
+    records: Records<Known>,
     directory: PathBuf,
 }
 
 impl Memory {
-    pub(super) fn at(directory: PathBuf) -> Self {
+    pub(super) fn new() -> Self {
+        Self::at(PathBuf::from(DIRECTORY))
+    }
+
+    fn at(directory: PathBuf) -> Self {
         Self {
             records: Records::at(directory.clone()),
             directory,
         }
     }
 
-    /// What the last burst of this container needed.
-    pub(super) fn of(&self, name: &str) -> Option<Bytes> {
-        Some(self.records.read(&key(name))?.limit)
+    /// What is known of a workload.
+    pub(super) fn of(&self, workload: &str) -> Learnt {
+        let known = self.records.read(&key(workload));
+        known.map(|known| known.learnt).unwrap_or_default()
     }
 
     /// Remembers it. What cannot be written down is learnt again.
-    pub(super) fn learn(&self, name: &str, limit: Bytes) {
+    pub(super) fn keep(&self, workload: &str, learnt: Learnt) {
         self.forget_the_oldest();
-        let learnt = Learnt {
-            key: key(name),
-            limit,
-        };
-        if let Err(error) = self.records.write(&learnt) {
-            tracing::warn!(name, %error, "what a burst needed is not remembered");
+        let key = key(workload);
+        if let Err(error) = self.records.write(&Known { key, learnt }) {
+            tracing::warn!(workload, %error, "what a burst needed is not remembered");
         }
     }
 
@@ -76,14 +80,16 @@ impl Memory {
     }
 }
 
-/// A file's name of `NAMESPACE/POD/CONTAINER`; a name of Kubernetes has no underscore.
-fn key(name: &str) -> String {
-    name.replace('/', "_")
+/// A file's name of `NAMESPACE/WORKLOAD/CONTAINER`; a name of Kubernetes has no underscore.
+fn key(workload: &str) -> String {
+    workload.replace('/', "_")
 }
 
 #[cfg(test)]
 mod tests {
     use std::{env, process};
+
+    use bellows_core::Bytes;
 
     use super::*;
 
@@ -91,18 +97,27 @@ mod tests {
     fn what_was_learnt_is_kept_and_the_oldest_forgotten() {
         let directory = env::temp_dir().join(format!("bellows-learnt-{}", process::id()));
         let memory = Memory::at(directory.clone());
-        assert_eq!(memory.of("dev/web/app"), None);
+        assert_eq!(memory.of("dev/web/app"), Learnt::default());
+        let mut learnt = Learnt::default();
+        learnt.ended("make", Bytes::mib(7));
         for number in 0..MOST + 5 {
-            memory.learn(&format!("dev/web-{number}/app"), Bytes::mib(7));
+            memory.keep(&format!("dev/web-{number}/app"), learnt.clone());
         }
-        memory.learn("dev/web/app", Bytes::mib(300));
-        memory.learn("dev/web/app", Bytes::mib(200));
-        assert_eq!(memory.of("dev/web/app"), Some(Bytes::mib(200)));
+        learnt.ended("make", Bytes::mib(200));
+        memory.keep("dev/web/app", learnt.clone());
+        assert_eq!(Memory::at(directory.clone()).of("dev/web/app"), learnt);
         let files = fs::read_dir(&directory).unwrap().count();
         assert!((MOST - 5..=MOST).contains(&files), "{files}");
         // A name that is no plain word is not remembered, and does no harm.
-        memory.learn("../../etc", Bytes::mib(1));
-        assert_eq!(memory.of("../../etc"), None);
+        memory.keep("../../etc", learnt);
+        assert_eq!(memory.of("../../etc"), Learnt::default());
+        // What is there of another version is as if nothing was.
+        fs::write(
+            directory.join("dev_web_app.json"),
+            r#"{"key":"dev_web_app","limit":7}"#,
+        )
+        .unwrap();
+        assert_eq!(memory.of("dev/web/app"), Learnt::default());
         fs::remove_dir_all(&directory).unwrap();
     }
 }

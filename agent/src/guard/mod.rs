@@ -7,6 +7,7 @@
 //! answered with an [`Input`].
 
 mod foreign_brake;
+mod growers;
 mod guarded;
 mod learnt;
 mod lending;
@@ -16,13 +17,12 @@ mod room;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
     time::{Duration, Instant},
 };
 
 use bellows_core::{
-    Action, Bytes, CgroupId, History, Nanos, Policy,
+    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason,
     decide::{ByHand, decide},
     thrash::Look,
 };
@@ -44,6 +44,7 @@ use crate::{
     state,
 };
 use foreign_brake::ForeignBrake;
+use growers::Growers;
 pub use guarded::Report;
 use guarded::{Answers, Guarded};
 use learnt::Memory;
@@ -59,8 +60,6 @@ const ACTIVE_TICK: Duration = Duration::from_millis(100);
 const QUIET_TICK: Duration = Duration::from_secs(1);
 /// Shortest time between two looks at a guard's page cache.
 const THRASH_INTERVAL: Nanos = Nanos::millis(900);
-/// Where it is kept what bursts have needed.
-const LEARNT: &str = "/run/bellows/learnt";
 /// Room for inputs that the controller has not taken yet.
 pub const INPUTS: usize = 4096;
 
@@ -87,8 +86,8 @@ pub enum Input {
         /// Whether there is room now, and what went wrong.
         result: Result<bool, String>,
     },
-    /// Guard a cgroup from now on; the name is for people.
-    Adopt(Cgroup, Policy, String),
+    /// Guard a cgroup from now on.
+    Adopt(Cgroup, Policy, Named),
     /// Watch a cgroup, with the rules that it would have.
     Observe(Watching),
     /// A guarded cgroup's rules have changed.
@@ -103,6 +102,15 @@ pub enum Input {
     Alive(oneshot::Sender<()>),
     /// End.
     Stop,
+}
+
+/// What a guarded cgroup is called.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// For people.
+    pub name: String,
+    /// What outlives it, and has needed as much before: `NAMESPACE/WORKLOAD/CONTAINER`, or a plain word.
+    pub workload: String,
 }
 
 /// Why a request was not carried out.
@@ -210,7 +218,7 @@ impl<R: Requester> Controller<R> {
             guards: BTreeMap::new(),
             observed: BTreeMap::new(),
             raise_times: Answers::default(),
-            memory: Memory::at(PathBuf::from(LEARNT)),
+            memory: Memory::new(),
             reflex_is_behind: false,
             parallel: None,
         }
@@ -225,14 +233,15 @@ impl<R: Requester> Controller<R> {
         &mut self,
         cgroup: Cgroup,
         policy: Policy,
-        name: String,
+        named: Named,
     ) -> Result<(), GuardError> {
         let (id, at) = (cgroup.id(), now());
         let limit = cgroup.limit_in_force()?;
         let controls = Controls::open(&cgroup)?;
-        let mut guarded = Guarded::new(cgroup, name, policy, at, limit);
-        if self.requester.shares_the_node() {
-            guarded.learnt = self.memory.of(&guarded.name);
+        let mut guarded = Guarded::new(cgroup, named, policy, at, limit);
+        guarded.learnt = self.memory.of(&guarded.workload);
+        if policy.actuation == Actuation::Direct {
+            guarded.recall(String::new());
         }
         let record = guarded.adoption(at);
         self.ledger.append(&record)?;
@@ -328,6 +337,10 @@ impl<R: Requester> Controller<R> {
             self.take(input);
         }
         let ids: Vec<CgroupId> = self.guards.keys().copied().collect();
+        if !self.requester.shares_the_node() {
+            // What it was made for has ended; else a successor sees the end.
+            ids.iter().for_each(|&id| self.end_run(id));
+        }
         let reports = ids
             .into_iter()
             .filter_map(|id| Some((id, self.forget(id)?)))
@@ -353,9 +366,9 @@ impl<R: Requester> Controller<R> {
                     self.lend(id);
                 }
             }
-            Input::Adopt(cgroup, policy, name) => {
+            Input::Adopt(cgroup, policy, named) => {
                 let (path, id) = (cgroup.path().to_owned(), cgroup.id());
-                if let Err(error) = self.adopt(cgroup, policy, name) {
+                if let Err(error) = self.adopt(cgroup, policy, named) {
                     self.requester.not_guarded(id);
                     tracing::error!(path = %path.display(), %error, "cannot guard a container");
                 }
@@ -371,6 +384,7 @@ impl<R: Requester> Controller<R> {
             Input::ToRest(id) => self.raise_to_rest(id),
             Input::Forget(id) => {
                 self.stop_observing(id);
+                self.end_run(id);
                 drop(self.forget(id));
             }
             Input::Lent(record) => self.take_lent(&record),
@@ -455,10 +469,45 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        let is_new = std::mem::take(&mut guarded.has_learnt);
-        if let Some(learnt) = guarded.learnt.filter(|_| is_new) {
-            self.memory.learn(&guarded.name, learnt);
+        if let Some((trigger, peak)) = guarded.ended.take() {
+            // Its like may have run beside it.
+            guarded.learnt = self.memory.of(&guarded.workload);
+            guarded.learnt.ended(&trigger, peak);
+            self.memory.keep(&guarded.workload, guarded.learnt.clone());
         }
+    }
+
+    /// A container ends in the middle of a burst: that is the end of its run.
+    fn end_run(&mut self, id: CgroupId) {
+        let peak = self.kernel.as_ref().and_then(|kernel| kernel.growth(id));
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        if guarded.limit <= guarded.policy.original {
+            return;
+        }
+        // It may have been gone before it was looked at.
+        let peak = peak.map_or(0, |growth| growth.peak_demand_pages);
+        let at = now();
+        guarded.history.observe(at, Bytes::from_pages(peak));
+        guarded.look_at_burst(at);
+        guarded.burst_is_over();
+        self.remember(id);
+    }
+
+    /// Looks what a burst is for that is about to be answered for the first time, and what that has needed before.
+    fn recall(&mut self, id: CgroupId) -> bool {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return false;
+        };
+        if guarded.trigger.is_some() {
+            return false;
+        }
+        let growers = Growers::of(&guarded.cgroup);
+        // Its like may have run in another replica, or before it was made anew.
+        guarded.learnt = self.memory.of(&guarded.workload);
+        guarded.recall(growers.map(|growers| growers.trigger).unwrap_or_default());
+        guarded.policy.learnt.is_some()
     }
 
     /// Reads the limit back and records it.
@@ -617,6 +666,7 @@ impl<R: Requester> Controller<R> {
             }
             (Err(error), _) | (_, Err(error)) => {
                 if error.is_gone() {
+                    self.end_run(id);
                     drop(self.forget(id));
                 } else {
                     guarded.report.failed(error.to_string());
@@ -643,16 +693,25 @@ impl<R: Requester> Controller<R> {
             return;
         };
         let at = now();
-        guarded.look_at_burst();
+        guarded.look_at_burst(at);
         let by_hand = match guarded.requested {
             Some((to, _)) if at >= guarded.by_hand_not_before => self.requester.by_hand(id, to),
             _ => ByHand::No,
         };
-        let plan = decide(&guarded.snapshot(at, by_hand));
+        let mut plan = decide(&guarded.snapshot(at, by_hand));
         let is_raise = |(action, _): &(Action, _)| matches!(action, Action::Raise { .. });
+        let is_burst = |(action, reason): &(Action, Reason)| {
+            matches!(action, Action::Raise { .. }) && *reason != Reason::CacheThrashes
+        };
         if !plan.actions.iter().any(is_raise) {
             // It does not need it any more.
             guarded.waiting = None;
+            guarded.calm_down();
+        } else if plan.actions.iter().any(is_burst)
+            && self.recall(id)
+            && let Some(guarded) = self.guards.get(&id)
+        {
+            plan = decide(&guarded.snapshot(at, by_hand));
         }
         for (action, reason) in plan.actions {
             let action = match action {

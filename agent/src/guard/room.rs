@@ -24,9 +24,10 @@ use bellows_core::{
         cgroup_room, node_room,
     },
     decide::REQUEST_STEP_MIN_PER_MILLE,
+    growth::{Nature, Spell, UNTRIGGERED},
 };
 
-use super::{Controller, Guarded, Requester};
+use super::{Controller, Guarded, Requester, growers::Growers};
 use crate::{
     actuate::reflex::Command,
     attribution::{self, CGROUP_ROOT},
@@ -42,6 +43,12 @@ const RESERVE_PER_MILLE: u64 = 50;
 const LEAST_RESERVE: Bytes = Bytes::mib(128);
 /// Who was let go for want of room asks again after this time: it may be there by then.
 const NO_ROOM_FOR: Nanos = Nanos::millis(1000);
+/// The same for one that may never end.
+const STOPPED_FOR: Nanos = Nanos::millis(10_000);
+/// A raise of one that may never end goes to this multiple of the demand.
+const SUSPECTS_STEP_PER_MILLE: u64 = 1250;
+/// Who waits for a raise is judged again after this time.
+const JUDGED_EVERY: Nanos = Nanos::millis(1000);
 /// A raise by less than this share is not worth a request.
 const WORTH_PER_MILLE: u64 = 1125;
 
@@ -80,8 +87,44 @@ impl Guarded {
         }
         // One step more.
         let unlearnt = || to.per_mille(REQUEST_STEP_MIN_PER_MILLE);
-        let expected = self.learnt.unwrap_or_else(unlearnt);
+        let expected = self.policy.learnt.unwrap_or_else(unlearnt);
         expected.min(self.policy.ceiling).max(to)
+    }
+
+    /// The limit that its bursts need: the largest that was learnt, else one step.
+    fn usual(&self) -> Bytes {
+        let learnt = self.learnt.largest();
+        let learnt = learnt.map(|needed| self.policy.limit_for(needed).round_up_mib());
+        let step = || self.policy.original.per_mille(REQUEST_STEP_MIN_PER_MILLE);
+        learnt.unwrap_or_else(step).min(self.policy.ceiling)
+    }
+
+    /// Judges its growth when it asks for more. Who can be seen to grow is looked at only when it matters.
+    fn judge(&mut self, at: Nanos) {
+        let spell = *self
+            .spell
+            .get_or_insert(Spell::begin(at, self.history.demand));
+        if at.since(self.judged) < JUDGED_EVERY {
+            return;
+        }
+        self.judged = at;
+        if spell.age(at) < UNTRIGGERED {
+            self.nature = Nature::Burst;
+            return;
+        }
+        let growers = Growers::of(&self.cgroup);
+        let young = growers.map(|growers| growers.younger_than(spell.young_from(at)));
+        self.nature = spell.nature(at, young);
+        if self.nature != Nature::Burst {
+            // What was kept for it as a burst is for others.
+            self.reserved = None;
+        }
+    }
+
+    /// How far the raise of one that may never end goes at most.
+    fn small_step(&self) -> Bytes {
+        let step = self.history.demand.per_mille(SUSPECTS_STEP_PER_MILLE);
+        self.policy.limit_for(step).round_up_mib()
     }
 
     /// What it is as a claim; `places` are the indices of its ancestors with a limit.
@@ -107,6 +150,8 @@ impl Guarded {
             promised: highest.unwrap_or(Bytes::ZERO),
             wanted,
             most: wanted,
+            nature: self.nature,
+            usual: self.usual(),
         }
     }
 }
@@ -128,14 +173,19 @@ impl<R: Requester> Controller<R> {
         // A lowering is on its way: what is in force is promised already, and another limit than that answers it.
         let promised = (from < guarded.limit).then(|| guarded.limit.minus(Bytes::mib(1)));
         let is_burst = reason != Reason::CacheThrashes;
+        let mut to = to;
         if is_burst {
             guarded.burst_since.get_or_insert(at);
+            guarded.judge(at);
+            if guarded.nature != Nature::Burst {
+                to = to.min(guarded.small_step());
+            }
         }
         if guarded.reserved.is_some_and(|reserved| to <= reserved) {
             guarded.waiting = None;
             return Some(to);
         }
-        let expected = if is_burst {
+        let expected = if is_burst && guarded.nature == Nature::Burst {
             guarded.expected(at, to)
         } else {
             to
@@ -174,7 +224,7 @@ impl<R: Requester> Controller<R> {
             }
             Some(
                 Verdict::Waits(_, why @ Why::NoRoom(_, least))
-                | Verdict::Refused(why @ Why::NoRoom(_, least)),
+                | Verdict::Refused(why @ (Why::NoRoom(_, least) | Why::KeptForBursts(_, least))),
             ) if least > from.per_mille(WORTH_PER_MILLE) => {
                 let granted = least.page_floor().min(to);
                 guarded.reserved = Some(granted);
@@ -183,7 +233,11 @@ impl<R: Requester> Controller<R> {
             Some(Verdict::Waits(_, why)) => (None, Some(why)),
             Some(Verdict::Refused(why)) if !is_burst => (None, Some(why)),
             Some(Verdict::Refused(why)) => {
-                guarded.raise_not_before = Nanos(at.0.saturating_add(NO_ROOM_FOR.0));
+                let again = match why {
+                    Why::KeptForBursts(..) | Why::Leaks => STOPPED_FOR,
+                    _ => NO_ROOM_FOR,
+                };
+                guarded.raise_not_before = Nanos(at.0.saturating_add(again.0));
                 if promised.is_none() {
                     // Held or not, as far as is known here.
                     self.reflex.send(Command::Release(id, Reason::NoRoom));
@@ -213,7 +267,7 @@ impl<R: Requester> Controller<R> {
             Why::Behind(other) | Why::WouldStrand(other) => {
                 self.guards.get(&other).map(|other| other.name.clone())
             }
-            Why::ExceedsRoom(_) | Why::NoRoom(..) => None,
+            Why::ExceedsRoom(_) | Why::NoRoom(..) | Why::KeptForBursts(..) | Why::Leaks => None,
         };
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
@@ -227,6 +281,10 @@ impl<R: Requester> Controller<R> {
         }
         if waiting.told.is_none() {
             METRICS.raises_waiting.inc();
+        }
+        if matches!(why, Why::KeptForBursts(..) | Why::Leaks) {
+            let name = &guarded.name;
+            tracing::warn!(name, "{}", told_why(wanted, why, None));
         }
         waiting.told = Some(why);
         let record = Record::Waits {
@@ -323,6 +381,13 @@ pub fn told_why(wanted: Bytes, why: Why, behind: Option<&str>) -> String {
         }
         Why::Behind(_) => format!("waits for {wanted}, behind {other}"),
         Why::WouldStrand(_) => format!("waits for {wanted}: {other} could not end without it"),
+        Why::KeptForBursts(whole, least) => format!(
+            "no {wanted}, {least} at most: it grows for minutes, nothing was started for it and nothing given back, and what is left in {} is for bursts that end. Look for a leak, or give it a higher limit of its own",
+            place(whole)
+        ),
+        Why::Leaks => format!(
+            "no {wanted}: it grows for more than a quarter of an hour, nothing was started for it and nothing given back, which is a leak. Restart it, or give it a higher limit of its own"
+        ),
     }
 }
 
@@ -372,8 +437,60 @@ mod tests {
             by_hand_after: None,
             priority: 7,
             parallelism: bellows_core::elastic::Parallelism::Unchanged,
+            learnt: None,
         };
-        Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), limit)
+        let named = super::super::Named {
+            name: "a/b-0/c".to_owned(),
+            workload: "a/b/c".to_owned(),
+        };
+        Guarded::new(cgroup, named, policy, Nanos(0), limit)
+    }
+
+    #[test]
+    fn what_grows_for_long_without_a_trigger_is_judged_and_loses_what_was_kept_for_it() {
+        // Its processes are not to be seen.
+        let mut leak = guarded(AT_REST);
+        let start = Nanos::millis(1_000_000);
+        leak.history.demand = Bytes::mib(63);
+        leak.judge(start);
+        leak.limit_is(start, Bytes::mib(256));
+        for (after, nature, reserved) in [
+            (890_000, Nature::Burst, Some(Bytes::mib(800))),
+            (899_500, Nature::Burst, Some(Bytes::mib(800))),
+            // It was judged less than a second before.
+            (900_400, Nature::Burst, Some(Bytes::mib(800))),
+            (900_500, Nature::Leak, None),
+        ] {
+            let at = Nanos(start.0 + Nanos::millis(after).0);
+            leak.reserved = Some(Bytes::mib(800));
+            leak.history.demand = Bytes::mib(250);
+            leak.look_at_burst(at);
+            leak.judge(at);
+            assert_eq!((leak.nature, leak.reserved), (nature, reserved), "{after}");
+        }
+        assert_eq!(leak.small_step(), Bytes::mib(313));
+        let claim = leak.claim(start, BTreeSet::new());
+        assert_eq!(claim.nature, Nature::Leak);
+        // It gives back: what follows is another matter.
+        let at = Nanos(start.0 + Nanos::millis(950_000).0);
+        leak.history.demand = Bytes::mib(200);
+        leak.look_at_burst(at);
+        assert_eq!(leak.nature, Nature::Burst);
+        leak.limit_is(at, AT_REST);
+        assert_eq!(leak.spell, None);
+    }
+
+    #[test]
+    fn what_is_kept_for_a_burst_is_what_was_learnt_or_a_step() {
+        let mut at_rest = guarded(AT_REST);
+        assert_eq!(
+            at_rest.usual(),
+            AT_REST.per_mille(REQUEST_STEP_MIN_PER_MILLE)
+        );
+        at_rest.learnt.ended("make", Bytes::mib(400));
+        assert_eq!(at_rest.usual(), Bytes::mib(460));
+        at_rest.learnt.ended("make", Bytes::mib(4000));
+        assert_eq!(at_rest.usual(), at_rest.policy.ceiling);
     }
 
     #[test]
@@ -405,15 +522,15 @@ mod tests {
             waiting.expected(Nanos(0), Bytes::mib(500)),
             Bytes::mib(1024)
         );
-        waiting.learnt = Some(Bytes::mib(300));
+        waiting.policy.learnt = Some(Bytes::mib(300));
         assert_eq!(waiting.expected(Nanos(0), to), Bytes::mib(300));
-        waiting.learnt = Some(Bytes::mib(100));
+        waiting.policy.learnt = Some(Bytes::mib(100));
         assert_eq!(
             waiting.expected(Nanos(0), to),
             to,
             "it has come to need more"
         );
-        waiting.learnt = None;
+        waiting.policy.learnt = None;
         waiting.waiting = Some(Waiting {
             since: Nanos(0),
             wanted: Bytes::mib(620),

@@ -16,7 +16,7 @@
 //! It must not signal anybody whom it has not compared with what it saw ([`process::signal`]).
 
 mod jobserver;
-mod process;
+pub(crate) mod process;
 mod watched;
 
 use std::{

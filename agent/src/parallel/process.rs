@@ -40,14 +40,16 @@ const NEEDED: [&str; 17] = [
     "zsh",
 ];
 /// A clock tick of `/proc` (`USER_HZ` is 100 wherever the kernel programs run).
-const TICK: Nanos = Nanos::millis(10);
+pub(crate) const TICK: Nanos = Nanos::millis(10);
 
 /// One line of `/proc/PID/stat`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Process {
-    pub(super) id: ProcessId,
-    pub(super) program: String,
+pub(crate) struct Process {
+    pub(crate) id: ProcessId,
+    pub(crate) program: String,
     pub(super) parent: i32,
+    /// Its process group: a job, in a shell's sense.
+    pub(crate) group: i32,
     state: char,
     leads_on_terminal: bool,
     cpu: Nanos,
@@ -71,6 +73,7 @@ pub(super) fn parse_stat(text: &str) -> Option<Process> {
         },
         program: program.to_owned(),
         parent: i32::try_from(number(1)?).ok()?,
+        group: i32::try_from(group).ok()?,
         state: fields.first()?.chars().next()?,
         leads_on_terminal: group == i64::from(pid) && terminal != 0,
         cpu: Nanos(u64::try_from(ticks).ok()?.saturating_mul(TICK.0)),
@@ -79,7 +82,7 @@ pub(super) fn parse_stat(text: &str) -> Option<Process> {
 
 /// Anonymous memory by a process's `statm`, in pages of 4 KiB.
 #[must_use]
-pub(super) fn parse_statm(text: &str) -> Option<Bytes> {
+pub(crate) fn parse_statm(text: &str) -> Option<Bytes> {
     let mut fields = text.split_ascii_whitespace().skip(1);
     let mut number = || fields.next()?.parse::<u64>().ok();
     let (resident, shared) = (number()?, number()?);
@@ -121,10 +124,10 @@ pub(super) fn is_there(id: ProcessId) -> io::Result<bool> {
 
 /// A cgroup's processes, with those of the cgroups below.
 #[derive(Debug, Default)]
-pub(super) struct Tree {
+pub(crate) struct Tree {
     processes: BTreeMap<i32, Process>,
     /// Whether there are some, and this process may not see any.
-    pub(super) is_unseen: bool,
+    pub(crate) is_unseen: bool,
 }
 
 impl Tree {
@@ -133,7 +136,7 @@ impl Tree {
     /// # Errors
     ///
     /// [`CgroupError`] when the cgroup's own processes cannot be read.
-    pub(super) fn of(cgroup: &Cgroup) -> Result<Self, CgroupError> {
+    pub(crate) fn of(cgroup: &Cgroup) -> Result<Self, CgroupError> {
         let pids = cgroup.processes()?;
         let is_unseen = !pids.is_empty() && pids.iter().all(|&pid| pid == 0);
         let pids = pids.into_iter().filter_map(|pid| i32::try_from(pid).ok());
@@ -150,8 +153,13 @@ impl Tree {
             .filter(|process| process.id == id)
     }
 
+    /// All of them.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Process> {
+        self.processes.values()
+    }
+
     /// A process's ancestors in the tree, the parent first.
-    pub(super) fn ancestors(&self, id: ProcessId) -> Vec<&Process> {
+    pub(crate) fn ancestors(&self, id: ProcessId) -> Vec<&Process> {
         let mut ancestors: Vec<&Process> = Vec::new();
         let mut next = self.get(id).map(|process| process.parent);
         while let Some(parent) = next.and_then(|parent| self.processes.get(&parent)) {

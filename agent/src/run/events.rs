@@ -53,7 +53,7 @@ impl Events {
         self.publish(pod.object_ref(&()), EventType::Normal, "Watched", note);
     }
 
-    /// What happens to a guarded pod: `RaisedByHand`, `WaitsForMemory`.
+    /// What happens to a guarded pod: `RaisedByHand`, `WaitsForMemory`, `GrowthStopped`.
     pub(super) fn told(&self, pod: &Pod, reason: &'static str, note: String) {
         self.publish(pod.object_ref(&()), EventType::Normal, reason, note);
     }

@@ -345,5 +345,6 @@ fn rest(limit: Bytes) -> Policy {
         by_hand_after: None,
         priority: 0,
         parallelism: bellows_core::elastic::Parallelism::Unchanged,
+        learnt: None,
     }
 }

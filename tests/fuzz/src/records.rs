@@ -54,6 +54,7 @@ pub(crate) fn events(bytes: &[u8]) {
         by_hand_after: input.flag().then(|| Nanos(input.word().into())),
         priority: 0,
         parallelism: bellows_core::elastic::Parallelism::Unchanged,
+        learnt: input.flag().then(|| Bytes(input.long())),
     };
     let Ok(policy) = policy.validate() else {
         return;
@@ -82,7 +83,6 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since,
             refused_shrink: None,
             raise_not_before: Nanos(0),
-            learnt: input.flag().then(|| Bytes(input.long())),
             request_failed: input.flag(),
             by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
                 [usize::from(input.flag()) + usize::from(input.flag())],
@@ -104,7 +104,6 @@ pub(crate) fn events(bytes: &[u8]) {
             held_since: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
-            learnt: None,
             request_failed: false,
             by_hand: ByHand::No,
         };

@@ -135,6 +135,7 @@ fn policy() -> Result<Policy> {
         by_hand_after: None,
         priority: 0,
         parallelism: bellows_core::elastic::Parallelism::Unchanged,
+        learnt: None,
     };
     Ok(policy.validate()?)
 }

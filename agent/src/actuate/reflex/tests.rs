@@ -65,6 +65,7 @@ impl Stage {
             by_hand_after: None,
             priority: 0,
             parallelism: bellows_core::elastic::Parallelism::Unchanged,
+            learnt: None,
         };
         let arm = Arm {
             cgroup: ID,

@@ -22,6 +22,7 @@ use std::{
 
 use bellows_core::{
     Bytes, CgroupId,
+    arbiter::Why,
     bucket::{Bucket, Urgency},
     decide::ByHand,
     pod::{MANAGER, way::Way},
@@ -87,6 +88,8 @@ pub enum Observed {
     ByHand(String),
     /// There is no room for its raise.
     Waits(String),
+    /// It may never end, and is not raised for that.
+    Stopped(String),
 }
 
 impl std::fmt::Debug for Resizer {
@@ -615,7 +618,13 @@ impl Requester for Resizer {
                 why,
                 behind,
                 ..
-            } => Observed::Waits(told_why(*wanted, *why, behind.as_deref())),
+            } => {
+                let note = told_why(*wanted, *why, behind.as_deref());
+                match why {
+                    Why::KeptForBursts(..) | Why::Leaks => Observed::Stopped(note),
+                    _ => Observed::Waits(note),
+                }
+            }
             Record::Lends { balance, .. } => Observed::Waits(told_balance(balance)),
             _ => return,
         };

@@ -7,12 +7,12 @@ use bellows_core::{
     moved::MovedLimit,
 };
 
-use super::{Context, Watch, text};
+use super::{Context, Watch, text, workload};
 use crate::{
     actuate::update::Target,
     cgroup::{Cgroup, Limit},
     cri::{memory_limit, resources},
-    guard::Input,
+    guard::{Input, Named},
 };
 
 /// Quiet time before a limit is lowered that no policy allows any more.
@@ -92,7 +92,7 @@ impl Watch {
             Err(why) => (self.policy(moved.at_rest, None, boost)?, Some(why)),
         };
         if !is_guarded {
-            self.adopt_memory(cgroup, wanted, limit)?;
+            self.adopt_memory(id, cgroup, wanted, limit)?;
         }
         if let Some(known) = self.known.get_mut(id) {
             let before = known.memory.replace(wanted);
@@ -138,7 +138,14 @@ impl Watch {
         Ok(())
     }
 
-    fn adopt_memory(&self, cgroup: &Cgroup, policy: Policy, limit: Bytes) -> Result<(), String> {
+    fn adopt_memory(
+        &self,
+        id: &str,
+        cgroup: &Cgroup,
+        policy: Policy,
+        limit: Bytes,
+    ) -> Result<(), String> {
+        let known = self.known.get(id);
         let targets = self.context.updater.targets();
         let target = targets.of(cgroup.id(), |target| target.clone());
         let target = target.ok_or("it is not known any more")?;
@@ -155,8 +162,12 @@ impl Watch {
         let (container, id) = (target.original.name, target.original.id);
         let path = cgroup.path().display();
         tracing::info!(container, id, %path, limit = %policy.original, max = %policy.ceiling, "guarded");
-        let cgroup = cgroup.clone().with_inner();
-        self.send(Input::Adopt(cgroup, policy, container));
+        let workload = known.map_or_else(|| container.clone(), |known| workload(&known.subject));
+        let named = Named {
+            name: container,
+            workload,
+        };
+        self.send(Input::Adopt(cgroup.clone().with_inner(), policy, named));
         Ok(())
     }
 
@@ -231,6 +242,7 @@ impl Watch {
             by_hand_after: None,
             priority: 0,
             parallelism: memory.parallelism,
+            learnt: None,
         };
         policy.validate().map_err(text)
     }

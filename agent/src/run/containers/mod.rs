@@ -467,6 +467,18 @@ fn subject(container: &Container, pod: Option<&PodSandbox>) -> Subject {
     }
 }
 
+/// What it is one of.
+fn workload(subject: &Subject) -> String {
+    let Subject {
+        namespace,
+        pod,
+        container,
+        labels,
+    } = subject;
+    let workload = bellows_core::workload::workload(pod, labels, None);
+    format!("{namespace}/{workload}/{container}")
+}
+
 fn name(subject: &Subject) -> String {
     let Subject {
         namespace,

@@ -453,6 +453,7 @@ impl Watch {
             Observed::NotGuarded => return self.try_again(cgroup),
             Observed::ByHand(note) => return self.tell_guarded(cgroup, "RaisedByHand", note),
             Observed::Waits(note) => return self.tell_guarded(cgroup, "WaitsForMemory", note),
+            Observed::Stopped(note) => return self.tell_guarded(cgroup, "GrowthStopped", note),
             Observed::Kill(note) => (note, true),
             Observed::Raise(note) => (note, false),
         };

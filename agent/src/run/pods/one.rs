@@ -10,7 +10,7 @@ use bellows_core::{
     Bytes, CgroupId, Nanos, Policy, Signals, WHOLE,
     elastic::{Mode, Order as RaiseOrder},
     pod::{self, Level, ORIGINAL, Wish, way::Way},
-    quantity,
+    quantity, workload,
 };
 use kube::{Api, Resource as _, api::Patch};
 use serde_json::json;
@@ -20,7 +20,7 @@ use crate::{
     actuate::resize::{Change, Order, Probed, TIMEOUT, Target, parameters},
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
-    guard::{Input, Watching},
+    guard::{Input, Named, Watching},
 };
 
 /// What the API says within this time of our own change may be older than that.
@@ -48,6 +48,7 @@ impl Watch {
             usable_per_mille: WHOLE,
             priority: wish.priority,
             parallelism: wish.parallelism,
+            learnt: None,
             by_hand_after: Some(match wish.order {
                 RaiseOrder::PatchFirst => BY_HAND_AFTER,
                 RaiseOrder::RaiseFirst => Nanos(0),
@@ -99,7 +100,11 @@ impl Watch {
             resizer.agree(cgroup.id());
         }
         self.remember(key, wish, cgroup.id(), policy);
-        self.send(Input::Adopt(cgroup, policy, name(seen, wish)));
+        let named = Named {
+            name: name(seen, wish),
+            workload: workload(pod, seen, wish),
+        };
+        self.send(Input::Adopt(cgroup, policy, named));
         let note = format!(
             "container {}: limit {}, at most {}{}{}",
             wish.container,
@@ -330,6 +335,13 @@ impl From<NotRecorded> for String {
 /// What a container is, for people.
 fn name(seen: &pod::Pod, wish: &Wish) -> String {
     format!("{}/{}/{}", seen.namespace, seen.name, wish.container)
+}
+
+/// What it is one of.
+fn workload(pod: &Pod, seen: &pod::Pod, wish: &Wish) -> String {
+    let owner = attribution::pods::owner(pod);
+    let workload = workload::workload(&seen.name, &seen.labels, owner.as_ref());
+    format!("{}/{workload}/{}", seen.namespace, wish.container)
 }
 
 /// Whose wish it is.
