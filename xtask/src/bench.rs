@@ -39,6 +39,7 @@ pub(crate) enum Name {
     Faults,
     Storm,
     Learned,
+    Leak,
     ContainerBuild,
     ContainerEdges,
     Crio,
@@ -78,6 +79,7 @@ impl Name {
                     | Self::Churn
                     | Self::Faults
                     | Self::Learned
+                    | Self::Leak
                     | Self::Storm
             )
     }

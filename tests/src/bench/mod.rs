@@ -20,6 +20,7 @@ mod hook_cost;
 mod idle;
 mod inside;
 mod java;
+mod leak;
 mod learned;
 mod least_privilege;
 mod make_room;
@@ -99,6 +100,8 @@ pub(crate) enum Bench {
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// One that grows for ever beside bursts that end.
+    Leak(leak::Options),
     /// The same build again and again.
     Learned(learned::Options),
     /// More bursts at once than the node has memory for.
@@ -160,6 +163,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::Leak(options) => leak::run(options, &mut records),
         Bench::Learned(options) => learned::run(options, &mut records),
         Bench::Storm(options) => storm::run(options, &mut records),
         Bench::PodKill(options) => pod_kill::run(options, &mut records),
@@ -191,6 +195,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "make-room" => make_room::summarize(&read(path)?),
         "right-size" => right_size::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "leak" => leak::summarize(&read(path)?),
         "learned" => learned::summarize(&read(path)?),
         "storm" => storm::summarize(&read(path)?),
         "pod-kill" => pod_kill::summarize(&read(path)?),

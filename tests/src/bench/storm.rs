@@ -240,12 +240,12 @@ fn field(path: &str, name: &str) -> Result<u64> {
     number.with_context(|| format!("{path} has no {name}"))
 }
 
-fn available() -> Result<Bytes> {
+pub(super) fn available() -> Result<Bytes> {
     Ok(Bytes(field("/proc/meminfo", "MemAvailable:")? << 10))
 }
 
 /// Processes that were killed for want of memory, in a cgroup or on the node.
-fn node_kills() -> Result<u64> {
+pub(super) fn node_kills() -> Result<u64> {
     field("/proc/vmstat", "oom_kill ")
 }
 

@@ -4,6 +4,7 @@ mod burst;
 mod growth;
 mod hot;
 mod job;
+mod leak;
 mod pulse;
 mod tick;
 
@@ -56,6 +57,8 @@ pub(crate) enum Load {
     Pulse(pulse::Pulse),
     /// Grow with the CPU time that is used, as a compiler does.
     Job(job::Job),
+    /// Grow slowly and for ever.
+    Leak(leak::Leak),
     /// Have jobs done, by the protocol of job tokens.
     Jobs(job::Jobs),
     /// Wait for ever: the sandbox of a pod.
@@ -121,6 +124,7 @@ pub(crate) fn run(load: &Load) -> Result<()> {
         },
         Load::Job(job) => job::run(job),
         Load::Jobs(jobs) => job::run_all(jobs),
+        Load::Leak(leak) => leak::run(leak),
         Load::Hot(hot) => hot::run(hot),
         Load::Cache(cache) => run_cache(cache),
     }
