@@ -55,7 +55,10 @@ pub(crate) struct Machine {
 /// What a container should be.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
+    /// Its pod's name.
     pub(crate) name: String,
+    /// Its own where that is another.
+    pub(crate) container: Option<&'static str>,
     pub(crate) limit: Option<Bytes>,
     /// What its pod may have where that is not the same.
     pub(crate) pod_limit: Option<Bytes>,
@@ -73,6 +76,7 @@ impl Spec {
     pub(crate) fn of(name: &str, command: Vec<String>) -> Self {
         Self {
             name: name.to_owned(),
+            container: None,
             limit: None,
             pod_limit: None,
             cpu: None,
@@ -389,7 +393,9 @@ fn container(spec: &Spec) -> ContainerConfig {
     });
     ContainerConfig {
         metadata: Some(ContainerMetadata {
-            name: spec.name.clone(),
+            name: spec
+                .container
+                .map_or_else(|| spec.name.clone(), str::to_owned),
             attempt: 0,
         }),
         image: Some(ImageSpec {

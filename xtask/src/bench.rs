@@ -40,6 +40,7 @@ pub(crate) enum Name {
     Storm,
     Learned,
     Leak,
+    Density,
     ContainerBuild,
     ContainerEdges,
     Crio,
@@ -80,6 +81,7 @@ impl Name {
                     | Self::Faults
                     | Self::Learned
                     | Self::Leak
+                    | Self::Density
                     | Self::Storm
             )
     }
@@ -138,7 +140,7 @@ pub(crate) struct Options {
     /// Leave in-place resize off where it is off (Kubernetes before 1.33).
     #[arg(long)]
     pub(crate) without_resize: bool,
-    /// Cases.
+    /// Cases; the most containers (density).
     #[arg(long)]
     pub(crate) n: Option<u64>,
     /// Seed of the cases.
@@ -147,7 +149,7 @@ pub(crate) struct Options {
     /// Milliseconds by which each raise is held back.
     #[arg(long)]
     pub(crate) actuation_delay_ms: Option<u64>,
-    /// Seconds at each limit (plateau) or size (idle), or of each container (throttle).
+    /// Seconds at each limit (plateau) or size (idle), of each container (throttle), of a window (density), or in all (leak).
     #[arg(long)]
     pub(crate) seconds: Option<u64>,
     /// What grows: anonymous, shmem, tmpfs, populate, huge, forks, kernel and nested (both bursts only), or all

@@ -149,6 +149,7 @@ impl Bench {
         let labels = guard.map(|guard| ("guard".to_owned(), guard.to_owned()));
         let spec = Spec {
             name: name.to_owned(),
+            container: None,
             limit: Some(limit),
             pod_limit: None,
             cpu: None,

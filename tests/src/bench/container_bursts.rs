@@ -163,6 +163,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
         }
         let spec = Spec {
             name: format!("{name}-{}", case.index),
+            container: None,
             limit: Some(limit),
             pod_limit: None,
             cpu: None,

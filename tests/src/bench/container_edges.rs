@@ -143,6 +143,7 @@ fn burst(name: &str, guard: &str, rest_ms: u64, peak: Bytes) -> Spec {
     command.extend(words.into_iter().chain(more));
     Spec {
         name: name.to_owned(),
+        container: None,
         limit: Some(LIMIT),
         pod_limit: None,
         cpu: None,
@@ -246,6 +247,7 @@ fn vanished(bed: &mut Bed) -> Result<()> {
 fn without_limit(bed: &mut Bed) -> Result<()> {
     let started = bed.machine.run(&Spec {
         name: "unlimited".to_owned(),
+        container: None,
         limit: None,
         pod_limit: None,
         cpu: None,

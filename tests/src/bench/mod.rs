@@ -13,6 +13,7 @@ mod container_edges;
 mod crio;
 mod daemonset;
 mod deaths;
+mod density;
 mod exec_cli;
 mod faults;
 mod heaps;
@@ -100,6 +101,8 @@ pub(crate) enum Bench {
     ContainerBuild(container_build::Options),
     /// The C++ build in a pod, without and with Bellows.
     PodBuild(pod_build::Options),
+    /// How many dev containers a node carries.
+    Density(density::Options),
     /// One that grows for ever beside bursts that end.
     Leak(leak::Options),
     /// The same build again and again.
@@ -163,6 +166,7 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::Faults(options) => faults::run(options, &mut records),
         Bench::Java(options) => java::run(options, &mut records),
         Bench::PodBuild(options) => pod_build::run(options, &mut records),
+        Bench::Density(options) => density::run(options, &mut records),
         Bench::Leak(options) => leak::run(options, &mut records),
         Bench::Learned(options) => learned::run(options, &mut records),
         Bench::Storm(options) => storm::run(options, &mut records),
@@ -195,6 +199,7 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "make-room" => make_room::summarize(&read(path)?),
         "right-size" => right_size::summarize(&read(path)?),
         "pod-bursts" => pod_bursts::summarize(&read(path)?),
+        "density" => density::summarize(&read(path)?),
         "leak" => leak::summarize(&read(path)?),
         "learned" => learned::summarize(&read(path)?),
         "storm" => storm::summarize(&read(path)?),
