@@ -9,6 +9,9 @@
 //! ones, because a workload that has become smaller is to be believed after as many runs. What one more than that
 //! needed is forgotten, whatever it was: a freak run costs its room for so many runs and no more.
 //!
+//! **What is one run.** A build has phases, between which its limit may come down. What begins again within [`CONTINUED`] for the
+//! same belongs to the run before; else a run of four phases would forget its own first.
+//!
 //! **Where it errs.** A run that needs more than any of the last climbs from there, by steps, and is learnt. Runs of one
 //! trigger that differ widely (a build of everything after three of one file) are granted too much or climb; nothing tells
 //! them apart before they have grown. What is unlike anything before is granted by steps as if nothing was learnt.
@@ -18,10 +21,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::Bytes;
+use crate::units::{Bytes, Nanos};
 
 /// Runs of one trigger that are remembered.
 pub const RUNS: usize = 3;
+/// What begins so soon after its like has ended is the same run.
+pub const CONTINUED: Nanos = Nanos::millis(10_000);
 /// Triggers that are remembered of one workload.
 pub const TRIGGERS: usize = 16;
 /// What a burst needed is so much more than it used: the watermark must not be reached again.
@@ -43,8 +48,14 @@ pub struct Learnt {
 }
 
 impl Learnt {
-    /// A run has ended with this peak.
-    pub fn ended(&mut self, trigger: &str, peak: Bytes) {
+    /// A run has ended with this peak, or a further part of the last one.
+    pub fn ended(&mut self, trigger: &str, peak: Bytes, continues: bool) {
+        let mut last = self.runs.iter_mut();
+        let last = last.find(|run| run.trigger == trigger);
+        if let Some(last) = last.filter(|_| continues) {
+            last.peak = last.peak.max(peak);
+            return;
+        }
         let run = Run {
             trigger: trigger.to_owned(),
             peak,
@@ -91,7 +102,7 @@ mod tests {
     fn learnt(runs: &[(&str, u64)]) -> Learnt {
         let mut learnt = Learnt::default();
         for (trigger, mib) in runs {
-            learnt.ended(trigger, Bytes::mib(*mib));
+            learnt.ended(trigger, Bytes::mib(*mib), false);
         }
         learnt
     }
@@ -110,9 +121,22 @@ mod tests {
     fn one_small_run_unlearns_nothing_and_three_do() {
         let mut learnt = learnt(&[("make", 1000)]);
         for left in [Bytes::mib(1150), Bytes::mib(1150), Bytes::mib(115)] {
-            learnt.ended("make", Bytes::mib(100));
+            learnt.ended("make", Bytes::mib(100), false);
             assert_eq!(learnt.expected("make"), Some(left));
         }
+    }
+
+    #[test]
+    fn the_phases_of_a_run_are_one() {
+        let mut learnt = learnt(&[("make", 1000)]);
+        for mib in [500, 100, 100, 100, 100, 700, 100] {
+            learnt.ended("make", Bytes::mib(mib), mib != 500);
+        }
+        let runs: Vec<Bytes> = learnt.runs.iter().map(|run| run.peak).collect();
+        assert_eq!(runs, [Bytes::mib(700), Bytes::mib(1000)]);
+        // One that continues what is not known is a run.
+        learnt.ended("node", Bytes::mib(9), true);
+        assert!(learnt.expected("node").is_some());
     }
 
     #[test]
@@ -125,8 +149,8 @@ mod tests {
     fn nothing_grows_without_end() {
         let mut learnt = learnt(&[("first", 1)]);
         for number in 0..10 * TRIGGERS {
-            learnt.ended("make", Bytes::mib(7));
-            learnt.ended(&format!("program-{number}"), Bytes::mib(1));
+            learnt.ended("make", Bytes::mib(7), false);
+            learnt.ended(&format!("program-{number}"), Bytes::mib(1), false);
         }
         assert!(
             learnt.runs.len() <= TRIGGERS * RUNS,

@@ -6,6 +6,7 @@ use bellows_core::{
     Actuation, Bytes, History, Learnt, Nanos, Policy, Snapshot, Thrash, Thresholds,
     decide::ByHand,
     growth::{Nature, Spell, UNTRIGGERED},
+    learnt::CONTINUED,
     parallel::Balance,
 };
 
@@ -119,8 +120,10 @@ pub(super) struct Guarded {
     pub(super) workload: String,
     /// What its runs have needed.
     pub(super) learnt: Learnt,
-    /// The last of them, while it is not written down yet.
-    pub(super) ended: Option<(String, Bytes)>,
+    /// The last of them, and whether it belongs to the one before, while it is not written down yet.
+    pub(super) ended: Option<(String, Bytes, bool)>,
+    /// What the last was for, and when it ended.
+    last_run: Option<(String, Nanos)>,
     /// What its burst is for; `None` while there is none.
     pub(super) trigger: Option<String>,
     /// Its growth since it was at rest; `None` while it is.
@@ -202,6 +205,7 @@ impl Guarded {
             workload,
             learnt: Learnt::default(),
             ended: None,
+            last_run: None,
             trigger: None,
             spell: None,
             nature: Nature::Burst,
@@ -340,14 +344,18 @@ impl Guarded {
     }
 
     /// What it needed is learnt, and room is kept for it no longer.
-    pub(super) fn burst_is_over(&mut self) {
-        (self.burst_since, self.reserved) = (None, None);
+    pub(super) fn burst_is_over(&mut self, at: Nanos) {
+        let since = self.burst_since.take().unwrap_or(at);
+        self.reserved = None;
         let peak = std::mem::take(&mut self.burst_peak);
         let trigger = self.trigger.take().unwrap_or_default();
         // Of a raise for page cache nothing is learnt.
         if Thresholds::under(&self.policy, self.policy.original).watermark <= peak {
-            self.learnt.ended(&trigger, peak);
-            self.ended = Some((trigger.clone(), peak));
+            let last = self.last_run.replace((trigger.clone(), at));
+            let continues =
+                last.is_some_and(|(last, ended)| last == trigger && since.since(ended) < CONTINUED);
+            self.learnt.ended(&trigger, peak, continues);
+            self.ended = Some((trigger.clone(), peak, continues));
         }
         if self.policy.actuation == Actuation::Direct {
             self.recall(trigger);
@@ -405,7 +413,7 @@ impl Guarded {
         }
         self.limit = limit;
         if !is_raise {
-            self.burst_is_over();
+            self.burst_is_over(at);
         } else if let Some(spell) = &mut self.spell {
             spell.raised(self.history.demand);
         }
@@ -493,13 +501,24 @@ mod tests {
         run.history.observe(Nanos::millis(500), Bytes::mib(400));
         run.look_at_burst(Nanos::millis(500));
         run.limit_is(Nanos::millis(9000), Bytes::mib(64));
-        assert_eq!(run.ended, Some(("make".to_owned(), Bytes::mib(400))));
+        let ended = Some(("make".to_owned(), Bytes::mib(400), false));
+        assert_eq!(run.ended, ended);
         for (trigger, learnt) in [("make", Some(Bytes::mib(460))), ("node", None)] {
             run.recall(trigger.to_owned());
             assert_eq!(run.policy.learnt, learnt);
         }
+        // What begins again at once belongs to it, and later does not.
+        for (seconds, continues) in [(12, true), (60, false)] {
+            run.recall("make".to_owned());
+            run.limit_is(Nanos::millis(seconds * 1000), Bytes::mib(512));
+            run.look_at_burst(Nanos::millis(seconds * 1000));
+            run.limit_is(Nanos::millis(seconds * 1000 + 1), Bytes::mib(64));
+            let ended = Some(("make".to_owned(), Bytes::mib(400), continues));
+            assert_eq!(run.ended, ended);
+        }
+        run.recall("make".to_owned());
         // What is at rest and uses little has nothing under way.
-        run.history.observe(Nanos::millis(9500), Bytes::mib(10));
+        run.history.observe(Nanos::millis(70_000), Bytes::mib(10));
         run.calm_down();
         assert_eq!((run.trigger, run.policy.learnt), (None, None));
     }

@@ -99,11 +99,11 @@ mod tests {
         let memory = Memory::at(directory.clone());
         assert_eq!(memory.of("dev/web/app"), Learnt::default());
         let mut learnt = Learnt::default();
-        learnt.ended("make", Bytes::mib(7));
+        learnt.ended("make", Bytes::mib(7), false);
         for number in 0..MOST + 5 {
             memory.keep(&format!("dev/web-{number}/app"), learnt.clone());
         }
-        learnt.ended("make", Bytes::mib(200));
+        learnt.ended("make", Bytes::mib(200), false);
         memory.keep("dev/web/app", learnt.clone());
         assert_eq!(Memory::at(directory.clone()).of("dev/web/app"), learnt);
         let files = fs::read_dir(&directory).unwrap().count();

@@ -469,10 +469,10 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        if let Some((trigger, peak)) = guarded.ended.take() {
+        if let Some((trigger, peak, continues)) = guarded.ended.take() {
             // Its like may have run beside it.
             guarded.learnt = self.memory.of(&guarded.workload);
-            guarded.learnt.ended(&trigger, peak);
+            guarded.learnt.ended(&trigger, peak, continues);
             self.memory.keep(&guarded.workload, guarded.learnt.clone());
         }
     }
@@ -491,7 +491,7 @@ impl<R: Requester> Controller<R> {
         let at = now();
         guarded.history.observe(at, Bytes::from_pages(peak));
         guarded.look_at_burst(at);
-        guarded.burst_is_over();
+        guarded.burst_is_over(at);
         self.remember(id);
     }
 

@@ -487,9 +487,9 @@ mod tests {
             at_rest.usual(),
             AT_REST.per_mille(REQUEST_STEP_MIN_PER_MILLE)
         );
-        at_rest.learnt.ended("make", Bytes::mib(400));
+        at_rest.learnt.ended("make", Bytes::mib(400), false);
         assert_eq!(at_rest.usual(), Bytes::mib(460));
-        at_rest.learnt.ended("make", Bytes::mib(4000));
+        at_rest.learnt.ended("make", Bytes::mib(4000), false);
         assert_eq!(at_rest.usual(), at_rest.policy.ceiling);
     }
 

@@ -311,19 +311,24 @@ fn burst(number: usize, honest: &[Watched], random: &mut fastrand::Rng) -> Resul
 }
 
 impl Record {
-    /// When and at what size the leak was told that it is not raised any more.
+    /// When the leak was last told that it is not raised as it asks, and its limit then. Before it may have got what was
+    /// left beside what is kept.
     fn stopped(&self) -> Option<(Nanos, Bytes)> {
-        self.leak.ledger.iter().find_map(|record| match record {
-            LedgerRecord::Waits {
-                at,
-                why: Why::KeptForBursts(..) | Why::Leaks,
-                ..
-            } => {
-                let look = self.looks.iter().rfind(|look| look.at <= *at)?;
-                Some((*at, look.limit))
-            }
-            _ => None,
-        })
+        self.leak
+            .ledger
+            .iter()
+            .rev()
+            .find_map(|record| match record {
+                LedgerRecord::Waits {
+                    at,
+                    why: Why::KeptForBursts(..) | Why::Leaks,
+                    ..
+                } => {
+                    let look = self.looks.iter().rfind(|look| look.at <= *at)?;
+                    Some((*at, look.limit))
+                }
+                _ => None,
+            })
     }
 }
 
@@ -346,7 +351,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         after.map(|look| look.limit).max()
     });
     let is_stopped = match (stopped, highest) {
-        (Some((_, limit)), Some(after)) => after.is_none_or(|after| after <= limit.scaled(9, 8)),
+        (Some((_, limit)), Some(after)) => after.is_none_or(|after| after <= limit),
         _ => false,
     };
     let grew = record.ended.since(record.began).since(LEAK_REST);

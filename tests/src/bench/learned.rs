@@ -120,6 +120,8 @@ const RUNS: u64 = 3;
 const LONGEST: Duration = Duration::from_secs(300);
 /// The same for a limit that does not come down: one that was raised for page cache is kept for a minute.
 const RESTORE: Duration = Duration::from_secs(120);
+/// What follows sooner is taken for a part of the run before.
+const BETWEEN: Duration = Duration::from_secs(12);
 const LOOK: Duration = Duration::from_millis(40);
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
@@ -145,6 +147,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         for run in 1..=RUNS {
             agent.check()?;
             write(records, &build(&machine, &probe, &started, *case, run)?)?;
+            thread::sleep(BETWEEN);
         }
         machine.remove(&started)?;
     }
