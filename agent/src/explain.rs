@@ -11,7 +11,7 @@ use bellows_core::{Action, Bytes, CgroupId, Nanos, Reason, requests::RequestWhy}
 use thiserror::Error;
 
 use crate::{
-    guard::{told_balance, told_kill, told_raise, told_why},
+    guard::{told_balance, told_bound, told_kill, told_raise, told_why},
     ledger::{self, Record},
 };
 
@@ -136,6 +136,7 @@ fn story(records: &[Record], cgroup: CgroupId, name: &str) -> String {
                 behind,
                 ..
             } => told_why(*wanted, *why, behind.as_deref()),
+            Record::Bounded { wanted, why, .. } => told_bound(*wanted, why),
             Record::Lends { balance, .. } => told_balance(balance),
             // Whose they are is in a file of its own.
             Record::Pause { .. } | Record::Resume { .. } | Record::Tokens { .. } => continue,

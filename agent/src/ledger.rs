@@ -18,6 +18,7 @@ use std::{
 
 use bellows_core::{
     Action, Bytes, CgroupId, Nanos, Reason,
+    allowance::Reached,
     arbiter::Why,
     observe::{Kill, WouldRaise},
     parallel::{Balance, ProcessId, Resumed},
@@ -96,6 +97,19 @@ pub enum Record {
         why: Why,
         /// What that waits for, for people.
         behind: Option<String>,
+    },
+    /// A raise is not allowed by its namespace, or not as far.
+    Bounded {
+        /// When.
+        at: Nanos,
+        /// Of which cgroup.
+        cgroup: CgroupId,
+        /// The limit that it would have got.
+        wanted: Bytes,
+        /// By what it is bounded.
+        reason: Reached,
+        /// The same, for people, and what to do.
+        why: String,
     },
     /// A process is about to be paused.
     Pause {
@@ -256,6 +270,7 @@ impl Record {
             | Self::Intend { cgroup, .. }
             | Self::Verify { cgroup, .. }
             | Self::Waits { cgroup, .. }
+            | Self::Bounded { cgroup, .. }
             | Self::Pause { cgroup, .. }
             | Self::Resume { cgroup, .. }
             | Self::Tokens { cgroup, .. }
@@ -280,6 +295,7 @@ impl Record {
             | Self::Intend { at, .. }
             | Self::Verify { at, .. }
             | Self::Waits { at, .. }
+            | Self::Bounded { at, .. }
             | Self::Pause { at, .. }
             | Self::Resume { at, .. }
             | Self::Tokens { at, .. }

@@ -106,6 +106,7 @@ fn left_by(records: &[Record]) -> BTreeMap<CgroupId, Left> {
             Record::Intend { .. }
             | Record::Verify { .. }
             | Record::Waits { .. }
+            | Record::Bounded { .. }
             | Record::Pause { .. }
             | Record::Resume { .. }
             | Record::Tokens { .. }

@@ -10,6 +10,7 @@
 #![warn(missing_docs, clippy::float_arithmetic)]
 
 pub mod action;
+pub mod allowance;
 pub mod arbiter;
 pub mod boost;
 pub mod brake;
@@ -17,8 +18,8 @@ pub mod bucket;
 pub mod cpu;
 pub mod decide;
 pub mod elastic;
-pub mod heap;
 pub mod growth;
+pub mod heap;
 pub mod history;
 pub mod learnt;
 pub mod moved;

@@ -38,6 +38,11 @@ pub trait Owner: Send + 'static {
     /// What it knows of all.
     fn containers(&self) -> &Containers<Self::Target>;
 
+    /// The most that its quota may become now, beside what its policy says; `None` where nothing bounds it.
+    fn most(&self, _cgroup: CgroupId) -> Option<Cpu> {
+        None
+    }
+
     /// Sets the quota of a container at once, and has its owner told.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! ([`pod`]) too, and where the API is late the limit is raised without it ([`by_hand`]). CPU quotas are written (`quota`), and the runtime told later, or the API ([`pod_cpu`]). Nothing here decides what a limit
 //! should be.
 
+pub mod allowances;
 pub mod by_hand;
 pub mod containers;
 pub mod pod;

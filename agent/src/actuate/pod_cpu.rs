@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use bellows_core::{
     CgroupId, Cpu, Reason,
+    allowance::What,
     bucket::Urgency,
     pod::{
         Level,
@@ -55,6 +56,8 @@ pub struct CpuTarget {
     pub uid: String,
     /// The container's cgroup.
     pub cgroup: Cgroup,
+    /// The container.
+    pub container: String,
     /// Its index in the spec.
     pub index: usize,
     /// Whether the kubelet says what resources it has.
@@ -121,8 +124,28 @@ impl Owner for CpuResizer {
         &self.containers
     }
 
+    fn most(&self, cgroup: CgroupId) -> Option<Cpu> {
+        let (uid, container) = self.key(cgroup)?;
+        let bound = self.memory.allowances().cpu((&uid, &container))?;
+        Some(Cpu(bound.most))
+    }
+
     fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
-        self.containers.set_quota(cgroup, to, reason)?;
+        let key = self.key(cgroup.id());
+        let key = key
+            .as_ref()
+            .map(|(uid, container)| (uid.as_str(), container.as_str()));
+        let allowances = self.memory.allowances();
+        if let Some(key) = key {
+            allowances.lowered(key, What::CpuLimit, to.0);
+            allowances.ask_cpu(key, to);
+        }
+        if let Err(why) = self.containers.set_quota(cgroup, to, reason) {
+            if let Some(key) = key {
+                allowances.refused(key, What::CpuLimit, to.0, false);
+            }
+            return Err(why);
+        }
         self.tell(cgroup.id());
         Ok(())
     }
@@ -138,6 +161,14 @@ impl CpuResizer {
             containers: Containers::new(Records::in_pods()),
             memory,
         }
+    }
+
+    /// The pod's uid and the container's name.
+    fn key(&self, cgroup: CgroupId) -> Option<(String, String)> {
+        let targets = self.containers.targets();
+        targets.of(cgroup, |target| {
+            (target.uid.clone(), target.container.clone())
+        })
     }
 
     /// Sees to it that the API is told of a quota that it does not know.
@@ -243,6 +274,10 @@ impl CpuResizer {
         let named = (target.namespace.as_str(), target.name.as_str());
         let patched = self.memory.patch_beside(&target.uid, way, named, own);
         let (patched, is_uncertain) = patched.await;
+        // One that was taken is not refused any more.
+        let key = (target.uid.as_str(), target.container.as_str());
+        let allowances = self.memory.allowances();
+        allowances.refused(key, What::CpuLimit, quota.cpu.0, is_uncertain);
         match patched {
             Ok(Ok(patched)) => {
                 self.is_in_spec(id, target.index, &patched);

@@ -30,6 +30,38 @@ pub(super) struct Spec {
     pub(super) overhead: Option<BTreeMap<String, Quantity>>,
     pub(super) resources: Option<Resources>,
     pub(super) priority: Option<i32>,
+    pub(super) priority_class_name: Option<String>,
+    pub(super) active_deadline_seconds: Option<i64>,
+    pub(super) affinity: Option<Affinity>,
+}
+
+/// Of affinity, whether it looks into other namespaces.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Affinity {
+    pub(super) pod_affinity: Option<PodAffinity>,
+    pub(super) pod_anti_affinity: Option<PodAffinity>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct PodAffinity {
+    #[serde(rename = "requiredDuringSchedulingIgnoredDuringExecution")]
+    pub(super) required: Option<Vec<AffinityTerm>>,
+    #[serde(rename = "preferredDuringSchedulingIgnoredDuringExecution")]
+    pub(super) preferred: Option<Vec<WeightedTerm>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct WeightedTerm {
+    pub(super) pod_affinity_term: AffinityTerm,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct AffinityTerm {
+    pub(super) namespaces: Option<Vec<serde::de::IgnoredAny>>,
+    pub(super) namespace_selector: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -84,6 +116,11 @@ impl Resources {
     /// The CPU limit as it was written.
     pub(super) fn cpu_limit(&self) -> Option<String> {
         Some(self.limits.as_ref()?.get("cpu")?.text())
+    }
+
+    /// The CPU request as it was written.
+    pub(super) fn cpu_request(&self) -> Option<String> {
+        Some(self.requests.as_ref()?.get("cpu")?.text())
     }
 
     /// The memory request as it was written.

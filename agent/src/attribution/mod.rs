@@ -6,6 +6,7 @@
 //! pod's next change.
 
 pub mod api;
+pub mod counted;
 mod ebpf_resize;
 pub mod places;
 pub mod pods;

@@ -4,6 +4,7 @@ use std::{collections::VecDeque, path::PathBuf};
 
 use bellows_core::{
     Actuation, Bytes, History, Learnt, Nanos, Policy, Snapshot, Thrash, Thresholds,
+    allowance::{Bound, Reached},
     decide::ByHand,
     growth::{Nature, Spell, UNTRIGGERED},
     learnt::CONTINUED,
@@ -91,7 +92,14 @@ pub(super) struct Guarded {
     pub(super) cgroup: Cgroup,
     /// What it is, for people.
     pub(super) name: String,
+    /// Its rules; the ceiling is what is allowed now.
     pub(super) policy: Policy,
+    /// The ceiling that its policy asks for.
+    pub(super) asked_ceiling: Bytes,
+    /// What allows less than that.
+    pub(super) bound: Option<Bound>,
+    /// Why, as it was told in this burst.
+    pub(super) told_bound: Option<Reached>,
     pub(super) history: History,
     pub(super) thrash: Thrash,
     /// `memory.high`, where it is not ours to move.
@@ -183,6 +191,9 @@ impl Guarded {
             cgroup,
             name,
             policy,
+            asked_ceiling: policy.ceiling,
+            bound: None,
+            told_bound: None,
             history: History {
                 last_growth: at,
                 ..History::default()
@@ -272,6 +283,7 @@ impl Guarded {
 
     /// Takes new rules from whoever watches the pod; what was learnt stays.
     pub(super) fn follow(&mut self, policy: Policy) {
+        self.asked_ceiling = policy.ceiling;
         self.policy = Policy {
             actuation: self.policy.actuation,
             usable_per_mille: self.policy.usable_per_mille,
@@ -347,6 +359,7 @@ impl Guarded {
     pub(super) fn burst_is_over(&mut self, at: Nanos) {
         let since = self.burst_since.take().unwrap_or(at);
         self.reserved = None;
+        self.told_bound = None;
         let peak = std::mem::take(&mut self.burst_peak);
         let trigger = self.trigger.take().unwrap_or_default();
         // Of a raise for page cache nothing is learnt.

@@ -6,6 +6,7 @@
 //! channel and the reclaim of a shrink; requests to others are sent through [`Requester`] and
 //! answered with an [`Input`].
 
+mod bounds;
 mod foreign_brake;
 mod growers;
 mod guarded;
@@ -23,6 +24,7 @@ use std::{
 
 use bellows_core::{
     Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason,
+    allowance::Bound,
     decide::{ByHand, decide},
     thrash::Look,
 };
@@ -43,6 +45,7 @@ use crate::{
     signal::programs::{Kernel, LoadError},
     state,
 };
+pub use bounds::told_bound;
 use foreign_brake::ForeignBrake;
 use growers::Growers;
 pub use guarded::Report;
@@ -94,6 +97,8 @@ pub enum Input {
     Policy(CgroupId, Policy),
     /// A guarded cgroup's limit is below the one at rest, and not because somebody else wants it so: raise it.
     ToRest(CgroupId),
+    /// What namespaces allow has changed.
+    Bounds,
     /// Guard or watch it no more.
     Forget(CgroupId),
     /// Jobs are paused or resumed for want of memory.
@@ -126,6 +131,11 @@ pub struct Refused {
 
 /// Carries changes to limits that somebody else owns.
 pub trait Requester {
+    /// What bounds a limit beside its policy, at this moment. What is asked for counts from then on.
+    fn bound(&self, _cgroup: CgroupId) -> Option<Bound> {
+        None
+    }
+
     /// Asks for a raise. The answer comes as [`Input::Answered`]; must not block.
     fn raise(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
 
@@ -252,6 +262,7 @@ impl<R: Requester> Controller<R> {
         if let Ok(stat) = guarded.cgroup.stat() {
             guarded.history.observe(at, stat.demand());
         }
+        guarded.take_bound(self.requester.bound(id));
         self.arm(&guarded, Some(controls));
         self.guards.insert(id, guarded);
         self.count_guards();
@@ -362,6 +373,7 @@ impl<R: Requester> Controller<R> {
             Input::Policy(id, policy) => {
                 if let Some(guarded) = self.guards.get_mut(&id) {
                     guarded.follow(policy);
+                    guarded.take_bound(self.requester.bound(id));
                     self.arm(&self.guards[&id], None);
                     self.lend(id);
                 }
@@ -382,6 +394,7 @@ impl<R: Requester> Controller<R> {
                 }
             }
             Input::ToRest(id) => self.raise_to_rest(id),
+            Input::Bounds => self.take_bounds(),
             Input::Forget(id) => {
                 self.stop_observing(id);
                 self.end_run(id);
@@ -603,6 +616,7 @@ impl<R: Requester> Controller<R> {
         for id in active {
             self.look_at(id);
         }
+        self.look_at_bounds();
         self.look_at_observed();
     }
 
@@ -689,6 +703,7 @@ impl<R: Requester> Controller<R> {
     }
 
     fn decide_once(&mut self, id: CgroupId) {
+        self.take_bound(id);
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
@@ -712,6 +727,13 @@ impl<R: Requester> Controller<R> {
             && let Some(guarded) = self.guards.get(&id)
         {
             plan = decide(&guarded.snapshot(at, by_hand));
+        }
+        let planned: Vec<Action> = plan.actions.iter().map(|(action, _)| *action).collect();
+        let cut = self.guards.get(&id);
+        if let Some(wanted) =
+            cut.and_then(|guarded| guarded.cut(&guarded.snapshot(at, by_hand), &planned))
+        {
+            self.tell_of_bound(id, wanted);
         }
         for (action, reason) in plan.actions {
             let action = match action {

@@ -100,6 +100,8 @@ pub struct Metrics {
     pub raises_waiting: Counter,
     /// Raises for which there was none for as long as the container could be held.
     pub raises_without_room: Counter,
+    /// Raises that a LimitRange or a ResourceQuota did not allow, or not as far.
+    pub raises_bounded: Counter,
     /// Requests for a limit that were refused, or of which nothing came.
     pub requests_failed: Counter,
     /// Calls of the container runtime that were waited for no longer.
@@ -217,6 +219,11 @@ impl Metrics {
                 all,
                 "raises_without_room",
                 "Raises for which there was no room for as long as the container could be held",
+            ),
+            raises_bounded: of(
+                all,
+                "raises_bounded",
+                "Raises that a LimitRange or a ResourceQuota did not allow, or not as far",
             ),
             requests_failed: of(
                 all,

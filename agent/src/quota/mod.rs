@@ -53,6 +53,11 @@ const NEVER: Duration = Duration::from_secs(3600);
 
 /// Sets quotas that somebody else owns.
 pub trait Setter: Send + 'static {
+    /// The most that a quota may become now, beside what its policy says.
+    fn most(&self, _cgroup: CgroupId) -> Option<Cpu> {
+        None
+    }
+
     /// Sets the quota of a cgroup at once, and sees to it that it stays. Must not block.
     ///
     /// # Errors
@@ -431,6 +436,9 @@ impl<S: Setter> Worker<S> {
         let Some((to, reason)) = row.decide(at, is_throttled, self.idle.look(at)) else {
             return;
         };
+        let Some(to) = allowed(to, row.quota, self.setter.most(id)) else {
+            return;
+        };
         let set = self.setter.set(&row.cgroup, to, reason);
         if set.is_ok() {
             let is_raise = row.quota.is_none_or(|before| to > before);
@@ -439,6 +447,17 @@ impl<S: Setter> Worker<S> {
             row.quota = Some(to);
         }
         row.went(set);
+    }
+}
+
+/// As much of a raise as is allowed; `None` where that is none of it. Who is lowered is not kept from it.
+fn allowed(to: Cpu, before: Option<Cpu>, most: Option<Cpu>) -> Option<Cpu> {
+    let is_raise = before.is_none_or(|before| to > before);
+    let most = most.filter(|most| is_raise && *most < to);
+    match (most, before) {
+        (Some(most), Some(before)) => (most > before).then_some(most),
+        (Some(most), None) => Some(most),
+        (None, _) => Some(to),
     }
 }
 

@@ -263,3 +263,17 @@ fn where_somebody_else_says_that_it_is_ready_nobody_is_asked() {
     bed.look();
     assert!(bed.row().boosts.is_empty());
 }
+
+#[test]
+fn a_raise_goes_as_far_as_is_allowed_and_a_lowering_always() {
+    let cpu = |millis| Some(Cpu::millis(millis));
+    let of = |to, before, most| allowed(Cpu::millis(to), before, most);
+    assert_eq!(of(2000, cpu(250), None), cpu(2000));
+    assert_eq!(of(2000, cpu(250), cpu(3000)), cpu(2000));
+    assert_eq!(of(2000, cpu(250), cpu(500)), cpu(500));
+    assert_eq!(of(2000, None, cpu(500)), cpu(500));
+    for most in [250, 100] {
+        assert_eq!(of(2000, cpu(250), cpu(most)), None);
+    }
+    assert_eq!(of(250, cpu(2000), cpu(100)), cpu(250));
+}

@@ -55,6 +55,10 @@ impl<O: Owner> Setter for Hands<O> {
         self.owner.set_quota(cgroup, to, reason)
     }
 
+    fn most(&self, cgroup: CgroupId) -> Option<Cpu> {
+        self.owner.most(cgroup)
+    }
+
     fn settle(&self, cgroup: &Cgroup) -> Result<(), String> {
         self.owner.containers().settle_pod_of(cgroup)
     }

@@ -221,7 +221,11 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
         rights.push(format!("{}: {}", words("resources"), words("verbs")));
     }
     let pods: &[&str] = if acts {
-        &["pods: get list watch patch", "pods/resize: patch"]
+        &[
+            "pods: get list watch patch",
+            "pods/resize: patch",
+            "limitranges resourcequotas: list watch",
+        ]
     } else {
         &["pods: list watch"]
     };

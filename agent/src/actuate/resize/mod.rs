@@ -22,6 +22,7 @@ use std::{
 
 use bellows_core::{
     Bytes, CgroupId,
+    allowance::{Bound, What},
     arbiter::Why,
     bucket::{Bucket, Urgency},
     decide::ByHand,
@@ -41,7 +42,7 @@ pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
 
-use super::{by_hand::ByHands, targets::Targets};
+use super::{allowances::SharedAllowances, by_hand::ByHands, targets::Targets};
 use crate::{
     attribution::{
         api::Pod,
@@ -49,7 +50,7 @@ use crate::{
     },
     cgroup::{Cgroup, Limit},
     clock::now,
-    guard::{Input, Refused, Requester, told_balance, told_kill, told_raise, told_why},
+    guard::{Input, Refused, Requester, told_balance, told_bound, told_kill, told_raise, told_why},
     ledger::Record,
     metrics::METRICS,
 };
@@ -73,6 +74,7 @@ pub struct Resizer {
     observed: UnboundedSender<(CgroupId, Observed)>,
     by_hands: ByHands,
     bucket: Arc<Mutex<Bucket>>,
+    allowances: SharedAllowances,
 }
 
 /// What the watch of pods is told of a container.
@@ -90,6 +92,8 @@ pub enum Observed {
     Waits(String),
     /// It may never end, and is not raised for that.
     Stopped(String),
+    /// Its namespace does not allow its raise: the reason, and what to do.
+    Bounded(&'static str, String),
 }
 
 impl std::fmt::Debug for Resizer {
@@ -116,6 +120,7 @@ impl Resizer {
             observed,
             by_hands: ByHands::default(),
             bucket: Arc::new(Mutex::new(Bucket::full(now()))),
+            allowances: SharedAllowances::default(),
         }
     }
 
@@ -123,6 +128,12 @@ impl Resizer {
     #[must_use]
     pub const fn ways(&self) -> &Ways {
         &self.ways
+    }
+
+    /// What namespaces allow.
+    #[must_use]
+    pub const fn allowances(&self) -> &SharedAllowances {
+        &self.allowances
     }
 
     /// Limits that were written by hand.
@@ -159,6 +170,9 @@ impl Resizer {
         self.runtime.spawn(async move {
             let result = this.resize(cgroup, to, number, urgency).await;
             this.is_answered(cgroup, to);
+            // One that was taken is not refused any more.
+            let is_uncertain = result.as_ref().is_err_and(|refused| refused.uncertain);
+            this.is_not_taken(cgroup, to, is_uncertain);
             if result.is_err() {
                 // A controller that has ended needs no answer.
                 drop(this.inputs.try_send(Input::Answered { cgroup, to, result }));
@@ -330,6 +344,20 @@ impl Resizer {
         });
     }
 
+    /// What was asked for and not taken counts no more, or, if that is uncertain, not for long.
+    fn is_not_taken(&self, cgroup: CgroupId, to: Bytes, is_uncertain: bool) {
+        let key = self.targets.of(cgroup, |target| target.key());
+        let is_raised = self
+            .targets
+            .of(cgroup, |target| target.by_hand == Some(to.page_floor()));
+        // One that is in force all the same counts until it is lowered.
+        if let Some((uid, container)) = key.filter(|_| is_raised != Some(true)) {
+            let key = (uid.as_str(), container.as_str());
+            self.allowances
+                .refused(key, What::MemoryLimit, to.0, is_uncertain);
+        }
+    }
+
     /// Changes a target; one that is gone needs no change.
     fn note(&self, cgroup: CgroupId, change: impl FnOnce(&mut Target)) {
         self.targets.of(cgroup, change);
@@ -354,6 +382,7 @@ impl Resizer {
 
     /// The API has taken a resize of this pod.
     fn is_taken_in(&self, uid: &str, patched: &Pod) {
+        self.allowances.taken(patched);
         for cgroup in self.of_pod(uid) {
             self.is_taken(cgroup, patched);
         }
@@ -449,10 +478,15 @@ impl Resizer {
         };
         match lowered.map(|lowered| lowered.map_err(|error| error.to_string())) {
             Ok(Ok(true)) => {
-                self.note(cgroup, |target| {
+                let key = self.target(cgroup, |target| {
                     let is_said = target.in_spec() == Some(to.page_floor());
                     target.by_hand = (!is_said).then_some(to);
+                    target.key()
                 });
+                if let Ok((uid, container)) = key {
+                    let key = (uid.as_str(), container.as_str());
+                    self.allowances.lowered(key, What::MemoryLimit, to.0);
+                }
                 Ok(true)
             }
             Ok(Ok(false)) => Err(refused("usage has grown meanwhile".to_owned())),
@@ -548,8 +582,16 @@ impl Resizer {
 }
 
 impl Requester for Resizer {
+    fn bound(&self, cgroup: CgroupId) -> Option<Bound> {
+        let (uid, container) = self.targets.of(cgroup, |target| target.key())?;
+        self.allowances.memory((&uid, &container))
+    }
+
     fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
         let id = cgroup.id();
+        if let Some((uid, container)) = self.targets.of(id, |target| target.key()) {
+            self.allowances.ask_memory((&uid, &container), to);
+        }
         if self.targets.of(id, |target| target.way) != Some(Way::Node) {
             return self.send(id, to, Urgency::Urgent);
         }
@@ -572,7 +614,8 @@ impl Requester for Resizer {
         self.send(cgroup.id(), to, Urgency::Later);
     }
 
-    fn take_back(&mut self, cgroup: &Cgroup, _to: Bytes, limit: Bytes) {
+    fn take_back(&mut self, cgroup: &Cgroup, to: Bytes, limit: Bytes) {
+        self.is_not_taken(cgroup.id(), to, true);
         self.send(cgroup.id(), limit, Urgency::Later);
     }
 
@@ -626,6 +669,12 @@ impl Requester for Resizer {
                 }
             }
             Record::Lends { balance, .. } => Observed::Waits(told_balance(balance)),
+            Record::Bounded {
+                wanted,
+                reason,
+                why,
+                ..
+            } => Observed::Bounded(reason.reason(), told_bound(*wanted, why)),
             _ => return,
         };
         // A watch that has ended tells nobody.

@@ -100,6 +100,11 @@ impl Target {
         }
     }
 
+    /// The pod's uid and the container's name.
+    pub(super) fn key(&self) -> (String, String) {
+        (self.uid.clone(), self.container.clone())
+    }
+
     /// What the spec says, as the kernel has it.
     pub(super) fn in_spec(&self) -> Option<Bytes> {
         let limit = quantity::parse(&self.limit).ok()?;

@@ -264,6 +264,7 @@ impl Watch {
             name: seen.name.clone(),
             uid: seen.uid.clone(),
             cgroup: cgroup.clone(),
+            container: key.1.clone(),
             index: wish.index,
             is_reported: false,
             limit: wish.limit_text.clone(),

@@ -6,6 +6,7 @@
 //!
 //! It must not change a limit that somebody waits for: that is the controller's.
 
+mod allowances;
 mod cpu;
 mod give_back;
 mod one;
@@ -26,12 +27,13 @@ use std::{
 };
 
 use bellows_core::{
-    Actuation, CgroupId, Nanos, Policy, Signals,
+    Actuation, Bytes, CgroupId, Nanos, Policy, Signals,
+    allowance::Reached,
     elastic::{ElasticPolicy, Mode},
     pod::{self, Raised, Refusal},
 };
 use futures::TryStreamExt as _;
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::core::v1::{LimitRange, ObjectReference, ResourceQuota};
 use kube::{
     Api, Client, ResourceExt as _,
     runtime::{WatchStreamExt as _, watcher},
@@ -56,11 +58,12 @@ use crate::{
         requests::RequestResizer,
         resize::{Observed, Order, Resizer, Target},
     },
-    attribution::{self, api::Pod, pods::convert},
+    attribution::{self, api::Pod, counted::counted, pods::convert},
     guard::Input,
     nri,
     quota::Quotas,
 };
+use allowances::Allowed;
 use cpu::{Begun, KnownCpu};
 use policies::Policies;
 use requests::Requests;
@@ -112,6 +115,8 @@ struct Known {
     refusal: Option<String>,
     /// When Events were last published, by their reason.
     told: BTreeMap<&'static str, Instant>,
+    /// Why its namespace allows it nothing, as it was told.
+    bounded: Option<Reached>,
 }
 
 /// A container that is or was only watched. What is told of it may come when it is gone already.
@@ -130,10 +135,18 @@ pub(super) async fn watch(context: Context) {
     let mut pods = pin!(watcher(api, config).default_backoff());
     let config = watcher::Config::default();
     let mut rules = pin!(watcher(policies::api(&context.client), config).default_backoff());
+    // Who changes nothing may not read them, and need not.
+    let acts = !context.only_observes;
+    let config = watcher::Config::default();
+    let ranges: Api<LimitRange> = Api::all(context.client.clone());
+    let mut ranges = pin!(watcher(ranges, config.clone()).default_backoff());
+    let quotas: Api<ResourceQuota> = Api::all(context.client.clone());
+    let mut quotas = pin!(watcher(quotas, config).default_backoff());
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
+        allowed: Allowed::new(context.resizer.allowances().clone()),
         context,
         policies: Policies::default(),
         pods: BTreeMap::new(),
@@ -187,6 +200,18 @@ pub(super) async fn watch(context: Context) {
                 }
                 continue;
             }
+            event = ranges.try_next(), if acts => {
+                if watch.allowed.take_range(event) {
+                    watch.bounds_changed();
+                }
+                continue;
+            }
+            event = quotas.try_next(), if acts => {
+                if watch.allowed.take_quota(event) {
+                    watch.bounds_changed();
+                }
+                continue;
+            }
             event = pods.try_next() => event,
             _ = sample.tick(), if watch.requests.is_any() => {
                 watch.requests.sample();
@@ -227,6 +252,7 @@ struct Watch {
     context: Context,
     events: Events,
     policies: Policies,
+    allowed: Allowed,
     /// This node's, by uid: policies may come to mean them.
     pods: BTreeMap<String, Pod>,
     known: BTreeMap<Key, Known>,
@@ -357,6 +383,8 @@ impl Watch {
     async fn apply(&mut self, pod: Pod) {
         let mut seen = self.seen(&pod);
         let uid = seen.uid.clone();
+        let allowances = self.context.resizer.allowances();
+        allowances.with(|all| all.pod(counted(&pod)));
         self.pending.remove(&uid);
         let are_known = self.knows(&seen);
         let mut wishes = pod::wishes(&seen, self.policies.all());
@@ -417,7 +445,11 @@ impl Watch {
             self.follow_cpu(&pod, &mut seen).await;
         }
         self.follow_requests(&pod, &mut seen).await;
-        self.pods.insert(uid, pod);
+        self.pods.insert(uid.clone(), pod);
+        let keys: Vec<Key> = self.keys(&uid).cloned().collect();
+        for key in keys {
+            self.tell_of_bound(&key);
+        }
         self.step_requests();
     }
 
@@ -454,6 +486,7 @@ impl Watch {
             Observed::ByHand(note) => return self.tell_guarded(cgroup, "RaisedByHand", note),
             Observed::Waits(note) => return self.tell_guarded(cgroup, "WaitsForMemory", note),
             Observed::Stopped(note) => return self.tell_guarded(cgroup, "GrowthStopped", note),
+            Observed::Bounded(reason, note) => return self.tell_guarded(cgroup, reason, note),
             Observed::Kill(note) => (note, true),
             Observed::Raise(note) => (note, false),
         };
@@ -488,6 +521,39 @@ impl Watch {
         if let Some(pod) = self.pods.get(uid) {
             self.events.told(pod, reason, note);
         }
+    }
+
+    /// What namespaces allow has changed.
+    fn bounds_changed(&mut self) {
+        self.send(Input::Bounds);
+        let keys: Vec<Key> = self.known.keys().cloned().collect();
+        for key in keys {
+            self.tell_of_bound(&key);
+        }
+    }
+
+    /// Tells of a guarded container to which its namespace allows nothing beyond what it has, once.
+    fn tell_of_bound(&mut self, key: &Key) {
+        let Some(known) = self.known.get_mut(key) else {
+            return;
+        };
+        let Some(policy) = known.policy.filter(|_| known.mode == Mode::Act) else {
+            return;
+        };
+        let bound = self.context.resizer.allowances();
+        let bound = bound.memory((&key.0, &key.1));
+        let bound = bound.filter(|bound| Bytes(bound.most) <= policy.original);
+        let bound = bound.filter(|_| policy.original < policy.ceiling);
+        let reached = bound.as_ref().map(|bound| bound.by.reason());
+        if known.bounded == reached {
+            return;
+        }
+        known.bounded = reached;
+        let (Some(bound), Some(pod)) = (bound, self.pods.get(&key.0)) else {
+            return;
+        };
+        let note = format!("container {}: it cannot be raised: {bound}", key.1);
+        self.events.refused(pod, bound.by.reason().reason(), note);
     }
 
     /// The controller could not guard or watch a container.
@@ -555,6 +621,8 @@ impl Watch {
             self.known.remove(&key);
         }
         self.watched.retain(|_, watched| watched.key.0 != uid);
+        let allowances = self.context.resizer.allowances();
+        allowances.with(|all| all.forget(uid));
         self.requests.forget_pod(uid);
         self.originals.retain(|(own, _, _), _| own != uid);
         self.orders.remove(uid);

@@ -35,6 +35,7 @@ impl Watch {
             actuation,
             signals,
             shrink_after,
+            resizer,
             ..
         } = &self.context;
         let policy = Policy {
@@ -50,8 +51,9 @@ impl Watch {
             parallelism: wish.parallelism,
             learnt: None,
             by_hand_after: Some(match wish.order {
-                RaiseOrder::PatchFirst => BY_HAND_AFTER,
-                RaiseOrder::RaiseFirst => Nanos(0),
+                // Only within what is known to be allowed.
+                RaiseOrder::RaiseFirst if resizer.allowances().are_known() => Nanos(0),
+                RaiseOrder::RaiseFirst | RaiseOrder::PatchFirst => BY_HAND_AFTER,
             }),
         };
         policy.validate().map_err(|error| error.to_string())
@@ -138,6 +140,7 @@ impl Watch {
             policy: Some(policy),
             refusal: None,
             told: BTreeMap::new(),
+            bounded: None,
         };
         self.known.insert(key.clone(), known);
     }

@@ -1,0 +1,565 @@
+//! What a namespace allows: its LimitRanges and ResourceQuotas, looked at before a limit is raised.
+//!
+//! The API refuses what they do not allow (403), and by then a container has been held for the answer, or, where it is
+//! raised first, has got what it must not have. So the ceiling of a container is the least of its policy's, what each
+//! LimitRange leaves and what each quota has left, at the moment of the decision.
+//!
+//! A quota's status is older than what was asked for since. Of twenty raises at once each would find the same room, so what
+//! was asked for is counted here until the status must have it: the sum asked for never exceeds what was seen to be left.
+//! A raise that the API has taken is counted for [`SETTLE`] more, or until a status is seen that is newer than the pod: for
+//! that time it may count twice, which costs room and exceeds nothing. Agents of other nodes are not seen before the status
+//! is: the API judges between them.
+//!
+//! What Kubernetes counts is read in its admission plugins (plugin/pkg/admission/limitranger/admission.go and
+//! pkg/quota/v1/evaluator/core/pods.go, 1.37): a resize is judged as the whole pod that it makes.
+//!
+//! It must not allow what cannot be known: a quota without a status has nothing left.
+
+mod bound;
+
+use std::collections::BTreeMap;
+
+use crate::units::Nanos;
+
+pub use bound::{Bound, By, Reached};
+
+/// For so long what the API has taken is counted, while the quota's status is on its way to us.
+pub const SETTLE: Nanos = Nanos::millis(2000);
+/// The same where nobody has said whether it was taken.
+pub const UNCERTAIN: Nanos = Nanos::millis(10_000);
+
+/// What is bounded. Amounts of memory are in bytes, of CPU in millionths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum What {
+    /// `limits.memory`.
+    MemoryLimit,
+    /// `limits.cpu`.
+    CpuLimit,
+    /// `requests.memory`.
+    MemoryRequest,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// Memory.
+    Memory,
+    /// CPU.
+    Cpu,
+}
+
+impl What {
+    /// What it is an amount of.
+    #[must_use]
+    pub const fn measure(self) -> Measure {
+        match self {
+            Self::MemoryLimit | Self::MemoryRequest => Measure::Memory,
+            Self::CpuLimit => Measure::Cpu,
+        }
+    }
+
+    /// As quotas name it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MemoryLimit => "limits.memory",
+            Self::CpuLimit => "limits.cpu",
+            Self::MemoryRequest => "requests.memory",
+        }
+    }
+}
+
+/// Limits and requests of a container, or of a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Amounts {
+    /// `limits.memory`, bytes.
+    pub memory_limit: Option<u64>,
+    /// `requests.memory`, bytes.
+    pub memory_request: Option<u64>,
+    /// `limits.cpu`, millionths.
+    pub cpu_limit: Option<u64>,
+    /// `requests.cpu`, millionths.
+    pub cpu_request: Option<u64>,
+}
+
+impl Amounts {
+    const fn of(&self, what: What) -> Option<u64> {
+        match what {
+            What::MemoryLimit => self.memory_limit,
+            What::CpuLimit => self.cpu_limit,
+            What::MemoryRequest => self.memory_request,
+        }
+    }
+
+    const fn request(&self, measure: Measure) -> Option<u64> {
+        match measure {
+            Measure::Memory => self.memory_request,
+            Measure::Cpu => self.cpu_request,
+        }
+    }
+
+    /// Both together; what neither has is not there.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        let sum = |a: Option<u64>, b: Option<u64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a.saturating_add(b)),
+            (a, b) => a.or(b),
+        };
+        Self {
+            memory_limit: sum(self.memory_limit, other.memory_limit),
+            memory_request: sum(self.memory_request, other.memory_request),
+            cpu_limit: sum(self.cpu_limit, other.cpu_limit),
+            cpu_request: sum(self.cpu_request, other.cpu_request),
+        }
+    }
+
+    /// These, and where there is nothing the other's.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            memory_limit: self.memory_limit.or(other.memory_limit),
+            memory_request: self.memory_request.or(other.memory_request),
+            cpu_limit: self.cpu_limit.or(other.cpu_limit),
+            cpu_request: self.cpu_request.or(other.cpu_request),
+        }
+    }
+}
+
+/// A pod, as far as it is counted. None that is BestEffort is meant: it has nothing to raise.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CountedPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its uid.
+    pub uid: String,
+    /// Whether it has `activeDeadlineSeconds`: what a quota calls Terminating.
+    pub is_terminating: bool,
+    /// `priorityClassName`.
+    pub priority_class: Option<String>,
+    /// Whether its affinity looks into other namespaces.
+    pub crosses_namespaces: bool,
+    /// Its containers, by name.
+    pub containers: BTreeMap<String, Amounts>,
+    /// Its own (`spec.resources`): they come before its containers'.
+    pub own: Amounts,
+    /// All that run beside each other, sidecars included.
+    pub together: Amounts,
+}
+
+/// What a LimitRange says of one resource of a container or of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Of what.
+    pub measure: Measure,
+    /// Whether of a pod's sum; else of each container.
+    pub is_of_pod: bool,
+    /// `max`.
+    pub max: Option<u64>,
+    /// `maxLimitRequestRatio`, in thousandths.
+    pub ratio_per_mille: Option<u64>,
+}
+
+/// Which pods a quota counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those with (or without) a deadline.
+    Terminating(bool),
+    /// Those that are BestEffort, or those that are not.
+    BestEffort(bool),
+    /// Those of a priority class.
+    PriorityClass(Among),
+    /// Those whose affinity looks into other namespaces.
+    CrossNamespacePodAffinity,
+    /// One that this build does not know: the quota may count every pod.
+    Unknown,
+}
+
+/// Which values a scope selects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// Any.
+    Exists,
+    /// None.
+    DoesNotExist,
+    /// One of these.
+    In(Vec<String>),
+    /// None of these; having none is that, too.
+    NotIn(Vec<String>),
+}
+
+impl Among {
+    fn has(&self, value: Option<&String>) -> bool {
+        match self {
+            Self::Exists => value.is_some(),
+            Self::DoesNotExist => value.is_none(),
+            Self::In(values) => value.is_some_and(|value| values.contains(value)),
+            Self::NotIn(values) => value.is_none_or(|value| !values.contains(value)),
+        }
+    }
+}
+
+impl Scope {
+    fn has(&self, pod: &CountedPod) -> bool {
+        match self {
+            Self::Terminating(is_terminating) => pod.is_terminating == *is_terminating,
+            Self::BestEffort(is_best_effort) => !is_best_effort,
+            Self::PriorityClass(among) => among.has(pod.priority_class.as_ref()),
+            Self::CrossNamespacePodAffinity => pod.crosses_namespaces,
+            Self::Unknown => true,
+        }
+    }
+}
+
+/// A ResourceQuota, as its status was last seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// All must have a pod that is counted.
+    pub scopes: Vec<Scope>,
+    /// What there is, and what of it is used.
+    pub amounts: BTreeMap<What, Amount>,
+    /// Its version: one that is newer than a pod has counted that.
+    pub version: Option<u64>,
+}
+
+/// What there is of something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amount {
+    /// `hard`.
+    pub hard: u64,
+    /// `used`.
+    pub used: u64,
+}
+
+/// What was asked for, and a quota may not say yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Asked {
+    from: u64,
+    to: u64,
+    /// Whether the API has taken it, and in which version of the pod.
+    taken: Option<Option<u64>>,
+    /// When it counts no more.
+    until: Option<Nanos>,
+}
+
+/// A container's limit or request: its pod's uid, its name, what.
+type Key = (String, String, What);
+
+/// All that is known of what namespaces allow.
+#[derive(Clone, Debug, Default)]
+pub struct Allowances {
+    /// By namespace and name.
+    ranges: BTreeMap<(String, String), Vec<Range>>,
+    quotas: BTreeMap<(String, String), Quota>,
+    pods: BTreeMap<String, CountedPod>,
+    asked: BTreeMap<Key, Vec<Asked>>,
+}
+
+impl Allowances {
+    /// A LimitRange is there, or is gone; returns whether that is new.
+    pub fn range(&mut self, namespace: &str, name: &str, range: Option<Vec<Range>>) -> bool {
+        let key = (namespace.to_owned(), name.to_owned());
+        set(&mut self.ranges, key, range)
+    }
+
+    /// A quota is there with this status, or is gone; returns whether that is new.
+    pub fn quota(&mut self, namespace: &str, name: &str, quota: Option<Quota>) -> bool {
+        let key = (namespace.to_owned(), name.to_owned());
+        set(&mut self.quotas, key, quota)
+    }
+
+    /// All that have gone while nobody looked.
+    pub fn keep_ranges(&mut self, listed: &[(String, String)]) {
+        self.ranges.retain(|key, _| listed.contains(key));
+    }
+
+    /// The same of quotas.
+    pub fn keep_quotas(&mut self, listed: &[(String, String)]) {
+        self.quotas.retain(|key, _| listed.contains(key));
+    }
+
+    /// A pod as the API has it.
+    pub fn pod(&mut self, pod: CountedPod) {
+        self.pods.insert(pod.uid.clone(), pod);
+    }
+
+    /// A pod as the API has just taken it, in this version: what was asked for and is in it will be in the quota's status.
+    pub fn taken(&mut self, pod: CountedPod, version: Option<u64>, now: Nanos) {
+        for ((uid, container, what), asked) in &mut self.asked {
+            if *uid != pod.uid {
+                continue;
+            }
+            let is_said = pod.of(container, *what);
+            for asked in asked {
+                if asked.taken.is_none() && is_said.is_some_and(|said| said >= asked.to) {
+                    asked.taken = Some(version);
+                    asked.until = Some(Nanos(now.0.saturating_add(SETTLE.0)));
+                }
+            }
+        }
+        self.pod(pod);
+    }
+
+    /// A pod is gone.
+    pub fn forget(&mut self, uid: &str) {
+        self.pods.remove(uid);
+        self.asked.retain(|(own, _, _), _| own != uid);
+    }
+
+    /// Somebody asks for this much.
+    pub fn ask(&mut self, (uid, container): (&str, &str), what: What, to: u64) {
+        let Some(from) = self.pods.get(uid).and_then(|pod| pod.of(container, what)) else {
+            return;
+        };
+        if to <= from {
+            return;
+        }
+        let key = (uid.to_owned(), container.to_owned(), what);
+        let asked = self.asked.entry(key).or_default();
+        if !asked
+            .iter()
+            .any(|asked| asked.to == to && asked.taken.is_none())
+        {
+            asked.push(Asked {
+                from,
+                to,
+                taken: None,
+                until: None,
+            });
+        }
+    }
+
+    /// It was refused; or, if that is not certain, it may come within some time.
+    pub fn refused(
+        &mut self,
+        (uid, container): (&str, &str),
+        what: What,
+        to: u64,
+        uncertain_at: Option<Nanos>,
+    ) {
+        let key = (uid.to_owned(), container.to_owned(), what);
+        let Some(asked) = self.asked.get_mut(&key) else {
+            return;
+        };
+        let is_it = |asked: &Asked| asked.to == to && asked.taken.is_none();
+        match uncertain_at {
+            None => asked.retain(|asked| !is_it(asked)),
+            Some(at) => {
+                for asked in asked.iter_mut().filter(|asked| is_it(asked)) {
+                    asked.until = Some(Nanos(at.0.saturating_add(UNCERTAIN.0)));
+                }
+            }
+        }
+    }
+
+    /// What was raised without the API has come down to this.
+    pub fn lowered(&mut self, (uid, container): (&str, &str), what: What, to: u64) {
+        let key = (uid.to_owned(), container.to_owned(), what);
+        let Some(asked) = self.asked.get_mut(&key) else {
+            return;
+        };
+        for asked in asked.iter_mut().filter(|asked| asked.taken.is_none()) {
+            asked.to = asked.to.min(to);
+        }
+        asked.retain(|asked| asked.to > asked.from);
+    }
+
+    /// The most that a limit or request may become now, and what bounds it; `None` where nothing does.
+    #[must_use]
+    pub fn most(&self, (uid, container): (&str, &str), what: What, now: Nanos) -> Option<Bound> {
+        let pod = self.pods.get(uid)?;
+        let own = pod.of(container, what)?;
+        let ranges = self.ranges.iter();
+        let ranges = ranges.filter(|((namespace, _), _)| *namespace == pod.namespace);
+        let ranges = ranges.flat_map(|((_, name), ranges)| {
+            let fitting = ranges.iter();
+            let fitting = fitting.filter(|range| range.measure == what.measure());
+            fitting.filter_map(move |range| self.by_range((name, range), pod, container, what, now))
+        });
+        let quotas = self.quotas.iter();
+        let quotas = quotas.filter(|((namespace, _), quota)| {
+            *namespace == pod.namespace && quota.scopes.iter().all(|scope| scope.has(pod))
+        });
+        let quotas = quotas.filter_map(|((_, name), quota)| {
+            let amount = *quota.amounts.get(&what)?;
+            if pod.is_beside(container, what) {
+                return None;
+            }
+            let key = (uid, container);
+            let (base, others) = self.asked_under(quota, pod, key, what, now);
+            let base = base.unwrap_or(own).min(own);
+            let left = amount.hard.saturating_sub(amount.used);
+            let by = By::Quota {
+                name: name.clone(),
+                what,
+                amount,
+                asked: others,
+            };
+            let most = base.saturating_add(left.saturating_sub(others));
+            Some(Bound { most, by })
+        });
+        ranges.chain(quotas).min_by_key(|bound| bound.most)
+    }
+
+    fn by_range(
+        &self,
+        (name, range): (&str, &Range),
+        pod: &CountedPod,
+        container: &str,
+        what: What,
+        now: Nanos,
+    ) -> Option<Bound> {
+        let is_of_own = container == crate::pod::WHOLE_POD;
+        if !range.is_of_pod && is_of_own || range.is_of_pod && pod.is_beside(container, what) {
+            return None;
+        }
+        let own = pod.of(container, what)?;
+        let (sum, request) = if range.is_of_pod {
+            let all = pod.own.or(pod.together);
+            let others = self.asked_in(pod, container, what, now);
+            let sum = all.of(what).unwrap_or(own).saturating_add(others);
+            (sum, all.request(what.measure()))
+        } else {
+            let amounts = pod.containers.get(container)?;
+            (own, amounts.request(what.measure()))
+        };
+        let beside = sum.saturating_sub(own);
+        let by_max = range.max.map(|max| Bound {
+            most: max.saturating_sub(beside),
+            by: By::RangeMax {
+                name: name.to_owned(),
+                what,
+                is_of_pod: range.is_of_pod,
+                max,
+            },
+        });
+        let ratio = range
+            .ratio_per_mille
+            .filter(|_| what != What::MemoryRequest);
+        let by_ratio = ratio.map(|per_mille| {
+            let most = u128::from(request.unwrap_or(0)) * u128::from(per_mille) / 1000;
+            let most = u64::try_from(most).unwrap_or(u64::MAX);
+            Bound {
+                most: most.saturating_sub(beside),
+                by: By::RangeRatio {
+                    name: name.to_owned(),
+                    what,
+                    is_of_pod: range.is_of_pod,
+                    per_mille,
+                    request: request.unwrap_or(0),
+                },
+            }
+        });
+        by_max
+            .into_iter()
+            .chain(by_ratio)
+            .min_by_key(|bound| bound.most)
+    }
+
+    /// What was asked for beside this and a quota may not have counted; and from where this one was asked for.
+    fn asked_under(
+        &self,
+        quota: &Quota,
+        own: &CountedPod,
+        key: (&str, &str),
+        what: What,
+        now: Nanos,
+    ) -> (Option<u64>, u64) {
+        let is_counted = |asked: &Asked| match (asked.taken, quota.version) {
+            (Some(Some(pod)), Some(quota)) => quota >= pod,
+            _ => false,
+        };
+        let (mut base, mut others) = (None, 0_u64);
+        for ((uid, container, other), all) in &self.asked {
+            let pod = self.pods.get(uid);
+            let is_under = pod.is_some_and(|pod| {
+                pod.namespace == own.namespace
+                    && !pod.is_beside(container, what)
+                    && quota.scopes.iter().all(|scope| scope.has(pod))
+            });
+            if *other != what || !is_under {
+                continue;
+            }
+            let open = all.iter();
+            let open = open.filter(|asked| asked.counts(now) && !is_counted(asked));
+            let Some((from, to)) = extent(open) else {
+                continue;
+            };
+            if (uid.as_str(), container.as_str()) == key {
+                base = Some(from);
+            } else {
+                others = others.saturating_add(to.saturating_sub(from));
+            }
+        }
+        (base, others)
+    }
+
+    /// What was asked for of a pod's other containers and its spec does not say.
+    fn asked_in(&self, pod: &CountedPod, container: &str, what: What, now: Nanos) -> u64 {
+        let all = self.asked.iter();
+        let beside = all.filter(|((uid, other, asked), _)| {
+            *uid == pod.uid && other != container && *asked == what
+        });
+        let missing = beside.filter_map(|((_, other, _), asked)| {
+            let open = asked.iter().filter(|asked| asked.counts(now));
+            let (_, to) = extent(open)?;
+            Some(to.saturating_sub(pod.of(other, what)?))
+        });
+        missing.fold(0, u64::saturating_add)
+    }
+
+    /// Forgets what counts no more.
+    pub fn settle(&mut self, now: Nanos) {
+        self.asked.retain(|_, asked| {
+            asked.retain(|asked| asked.counts(now));
+            !asked.is_empty()
+        });
+    }
+}
+
+impl Asked {
+    fn counts(&self, now: Nanos) -> bool {
+        self.until.is_none_or(|until| now < until)
+    }
+}
+
+/// From the least to the most.
+fn extent<'a>(asked: impl Iterator<Item = &'a Asked>) -> Option<(u64, u64)> {
+    asked.fold(None, |extent, asked| {
+        let (from, to) = extent.unwrap_or((asked.from, asked.to));
+        Some((from.min(asked.from), to.max(asked.to)))
+    })
+}
+
+impl CountedPod {
+    /// A limit or request of a container, or of the pod's own under [`crate::pod::WHOLE_POD`].
+    fn of(&self, container: &str, what: What) -> Option<u64> {
+        if container == crate::pod::WHOLE_POD {
+            self.own.of(what)
+        } else {
+            self.containers.get(container)?.of(what)
+        }
+    }
+
+    /// Whether a container's is not counted, because the pod has its own.
+    fn is_beside(&self, container: &str, what: What) -> bool {
+        container != crate::pod::WHOLE_POD && self.own.of(what).is_some()
+    }
+}
+
+fn set<T: PartialEq>(
+    all: &mut BTreeMap<(String, String), T>,
+    key: (String, String),
+    value: Option<T>,
+) -> bool {
+    match value {
+        None => all.remove(&key).is_some(),
+        Some(value) => {
+            let is_new = all.get(&key) != Some(&value);
+            all.insert(key, value);
+            is_new
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
