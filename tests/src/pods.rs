@@ -12,7 +12,7 @@ use bellows::{
     cgroup::Cgroup,
 };
 use bellows_core::{Bytes, Cpu, pod, quantity};
-use k8s_openapi::api::core::v1::{ContainerStatus, Event, Node as ApiNode, Pod};
+use k8s_openapi::api::core::v1::{ContainerStatus, Event, Node as ApiNode, Pod, ResourceQuota};
 use kube::{
     Api, Client, Config, ResourceExt as _,
     api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
@@ -193,6 +193,17 @@ impl Cluster {
         let (parameters, patch) = (PatchParams::default(), Patch::Merge(status));
         let patched = self.pods.patch_status(name, &parameters, &patch);
         Ok(self.runtime.block_on(patched)?.uid().unwrap_or_default())
+    }
+
+    /// Says what of a quota is used, in place of a controller.
+    pub(crate) fn say_used(&self, name: &str, status: &Value) -> Result<()> {
+        let client = self.nodes.clone().into_client();
+        let quotas: Api<ResourceQuota> = Api::namespaced(client, NAMESPACE);
+        let status = Patch::Merge(json!({ "status": status }));
+        let parameters = PatchParams::default();
+        self.runtime
+            .block_on(quotas.patch_status(name, &parameters, &status))?;
+        Ok(())
     }
 
     /// Reasons and notes of the Events about a pod.

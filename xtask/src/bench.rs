@@ -162,6 +162,9 @@ pub(crate) struct Options {
     /// Most threads of a burst (pod-bursts).
     #[arg(long)]
     pub(crate) threads: Option<u64>,
+    /// Only cases whose names have this word in them (pod-edges).
+    #[arg(long)]
+    pub(crate) case: Option<String>,
     /// Translation units (build).
     #[arg(long)]
     pub(crate) units: Option<u64>,
@@ -229,6 +232,7 @@ impl Options {
             thp: None,
             threads: None,
             units: None,
+            case: None,
             swap: None,
             starts: None,
             without_bpf: false,
@@ -259,7 +263,12 @@ impl Options {
         if let Some(delay) = self.actuation_delay_ms {
             name += &format!("-delay-{delay}");
         }
-        for (what, value) in [("", &self.kind), ("thp-", &self.thp), ("swap-", &self.swap)] {
+        for (what, value) in [
+            ("", &self.kind),
+            ("thp-", &self.thp),
+            ("swap-", &self.swap),
+            ("case-", &self.case),
+        ] {
             if let Some(value) = value {
                 name += &format!("-{what}{value}");
             }
@@ -311,6 +320,7 @@ impl Options {
             ("--kind", &self.kind),
             ("--thp", &self.thp),
             ("--swap", &self.swap),
+            ("--case", &self.case),
         ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.clone()]);

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     process::Command,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,7 +13,7 @@ use bellows::{
     cgroup::{Cgroup, Limit},
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, pod};
+use bellows_core::{Action, Bytes, pod, quantity};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -36,6 +36,9 @@ const LOG_LINES: usize = 60;
 pub(crate) struct Options {
     #[command(flatten)]
     server: ApiServer,
+    /// Only cases whose names have this in them.
+    #[arg(long)]
+    case: Option<String>,
 }
 
 /// The cluster, and the agent under test.
@@ -46,7 +49,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 17] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -127,6 +130,18 @@ const CASES: [Case; 14] = [
         "a kill of a pod that is only watched is an Event that says what would have been",
         |bed| watched(&bed.cluster),
     ),
+    (
+        "a raise goes as far as a namespace's LimitRange allows, and an Event says so",
+        |bed| limit_range(&bed.cluster),
+    ),
+    (
+        "a container whose namespace's quota is used up is left alone, and an Event says so",
+        |bed| used_up(&bed.cluster),
+    ),
+    (
+        "twenty bursts at once ask for no more than their namespace's quota has",
+        |bed| under_one_quota(&bed.cluster),
+    ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
 
@@ -138,7 +153,18 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         cluster,
         agent: Agent::start()?,
     };
+    let is_wanted = |case: &str| {
+        let part = options.case.as_deref().unwrap_or_default();
+        case.contains(part)
+    };
+    ensure!(
+        CASES.iter().any(|(case, _)| is_wanted(case)),
+        "no case has that in its name"
+    );
     for (case, check) in CASES {
+        if !is_wanted(case) {
+            continue;
+        }
         let failure = check(&mut bed).err().map(|error| {
             format!(
                 "{error:#}; the agent's log ends:\n{}",
@@ -509,6 +535,172 @@ fn brake_is_set_again(cluster: &Cluster) -> Result<()> {
     cgroup.set_limit("memory.high", Limit::Max)?;
     braked_below(&cgroup, 64)?;
     cluster.delete(name)
+}
+
+/// The raises that a container was granted, and what failed.
+fn raises(cgroup: &Cgroup) -> (Vec<Bytes>, Vec<String>) {
+    let (mut granted, mut failed) = (Vec::new(), Vec::new());
+    for record in ledger_of(cgroup.id()) {
+        match record {
+            LedgerRecord::Intend {
+                action: Action::Raise { to, .. } | Action::RaiseByHand { to, .. },
+                ..
+            } => granted.push(to),
+            LedgerRecord::Verify {
+                error: Some(error), ..
+            } => failed.push(error),
+            _ => {}
+        }
+    }
+    (granted, failed)
+}
+
+fn is_told(cluster: &Cluster, name: &str, reason: &str, part: &str) -> Result<()> {
+    let mut last = Vec::new();
+    let told = wait(
+        &format!("an Event {reason}"),
+        Duration::from_secs(30),
+        || {
+            last = cluster.events(name)?;
+            let is_it = |(seen, note): &(String, String)| seen == reason && note.contains(part);
+            Ok(last.iter().any(is_it))
+        },
+    );
+    told.with_context(|| format!("{last:?}"))
+}
+
+/// Raised before the API is asked, and no further.
+fn limit_range(cluster: &Cluster) -> Result<()> {
+    let (name, most) = ("ranged", Bytes::mib(160));
+    cluster.apply(json!({
+        "apiVersion": "v1",
+        "kind": "LimitRange",
+        "metadata": { "name": "edges", "namespace": "default" },
+        "spec": { "limits": [{ "type": "Container", "max": { "memory": "160Mi" } }] },
+    }))?;
+    let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+        .into_iter()
+        .chain(burst_words(Bytes::mib(32), Bytes::mib(120), 2))
+        .chain(["--rest-ms", "6000", "--after-ms", "60000"].map(str::to_owned))
+        .collect();
+    cluster.create(&Spec {
+        max: Some(Bytes::mib(512)),
+        command,
+        raise_first: true,
+        ..spec(name)
+    })?;
+    let cgroup = cluster.wait_running(name)?;
+    let is_over = wait("the burst is over", Duration::from_secs(60), || {
+        Ok(!results(cluster, name)?.is_empty())
+    });
+    let told = is_told(cluster, name, "LimitRangeReached", "`edges`");
+    let (granted, failed) = raises(&cgroup);
+    let phase = cluster.phase(name)?;
+    cluster.delete(name)?;
+    cluster.remove("v1", "LimitRange", "edges")?;
+    is_over.with_context(|| format!("it is {phase}: {granted:?} {failed:?}"))?;
+    told?;
+    ensure!(
+        phase == "Running" && failed.is_empty() && granted.iter().max() == Some(&most),
+        "it is {phase}: {granted:?} {failed:?}"
+    );
+    Ok(())
+}
+
+/// A quota of limits, with what of it is used: nobody counts it here but the API server, with each pod.
+fn quota(cluster: &Cluster, hard: Bytes) -> Result<()> {
+    let hard = json!({ "limits.memory": quantity::format(hard) });
+    cluster.apply(json!({
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": { "name": "edges", "namespace": "default" },
+        "spec": { "hard": hard },
+    }))?;
+    cluster.say_used(
+        "edges",
+        &json!({ "hard": hard, "used": { "limits.memory": "0" } }),
+    )
+}
+
+fn used_up(cluster: &Cluster) -> Result<()> {
+    let name = "used-up";
+    // As much as the pod has.
+    quota(cluster, Bytes::mib(64))?;
+    let cgroup = guarded(cluster, name)?;
+    let told = is_told(cluster, name, "QuotaUsedUp", "`edges`");
+    let left_alone = wait("it is left alone", Duration::from_secs(30), || {
+        Ok(cgroup.limit("memory.high")? == Limit::Max)
+    });
+    // More room, and it is guarded as ever.
+    let again = quota(cluster, Bytes::mib(1024)).and_then(|()| braked_below(&cgroup, 64));
+    cluster.delete(name)?;
+    cluster.remove("v1", "ResourceQuota", "edges")?;
+    told?;
+    left_alone?;
+    again
+}
+
+/// Each wants more than there is for all. The API server never has to refuse.
+fn under_one_quota(cluster: &Cluster) -> Result<()> {
+    const PODS: usize = 20;
+    const START: &str = "/run/start-quota";
+    drop(fs::remove_file(START));
+    let hard = Bytes::mib(20 * 64 + 500);
+    quota(cluster, hard)?;
+    let names: Vec<String> = (0..PODS).map(|index| format!("quota-{index}")).collect();
+    for name in &names {
+        let command = ["/bellows-guest".to_owned(), "load".to_owned()]
+            .into_iter()
+            .chain(burst_words(Bytes::mib(16), Bytes::mib(90), 1))
+            .chain(["--after-ms", "60000"].map(str::to_owned))
+            .chain(["--rest-until".to_owned(), format!("/host{START}")])
+            .collect();
+        cluster.create(&Spec {
+            max: Some(Bytes::mib(512)),
+            command,
+            host: true,
+            ..spec(name)
+        })?;
+    }
+    let mut cgroups = Vec::new();
+    for name in &names {
+        cgroups.push(cluster.wait_running(name)?);
+    }
+    for name in &names {
+        original(cluster, name, "load=64Mi")?;
+    }
+    File::create(START)?;
+    let (mut most, begun) = (Bytes::ZERO, Instant::now());
+    while begun.elapsed() < Duration::from_secs(40) {
+        let limits = cgroups.iter().map(|cgroup| {
+            // One that was killed has none any more.
+            let limit = cgroup.limit("memory.max").unwrap_or(Limit::Max);
+            if limit == Limit::Max {
+                Bytes::mib(64)
+            } else {
+                limit.bytes()
+            }
+        });
+        most = most.max(limits.fold(Bytes::ZERO, Bytes::plus));
+        thread::sleep(Duration::from_millis(20));
+    }
+    let all: Vec<(Vec<Bytes>, Vec<String>)> = cgroups.iter().map(raises).collect();
+    let raised = all
+        .iter()
+        .filter(|(granted, _)| !granted.is_empty())
+        .count();
+    let failed: Vec<&String> = all.iter().flat_map(|(_, failed)| failed).collect();
+    eprintln!("{raised} of {PODS} were raised, to {most} together of {hard}; failed: {failed:?}");
+    for name in &names {
+        cluster.delete(name)?;
+    }
+    cluster.remove("v1", "ResourceQuota", "edges")?;
+    ensure!(failed.is_empty(), "{failed:?}");
+    ensure!(
+        raised > 0 && most > Bytes::mib(20 * 64) && most <= hard,
+        "{raised} to {most}"
+    );
+    Ok(())
 }
 
 fn explain_unknown() -> Result<()> {
