@@ -119,7 +119,8 @@ impl Cluster {
         self.create_as(spec, &json!({ "annotations": annotations }), guaranteed)
     }
 
-    fn create_as(&self, spec: &Spec, metadata: &Value, guaranteed: bool) -> Result<()> {
+    /// Creates a pod with this metadata but for its name.
+    pub(crate) fn create_as(&self, spec: &Spec, metadata: &Value, guaranteed: bool) -> Result<()> {
         let mut metadata = metadata.clone();
         metadata["name"] = json!(spec.name);
         let mut limits = json!({ "memory": quantity::format(spec.limit) });
@@ -399,6 +400,37 @@ impl Cluster {
         }
         let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
         wait("policies are defined", Duration::from_secs(60), || {
+            let client = self.nodes.clone().into_client();
+            Ok(self.runtime.block_on(pinned_kind(&client, &kind)).is_ok())
+        })
+    }
+
+    /// Applies as much of the resource definition of VerticalPodAutoscalers as is read of them, and waits until the API
+    /// server knows it.
+    pub(crate) fn define_vertical_autoscalers(&self) -> Result<()> {
+        let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+        let version = json!({
+            "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema },
+        });
+        self.apply(json!({
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {
+                "name": "verticalpodautoscalers.autoscaling.k8s.io",
+                "annotations": { "api-approved.kubernetes.io": "unapproved, for a test" },
+            },
+            "spec": {
+                "group": "autoscaling.k8s.io",
+                "scope": "Namespaced",
+                "names": {
+                    "kind": "VerticalPodAutoscaler", "plural": "verticalpodautoscalers",
+                    "singular": "verticalpodautoscaler", "listKind": "VerticalPodAutoscalerList",
+                },
+                "versions": [version],
+            },
+        }))?;
+        let kind = GroupVersionKind::gvk("autoscaling.k8s.io", "v1", "VerticalPodAutoscaler");
+        wait("autoscalers are defined", Duration::from_secs(60), || {
             let client = self.nodes.clone().into_client();
             Ok(self.runtime.block_on(pinned_kind(&client, &kind)).is_ok())
         })

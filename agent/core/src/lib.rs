@@ -12,6 +12,7 @@
 pub mod action;
 pub mod allowance;
 pub mod arbiter;
+pub mod autoscalers;
 pub mod boost;
 pub mod brake;
 pub mod bucket;

@@ -8,6 +8,7 @@
 //!
 //! This knows nothing of the API's types: the shell converts them, once.
 
+mod claimed;
 mod cpu;
 mod original;
 mod requests;
@@ -20,12 +21,14 @@ use thiserror::Error;
 use original::entries;
 
 use crate::{
+    autoscalers::Claimant,
     elastic::{self, ContainerRules, ElasticPolicy, Mode, Order, Parallelism},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::{Bytes, Nanos},
 };
 
+pub use claimed::{yield_cpu, yield_limits, yield_requests};
 pub use cpu::{CpuRefusal, CpuWish, CpuWishes, ORIGINAL_CPU, cpu_wishes, starting};
 pub use original::with_original;
 pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
@@ -275,6 +278,14 @@ pub enum Refusal {
         "container `{0}` has resizePolicy RestartContainer for memory: a resize would restart it; use NotRequired"
     )]
     RestartsOnResize(String),
+    /// An autoscaler sets it.
+    #[error("container `{container}`: its memory limit is left alone: {claimant}")]
+    Claimed {
+        /// The container.
+        container: String,
+        /// Which.
+        claimant: Claimant,
+    },
 }
 
 impl Refusal {
@@ -295,6 +306,7 @@ impl Refusal {
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
+            Self::Claimed { claimant, .. } => claimant.reason(),
         }
     }
 }

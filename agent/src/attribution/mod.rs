@@ -10,6 +10,7 @@ pub mod counted;
 mod ebpf_resize;
 pub mod places;
 pub mod pods;
+pub mod workloads;
 
 use std::{
     fs,

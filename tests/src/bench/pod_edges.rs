@@ -49,7 +49,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 17] = [
+const CASES: [Case; 18] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -142,6 +142,10 @@ const CASES: [Case; 17] = [
         "twenty bursts at once ask for no more than their namespace's quota has",
         |bed| under_one_quota(&bed.cluster),
     ),
+    (
+        "in a namespace with autoscalers, what they set is left alone, and Events say so",
+        |bed| autoscaled(&bed.cluster),
+    ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
 
@@ -149,6 +153,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let _node = Node::start(&options.server)?;
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
+    cluster.define_vertical_autoscalers()?;
     let mut bed = Bed {
         cluster,
         agent: Agent::start()?,
@@ -701,6 +706,54 @@ fn under_one_quota(cluster: &Cluster) -> Result<()> {
         "{raised} to {most}"
     );
     Ok(())
+}
+
+fn autoscaled(cluster: &Cluster) -> Result<()> {
+    let (name, owner) = ("autoscaled", "edges");
+    let target = json!({ "apiVersion": "apps/v1", "kind": "StatefulSet", "name": owner });
+    let vertical = |mode: &str| {
+        json!({
+            "apiVersion": "autoscaling.k8s.io/v1",
+            "kind": "VerticalPodAutoscaler",
+            "metadata": { "name": "vertical", "namespace": "default" },
+            "spec": { "targetRef": target, "updatePolicy": { "updateMode": mode } },
+        })
+    };
+    cluster.apply(vertical("InPlaceOrRecreate"))?;
+    let owners = json!([{
+        "apiVersion": "apps/v1", "kind": "StatefulSet", "name": owner, "controller": true,
+        "uid": "00000000-0000-0000-0000-000000000001",
+    }]);
+    let annotations = json!({ pod::MODE: "Act", pod::MAX_MEMORY: "512Mi" });
+    let metadata = json!({ "annotations": annotations, "ownerReferences": owners });
+    cluster.create_as(&spec(name), &metadata, false)?;
+    let cgroup = cluster.wait_running(name)?;
+    let told = is_told(cluster, name, "VerticalPodAutoscalerInCharge", "`vertical`");
+    let high = cgroup.limit("memory.high")?;
+    // It only recommends from now on.
+    cluster.apply(vertical("Off"))?;
+    let guarded = braked_below(&cgroup, 64);
+    let resource =
+        json!({ "name": "memory", "target": { "type": "Utilization", "averageUtilization": 80 } });
+    cluster.apply(json!({
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": { "name": "horizontal", "namespace": "default" },
+        "spec": {
+            "scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 3,
+            "metrics": [{ "type": "Resource", "resource": resource }],
+        },
+    }))?;
+    let seen = is_told(cluster, name, "HorizontalPodAutoscalerSeen", "`horizontal`");
+    let still = braked_below(&cgroup, 64);
+    cluster.delete(name)?;
+    cluster.remove("autoscaling/v2", "HorizontalPodAutoscaler", "horizontal")?;
+    cluster.remove("autoscaling.k8s.io/v1", "VerticalPodAutoscaler", "vertical")?;
+    told?;
+    ensure!(high == Limit::Max, "it is braked at {high:?}");
+    guarded?;
+    seen?;
+    still
 }
 
 fn explain_unknown() -> Result<()> {

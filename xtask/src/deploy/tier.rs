@@ -225,6 +225,7 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
             "pods: get list watch patch",
             "pods/resize: patch",
             "limitranges resourcequotas: list watch",
+            "horizontalpodautoscalers verticalpodautoscalers: list watch",
         ]
     } else {
         &["pods: list watch"]

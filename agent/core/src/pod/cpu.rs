@@ -14,6 +14,7 @@ use super::{
     original::{Original, recorded},
 };
 use crate::{
+    autoscalers::Claimant,
     boost::BoostRules,
     elastic::{CpuRules, ElasticPolicy, Mode},
     quantity,
@@ -97,6 +98,14 @@ pub enum CpuRefusal {
         /// The limit.
         limit: Cpu,
     },
+    /// An autoscaler sets it.
+    #[error("container `{container}`: its CPU limit is left alone: {claimant}")]
+    Claimed {
+        /// The container.
+        container: String,
+        /// Which.
+        claimant: Claimant,
+    },
 }
 
 impl CpuRefusal {
@@ -108,6 +117,7 @@ impl CpuRefusal {
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
+            Self::Claimed { claimant, .. } => claimant.reason(),
             Self::WholePod => "PodLevelCpuNotSupported",
             Self::MaximumBelowLimit { .. } => "InvalidLimit",
         }

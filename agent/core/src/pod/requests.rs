@@ -15,6 +15,7 @@ use super::{
     original::{Original, recorded},
 };
 use crate::{
+    autoscalers::Claimant,
     elastic::{ElasticPolicy, Mode},
     quantity::{self, QuantityError},
     requests::RequestRules,
@@ -82,6 +83,14 @@ pub enum RequestRefusal {
         "the pod has a memory request at its own level, which is not moved: leave that out, or the policy's memory.requests"
     )]
     WholePod,
+    /// An autoscaler sets it.
+    #[error("container `{container}`: its memory request is left alone: {claimant}")]
+    Claimed {
+        /// The container.
+        container: String,
+        /// Which.
+        claimant: Claimant,
+    },
 }
 
 impl RequestRefusal {
@@ -93,6 +102,7 @@ impl RequestRefusal {
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
+            Self::Claimed { claimant, .. } => claimant.reason(),
             Self::WholePod => "PodLevelRequestNotSupported",
         }
     }

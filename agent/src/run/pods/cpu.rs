@@ -17,7 +17,7 @@ use bellows_core::{
     boost::{BoostRules, Boosts, Trigger},
     cpu::CpuPolicy,
     moved::MovedLimit,
-    pod::{self, CpuWish, Level, ORIGINAL_CPU},
+    pod::{self, CpuWish, CpuWishes, Level, ORIGINAL_CPU},
 };
 use tokio::time::sleep;
 
@@ -77,7 +77,7 @@ impl Watch {
             return;
         };
         let seen = self.seen(pod);
-        let wishes = pod::cpu_wishes(&seen, self.policies.all());
+        let wishes = self.cpu_wishes(pod, &seen);
         let mut wishes = wishes.values().flatten();
         if !wishes.any(|wish| !wish.boosts.is_empty()) {
             return;
@@ -120,7 +120,7 @@ impl Watch {
         if !self.policies.are_known(&seen.namespace) {
             return;
         }
-        let wishes = pod::cpu_wishes(&seen, self.policies.all());
+        let wishes = self.cpu_wishes(&pod, &seen);
         let Some(name) = pod::starting(&seen, &wishes, id, cpu, memory) else {
             return;
         };
@@ -136,10 +136,17 @@ impl Watch {
         }
     }
 
+    /// What the containers of a pod may have of CPU: by policies, and as far as no autoscaler sets it.
+    fn cpu_wishes(&self, pod: &Pod, seen: &pod::Pod) -> CpuWishes {
+        let mut wishes = pod::cpu_wishes(seen, self.policies.all());
+        pod::yield_cpu(&mut wishes, |container| self.claims(pod, container));
+        wishes
+    }
+
     /// Follows what policies say of the CPU of a pod's containers.
     pub(super) async fn follow_cpu(&mut self, pod: &Pod, seen: &mut pod::Pod) {
         let uid = seen.uid.clone();
-        let wishes = pod::cpu_wishes(seen, self.policies.all());
+        let wishes = self.cpu_wishes(pod, seen);
         let known = self.cpus.range((uid.clone(), String::new())..);
         let known = known.take_while(|((own, _), _)| *own == uid);
         let others: Vec<Key> = known

@@ -7,6 +7,7 @@
 //! It must not change a limit that somebody waits for: that is the controller's.
 
 mod allowances;
+mod autoscalers;
 mod cpu;
 mod give_back;
 mod one;
@@ -29,6 +30,7 @@ use std::{
 use bellows_core::{
     Actuation, Bytes, CgroupId, Nanos, Policy, Signals,
     allowance::Reached,
+    autoscalers::{Claims, claims},
     elastic::{ElasticPolicy, Mode},
     pod::{self, Raised, Refusal},
 };
@@ -58,12 +60,13 @@ use crate::{
         requests::RequestResizer,
         resize::{Observed, Order, Resizer, Target},
     },
-    attribution::{self, api::Pod, counted::counted, pods::convert},
+    attribution::{self, api::Pod, counted::counted, pods::convert, workloads::workloads},
     guard::Input,
     nri,
     quota::Quotas,
 };
 use allowances::Allowed;
+use autoscalers::Autoscalers;
 use cpu::{Begun, KnownCpu};
 use policies::Policies;
 use requests::Requests;
@@ -142,6 +145,7 @@ pub(super) async fn watch(context: Context) {
     let mut ranges = pin!(watcher(ranges, config.clone()).default_backoff());
     let quotas: Api<ResourceQuota> = Api::all(context.client.clone());
     let mut quotas = pin!(watcher(quotas, config).default_backoff());
+    let mut scaling = autoscalers::watch(&context.client, acts);
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let mut watch = Watch {
@@ -149,6 +153,8 @@ pub(super) async fn watch(context: Context) {
         allowed: Allowed::new(context.resizer.allowances().clone()),
         context,
         policies: Policies::default(),
+        autoscalers: Autoscalers::default(),
+        seen_horizontal: BTreeMap::new(),
         pods: BTreeMap::new(),
         known: BTreeMap::new(),
         pending: BTreeSet::new(),
@@ -212,6 +218,12 @@ pub(super) async fn watch(context: Context) {
                 }
                 continue;
             }
+            Some((kind, event)) = scaling.recv() => {
+                if watch.autoscalers.take(kind, event) {
+                    watch.apply_all().await;
+                }
+                continue;
+            }
             event = pods.try_next() => event,
             _ = sample.tick(), if watch.requests.is_any() => {
                 watch.requests.sample();
@@ -253,6 +265,9 @@ struct Watch {
     events: Events,
     policies: Policies,
     allowed: Allowed,
+    autoscalers: Autoscalers,
+    /// Which HorizontalPodAutoscaler was told of a pod, by its uid.
+    seen_horizontal: BTreeMap<String, String>,
     /// This node's, by uid: policies may come to mean them.
     pods: BTreeMap<String, Pod>,
     known: BTreeMap<Key, Known>,
@@ -391,6 +406,8 @@ impl Watch {
         if self.context.only_observes {
             pod::only_observe(&mut wishes);
         }
+        pod::yield_limits(&mut wishes, |container| self.claims(&pod, container));
+        self.tell_of_horizontal(&pod, &wishes);
         if !are_known {
             // A policy may yet say it.
             wishes.retain(|_, wish| !matches!(wish, Err(Refusal::NoMaximum)));
@@ -451,6 +468,35 @@ impl Watch {
             self.tell_of_bound(&key);
         }
         self.step_requests();
+    }
+
+    /// What autoscalers claim of a container.
+    fn claims(&self, pod: &Pod, container: &str) -> Claims {
+        let namespace = pod.namespace().unwrap_or_default();
+        let all = self.autoscalers.of(&namespace);
+        if all.is_empty() {
+            return Claims::default();
+        }
+        claims(&workloads(pod), container, all)
+    }
+
+    /// Tells once that a guarded pod has a HorizontalPodAutoscaler that goes by its requests, which are not ours to lower.
+    fn tell_of_horizontal(&mut self, pod: &Pod, wishes: &pod::Wishes) {
+        let guarded = wishes.iter();
+        let guarded =
+            guarded.filter(|(_, wish)| wish.as_ref().is_ok_and(|wish| wish.mode == Mode::Act));
+        let mut seen = guarded.filter_map(|(name, _)| self.claims(pod, name).utilization);
+        let Some(name) = seen.next() else {
+            return;
+        };
+        let note = format!(
+            "the HorizontalPodAutoscaler `{name}` goes by what is used of requests: memory requests are left alone, limits are moved"
+        );
+        let uid = pod.uid().unwrap_or_default();
+        if self.seen_horizontal.get(&uid) != Some(&name) {
+            self.seen_horizontal.insert(uid, name);
+            self.events.told(pod, "HorizontalPodAutoscalerSeen", note);
+        }
     }
 
     /// A pod as the API has it, with what was written onto it since.
@@ -621,6 +667,7 @@ impl Watch {
             self.known.remove(&key);
         }
         self.watched.retain(|_, watched| watched.key.0 != uid);
+        self.seen_horizontal.remove(uid);
         let allowances = self.context.resizer.allowances();
         allowances.with(|all| all.forget(uid));
         self.requests.forget_pod(uid);

@@ -261,8 +261,14 @@ impl Watch {
     /// What the requests of a pod may become. Where none may be moved, what was lowered is asked for as it was: that may be
     /// refused, too.
     fn request_wishes(&mut self, pod: &Pod, seen: &pod::Pod) -> RequestWishes {
-        let wishes = pod::request_wishes(seen, self.policies.all());
+        let mut wishes = pod::request_wishes(seen, self.policies.all());
         if self.context.moves_requests {
+            let claims = |container: &str| self.claims(pod, container);
+            let told = pod::yield_requests(&mut wishes, claims);
+            for (container, refusal) in told {
+                let key = (seen.uid.clone(), container);
+                self.refuse_request(&key, pod, refusal.reason(), refusal.to_string());
+            }
             return wishes;
         }
         let is_asked = |wish: &RequestWish| wish.rules.is_some();
