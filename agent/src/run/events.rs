@@ -14,7 +14,7 @@ const LONGEST_NOTE: usize = 1024;
 const NOTE_END: usize = 320;
 
 /// A note that the API takes: an annotation that is quoted in it may have 256 KiB.
-fn fitting(note: String) -> String {
+pub(super) fn fitting(note: String) -> String {
     const GAP: &str = " … ";
     if note.len() <= LONGEST_NOTE {
         return note;

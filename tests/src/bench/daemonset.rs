@@ -185,6 +185,20 @@ impl Bed {
         self.cluster.apply(document)
     }
 
+    /// An object of ours, as the API has it.
+    fn object(&self, kind: &str, namespace: Option<&str>, name: &str) -> Result<Value> {
+        let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", kind);
+        self.tasks.block_on(async {
+            let (resource, _) = pinned_kind(&self.client, &kind).await?;
+            let client = self.client.clone();
+            let api: Api<DynamicObject> = match namespace {
+                Some(namespace) => Api::namespaced_with(client, namespace, &resource),
+                None => Api::all_with(client, &resource),
+            };
+            Ok(api.get(name).await?.data)
+        })
+    }
+
     fn remove_policy(&self) -> Result<()> {
         let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
         self.tasks.block_on(async {
@@ -397,7 +411,23 @@ fn wrong_policies(bed: &Bed) -> Result<()> {
             .any(|(reason, note)| reason == "InvalidPolicy" && note.contains("`max`")))
     });
     told.with_context(|| format!("{last:?}"))?;
+    accepted(bed, "False", "`max`")?;
     bed.remove_policy()
+}
+
+/// Waits until the policy's condition says that.
+fn accepted(bed: &Bed, status: &str, part: &str) -> Result<()> {
+    let mut last = Value::Null;
+    let said = wait("its condition is written", Duration::from_secs(40), || {
+        let object = bed.object("ElasticPolicy", Some("default"), "elastic")?;
+        last = object["status"]["conditions"][0].clone();
+        Ok(last["type"] == "Accepted"
+            && last["status"] == status
+            && last["message"]
+                .as_str()
+                .is_some_and(|text| text.contains(part)))
+    });
+    said.with_context(|| last.to_string())
 }
 
 /// Rests, bursts, and then lets time pass with next to nothing.
@@ -461,6 +491,7 @@ fn by_policy(bed: &Bed) -> Result<()> {
         Ok(brakes.len() == 2 && brakes.iter().all(|&high| high != Limit::Max))
     })?;
     survives(bed, "elastic", &cgroup)?;
+    accepted(bed, "True", "memory up to 1 GiB")?;
     let originals = bed
         .cluster
         .get("elastic")?

@@ -230,7 +230,11 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
     } else {
         &["pods: list watch"]
     };
-    let others = ["elasticpolicies: list watch", "events: create"];
+    let others = [
+        "elasticpolicies: list watch",
+        "elasticpolicies/status: patch",
+        "events: create",
+    ];
     let expected: Vec<&str> = pods.iter().chain(&others).copied().collect();
     ensure!(rights == expected, "it may {rights:?}");
     let daemons = only(all, "DaemonSet")?;

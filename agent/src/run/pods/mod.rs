@@ -8,6 +8,7 @@
 
 mod allowances;
 mod autoscalers;
+mod conditions;
 mod cpu;
 mod give_back;
 mod one;
@@ -67,6 +68,7 @@ use crate::{
 };
 use allowances::Allowed;
 use autoscalers::Autoscalers;
+use conditions::Conditions;
 use cpu::{Begun, KnownCpu};
 use policies::Policies;
 use requests::Requests;
@@ -148,11 +150,12 @@ pub(super) async fn watch(context: Context) {
     let mut scaling = autoscalers::watch(&context.client, acts);
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
+    let conditions = Conditions::new(context.client.clone(), context.node.clone());
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
         allowed: Allowed::new(context.resizer.allowances().clone()),
         context,
-        policies: Policies::default(),
+        policies: Policies::with(conditions),
         autoscalers: Autoscalers::default(),
         seen_horizontal: BTreeMap::new(),
         pods: BTreeMap::new(),

@@ -16,14 +16,14 @@ use kube::{
     runtime::watcher,
 };
 
-use super::super::events::Events;
+use super::{super::events::Events, conditions::Conditions};
 use crate::{metrics::METRICS, policies};
 
 const NOT_FOUND: u16 = 404;
 const FORBIDDEN: u16 = 403;
 
 /// The resource.
-fn resource() -> ApiResource {
+pub(super) fn resource() -> ApiResource {
     let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", "ElasticPolicy");
     ApiResource::from_gvk_with_plural(&kind, "elasticpolicies")
 }
@@ -51,6 +51,8 @@ pub(super) struct Policies {
     forbidden: Option<Instant>,
     /// Whether it was told that there are none to be had.
     is_told: bool,
+    /// Where it is said which can be read.
+    conditions: Option<Conditions>,
 }
 
 /// A policy as it was last read.
@@ -64,6 +66,14 @@ struct Read {
 }
 
 impl Policies {
+    /// None yet; what is read of them is said there.
+    pub(super) fn with(conditions: Conditions) -> Self {
+        Self {
+            conditions: Some(conditions),
+            ..Self::default()
+        }
+    }
+
     /// All that can be read.
     pub(super) fn all(&self) -> &[ElasticPolicy] {
         &self.all
@@ -101,7 +111,12 @@ impl Policies {
                 let read = self.read(&object, events);
                 self.by_name.insert(name(&object), read);
             }
-            Ok(Some(watcher::Event::Delete(object))) => drop(self.by_name.remove(&name(&object))),
+            Ok(Some(watcher::Event::Delete(object))) => {
+                self.by_name.remove(&name(&object));
+                if let Some(conditions) = &self.conditions {
+                    conditions.forget(&object);
+                }
+            }
             Ok(None) => {}
             Err(error) => self.failed(&error),
         }
@@ -116,7 +131,13 @@ impl Policies {
         let name = name(object);
         let namespace = object.namespace().unwrap_or_default();
         let before = self.by_name.get(&name);
-        match policies::of_object(&name, &namespace, &object.data["spec"]) {
+        let read = policies::of_object(&name, &namespace, &object.data["spec"]);
+        if let Some(conditions) = &self.conditions {
+            let told = |policy| policies::told(std::slice::from_ref(policy));
+            let told = read.as_ref().map(told);
+            conditions.judged(object, told.map_err(String::as_str));
+        }
+        match read {
             Ok(policy) => {
                 tracing::info!(name, mode = ?policy.mode, "policy");
                 Read {

@@ -1,0 +1,264 @@
+//! The condition `Accepted` of policies: whether the agents can read them.
+//!
+//! There is an agent on every node, and all of one build say the same of a policy. So it is one condition with one field
+//! manager, it is written by whoever comes first, and the others see that it is said: each waits for a time of its own before
+//! it writes. Agents of two builds that disagree, while one replaces the other, must not take turns: each writes of one
+//! generation of a policy once.
+//!
+//! What differs between nodes (how many containers a policy guards) is none of it: that is told per node.
+
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bellows_core::pod::MANAGER;
+use k8s_openapi::{
+    apimachinery::pkg::apis::meta::v1::{Condition, Time},
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{DynamicObject, Patch, PatchParams},
+};
+use serde_json::json;
+use tokio::time::{sleep, timeout};
+
+use super::policies::resource;
+use crate::{actuate::resize::TIMEOUT, run::events::fitting};
+
+const ACCEPTED: &str = "Accepted";
+/// All agents have written within this time, or seen that another has.
+const SPREAD: u64 = 10_000;
+/// How often it is tried, and how soon again.
+const TRIES: u32 = 5;
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// Writes conditions; clones share what they have seen.
+#[derive(Clone)]
+pub(super) struct Conditions {
+    client: Client,
+    node: String,
+    seen: Arc<Mutex<BTreeMap<Key, Seen>>>,
+}
+
+/// Namespace and name.
+type Key = (String, String);
+
+/// Of which generation it is said whether it is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Said {
+    generation: i64,
+    is_accepted: bool,
+}
+
+/// A policy, as far as its condition is concerned.
+#[derive(Clone, Debug)]
+struct Seen {
+    /// What is to be said.
+    wanted: Said,
+    message: String,
+    /// What is said.
+    said: Option<Said>,
+    /// The generation of which this agent has written, or is about to.
+    written: Option<i64>,
+}
+
+impl Seen {
+    /// Whether something else is said, and this agent has not written of it yet.
+    fn is_due(&self) -> bool {
+        self.said != Some(self.wanted) && self.written != Some(self.wanted.generation)
+    }
+}
+
+/// What an object's status says.
+fn said(object: &DynamicObject) -> Option<Said> {
+    let conditions = object.data["status"]["conditions"].as_array()?;
+    let mut conditions = conditions.iter();
+    let accepted = conditions.find(|condition| condition["type"] == ACCEPTED)?;
+    Some(Said {
+        generation: accepted["observedGeneration"].as_i64()?,
+        is_accepted: accepted["status"] == "True",
+    })
+}
+
+/// When this node writes of that policy.
+fn turn(node: &str, key: &Key) -> Duration {
+    let mut hasher = DefaultHasher::new();
+    (node, key).hash(&mut hasher);
+    Duration::from_millis(hasher.finish() % SPREAD)
+}
+
+impl Conditions {
+    pub(super) fn new(client: Client, node: String) -> Self {
+        Self {
+            client,
+            node,
+            seen: Arc::default(),
+        }
+    }
+
+    fn with<R>(&self, change: impl FnOnce(&mut BTreeMap<Key, Seen>) -> R) -> R {
+        change(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A policy was read, or could not be.
+    pub(super) fn judged(&self, object: &DynamicObject, verdict: Result<String, &str>) {
+        let key = (object.namespace().unwrap_or_default(), object.name_any());
+        let is_accepted = verdict.is_ok();
+        let wanted = Said {
+            generation: object.metadata.generation.unwrap_or_default(),
+            is_accepted,
+        };
+        let message = verdict.unwrap_or_else(str::to_owned);
+        let is_due = self.with(|all| {
+            let written = all.get(&key).and_then(|before| before.written);
+            let mut seen = Seen {
+                wanted,
+                message: fitting(message),
+                said: said(object),
+                written,
+            };
+            let is_due = seen.is_due();
+            if is_due {
+                seen.written = Some(wanted.generation);
+            }
+            all.insert(key.clone(), seen);
+            is_due
+        });
+        if is_due {
+            drop(tokio::spawn(self.clone().write(key, wanted)));
+        }
+    }
+
+    /// A policy is gone.
+    pub(super) fn forget(&self, object: &DynamicObject) {
+        let key = (object.namespace().unwrap_or_default(), object.name_any());
+        self.with(|all| drop(all.remove(&key)));
+    }
+
+    async fn write(self, key: Key, wanted: Said) {
+        sleep(turn(&self.node, &key)).await;
+        for _ in 0..TRIES {
+            // It may have changed, or somebody else has said it.
+            let message = self.with(|all| {
+                let seen = all.get(&key)?;
+                let is_open = seen.wanted == wanted && seen.said != Some(wanted);
+                is_open.then(|| seen.message.clone())
+            });
+            let Some(message) = message else {
+                return;
+            };
+            let written = self.patch(&key, wanted, message);
+            match timeout(TIMEOUT, written).await {
+                Ok(Ok(_)) => return,
+                // Gone, not allowed (a chart of before), or a definition without a status.
+                Ok(Err(kube::Error::Api(status))) if [403, 404].contains(&status.code) => {
+                    tracing::debug!(policy = key.1, %status, "a policy's condition is not written");
+                    return;
+                }
+                failed => {
+                    tracing::debug!(
+                        policy = key.1,
+                        ?failed,
+                        "a policy's condition is not written yet"
+                    );
+                }
+            }
+            sleep(AGAIN).await;
+        }
+    }
+
+    async fn patch(
+        &self,
+        (namespace, name): &Key,
+        wanted: Said,
+        message: String,
+    ) -> kube::Result<DynamicObject> {
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), namespace, &resource());
+        let Said {
+            generation,
+            is_accepted,
+        } = wanted;
+        let condition = Condition {
+            type_: ACCEPTED.to_owned(),
+            status: if is_accepted { "True" } else { "False" }.to_owned(),
+            reason: if is_accepted { "Valid" } else { "Invalid" }.to_owned(),
+            message,
+            observed_generation: Some(generation),
+            last_transition_time: Time(Timestamp::now()),
+        };
+        let status = json!({
+            "apiVersion": "bellows.dev/v1alpha1",
+            "kind": "ElasticPolicy",
+            "metadata": { "name": name },
+            "status": { "conditions": [condition] },
+        });
+        let parameters = PatchParams::apply(MANAGER).force();
+        api.patch_status(name, &parameters, &Patch::Apply(&status))
+            .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object(generation: i64, said: Option<(i64, &str)>) -> DynamicObject {
+        let conditions = said.map(|(generation, status)| {
+            json!([
+                { "type": "Other", "status": "True", "observedGeneration": 9 },
+                { "type": "Accepted", "status": status, "observedGeneration": generation },
+            ])
+        });
+        serde_json::from_value(json!({
+            "metadata": { "name": "p", "namespace": "dev", "generation": generation },
+            "status": { "conditions": conditions },
+        }))
+        .unwrap()
+    }
+
+    /// What is about to be written, after each of what is seen.
+    #[tokio::test]
+    async fn each_agent_writes_of_a_generation_once_and_not_what_is_said() {
+        let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        let conditions = Conditions::new(Client::try_from(config).unwrap(), "node".to_owned());
+        let key = ("dev".to_owned(), "p".to_owned());
+        let written = || conditions.with(|all| all[&key].written);
+        // Another was first.
+        conditions.judged(&object(1, Some((1, "True"))), Ok(String::new()));
+        assert_eq!(written(), None);
+        // One of another build takes it for wrong: it is contradicted once.
+        conditions.judged(&object(1, Some((1, "False"))), Ok(String::new()));
+        assert_eq!(written(), Some(1));
+        assert!(!conditions.with(|all| all[&key].is_due()));
+        conditions.judged(&object(2, Some((1, "True"))), Err("wrong"));
+        assert_eq!(written(), Some(2));
+        let seen = conditions.with(|all| all[&key].clone());
+        assert!(!seen.wanted.is_accepted && seen.message == "wrong");
+        conditions.forget(&object(2, None));
+        assert!(conditions.with(|all| all.is_empty()));
+    }
+
+    #[test]
+    fn agents_do_not_write_at_the_same_time() {
+        let key = ("dev".to_owned(), "p".to_owned());
+        let turns: Vec<Duration> = (0..100)
+            .map(|node| turn(&format!("n{node}"), &key))
+            .collect();
+        assert!(
+            turns
+                .iter()
+                .all(|turn| *turn < Duration::from_millis(SPREAD))
+        );
+        let first = turns.iter().min().copied().unwrap_or_default();
+        let near = turns
+            .iter()
+            .filter(|turn| **turn < first + Duration::from_millis(500));
+        assert!(near.count() < 20);
+        assert_eq!(turn("n7", &key), turns[7]);
+    }
+}
