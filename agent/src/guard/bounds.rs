@@ -115,10 +115,11 @@ mod tests {
     };
 
     use super::*;
-    use crate::cgroup::Cgroup;
+    use crate::{cgroup::Cgroup, guard::Named};
 
     fn guarded() -> Guarded {
         let policy = Policy {
+            learnt: None,
             original: Bytes::mib(64),
             ceiling: Bytes::mib(1024),
             actuation: Actuation::Requested {
@@ -134,7 +135,16 @@ mod tests {
             parallelism: Parallelism::Unchanged,
         };
         let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
-        Guarded::new(cgroup, "a/b/c".to_owned(), policy, Nanos(0), Bytes::mib(64))
+        Guarded::new(
+            cgroup,
+            Named {
+                name: "a/b/c".to_owned(),
+                workload: "a/b/c".to_owned(),
+            },
+            policy,
+            Nanos(0),
+            Bytes::mib(64),
+        )
     }
 
     fn bound(most: Bytes) -> Bound {
