@@ -89,6 +89,7 @@ mod tests {
             observe: Nanos(0),
         };
         let memory = MemoryRules {
+            heap: None,
             max: Bytes::mib(1024),
             floor: None,
             shrink_after: Nanos(0),
