@@ -11,7 +11,7 @@
 //!
 //! It must not tell the API of a limit before what it was is recorded on the pod.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bellows_core::{
     CgroupId, Cpu, Reason,
@@ -21,11 +21,13 @@ use bellows_core::{
         Level,
         way::{Way, Whose},
     },
+    quantity,
+    units::Amount as _,
 };
 use kube::{Api, Client};
 use tokio::{
     runtime::Handle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{
@@ -42,8 +44,8 @@ use crate::{
     originals::{Original, Records},
 };
 
-/// What the API is asked whether it would take it.
-const PROBE: &str = "10m";
+/// How soon it is looked again whether a container runs.
+const STARTS: Duration = Duration::from_millis(500);
 
 /// A container whose CPU limit is moved.
 #[derive(Clone, Debug)]
@@ -60,8 +62,8 @@ pub struct CpuTarget {
     pub container: String,
     /// Its index in the spec.
     pub index: usize,
-    /// Whether the kubelet says what resources it has.
-    pub is_reported: bool,
+    /// Whether the kubelet says what resources it has; `None` until the API says that it runs.
+    pub is_reported: Option<bool>,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
     /// What to write back.
@@ -193,6 +195,12 @@ impl CpuResizer {
                 return;
             };
             sleep_until(due).await;
+            // Until it runs it is not known whether its kubelet resizes.
+            let is_starting = |target: &mut CpuTarget| target.is_reported.is_none();
+            if self.containers.targets().of(cgroup, is_starting) == Some(true) {
+                sleep(STARTS).await;
+                continue;
+            }
             self.memory.may_ask(Urgency::Later).await;
             self.tell_once(cgroup).await;
         }
@@ -212,6 +220,9 @@ impl CpuResizer {
         if due.is_none() {
             return;
         }
+        let Some(is_reported) = target.is_reported else {
+            return;
+        };
         // Whatever comes of it, the API is not asked again at once.
         targets.of(cgroup, |target| target.times.told = Some(Instant::now()));
         if !target.is_recorded {
@@ -220,7 +231,7 @@ impl CpuResizer {
         let Some(quota) = self.containers.quota_to_tell(cgroup) else {
             return;
         };
-        let told = match self.way(&target).await {
+        let told = match self.way(&target, is_reported).await {
             // Nobody asks, and nobody is told.
             Ok(Way::Node) => Ok(()),
             Ok(way) => self.patch(&target, way, quota).await,
@@ -238,18 +249,16 @@ impl CpuResizer {
         }
     }
 
-    async fn way(&self, target: &CpuTarget) -> Result<Way, String> {
+    async fn way(&self, target: &CpuTarget, is_reported: bool) -> Result<Way, String> {
         let level = Level::Container(target.index);
-        let same = target.limit.clone();
-        // Any other than it has.
-        let other = if same == PROBE { "11m" } else { PROBE };
+        let (same, other) = (target.limit.clone(), other_than(&target.limit)?);
         let probed = Probed {
             namespace: &target.namespace,
             name: &target.name,
             uid: &target.uid,
             whose: Whose::Container,
-            is_reported: target.is_reported,
-            change: Change::cpu(level, same, other.to_owned()),
+            is_reported,
+            change: Change::cpu(level, same, other),
         };
         self.memory.ways().of(&probed).await
     }
@@ -311,5 +320,25 @@ impl CpuResizer {
             // Somebody else's is taken over by whoever watches the pod.
             _ => {}
         }
+    }
+}
+
+/// Any other limit than a container has: no lower one, which might be below its request.
+fn other_than(limit: &str) -> Result<String, String> {
+    let limit = quantity::parse_cpu(limit)?;
+    Ok(limit.plus(Cpu::millis(1)).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// "must be less than or equal to cpu limit" would say nothing of whether limits can be changed.
+    #[test]
+    fn the_limit_that_is_asked_about_is_above_any_request() {
+        for (limit, other) in [("10m", "11m"), ("250m", "251m"), ("2", "2001m")] {
+            assert_eq!(other_than(limit).as_deref(), Ok(other));
+        }
+        other_than("two").unwrap_err();
     }
 }

@@ -27,6 +27,8 @@ pub struct RequestChange {
     pub from: String,
     /// What it becomes.
     pub to: String,
+    /// Whether the kubelet says what resources it has.
+    pub is_reported: bool,
     /// One request of a pod at a time.
     pub order: Order,
     /// Whether somebody waits for it.
@@ -76,12 +78,20 @@ impl RequestResizer {
             index,
             from,
             to,
+            is_reported,
             order,
             urgency,
         } = change;
         let own = Change::memory_request(index, from, to);
-        self.is_resized(&namespace, &name, &uid, own.clone())
-            .await?;
+        let probed = Probed {
+            namespace: &namespace,
+            name: &name,
+            uid: &uid,
+            whose: Whose::Request,
+            is_reported,
+            change: own.clone(),
+        };
+        self.is_resized(&probed).await?;
         self.memory.may_ask(urgency).await;
         let _turn = order.lock().await;
         let named = (namespace.as_str(), name.as_str());
@@ -105,25 +115,11 @@ impl RequestResizer {
 
     /// Whether the cluster resizes through `pods/resize`. Where limits are moved on the node, the kubelet would set what the
     /// spec says of them with any resize, and kill.
-    async fn is_resized(
-        &self,
-        namespace: &str,
-        name: &str,
-        uid: &str,
-        change: Change,
-    ) -> Result<(), NotChanged> {
-        let probed = Probed {
-            namespace,
-            name,
-            uid,
-            whose: Whose::Container,
-            is_reported: true,
-            change,
-        };
-        match self.memory.ways().of(&probed).await {
+    async fn is_resized(&self, probed: &Probed<'_>) -> Result<(), NotChanged> {
+        match self.memory.ways().of(probed).await {
             Ok(Way::Resize) => Ok(()),
             Ok(Way::Patch | Way::Node) => Err(NotChanged {
-                why: "this Kubernetes does not resize in both directions (1.34 and later do): leave `memory.requests` out"
+                why: "this API server or this node's kubelet does not resize in both directions (1.34 and later do): leave `memory.requests` out"
                     .to_owned(),
                 is_passing: false,
             }),

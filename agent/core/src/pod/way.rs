@@ -11,6 +11,11 @@
 //! (KEP-1287 and KEP-5419; 1.33: `ValidatePodResize`, pkg/apis/core/validation/validation.go, "memory limits cannot be
 //! decreased unless resizePolicy is RestartContainer".) With the gate off nothing is resized through the API.
 //!
+//! A kubelet may be three minors older than its API server, and have the gate off where that has it on. What tells is
+//! whether it says in a pod's status what resources the running containers have: the API server refuses to resize a pod
+//! of one that does not ("Pod running on node without support for resize", `isPodResizeRequestSupported`,
+//! pkg/apis/core/validation/validation.go).
+//!
 //! On the node means: in the cgroups of container and pod, and the API is not told. No kubelet puts back what it did not
 //! set itself: before 1.33 it compares the spec with what the runtime says, which knows nothing of it, and since then
 //! with what it has set last. It sets what the spec says with the next resize that somebody else asks for, and when the
@@ -46,6 +51,8 @@ pub enum Way {
 pub enum Whose {
     /// One container's.
     Container,
+    /// One container's memory request: only where the kubelet says why it puts a resize off, and by how much.
+    Request,
     /// The pod's own.
     Pod,
 }
@@ -67,13 +74,16 @@ impl Server {
     #[must_use]
     pub fn way(self, whose: Whose, is_reported: bool) -> Option<Way> {
         let resizes = match whose {
-            Whose::Container => self.minor >= LOWERS,
+            Whose::Container | Whose::Request => self.minor >= LOWERS,
             Whose::Pod => self.minor >= POD_LEVEL,
         };
+        if !is_reported {
+            return Some(Way::Node);
+        }
         if resizes && self.has_resize {
             return Some(Way::Resize);
         }
-        if whose == Whose::Pod || self.minor >= BETA || self.minor < ALPHA || !is_reported {
+        if whose != Whose::Container || self.minor >= BETA || self.minor < ALPHA {
             return Some(Way::Node);
         }
         if self.minor >= SUBRESOURCE {
@@ -134,16 +144,21 @@ mod tests {
     /// It would restart the container, or do nothing.
     #[test]
     fn a_kubelet_with_the_gate_off_is_not_asked() {
-        for minor in 27..=32 {
-            let server = server(minor, minor == 32, Some(true));
-            assert_eq!(
-                server.way(Whose::Container, false),
-                Some(Way::Node),
-                "{minor}"
-            );
+        for minor in 27..=38 {
+            let server = server(minor, minor >= 32, Some(true));
+            for whose in [Whose::Container, Whose::Pod, Whose::Request] {
+                assert_eq!(server.way(whose, false), Some(Way::Node), "{minor}");
+            }
         }
-        // Later ones carry out what they have not reported yet.
-        let server = server(35, true, None);
-        assert_eq!(server.way(Whose::Container, false), Some(Way::Resize));
+    }
+
+    /// 1.32 says that it puts one off, and neither why nor since when.
+    #[test]
+    fn a_request_is_moved_where_it_is_told_why_it_cannot_be() {
+        for minor in 27..=38 {
+            let way = server(minor, minor >= 32, Some(true)).way(Whose::Request, true);
+            let expected = if minor >= 34 { Way::Resize } else { Way::Node };
+            assert_eq!(way, Some(expected), "{minor}");
+        }
     }
 }

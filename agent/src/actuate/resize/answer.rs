@@ -2,6 +2,8 @@
 
 use std::io;
 
+use kube::core::{Status, response::StatusSummary};
+
 use super::RESIZE_TIMEOUT;
 use crate::{
     guard::Refused,
@@ -62,6 +64,18 @@ pub(super) fn silent() -> Refused {
     }
 }
 
+/// What is not asked of the API while a memory limit of the pod is raised on the node and the API may not or cannot say so.
+/// It passes with the burst.
+pub(super) fn only_by_hand() -> kube::Error {
+    kube::Error::Api(Box::new(Status {
+        status: Some(StatusSummary::Failure),
+        code: 409,
+        message: "not asked for while a memory limit of the pod is raised on the node alone: the kubelet would lower it"
+            .to_owned(),
+        ..Status::default()
+    }))
+}
+
 /// Whether nothing can have reached the API: there was no connection.
 fn was_not_sent(error: &kube::Error) -> bool {
     let error: &(dyn std::error::Error + 'static) = error;
@@ -94,9 +108,9 @@ mod tests {
         let broken = of(io::ErrorKind::BrokenPipe);
         assert!(broken.uncertain && broken.is_passing);
         let status = |code| {
-            let status = kube::core::Status {
+            let status = Status {
                 code,
-                ..kube::core::Status::default()
+                ..Status::default()
             };
             let refused = refusal(&kube::Error::Api(Box::new(status))).0;
             (refused.uncertain, refused.is_passing)

@@ -37,7 +37,7 @@ use tokio::{
     time::{error::Elapsed, sleep, timeout},
 };
 
-use answer::{counted, is_uncertain, refusal, silent};
+use answer::{counted, is_uncertain, only_by_hand, refusal, silent};
 pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
@@ -303,6 +303,9 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
+        if self.is_only_by_hand(&target.uid, Some(cgroup)) {
+            return Err(refusal(&only_by_hand()));
+        }
         let own = Change::memory(target.level, target.limit.clone(), value.clone());
         let begun = self.begins_in(&target.uid, Some(cgroup));
         let has = |id| id == cgroup || beside.contains_key(&id);
@@ -413,6 +416,9 @@ impl Resizer {
         named: (&str, &str),
         own: Change,
     ) -> (Result<kube::Result<Pod>, Elapsed>, bool) {
+        if self.is_only_by_hand(uid, None) {
+            return (Ok(Err(only_by_hand())), false);
+        }
         let begun = self.begins_in(uid, None);
         let by_hand = self.by_hand_in(uid, |_| false);
         let changes: Vec<Change> = [own].into_iter().chain(by_hand).collect();
@@ -446,6 +452,26 @@ impl Resizer {
                 .filter(|&(&id, target)| target.uid == uid && !has(id));
             own.filter_map(|(_, target)| target.by_hand_change())
                 .collect()
+        })
+    }
+
+    /// Whether something else in a pod is raised on the node, and no patch would say so.
+    #[must_use]
+    pub fn is_only_by_hand(&self, uid: &str, own: Option<CgroupId>) -> bool {
+        self.targets.with(|targets| {
+            let mut others = targets.iter();
+            others.any(|(id, target)| {
+                target.uid == uid && own != Some(*id) && target.is_only_by_hand()
+            })
+        })
+    }
+
+    /// Whether a memory limit of a pod stands above rest, or is about to.
+    #[must_use]
+    pub fn is_bursting(&self, uid: &str) -> bool {
+        self.targets.with(|targets| {
+            let mut own = targets.values().filter(|target| target.uid == uid);
+            own.any(Target::is_bursting)
         })
     }
 
@@ -684,5 +710,51 @@ impl Requester for Resizer {
     fn not_guarded(&mut self, cgroup: CgroupId) {
         // A watch that has ended tries nobody again.
         drop(self.observed.send((cgroup, Observed::NotGuarded)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, sync::mpsc::sync_channel};
+
+    use super::*;
+    use crate::actuate::resize::target::tests::target;
+
+    /// The API server is not there: what is asked of it fails otherwise.
+    #[tokio::test]
+    async fn nothing_of_a_pod_is_resized_while_a_limit_is_raised_on_the_node_alone() {
+        let nowhere = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        let (inputs, _controller) = sync_channel(1);
+        let (observed, _watch) = tokio::sync::mpsc::unbounded_channel();
+        let client = Client::try_from(nowhere).unwrap();
+        let resizer = Resizer::new(client, Handle::current(), inputs, observed);
+        let asked = async |change: &dyn Fn(&mut Target)| {
+            let mut first = target();
+            change(&mut first);
+            let of = |id| Cgroup::stand_in(Path::new("/nowhere"), CgroupId(id));
+            let other = Target {
+                cgroup: of(2),
+                ..target()
+            };
+            resizer.targets.with(|targets| {
+                targets.insert(CgroupId(1), first);
+                targets.insert(CgroupId(2), other);
+            });
+            let own = Change::memory_request(0, "32Mi".to_owned(), "16Mi".to_owned());
+            let named = ("dev", "workspace");
+            let (patched, _) = resizer.patch_beside("u", Way::Resize, named, own).await;
+            let raised = resizer.patch(CgroupId(2), Bytes::mib(128), BTreeMap::new());
+            let is_asked = !matches!(patched, Ok(Err(kube::Error::Api(_))));
+            let is_raised = raised.await.unwrap_err().1.is_none();
+            assert_eq!(is_asked, is_raised);
+            is_asked
+        };
+        assert!(asked(&|_| {}).await);
+        assert!(asked(&|target| target.by_hand = Some(Bytes::mib(128))).await);
+        let on_the_node = |target: &mut Target| {
+            target.by_hand = Some(Bytes::mib(128));
+            target.way = Way::Node;
+        };
+        assert!(!asked(&on_the_node).await);
     }
 }

@@ -129,6 +129,31 @@ impl Target {
         self.uncertain = Some(least);
     }
 
+    /// Goes another way from now on, unless something is raised that could not be lowered in that; returns whether it has
+    /// changed.
+    #[must_use]
+    pub fn goes(&mut self, way: Way) -> bool {
+        let is_at_rest = self.in_spec() == Some(self.original.0.page_floor());
+        let may = way != Way::Node || is_at_rest;
+        let changes = way != self.way && may && self.asking.is_empty();
+        if changes {
+            self.way = way;
+        }
+        changes
+    }
+
+    /// Whether the node has more than any patch would say: with a resize of anything else of the pod the kubelet would set
+    /// what the spec says, with no regard to usage.
+    pub(super) fn is_only_by_hand(&self) -> bool {
+        self.by_hand.is_some() && self.by_hand_change().is_none()
+    }
+
+    /// Whether it stands above rest, or is about to.
+    pub(super) fn is_bursting(&self) -> bool {
+        let is_raised = self.in_spec() > Some(self.original.0.page_floor());
+        is_raised || self.by_hand.is_some() || !self.asking.is_empty()
+    }
+
     pub(super) fn by_hand_change(&self) -> Option<Change> {
         let is_to_be_said = !self.is_refused && self.way != Way::Node;
         let to = quantity::format(self.by_hand.filter(|_| is_to_be_said)?);
@@ -154,12 +179,12 @@ impl Target {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use bellows_core::CgroupId;
 
     use super::*;
 
-    fn target() -> Target {
+    pub(in crate::actuate::resize) fn target() -> Target {
         Target {
             namespace: "dev".to_owned(),
             name: "workspace".to_owned(),
@@ -215,12 +240,44 @@ mod tests {
     #[test]
     fn what_the_api_refuses_is_not_asked_for_beside_others() {
         let mut raised = target();
+        assert!(!raised.is_only_by_hand());
         raised.by_hand = Some(Bytes::mib(256));
-        assert!(raised.by_hand_change().is_some());
+        assert!(raised.by_hand_change().is_some() && !raised.is_only_by_hand());
         raised.is_refused = true;
-        assert!(raised.by_hand_change().is_none());
+        assert!(raised.by_hand_change().is_none() && raised.is_only_by_hand());
         raised.is_refused = false;
         raised.way = Way::Node;
-        assert!(raised.by_hand_change().is_none());
+        assert!(raised.by_hand_change().is_none() && raised.is_only_by_hand());
+    }
+
+    /// An API server of 1.33 became one of 1.34, or the other way round.
+    #[test]
+    fn the_way_changes_with_the_api_server() {
+        let mut target = target();
+        target.way = Way::Node;
+        target.by_hand = Some(Bytes::mib(256));
+        // The API comes to say what is raised.
+        assert!(target.goes(Way::Resize) && !target.goes(Way::Resize));
+        assert!(target.by_hand_change().is_some());
+        target.limit = "256Mi".to_owned();
+        assert!(!target.goes(Way::Node), "what the spec says stays raised");
+        target.limit = "64Mi".to_owned();
+        target.asking = vec![Bytes::mib(256)];
+        assert!(!target.goes(Way::Node), "it may come");
+        target.asking.clear();
+        assert!(target.goes(Way::Node));
+    }
+
+    #[test]
+    fn whoever_is_raised_or_about_to_be_bursts() {
+        let bursts = |change: &dyn Fn(&mut Target)| {
+            let mut target = target();
+            change(&mut target);
+            target.is_bursting()
+        };
+        assert!(!bursts(&|_| {}));
+        assert!(bursts(&|target| target.limit = "128Mi".to_owned()));
+        assert!(bursts(&|target| target.by_hand = Some(Bytes::mib(128))));
+        assert!(bursts(&|target| target.asking = vec![Bytes::mib(128)]));
     }
 }

@@ -143,13 +143,47 @@ impl Ways {
         };
         match timeout(TIMEOUT, api.patch(probed.name, &parameters, &patch)).await {
             Ok(Ok(_as_it_would_be)) => Ok(true),
-            Ok(Err(kube::Error::Api(status))) if is_immutable(&status) => Ok(false),
+            Ok(Err(kube::Error::Api(status))) => said(&status).ok_or_else(|| {
+                format!(
+                    "whether limits can be changed is not known: {}",
+                    status.message
+                )
+            }),
             Ok(Err(error)) => Err(format!(
                 "whether limits can be changed is not known: {error}"
             )),
             Err(_elapsed) => Err("the API does not answer".to_owned()),
         }
     }
+}
+
+/// What a refusal says of whether limits can be changed; `None` if nothing.
+fn said(status: &Status) -> Option<bool> {
+    if is_immutable(status) {
+        return Some(false);
+    }
+    if is_denied_by_ours(status) {
+        tracing::warn!(
+            "the admission policy bellows-agent lets limits be changed by pods/resize only, which this API server does not have: limits are moved on the node alone; the chart renders a policy that fits this Kubernetes, the static manifests are for 1.32 and later"
+        );
+        return Some(false);
+    }
+    is_of_this_value(status).then_some(true)
+}
+
+/// The policy that is there was rendered for an API server with `pods/resize` (deploy/chart/templates/admission.yaml): what
+/// is asked for in earnest would be denied, too.
+fn is_denied_by_ours(status: &Status) -> bool {
+    status
+        .message
+        .contains("an agent changes a spec by resize only")
+}
+
+/// Admission judges the value (a LimitRange, a quota, somebody's policy), after the API server has found that limits can be
+/// changed: it validates first (`Store.Update`, k8s.io/apiserver/pkg/registry/generic/registry/store.go). A right that is
+/// missing says nothing.
+fn is_of_this_value(status: &Status) -> bool {
+    status.code == 403 && !status.message.contains("cannot patch resource")
 }
 
 /// "pod updates may not change fields other than …" (`ValidatePodUpdate`, pkg/apis/core/validation/validation.go).
@@ -213,5 +247,35 @@ mod tests {
         // A test of the patch that failed.
         let other = "the server rejected our request due to an error in our request";
         assert!(!is_immutable(&status(422, other)));
+    }
+
+    /// It must not be asked again every two seconds, nor be taken for a cluster in which limits cannot be changed.
+    #[test]
+    fn whoever_refuses_the_value_has_taken_the_change() {
+        let said = |code, message: &str| {
+            said(&Status {
+                code,
+                message: message.to_owned(),
+                ..Status::default()
+            })
+        };
+        let range = "pods \"a\" is forbidden: maximum memory usage per Container is 1Gi, but limit is 1025Mi";
+        assert_eq!(said(403, range), Some(true));
+        let right = "pods \"a\" is forbidden: User \"b\" cannot patch resource \"pods\" in API group \"\" in the namespace \"c\"";
+        assert_eq!(said(403, right), None);
+        assert_eq!(said(500, "etcdserver: request timed out"), None);
+        let other = "Pod \"a\" is invalid: spec.containers[0].resources.requests: Invalid value: must be less than or equal to memory limit";
+        assert_eq!(said(422, other), None);
+    }
+
+    /// Limits are moved on the node then: asking again does not change the policy.
+    #[test]
+    fn a_policy_that_does_not_fit_says_that_limits_cannot_be_changed() {
+        let denied = Status {
+            code: 422,
+            message: "pods \"a\" is forbidden: ValidatingAdmissionPolicy 'bellows-agent' with binding 'bellows-agent' denied request: an agent changes a spec by resize only".to_owned(),
+            ..Status::default()
+        };
+        assert_eq!(said(&denied), Some(false));
     }
 }

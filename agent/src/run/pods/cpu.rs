@@ -273,7 +273,7 @@ impl Watch {
             cgroup: cgroup.clone(),
             container: key.1.clone(),
             index: wish.index,
-            is_reported: false,
+            is_reported: None,
             limit: wish.limit_text.clone(),
             original_text: wish.original_text.clone(),
             is_recorded: wish.recorded,
@@ -303,7 +303,8 @@ impl Watch {
             let is_old = target.times.told.is_some_and(|told| told.elapsed() < OLD);
             target.is_recorded = wish.recorded;
             let container = seen.containers.get(wish.index);
-            target.is_reported = container.is_some_and(|container| container.reports_resources);
+            let running = container.filter(|container| container.id.is_some());
+            target.is_reported = running.map(|container| container.reports_resources);
             if !is_old || wish.foreign {
                 target.limit.clone_from(&wish.limit_text);
                 target.original_text.clone_from(&wish.original_text);

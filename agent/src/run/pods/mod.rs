@@ -631,6 +631,9 @@ impl Watch {
 
     async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), String> {
         let resizer = &self.context.resizer;
+        if resizer.is_only_by_hand(&seen.uid, None) {
+            return Err("another limit of the pod is raised on the node alone".to_owned());
+        }
         give_back::give_back(
             &self.context.client,
             resizer.ways(),

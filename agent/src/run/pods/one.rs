@@ -116,7 +116,7 @@ impl Watch {
             match way {
                 Way::Resize | Way::Patch => "",
                 Way::Node =>
-                    "; raised on the node: this Kubernetes cannot raise and lower it in place",
+                    "; raised on the node: this API server, this kubelet or the admission policy in force cannot raise and lower it in place",
             }
         );
         self.events.guarded(pod, note);
@@ -130,6 +130,29 @@ impl Watch {
         let change = Change::memory(wish.level, wish.limit_text.clone(), other);
         let probed = Probed::of(seen, wish.level, change);
         self.context.resizer.ways().of(&probed).await
+    }
+
+    /// How it is changed from now on. The API server may have become another one, and the kubelet, too. What stands raised
+    /// is first lowered in the way that it was raised in, unless the API can come to say it.
+    async fn way_now(&self, seen: &pod::Pod, wish: &Wish, cgroup: CgroupId) -> Way {
+        let targets = self.context.resizer.targets();
+        let known = targets.of(cgroup, |target| target.way).unwrap_or_default();
+        let Ok(way) = self.way(seen, wish).await else {
+            return known;
+        };
+        let changed = targets.of(cgroup, |target| target.goes(way));
+        if changed == Some(true) {
+            tracing::info!(
+                pod.namespace = seen.namespace,
+                pod.name = seen.name,
+                ?way,
+                "its limit is changed in another way from now on"
+            );
+            if way != Way::Node {
+                self.context.resizer.agree(cgroup);
+            }
+        }
+        targets.of(cgroup, |target| target.way).unwrap_or(known)
     }
 
     fn remember(&mut self, key: &Key, wish: &Wish, cgroup: CgroupId, policy: Policy) {
@@ -229,9 +252,8 @@ impl Watch {
         cgroup: CgroupId,
         policy: Policy,
     ) -> Result<(), String> {
-        let targets = self.context.resizer.targets();
-        let way = targets.of(cgroup, |target| target.way);
-        let wish = &on_way(wish, way.unwrap_or_default());
+        let way = self.way_now(seen, wish, cgroup).await;
+        let wish = &on_way(wish, way);
         let wanted = self.policy(wish)?;
         if !wish.recorded {
             self.record_memory(seen, wish).await?;

@@ -81,6 +81,8 @@ struct Summary {
 /// A container whose request may be moved.
 struct KnownRequest {
     wish: RequestWish,
+    /// Whether the kubelet says what resources it has.
+    is_reported: bool,
     cgroup: Cgroup,
     /// For people.
     name: String,
@@ -320,6 +322,8 @@ impl Watch {
         seen: &mut pod::Pod,
         mut wish: RequestWish,
     ) -> Result<(), String> {
+        let container = seen.containers.get(wish.index);
+        let is_reported = container.is_some_and(|container| container.reports_resources);
         if wish.id.is_none() {
             return Ok(());
         }
@@ -337,8 +341,8 @@ impl Watch {
             }
         }
         match self.requests.known.get_mut(key) {
-            Some(known) if known.wish.id == wish.id => known.follow(wish),
-            _ => self.adopt_request(key, seen, wish)?,
+            Some(known) if known.wish.id == wish.id => known.follow(wish, is_reported),
+            _ => self.adopt_request(key, seen, wish, is_reported)?,
         }
         Ok(())
     }
@@ -376,6 +380,7 @@ impl Watch {
         key: &Key,
         seen: &pod::Pod,
         wish: RequestWish,
+        is_reported: bool,
     ) -> Result<(), String> {
         let path = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
         let path = path.ok_or("it has no cgroup yet")?;
@@ -390,6 +395,7 @@ impl Watch {
                 .filter(|_| wish.request < wish.original)
                 .unwrap_or_default(),
             wish,
+            is_reported,
             cgroup,
             order,
             since: Instant::now(),
@@ -463,6 +469,7 @@ impl Watch {
             index: known.wish.index,
             from: known.wish.request_text.clone(),
             to: known.text(to),
+            is_reported: known.is_reported,
             order: Order::clone(&known.order),
             urgency: if is_lent {
                 Urgency::Urgent
@@ -536,7 +543,8 @@ impl Watch {
 
 impl KnownRequest {
     /// Takes over what the API says.
-    fn follow(&mut self, wish: RequestWish) {
+    fn follow(&mut self, wish: RequestWish, is_reported: bool) {
+        self.is_reported = is_reported;
         if wish.foreign {
             // What was lent is lost with what it was a part of.
             self.loans.clear();
