@@ -5,7 +5,8 @@
 //! make's and as a server.
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fs, io,
     os::unix::fs::PermissionsExt as _,
     path::Path,
     process::{Command, Stdio},
@@ -14,7 +15,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bellows::cgroup::{Cgroup, Limit};
+use bellows::{
+    cgroup::{Cgroup, Limit},
+    ledger,
+};
 use bellows_core::{Bytes, quantity};
 use clap::{Args, ValueEnum};
 use fastrand::Rng;
@@ -61,6 +65,8 @@ enum Kind {
 enum Tool {
     MakeFifo,
     MakePipe,
+    /// Makes below a make, some of which end before the others.
+    SubMakes,
     /// A client of make's jobserver, as ninja is one.
     LikeNinja,
     /// A jobserver of its own, as cargo is one.
@@ -78,6 +84,13 @@ const TOOLS: [Tool; 6] = [
     Tool::LikeCargo,
     Tool::Shell,
     Tool::Pipes,
+];
+
+const KILLED: [Tool; 4] = [
+    Tool::MakeFifo,
+    Tool::MakePipe,
+    Tool::LikeCargo,
+    Tool::SubMakes,
 ];
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -114,10 +127,20 @@ struct Record {
     with: Option<Ended>,
     /// By `-j`.
     fixed: Vec<(usize, Ended)>,
-    /// Milliseconds from the guard's death until nobody was stopped, and how many had been.
-    resumed_after: Option<(u64, usize)>,
+    killed: Option<Killed>,
+}
+
+/// The end of a guard, and what came after it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Killed {
+    /// How many were paused right before it.
+    stopped: usize,
+    /// How many tokens were withheld then.
+    withheld: usize,
+    /// Milliseconds until nobody was stopped.
+    resumed_ms: u64,
     /// Whether the build passed then, and make had all its tokens.
-    passed_after: Option<bool>,
+    passed: bool,
 }
 
 /// Where the loads are, seen from within the root.
@@ -154,9 +177,17 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         }
     }
     if is_meant(Kind::Killed) {
-        for index in 0..5 {
-            records.write(&bench.killed(index)?)?;
+        let (mut stopped, mut withheld) = (0, 0);
+        for index in 0..8 {
+            let record = bench.killed(index)?;
+            stopped += record.killed.map_or(0, |killed| killed.stopped);
+            withheld += record.killed.map_or(0, |killed| killed.withheld);
+            records.write(&record)?;
         }
+        ensure!(
+            stopped > 0 && withheld > 0,
+            "nothing was there to be undone: {stopped} paused, {withheld} tokens withheld"
+        );
     }
     if is_meant(Kind::Real) {
         records.write(&bench.real()?)?;
@@ -221,6 +252,26 @@ impl Tool {
                     "fifo"
                 };
                 format!("exec make -f {PLACE}/Makefile -j{at_once} --jobserver-style={style}")
+            }
+            Self::SubMakes => {
+                let groups: Vec<String> = (0..jobs.len())
+                    .step_by(4)
+                    .map(|n| format!("group{n}"))
+                    .collect();
+                let groups = groups.join(" ");
+                let mut rules = String::new();
+                for (n, group) in jobs.chunks(4).enumerate() {
+                    let all: Vec<String> = (0..group.len())
+                        .map(|m| format!("job{}", 4 * n + m))
+                        .collect();
+                    let all = all.join(" ");
+                    rules += &format!("group{}:\n\t@+$(MAKE) -f {PLACE}/Makefile {all}\n", 4 * n);
+                    for (m, job) in group.iter().enumerate() {
+                        rules += &format!("job{}:\n\t@{}\n", 4 * n + m, load(job));
+                    }
+                }
+                write_makefile(&format!("all: {groups}\n.PHONY: all {groups}\n{rules}"))?;
+                format!("exec make -f {PLACE}/Makefile -j{at_once} --jobserver-style=pipe")
             }
             Self::LikeNinja => {
                 write_makefile(&format!("all:\n\t@+{} --client\n", like("ninja")))?;
@@ -331,8 +382,7 @@ impl Bench {
             without: Some(without),
             with: Some(with),
             fixed,
-            resumed_after: None,
-            passed_after: None,
+            killed: None,
         };
         tell(&record);
         Ok(record)
@@ -370,8 +420,7 @@ impl Bench {
             without: Some(without),
             with: Some(with),
             fixed: Vec::new(),
-            resumed_after: None,
-            passed_after: None,
+            killed: None,
         };
         tell(&record);
         Ok(record)
@@ -423,8 +472,7 @@ impl Bench {
             with: Some(with),
             // Without a limit it is no answer to a ceiling.
             fixed: fixed.split_off(1),
-            resumed_after: None,
-            passed_after: None,
+            killed: None,
         };
         tell(&record);
         Ok(record)
@@ -440,15 +488,11 @@ impl Bench {
             16
         ];
         let ceiling = Bytes::mib(4 * 48).plus(REST);
-        let tool = if index.is_multiple_of(2) {
-            Tool::MakeFifo
-        } else {
-            Tool::MakePipe
-        };
-        let script = tool.script(&jobs, 8)?.replace("exec ", "");
+        let tool = KILLED[usize::try_from(index)? % KILLED.len()];
         let marker = format!("{ROOT}{PLACE}/passed");
         drop(fs::remove_file(&marker));
-        let script = format!("{script} 2>{PLACE}/said && touch {PLACE}/passed");
+        let script = tool.script(&jobs, 8)?;
+        let script = format!("({script}) 2>{PLACE}/said && touch {PLACE}/passed");
         let (memory, max) = (ceiling.per_mille(250).0.to_string(), ceiling.0.to_string());
         let mut guard = Command::new(BELLOWS)
             .args([
@@ -466,15 +510,16 @@ impl Bench {
             .stderr(Stdio::null())
             .spawn()?;
         let path = Path::new("/sys/fs/cgroup").join(format!("bellows-exec-{}", guard.id()));
-        let mut stopped = 0;
         wait("somebody is paused", Duration::from_secs(60), || {
-            stopped = count_stopped(&path);
-            Ok(stopped > 0)
+            Ok(count_stopped(&path) > 0)
         })?;
         // The later, the more tokens are withheld.
         thread::sleep(Duration::from_millis(600 * index));
-        stopped = stopped.max(count_stopped(&path));
-        eprintln!("case Killed {index}: {stopped} are paused");
+        let mut counted = (0, 0);
+        wait("somebody waits", Duration::from_secs(10), || {
+            counted = (count_stopped(&path), count_withheld(guard.id())?);
+            Ok(counted != (0, 0))
+        })?;
         guard.kill()?;
         let start = Instant::now();
         // What follows is about who goes on, not about who fits.
@@ -483,8 +528,11 @@ impl Bench {
             Ok(count_stopped(&path) == 0)
         })?;
         let resumed_ms = u64::try_from(start.elapsed().as_millis())?;
+        let (stopped, withheld) = counted;
         guard.wait()?;
-        eprintln!("case Killed {index}: all go on after {resumed_ms} ms");
+        eprintln!(
+            "case Killed {index}: {stopped} paused and {withheld} tokens withheld, all go on after {resumed_ms} ms"
+        );
         wait("the build's end", Duration::from_secs(60), || {
             Ok(!path.exists())
         })
@@ -501,13 +549,33 @@ impl Bench {
             without: None,
             with: None,
             fixed: Vec::new(),
-            resumed_after: Some((resumed_ms, stopped)),
-            passed_after: Some(Path::new(&marker).exists() && !said.contains("INTERNAL")),
+            killed: Some(Killed {
+                stopped,
+                withheld,
+                resumed_ms,
+                passed: Path::new(&marker).exists() && !said.contains("INTERNAL"),
+            }),
         };
         tell(&record);
         eprintln!("case said: {said}");
         Ok(record)
     }
+}
+
+/// Tokens that the guard with this number withholds, by its own records.
+fn count_withheld(guard: u32) -> Result<usize> {
+    let ledger = Path::new(ledger::DIRECTORY).join(format!("exec-{guard}.ledger"));
+    let records = match ledger::read(&ledger::paused(&ledger)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        contents => contents?.records,
+    };
+    let mut withheld = BTreeMap::new();
+    for record in records {
+        if let ledger::Record::Tokens { place, taken, .. } = record {
+            withheld.insert(place, taken.len());
+        }
+    }
+    Ok(withheld.values().sum())
 }
 
 fn count_stopped(cgroup: &Path) -> usize {
@@ -541,8 +609,7 @@ fn tell(record: &Record) {
         without,
         with,
         fixed,
-        resumed_after,
-        passed_after,
+        killed,
         ..
     } = record;
     let ended = |ended: &Ended| {
@@ -564,7 +631,7 @@ fn tell(record: &Record) {
         .map(|(at_once, one)| format!("-j{at_once} {}", ended(one)))
         .collect();
     eprintln!(
-        "case {kind:?} {index} {tool:?} {} with {}, without {}; {} {resumed_after:?} {passed_after:?} {pauses}",
+        "case {kind:?} {index} {tool:?} {} with {}, without {}; {} {killed:?} {pauses}",
         quantity::format(*ceiling),
         told(with),
         told(without),
@@ -598,8 +665,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
             .filter_map(|with| with.report[name].as_u64())
             .sum::<u64>()
     };
-    let resumed = records.iter().filter_map(|record| record.resumed_after);
-    let resumed_ms = resumed.map(|(ms, _)| ms).max();
+    let killed: Vec<Killed> = records.iter().filter_map(|record| record.killed).collect();
+    let resumed_ms = killed.iter().map(|killed| killed.resumed_ms).max();
     Ok(json!({
         "n": of(Kind::Make).count(),
         "passed_without": count(Kind::Make, without),
@@ -614,8 +681,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "real_passed_with": count(Kind::Real, with),
         "real_time_vs_best_fixed_j": ratios(Kind::Real).first().copied().map(rounded),
         "resumed_after_kill_s": resumed_ms.map(|ms| ms as f64 / 1000.0),
-        "killed": of(Kind::Killed).count(),
-        "killed_passed": of(Kind::Killed).filter(|record| record.passed_after == Some(true)).count(),
+        "killed": killed.len(),
+        "killed_passed": killed.iter().filter(|killed| killed.passed).count(),
+        "killed_stopped": killed.iter().map(|killed| killed.stopped).sum::<usize>(),
+        "killed_withheld": killed.iter().map(|killed| killed.withheld).sum::<usize>(),
         "pauses": sum("pauses"),
         "standstills": sum("standstills"),
         "tokens_missing": all().map(|with| with.tokens_missing).sum::<usize>(),
