@@ -331,7 +331,9 @@ impl Watched {
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(place = ?jobserver.place, %error, "a jobserver is left alone");
+                    if jobserver.is_there() {
+                        tracing::warn!(place = ?jobserver.place, %error, "a jobserver is left alone");
+                    }
                     give_back(jobserver, 0, cgroup, state);
                     self.jobserver = None;
                     return false;

@@ -200,9 +200,19 @@ pub(super) fn run_all(options: &Jobs) -> Result<()> {
         thread::sleep(Duration::from_millis(5));
     }
     if !options.client {
+        // As make does it: whoever has tokens yet has an end open to give them back by.
+        let Tokens { mut from, to, .. } = tokens;
+        drop(to);
         let mut left = 1;
-        while tokens.take()? {
-            left += 1;
+        loop {
+            match from.read(&mut [0]) {
+                Ok(0) => break,
+                Ok(_) => left += 1,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         // As make says it.
         if left != options.at_once {
