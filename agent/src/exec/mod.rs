@@ -437,3 +437,23 @@ impl Delayed {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_words_are_the_same_workload() {
+        let workload = |words: &[&str]| {
+            let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+            named(&words).workload
+        };
+        assert_eq!(workload(&["make", "-j8"]), workload(&["make", "-j8"]));
+        assert_ne!(workload(&["make", "-j8"]), workload(&["make", "-j", "8"]));
+        assert_ne!(workload(&["make", "-j8"]), workload(&["make-j8"]));
+        // It names a file.
+        let plain = workload(&["../x", "a/b"]);
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
+        assert!(plain.chars().all(is_plain), "{plain}");
+    }
+}

@@ -481,6 +481,24 @@ mod tests {
     }
 
     #[test]
+    fn whose_growth_is_stopped_is_told_what_to_do() {
+        let wanted = Bytes::mib(500);
+        let kept = told_why(
+            wanted,
+            Why::KeptForBursts(Place::Node, Bytes::mib(400)),
+            None,
+        );
+        assert!(kept.starts_with("no 500 MiB, 400 MiB at most: "), "{kept}");
+        assert!(kept.contains("left in the node"), "{kept}");
+        for told in [kept, told_why(wanted, Why::Leaks, None)] {
+            assert!(
+                told.ends_with("give it a higher limit of its own"),
+                "{told}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_kept_for_a_burst_is_what_was_learnt_or_a_step() {
         let mut at_rest = guarded(AT_REST);
         assert_eq!(

@@ -38,7 +38,7 @@ use super::{
 };
 use crate::{
     containers::{Machine, Spec, Standalone, Started, policy_with},
-    node::shell,
+    node::{shell, wait},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -209,7 +209,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     }
     bench.set_limits(true)?;
     let mut agent = Standalone::start(&policy_with(GUARDED, MAX, Nanos::millis(3000)))?;
-    thread::sleep(Duration::from_secs(5));
+    bench.wait_guarded()?;
     write(records, &bench.window(Part::Learning, &[0])?)?;
     for (&n, without) in sizes.iter().zip(&unlimited) {
         agent.check()?;
@@ -309,6 +309,17 @@ impl Bench {
             set(&started.pod, own)?;
         }
         set(&pods()?, all)
+    }
+
+    fn wait_guarded(&self) -> Result<()> {
+        wait("all are guarded", Duration::from_secs(120), || {
+            let is_guarded = |started: &Started| {
+                let ledger = ledger_of(started.cgroup.id());
+                let adopts = |record: &LedgerRecord| matches!(record, LedgerRecord::Adopt { .. });
+                ledger.iter().any(adopts)
+            };
+            Ok(self.containers.iter().all(is_guarded))
+        })
     }
 
     /// Has containers build by a schedule, and waits for all of them.

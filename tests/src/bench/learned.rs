@@ -2,6 +2,7 @@
 //!
 //! The first run climbs to what it needs, by steps. The third must start right: one raise, nobody held by the memory controller,
 //! and hardly more granted than it uses. Then the container is made anew, after the agent was, too: what was learnt outlives both.
+//! The first build is also run three times under `bellows exec`, each time another agent.
 //!
 //! What is granted counts from the first raise to the end of the build, against 1.25 times the most that this run has used
 //! (without page cache), for as long: unlike elsewhere not against what it has used until then, because to have it all from
@@ -23,7 +24,7 @@ use super::{
     container_bursts::is_at_rest,
     pod_bursts::{ledger_of, raises},
     record::{Records, parsed, rounded},
-    runner::Probe,
+    runner::{Probe, Runner},
 };
 use crate::{
     containers::{Machine, Spec, Standalone, Started, policy_with},
@@ -52,10 +53,18 @@ struct Case {
     width: u64,
 }
 
+/// Where it ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Place {
+    Container,
+    Exec,
+}
+
 /// One run of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
     case: Case,
+    place: Place,
     /// The first is 1.
     run: u64,
     /// Whether the container was made anew for it.
@@ -66,6 +75,7 @@ struct Record {
     began: Nanos,
     ended: Nanos,
     oom_kill: u64,
+    raises: u64,
     sleeps: u64,
     /// The most that it has used, without page cache.
     peak: Bytes,
@@ -85,10 +95,6 @@ struct Said {
 }
 
 impl Record {
-    fn raises(&self) -> usize {
-        raises(&self.ledger).count()
-    }
-
     /// Granted byte-seconds over 1.25 times the peak's, from the first raise to the end.
     fn overgrant(&self) -> Option<f64> {
         let end = self.ended.0 / 1000;
@@ -127,7 +133,8 @@ const LOOK: Duration = Duration::from_millis(40);
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let rules = policy_with(GUARDED, MAX, Nanos::millis(3000));
-    let probe = Probe::start()?;
+    let runner = Runner::new()?;
+    let probe = runner.probe().clone();
     // Compiler and headers come from the disk into page cache that belongs to no container.
     shell("make --silent -C /build-load -j2 O=/tmp/warm /tmp/warm/unit-1.o /tmp/warm/main.o")?;
     let mut random = fastrand::Rng::with_seed(options.seed);
@@ -141,6 +148,11 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             width: random.u64(20..=40),
         })
         .collect();
+    for run in 1..=RUNS {
+        if let Some(case) = cases.first() {
+            write(records, &build_alone(&runner, *case, run)?)?;
+        }
+    }
     let mut agent = Standalone::start(&rules)?;
     for case in &cases {
         let started = start(&mut machine, *case)?;
@@ -167,13 +179,14 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 
 fn write(records: &mut Records, record: &Record) -> Result<()> {
     eprintln!(
-        "case {} run {}: code {}, {} ms, peak {}, {} raises, {} sleeps, overgrant {:?}, restored {}",
+        "case {} in {:?} run {}: code {}, {} ms, peak {}, {} raises, {} sleeps, overgrant {:?}, restored {}",
         record.case.index,
+        record.place,
         record.run,
         record.code,
         record.ms,
         record.peak,
-        record.raises(),
+        record.raises,
         record.sleeps,
         record.overgrant(),
         record.is_restored,
@@ -256,8 +269,11 @@ fn build(
     let track = sampler.finish();
     let ledger = ledger_of(started.cgroup.id());
     let is_meant = |record: &LedgerRecord| (began..ended).contains(&record.at());
+    let ledger: Vec<LedgerRecord> = ledger.into_iter().filter(is_meant).collect();
     Ok(Record {
         case,
+        place: Place::Container,
+        raises: u64::try_from(raises(&ledger).count())?,
         run,
         is_anew,
         code: said.code,
@@ -269,14 +285,57 @@ fn build(
         peak,
         samples: track.samples,
         is_restored,
-        ledger: ledger.into_iter().filter(is_meant).collect(),
+        ledger,
+    })
+}
+
+/// Has it built under `bellows exec`.
+fn build_alone(runner: &Runner, case: Case, run: u64) -> Result<Record> {
+    let Case {
+        units,
+        width,
+        jobs,
+        limit,
+        ..
+    } = case;
+    let out = format!("/tmp/{GUARDED}-exec");
+    let words =
+        format!("make --silent -C /build-load UNITS={units} WIDTH={width} -j{jobs} O={out}");
+    let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+    let began = now();
+    let outcome = runner.bellows(limit, MAX, &[], &words)?;
+    shell(&format!("rm -rf {out}"))?;
+    let report = &outcome.report["report"];
+    let number = |name: &str| report[name].as_u64().with_context(|| format!("no {name}"));
+    Ok(Record {
+        case,
+        place: Place::Exec,
+        run,
+        is_anew: run > 1,
+        code: outcome.code,
+        ms: outcome.wall_us / 1000,
+        began,
+        ended: Nanos(began.0 + outcome.wall_us * 1000),
+        oom_kill: outcome.oom_kill,
+        raises: number("raises")?,
+        sleeps: outcome.sleeps,
+        peak: Bytes(number("peak_demand")?),
+        samples: outcome.samples,
+        // Its cgroup is gone.
+        is_restored: true,
+        ledger: Vec::new(),
     })
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let records: Vec<Record> = parsed(records)?;
-    let of = |run: u64| records.iter().filter(move |record| record.run == run);
-    let raises = |run: u64| of(run).map(Record::raises).max();
+    let at = |place: Place, run: u64| {
+        let meant = move |record: &&Record| record.place == place && record.run == run;
+        records.iter().filter(meant)
+    };
+    let of = |run: u64| at(Place::Container, run);
+    let raises = |run: u64| of(run).map(|record| record.raises).max();
+    let exec = |run: u64| at(Place::Exec, run).next();
     let overgrant = |run: u64| -> Result<f64> {
         let all = of(run).map(|record| record.overgrant().context("a run was never raised"));
         let all = all.collect::<Result<Vec<f64>>>()?;
@@ -293,6 +352,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "patches_anew": raises(RUNS + 1),
         "sleeps_anew": of(RUNS + 1).map(|record| record.sleeps).max(),
         "overgrant_anew": overgrant(RUNS + 1)?,
+        "exec_raises_first": exec(1).map(|record| record.raises),
+        "exec_raises": exec(RUNS).map(|record| record.raises),
+        "exec_sleeps": exec(RUNS).map(|record| record.sleeps),
+        "exec_overgrant": exec(RUNS).and_then(Record::overgrant).map(rounded),
         "failed": records.iter().filter(|record| record.code != 0 || record.oom_kill > 0).count(),
         "restored": records.iter().filter(|record| record.is_restored).count(),
         "runs": records.len(),
