@@ -52,6 +52,10 @@ pub const WHOLE_POD: &str = "*";
 /// The field manager of Bellows' own changes: by it the API itself tells them from others'.
 pub const MANAGER: &str = "bellows";
 
+/// The least priority of pods that are critical to the system: `system-cluster-critical` and `system-node-critical`
+/// (`SystemCriticalPriority`, pkg/apis/scheduling/types.go), which nobody else may have.
+const CRITICAL: i32 = 2_000_000_000;
+
 /// Quality of service class of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QosClass {
@@ -160,6 +164,13 @@ pub struct Pod {
     pub is_static: bool,
     /// Whether it is being deleted or has ended.
     pub ending: bool,
+}
+
+impl Pod {
+    /// Whether the node or the cluster depends on it: nobody moves a limit or request of it.
+    const fn is_critical(&self) -> bool {
+        self.priority >= CRITICAL
+    }
 }
 
 /// What is guarded in a pod.
@@ -273,6 +284,11 @@ pub enum Refusal {
     /// The pod is static.
     #[error("the pod is static: the API cannot resize it; change its file on the node")]
     Static,
+    /// The pod is critical.
+    #[error(
+        "the pod is critical to the system (priority class system-node-critical or system-cluster-critical): it is left alone"
+    )]
+    Critical,
     /// A resize would restart the container.
     #[error(
         "container `{0}` has resizePolicy RestartContainer for memory: a resize would restart it; use NotRequired"
@@ -305,6 +321,7 @@ impl Refusal {
             Self::NoLimit(_) | Self::Limit { .. } => "NoMemoryLimit",
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
+            Self::Critical => "CriticalPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
             Self::Claimed { claimant, .. } => claimant.reason(),
         }
@@ -504,6 +521,9 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
     };
     if pod.is_static {
         return Err(Refusal::Static);
+    }
+    if pod.is_critical() {
+        return Err(Refusal::Critical);
     }
     if pod.qos == QosClass::Guaranteed {
         return Err(Refusal::Guaranteed);

@@ -76,6 +76,11 @@ pub enum CpuRefusal {
     /// The pod is static.
     #[error("the pod is static: the API cannot resize it; change its file on the node")]
     Static,
+    /// The pod is critical.
+    #[error(
+        "the pod is critical to the system (priority class system-node-critical or system-cluster-critical): it is left alone"
+    )]
+    Critical,
     /// A resize would restart the container.
     #[error(
         "container `{0}` has resizePolicy RestartContainer for cpu: a resize would restart it; use NotRequired"
@@ -116,6 +121,7 @@ impl CpuRefusal {
             Self::Limit { .. } => "NoCpuLimit",
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
+            Self::Critical => "CriticalPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
             Self::Claimed { claimant, .. } => claimant.reason(),
             Self::WholePod => "PodLevelCpuNotSupported",
@@ -214,6 +220,8 @@ fn asked(
 fn refusal(pod: &Pod, container: &Container) -> Option<CpuRefusal> {
     if pod.is_static {
         Some(CpuRefusal::Static)
+    } else if pod.is_critical() {
+        Some(CpuRefusal::Critical)
     } else if pod.qos == QosClass::Guaranteed {
         Some(CpuRefusal::Guaranteed)
     } else if pod.has_cpu_limit {
@@ -350,6 +358,8 @@ mod tests {
             only(&pod, &policies).unwrap().unwrap_err()
         };
         assert_eq!(refusal(&|pod| pod.is_static = true), CpuRefusal::Static);
+        let critical = refusal(&|pod| pod.priority = 2_000_000_000);
+        assert_eq!(critical, CpuRefusal::Critical);
         let guaranteed = refusal(&|pod| pod.qos = QosClass::Guaranteed);
         assert_eq!(guaranteed, CpuRefusal::Guaranteed);
         assert_eq!(

@@ -73,6 +73,11 @@ pub enum RequestRefusal {
     /// The pod is static.
     #[error("the pod is static: the API cannot resize it; change its file on the node")]
     Static,
+    /// The pod is critical.
+    #[error(
+        "the pod is critical to the system (priority class system-node-critical or system-cluster-critical): it is left alone"
+    )]
+    Critical,
     /// A resize would restart the container.
     #[error(
         "container `{0}` has resizePolicy RestartContainer for memory: a resize would restart it; use NotRequired"
@@ -101,6 +106,7 @@ impl RequestRefusal {
             Self::Request { .. } => "NoMemoryRequest",
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
+            Self::Critical => "CriticalPodNotSupported",
             Self::RestartsOnResize(_) => "ResizeRestartsContainer",
             Self::Claimed { claimant, .. } => claimant.reason(),
             Self::WholePod => "PodLevelRequestNotSupported",
@@ -185,6 +191,8 @@ fn asked(pod: &Pod, policies: &[ElasticPolicy], container: &Container) -> Option
 fn refusal(pod: &Pod, container: &Container) -> Option<RequestRefusal> {
     if pod.is_static {
         Some(RequestRefusal::Static)
+    } else if pod.is_critical() {
+        Some(RequestRefusal::Critical)
     } else if pod.qos == QosClass::Guaranteed {
         Some(RequestRefusal::Guaranteed)
     } else if pod.has_memory_request {
@@ -279,12 +287,16 @@ mod tests {
     #[test]
     fn nobody_is_lowered_who_would_be_restarted_or_get_another_class() {
         type Case = (fn(&mut Pod), &'static str);
-        let cases: [Case; 4] = [
+        let cases: [Case; 5] = [
             (
                 |pod| pod.qos = QosClass::Guaranteed,
                 "GuaranteedNotSupported",
             ),
             (|pod| pod.is_static = true, "StaticPodNotSupported"),
+            (
+                |pod| pod.priority = 2_000_000_000,
+                "CriticalPodNotSupported",
+            ),
             (
                 |pod| pod.has_memory_request = true,
                 "PodLevelRequestNotSupported",

@@ -58,6 +58,23 @@ fn a_pod_that_does_not_ask_is_left_alone() {
     }
 }
 
+/// Whatever an annotation or a policy says: coredns, a network plugin, ourselves.
+#[test]
+fn nothing_is_moved_of_what_the_system_depends_on() {
+    let mut critical = pod(&[ACT, MAX]);
+    critical.priority = 1_999_999_999;
+    assert!(wish(&critical).unwrap().is_some());
+    for priority in [2_000_000_000, 2_000_001_000] {
+        critical.priority = priority;
+        assert_eq!(wish(&critical), Err(Refusal::Critical));
+        critical.annotations.clear();
+        let policy = policy("dev/all", Mode::Act, None, 512);
+        let by_policy = wishes(&critical, &[policy]).remove("app");
+        assert_eq!(by_policy, Some(Err(Refusal::Critical)));
+        critical = pod(&[ACT, MAX]);
+    }
+}
+
 #[test]
 fn a_pod_that_is_only_watched_is_told_from_one_that_is_guarded() {
     for (text, mode) in [
