@@ -45,6 +45,13 @@ pub fn explain(path: &Path, pod: &str) -> Result<String, ExplainError> {
         Err(_) if !records.is_empty() => {}
         Err(error) => return Err(ExplainError::NoLedger(path.to_owned(), error)),
     }
+    let requests = ledger::requests(path);
+    let requests = [ledger::previous(&requests), requests];
+    let requests = requests.iter().filter_map(|path| ledger::read(path).ok());
+    records.extend(requests.flat_map(|contents| contents.records));
+    records.sort_by_key(Record::at);
+    // A new ledger begins with some of the one before.
+    records.dedup();
     tell(&records, pod)
 }
 
@@ -279,6 +286,7 @@ mod tests {
             uid: "u".to_owned(),
             before: Bytes::mib(64),
             short: Bytes::mib(100),
+            capacity: None,
         };
         let at = Nanos::millis(1000);
         let records = [

@@ -446,8 +446,19 @@ pub fn previous(path: &Path) -> PathBuf {
 /// the controller, nor the controller for it.
 #[must_use]
 pub fn paused(path: &Path) -> PathBuf {
+    beside(path, "paused")
+}
+
+/// Where it is kept what was done to requests, beside the ledger at `path`: a file of its own, because who was lent what must
+/// be known for as long as that is not given back, and its writer is not the one who begins a new ledger.
+#[must_use]
+pub fn requests(path: &Path) -> PathBuf {
+    beside(path, "requests")
+}
+
+fn beside(path: &Path, what: &str) -> PathBuf {
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!("{name}-paused.ledger"))
+    path.with_file_name(format!("{name}-{what}.ledger"))
 }
 
 /// What a ledger file says.

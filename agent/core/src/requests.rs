@@ -274,6 +274,9 @@ pub enum RequestWhy {
         before: Bytes,
         /// What it is short of.
         short: Bytes,
+        /// What the node has for pods, as the kubelet has said.
+        #[serde(default)]
+        capacity: Option<Bytes>,
     },
     /// There is room for it again.
     GivenBack,

@@ -99,13 +99,10 @@ impl RequestResizer {
         let (patched, _is_uncertain) = patched.await;
         match patched {
             Ok(Ok(_patched)) => Ok(()),
-            Ok(Err(error)) => {
-                let is_refused = matches!(&error, kube::Error::Api(status) if status.code == 403);
-                Err(NotChanged {
-                    why: error.to_string(),
-                    is_passing: !is_refused,
-                })
-            }
+            Ok(Err(error)) => Err(NotChanged {
+                why: error.to_string(),
+                is_passing: is_passing(&error),
+            }),
             Err(_elapsed) => Err(NotChanged {
                 why: format!("no answer within {} s", RESIZE_TIMEOUT.as_secs()),
                 is_passing: true,
@@ -127,6 +124,54 @@ impl RequestResizer {
                 why,
                 is_passing: true,
             }),
+        }
+    }
+}
+
+/// Whether a refusal may be another answer soon. 422 is an invalid value and a denial of an admission policy, unless the
+/// patch's own tests have failed: then something is not what it was (`applyJSPatch`,
+/// k8s.io/apiserver/pkg/endpoints/handlers/patch.go).
+fn is_passing(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else {
+        return true;
+    };
+    match status.code {
+        403 => false,
+        422 => status
+            .message
+            .contains("rejected our request due to an error in our request"),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn what_is_invalid_stays_so_and_what_has_moved_does_not() {
+        let of = |code, message: &str| {
+            is_passing(&kube::Error::Api(Box::new(Status {
+                code,
+                message: message.to_owned(),
+                ..Status::default()
+            })))
+        };
+        let moved = "the server rejected our request due to an error in our request";
+        assert!(of(422, moved));
+        assert!(!of(
+            422,
+            "Pod \"a\" is invalid: spec: Forbidden: Pod QOS Class may not change as a result of resizing"
+        ));
+        assert!(!of(
+            422,
+            "pods \"a\" is forbidden: ValidatingAdmissionPolicy 'no' denied request"
+        ));
+        assert!(!of(403, "exceeded quota"));
+        for code in [409, 429, 500, 503] {
+            assert!(of(code, ""), "{code}");
         }
     }
 }

@@ -62,6 +62,7 @@ use crate::{
         resize::{Observed, Order, Resizer, Target},
     },
     attribution::{self, api::Pod, counted::counted, pods::convert, workloads::workloads},
+    explain::LEDGER,
     guard::Input,
     nri,
     quota::Quotas,
@@ -173,7 +174,7 @@ pub(super) async fn watch(context: Context) {
         starting: BTreeMap::new(),
         cpus: BTreeMap::new(),
         cpu_refused: BTreeMap::new(),
-        requests: Requests::new(changed),
+        requests: Requests::new(Path::new(LEDGER), changed),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);

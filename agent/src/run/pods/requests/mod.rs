@@ -2,20 +2,26 @@
 //!
 //! Who is lowered and who gets something back is decided in core (`requests`); [`room`] looks whom that concerns now. What a
 //! request was is written onto the pod when its container is met, so that nothing but the resize itself is left to do when
-//! somebody waits for room. Every change is in the ledger before it is asked for, and by it the next agent knows to whom
-//! something was lent.
+//! somebody waits for room. Every change is in a ledger before it is asked for, and by it the next agent knows to whom
+//! something was lent. A container that is started again is the same to it.
 //!
 //! A resize that the kubelet puts off keeps all else of the pod from being resized, its memory limit too: a request that
-//! does not come back at once is taken back, and owed.
+//! does not come back at once is taken back, and owed. While a limit of the pod is raised, or somebody in it grows, no request
+//! is: that resize would wait with this one.
 //!
 //! It must not move a limit.
 
+mod recent;
 mod room;
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use bellows_core::{
-    Bytes, CgroupId, Nanos,
+    Bytes, Nanos,
     bucket::Urgency,
     pod::{self, Level, ORIGINAL_REQUESTS, PutOff, RequestWish, RequestWishes},
     quantity,
@@ -32,17 +38,19 @@ use crate::{
     attribution::api::Pod,
     cgroup::Cgroup,
     clock::now,
-    explain::{LEDGER, told_request},
+    explain::told_request,
     ledger::{self, Ledger, Record},
 };
-use room::{Loan, Served, loans};
+use recent::Recent;
+use room::{Loan, Served, capacity, loans, unsettled};
 
 /// How often it is looked what containers use.
 pub(super) const SAMPLE: Duration = Duration::from_secs(5);
 /// What the API says within this time of our own change may be older than that.
 const OLD: Duration = Duration::from_secs(5);
-/// How soon what was refused or not answered is tried again.
+/// How soon what was refused or not answered is tried again; each time twice as late, so many times.
 const AGAIN: Duration = Duration::from_secs(5);
+const MOST_DOUBLED: u32 = 6;
 /// The same of what is refused as such.
 const REFUSED: Duration = Duration::from_secs(600);
 /// What is told of a pod whose policy asks for what this agent is not to do.
@@ -50,6 +58,8 @@ const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may no
 
 /// All that is known of requests.
 pub(super) struct Requests {
+    /// The ledger of requests.
+    path: PathBuf,
     known: BTreeMap<Key, KnownRequest>,
     pods: BTreeMap<String, Summary>,
     /// Why a container's request is left alone, as it was told; without a container's name, those of a pod.
@@ -60,8 +70,8 @@ pub(super) struct Requests {
     served: BTreeMap<String, Served>,
     /// What the node has for pods, as the kubelet has said.
     capacity: Option<Bytes>,
-    /// What was lent before this agent began.
-    before: BTreeMap<CgroupId, Vec<Loan>>,
+    /// What was lent before this agent began, by the container's name.
+    before: BTreeMap<String, Vec<Loan>>,
     done: UnboundedSender<Done>,
 }
 
@@ -71,7 +81,9 @@ struct Summary {
     name: String,
     priority: i32,
     requested: Bytes,
-    /// What the kubelet has allotted to its containers; what they request where it does not say.
+    /// What its containers request, without all else that a scheduler counts.
+    own: Bytes,
+    /// What the kubelet has allotted to them; what they request where it does not say.
     allotted: Bytes,
     put_off: Option<PutOff>,
     /// When it was first seen.
@@ -92,6 +104,7 @@ struct KnownRequest {
     /// Since when it is watched, and the most that it has used since.
     since: Instant,
     peak: Bytes,
+    recent: Recent,
     /// What was asked for and is not seen yet.
     asked: Option<Asked>,
     loans: Vec<Loan>,
@@ -99,6 +112,8 @@ struct KnownRequest {
     owed: Bytes,
     /// It is not asked for again before.
     not_before: Option<Instant>,
+    /// How often, one after the other, it was not answered or refused for a while.
+    failures: u32,
     /// How long it was waited the last time that what it was could not be had.
     backoff: Duration,
 }
@@ -113,22 +128,24 @@ struct Asked {
 /// A change has ended.
 pub(super) struct Done {
     key: Key,
-    cgroup: CgroupId,
     to: Bytes,
     why: RequestWhy,
     result: Result<(), NotChanged>,
 }
 
 impl Requests {
-    pub(super) fn new(done: UnboundedSender<Done>) -> Self {
+    pub(super) fn new(ledger: &Path, done: UnboundedSender<Done>) -> Self {
+        let path = ledger::requests(ledger);
+        let records = read(&path);
         Self {
             known: BTreeMap::new(),
             pods: BTreeMap::new(),
             refused: BTreeMap::new(),
             unrecorded: BTreeMap::new(),
             served: BTreeMap::new(),
-            capacity: None,
-            before: loans(Path::new(LEDGER)),
+            capacity: capacity(&records),
+            before: loans(&records),
+            path,
             done,
         }
     }
@@ -169,14 +186,49 @@ impl Requests {
             known.sample();
         }
     }
+
+    /// Pods in which somebody grows, of those that are looked at.
+    fn growing(&self) -> BTreeSet<String> {
+        let known = self.known.iter();
+        let growing = known.filter(|(_, known)| known.recent.is_growing());
+        growing.map(|((uid, _), _)| uid.clone()).collect()
+    }
+
+    /// Writes into the ledger; returns whether it is written.
+    fn write(&self, record: &Record) -> bool {
+        let written = Ledger::open(&self.path).and_then(|mut ledger| {
+            if ledger.is_full()? {
+                ledger.rotate(&self.unsettled())?;
+            }
+            ledger.append(record)
+        });
+        if let Err(error) = &written {
+            tracing::error!(%error, "what cannot be written down is not done");
+        }
+        written.is_ok()
+    }
+
+    /// What a new ledger begins with: what is not given back, of containers that are there.
+    fn unsettled(&self) -> Vec<Record> {
+        let known = self.known.values().map(|known| &known.name);
+        let names: BTreeSet<&String> = known.chain(self.before.keys()).collect();
+        unsettled(&read(&self.path), |name| names.contains(name))
+    }
 }
 
 impl KnownRequest {
-    /// A container that is gone uses nothing more.
-    fn sample(&mut self) -> Bytes {
-        let used = self.cgroup.working_set().unwrap_or_default();
-        self.peak = self.peak.max(used);
-        used
+    /// Nothing is known of one that is gone or about to be started again.
+    fn sample(&mut self) {
+        if let Ok(used) = self.cgroup.working_set() {
+            self.peak = self.peak.max(used);
+            self.recent.saw(used);
+        }
+    }
+
+    /// What it uses, or has used of late; `None` of one that is gone or about to be started again.
+    fn uses(&self) -> Option<Bytes> {
+        let used = self.cgroup.working_set().ok()?;
+        Some(used.max(self.recent.peak()))
     }
 
     /// Its request: what the spec says, or will say.
@@ -291,11 +343,14 @@ impl Watch {
             let said = size(&container.allotted).or_else(|| size(&container.memory_request));
             said.unwrap_or_default()
         });
+        let own = seen.containers.iter();
+        let own = own.map(|container| size(&container.memory_request).unwrap_or_default());
         let before = self.requests.pods.get(&seen.uid);
         let summary = Summary {
             name: format!("{}/{}", seen.namespace, seen.name),
             priority: seen.priority,
             requested: seen.requested,
+            own: own.fold(Bytes::ZERO, Bytes::plus),
             allotted: allotted.fold(Bytes::ZERO, Bytes::plus),
             put_off: seen.put_off.clone(),
             arrived: before.map_or_else(Instant::now, |before| before.arrived),
@@ -386,9 +441,15 @@ impl Watch {
         let path = path.ok_or("it has no cgroup yet")?;
         let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
         let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
-        let loans = self.requests.before.remove(&cgroup.id());
+        let name = format!("{}/{}/{}", seen.namespace, seen.name, key.1);
+        if let Some(known) = self.requests.known.get_mut(key) {
+            tracing::info!(container = name, "it was started again");
+            known.is_started_again(wish, cgroup, is_reported);
+            return Ok(());
+        }
+        let loans = self.requests.before.remove(&name);
         let mut known = KnownRequest {
-            name: format!("{}/{}/{}", seen.namespace, seen.name, key.1),
+            name,
             namespace: seen.namespace.clone(),
             pod: seen.name.clone(),
             loans: loans
@@ -400,9 +461,11 @@ impl Watch {
             order,
             since: Instant::now(),
             peak: Bytes::ZERO,
+            recent: Recent::default(),
             asked: None,
             owed: Bytes::ZERO,
             not_before: None,
+            failures: 0,
             backoff: Duration::ZERO,
         };
         known.sample();
@@ -422,7 +485,8 @@ impl Watch {
             self.make_room_for(waits);
         }
         self.right_size();
-        let highest = waiting.iter().map(|waits| waits.priority).max();
+        let served = waiting.iter().filter(|waits| self.is_served(waits));
+        let highest = served.map(|waits| waits.priority).max();
         self.give_back_requests(highest);
     }
 
@@ -444,24 +508,28 @@ impl Watch {
 
     /// Asks for a request, beside whatever goes on.
     fn change_request(&mut self, key: &Key, to: Bytes, why: RequestWhy) {
-        let Some(known) = self.requests.known.get_mut(key) else {
+        let Some(known) = self.requests.known.get(key) else {
             return;
         };
-        let cgroup = known.cgroup.id();
         let record = Record::Request {
             at: now(),
-            cgroup,
+            cgroup: known.cgroup.id(),
             name: known.name.clone(),
             from: known.wish.request,
             to,
             why: why.clone(),
         };
-        if !write(&record) {
-            known.not_before = Some(Instant::now() + AGAIN);
+        let is_written = self.requests.write(&record);
+        let Some(known) = self.requests.known.get_mut(key) else {
+            return;
+        };
+        if !is_written {
+            known.failed(true);
             return;
         }
         known.asked = Some(Asked { to, taken: None });
-        let is_lent = matches!(why, RequestWhy::Lent { .. });
+        // Somebody waits for room, or all else of the pod for this.
+        let is_urgent = matches!(why, RequestWhy::Lent { .. } | RequestWhy::NoRoom);
         let change = RequestChange {
             namespace: known.namespace.clone(),
             name: known.pod.clone(),
@@ -471,7 +539,7 @@ impl Watch {
             to: known.text(to),
             is_reported: known.is_reported,
             order: Order::clone(&known.order),
-            urgency: if is_lent {
+            urgency: if is_urgent {
                 Urgency::Urgent
             } else {
                 Urgency::Later
@@ -484,7 +552,6 @@ impl Watch {
             // A watch that has ended asks for nothing more.
             drop(done.send(Done {
                 key,
-                cgroup,
                 to,
                 why,
                 result,
@@ -496,13 +563,11 @@ impl Watch {
     pub(super) fn request_changed(&mut self, done: Done) {
         let Done {
             key,
-            cgroup,
             to,
             why,
             result,
         } = done;
-        let known = self.requests.known.get_mut(&key);
-        let Some(known) = known.filter(|known| known.cgroup.id() == cgroup) else {
+        let Some(known) = self.requests.known.get_mut(&key) else {
             return;
         };
         match result {
@@ -521,16 +586,16 @@ impl Watch {
                 self.settle_debt(&key, &why);
             }
             Err(NotChanged { why, is_passing }) => {
-                known.asked = None;
-                known.not_before = Some(Instant::now() + if is_passing { AGAIN } else { REFUSED });
+                known.failed(is_passing);
                 tracing::warn!(container = known.name, %to, why, "a request is not changed");
+                let cgroup = known.cgroup.id();
                 let record = Record::RequestFailed {
                     at: now(),
                     cgroup,
                     to,
                     why: why.clone(),
                 };
-                write(&record);
+                self.requests.write(&record);
                 if let Some(pod) = self.pods.get(&key.0).cloned()
                     && !is_passing
                 {
@@ -557,12 +622,32 @@ impl KnownRequest {
         self.wish = wish;
     }
 
+    /// Its container was started again: what it has lent and used before is still its own.
+    fn is_started_again(&mut self, wish: RequestWish, cgroup: Cgroup, is_reported: bool) {
+        self.cgroup = cgroup;
+        self.follow(wish, is_reported);
+        self.sample();
+    }
+
+    /// It was not changed, for the time being or as such.
+    fn failed(&mut self, is_passing: bool) {
+        self.asked = None;
+        let wait = if is_passing {
+            AGAIN * (1 << self.failures.min(MOST_DOUBLED))
+        } else {
+            REFUSED
+        };
+        self.failures += 1;
+        self.not_before = Some(Instant::now() + wait);
+    }
+
     /// The API has taken a request.
     fn took(&mut self, to: Bytes, why: &RequestWhy) {
         self.asked = Some(Asked {
             to,
             taken: Some(Instant::now()),
         });
+        self.failures = 0;
         if self.wish.request == to {
             // Seen before it was answered.
             self.asked = None;
@@ -576,18 +661,105 @@ impl KnownRequest {
     }
 }
 
-/// Writes into the ledger, which may have been put aside since the last time; returns whether it is written.
-fn write(record: &Record) -> bool {
-    let written = Ledger::open(Path::new(LEDGER)).and_then(|mut ledger| ledger.append(record));
-    if let Err(error) = &written {
-        tracing::error!(%error, "what cannot be written down is not done");
-    }
-    written.is_ok()
+/// What is written in a ledger. A new one has begun with all that counts of the one before; that is only read where an agent
+/// has died between them.
+fn read(path: &Path) -> Vec<Record> {
+    let read = ledger::read(path).or_else(|_| ledger::read(&ledger::previous(path)));
+    read.unwrap_or_default().records
 }
 
-/// What a predecessor has written.
-fn read(path: &Path) -> Vec<Record> {
-    let previous = ledger::read(&ledger::previous(path));
-    let all = [previous, ledger::read(path)].into_iter().flatten();
-    all.flat_map(|contents| contents.records).collect()
+#[cfg(test)]
+mod tests {
+    use bellows_core::{CgroupId, requests::RequestRules};
+
+    use super::*;
+
+    pub(super) fn known(request: u64, original: u64) -> KnownRequest {
+        let rules = RequestRules {
+            right_size: true,
+            make_room: true,
+            floor: Bytes::mib(1),
+            margin_per_mille: 250,
+            observe: Nanos::millis(1000),
+        };
+        let [request, original] = [request, original].map(Bytes::mib);
+        KnownRequest {
+            wish: RequestWish {
+                index: 0,
+                id: Some("c1".to_owned()),
+                request_text: quantity::format(request),
+                request,
+                original,
+                original_text: quantity::format(original),
+                allotted: None,
+                rules: Some(rules),
+                priority: 100,
+                recorded: true,
+                is_ours: true,
+                foreign: false,
+            },
+            is_reported: true,
+            cgroup: Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1)),
+            name: "dev/filler/app".to_owned(),
+            namespace: "dev".to_owned(),
+            pod: "filler".to_owned(),
+            order: Order::default(),
+            since: Instant::now(),
+            peak: Bytes::mib(40),
+            recent: Recent::default(),
+            asked: None,
+            loans: Vec::new(),
+            owed: Bytes::ZERO,
+            not_before: None,
+            failures: 0,
+            backoff: Duration::ZERO,
+        }
+    }
+
+    /// What it has lent is not lost with its old cgroup, nor is it taken for one that uses nothing.
+    #[test]
+    fn a_container_that_is_started_again_is_the_same() {
+        let mut known = known(100, 400);
+        known.recent.saw(Bytes::mib(40));
+        assert_eq!(known.uses(), None);
+        known.sample();
+        let why = RequestWhy::Lent {
+            to: "dev/db".to_owned(),
+            uid: "db".to_owned(),
+            before: Bytes::ZERO,
+            short: Bytes::mib(300),
+            capacity: None,
+        };
+        known.took(Bytes::mib(100), &why);
+        known.owed = Bytes::mib(300);
+        let again = RequestWish {
+            id: Some("c2".to_owned()),
+            ..known.wish.clone()
+        };
+        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(2));
+        known.is_started_again(again, cgroup, true);
+        assert_eq!((known.loans.len(), known.owed), (1, Bytes::mib(300)));
+        let used = (known.peak, known.recent.peak());
+        assert_eq!(used, (Bytes::mib(40), Bytes::mib(40)));
+        assert_eq!(
+            (known.wish.id.as_deref(), known.cgroup.id()),
+            (Some("c2"), CgroupId(2))
+        );
+    }
+
+    #[test]
+    fn what_fails_again_and_again_is_asked_for_less_and_less_often() {
+        let mut known = known(100, 400);
+        let mut wait = |is_passing| {
+            known.failed(is_passing);
+            let wait = known.not_before.unwrap() - Instant::now();
+            (wait + Duration::from_millis(500)).as_secs()
+        };
+        let waits: Vec<u64> = (0..9).map(|_| wait(true)).collect();
+        assert_eq!(waits, [5, 10, 20, 40, 80, 160, 320, 320, 320]);
+        assert_eq!(wait(false), 600);
+        known.took(Bytes::mib(400), &RequestWhy::GivenBack);
+        known.failed(true);
+        assert!(known.not_before.unwrap() - Instant::now() <= AGAIN);
+    }
 }

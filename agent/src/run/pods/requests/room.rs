@@ -9,15 +9,15 @@
 //! up later is: whoever has lent it asks for it at the same moment as the scheduler places a pod there. What that has taken
 //! is owed.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use bellows_core::{
-    Bytes, CgroupId, quantity,
+    Bytes, quantity,
     requests::{Change, Lender, Lowered, RequestWhy, Shortage, give_back, make_room, shortage},
 };
 use tokio::time::Instant;
 
-use super::{KnownRequest, Watch, read, write};
+use super::{KnownRequest, Summary, Watch};
 use crate::{clock::now, explain::told_owed, ledger::Record, run::pods::Key};
 
 /// For how long what was made of a kubelet's word counts as under way. After it the same word means that it did not suffice.
@@ -50,12 +50,19 @@ impl Loan {
             at: at.into(),
         })
     }
+
+    /// What it had before was its containers' alone, without overhead and sidecars.
+    fn is_had_by(&self, borrower: &Summary) -> bool {
+        borrower.own > self.before
+    }
 }
 
 /// What was made of a kubelet's word.
 pub(super) struct Served {
     message: String,
     at: Instant,
+    /// Whether somebody came down for it.
+    is_made: bool,
 }
 
 /// A pod that waits for room.
@@ -68,16 +75,24 @@ pub(super) struct Waiting {
     before: Bytes,
 }
 
-/// What was lent by each container before this agent began, and is not given back.
-pub(super) fn loans(path: &Path) -> BTreeMap<CgroupId, Vec<Loan>> {
-    left(&read(path))
+/// What was lent by each container, by its name, and is not given back: it may have been started again since.
+pub(super) fn loans(records: &[Record]) -> BTreeMap<String, Vec<Loan>> {
+    let mut loans: BTreeMap<String, Vec<Loan>> = BTreeMap::new();
+    for record in unsettled(records, |_| true) {
+        if let Record::Request { name, why, .. } = record {
+            loans.entry(name).or_default().extend(Loan::of(&why, None));
+        }
+    }
+    loans
 }
 
-fn left(records: &[Record]) -> BTreeMap<CgroupId, Vec<Loan>> {
-    let mut loans: BTreeMap<CgroupId, (Bytes, Vec<Loan>)> = BTreeMap::new();
+/// The records by which it is known what is not given back, of containers with such names: what each had, and what it has
+/// lent since it last had that.
+pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&String) -> bool) -> Vec<Record> {
+    let mut left: BTreeMap<&String, (Bytes, Vec<&Record>)> = BTreeMap::new();
     for record in records {
         let Record::Request {
-            cgroup,
+            name,
             from,
             to,
             why,
@@ -86,15 +101,30 @@ fn left(records: &[Record]) -> BTreeMap<CgroupId, Vec<Loan>> {
         else {
             continue;
         };
-        let (whole, own) = loans.entry(*cgroup).or_default();
+        let (whole, own) = left.entry(name).or_default();
+        if own.is_empty() || from > whole || matches!(why, RequestWhy::Lent { .. }) {
+            own.push(record);
+        }
         *whole = (*whole).max(*from);
-        own.extend(Loan::of(why, None));
         if to >= whole {
             own.clear();
         }
     }
-    let loans = loans.into_iter().map(|(cgroup, (_, own))| (cgroup, own));
-    loans.collect()
+    let left = left.into_iter().filter(|(name, _)| is_meant(name));
+    left.flat_map(|(_, (_, own))| own.into_iter().cloned())
+        .collect()
+}
+
+/// What the node has for pods, as far as a predecessor has come to know it.
+pub(super) fn capacity(records: &[Record]) -> Option<Bytes> {
+    let mut records = records.iter().rev();
+    records.find_map(|record| match record {
+        Record::Request {
+            why: RequestWhy::Lent { capacity, .. },
+            ..
+        } => *capacity,
+        _ => None,
+    })
 }
 
 impl Watch {
@@ -139,6 +169,7 @@ impl Watch {
         let served = Served {
             message: waits.message.clone(),
             at: Instant::now(),
+            is_made: !changes.is_empty(),
         };
         self.requests.served.insert(waits.uid.clone(), served);
         if changes.is_empty() && !is_told {
@@ -163,9 +194,17 @@ impl Watch {
                 uid: waits.uid.clone(),
                 before: waits.before,
                 short,
+                capacity: self.requests.capacity,
             };
             self.change_request(&key, to, why);
         }
+    }
+
+    /// Whether room is being made for a pod: what others get back meanwhile it would be short of. For one that cannot have any
+    /// nobody waits.
+    pub(super) fn is_served(&self, waits: &Waiting) -> bool {
+        let served = self.requests.served.get(&waits.uid);
+        served.is_some_and(|served| served.is_made)
     }
 
     fn tell_waiting(&self, waits: &Waiting, reason: &'static str, note: String) {
@@ -184,21 +223,20 @@ impl Watch {
         coming.fold(Bytes::ZERO, Bytes::plus)
     }
 
-    fn lenders(&mut self) -> Vec<Lender<Key>> {
+    fn lenders(&self) -> Vec<Lender<Key>> {
         let pods = &self.requests.pods;
-        let known = self.requests.known.iter_mut();
+        let known = self.requests.known.iter();
         let lenders = known.filter_map(|(key, known)| {
             let rules = known.wish.rules.filter(|rules| rules.make_room)?;
             let is_put_off = pods.get(&key.0)?.put_off.is_some();
             if !known.is_free() || is_put_off {
                 return None;
             }
-            let used = known.sample();
             Some(Lender {
                 key: key.clone(),
                 priority: known.wish.priority,
                 request: known.request(),
-                least: rules.least(used),
+                least: rules.least(known.uses()?),
             })
         });
         lenders.collect()
@@ -239,17 +277,18 @@ impl Watch {
         Some(capacity.plus(less).minus(requested.plus(more)))
     }
 
-    /// Gives back what there is room for, and tells what there is none for. While pods wait, only to those of a priority as high.
+    /// Gives back what there is room for, and tells what there is none for. While room is made for pods, only to those of a
+    /// priority as high, and where no policy asks for less any more.
     pub(super) fn give_back_requests(&mut self, waiting: Option<i32>) {
+        let growing = self.requests.growing();
         let known = self.requests.known.iter();
         let lowered = known.filter(|(key, known)| {
             let pod = self.requests.pods.get(&key.0);
             let is_put_off = pod.is_none_or(|pod| pod.put_off.is_some());
-            let is_behind = waiting.is_some_and(|waiting| waiting > known.wish.priority);
-            // That there is no room needs no trial.
-            let is_vain = self.requests.capacity.is_none() && self.is_lent(known);
+            // A burst's own resize would wait with one that is put off.
+            let is_calm = !growing.contains(&key.0) && !self.context.resizer.is_bursting(&key.0);
             let is_any = known.request() < known.wanted();
-            is_any && known.is_free() && !is_put_off && !is_behind && !is_vain
+            is_any && known.is_free() && !is_put_off && is_calm && !known.is_behind(waiting)
         });
         let lowered: Vec<Lowered<Key>> = lowered
             .map(|(key, known)| Lowered {
@@ -294,7 +333,7 @@ impl Watch {
     fn is_lent(&self, known: &KnownRequest) -> bool {
         let has = |loan: &Loan| {
             let borrower = self.requests.pods.get(&loan.uid);
-            borrower.is_some_and(|pod| pod.requested > loan.before)
+            borrower.is_some_and(|borrower| loan.is_had_by(borrower))
         };
         known.loans.iter().any(has)
     }
@@ -347,7 +386,7 @@ impl Watch {
             owed,
             users: users.clone(),
         };
-        if !write(&record) {
+        if !self.requests.write(&record) {
             return;
         }
         let note = format!("container {}: {}", key.1, told_owed(owed, &users));
@@ -360,11 +399,24 @@ impl Watch {
     }
 }
 
+impl KnownRequest {
+    /// Whether it waits until pods of this priority have room.
+    fn is_behind(&self, waiting: Option<i32>) -> bool {
+        self.wish.rules.is_some() && waiting.is_some_and(|waiting| waiting > self.wish.priority)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use bellows_core::Nanos;
+    use std::fs;
+
+    use bellows_core::{CgroupId, Nanos};
 
     use super::*;
+    use crate::{
+        ledger,
+        run::pods::requests::{Requests, tests::known},
+    };
 
     fn request(from: u64, to: u64, why: RequestWhy) -> Record {
         Record::Request {
@@ -383,6 +435,7 @@ mod tests {
             uid: uid.to_owned(),
             before: Bytes::mib(64),
             short: Bytes::mib(100),
+            capacity: Some(Bytes::mib(2048)),
         }
     }
 
@@ -390,7 +443,7 @@ mod tests {
     #[test]
     fn what_was_lent_outlives_the_agent() {
         let borrowers = |records: &[Record]| {
-            let own = left(records).remove(&CgroupId(7)).unwrap_or_default();
+            let own = loans(records).remove("dev/filler/app").unwrap_or_default();
             own.into_iter().map(|loan| loan.uid).collect::<Vec<_>>()
         };
         let first = request(400, 300, lent("a"));
@@ -403,5 +456,88 @@ mod tests {
         assert_eq!(borrowers(&records[..3]), ["a", "b"]);
         assert!(borrowers(&records).is_empty());
         assert!(borrowers(&[]).is_empty());
+    }
+
+    /// One with a sidecar and overhead does not borrow for ever.
+    #[test]
+    fn who_has_given_up_what_it_borrowed_has_it_no_more() {
+        let loan = Loan::of(&lent("db"), None).unwrap();
+        let borrower = |own| Summary {
+            name: "dev/db".to_owned(),
+            priority: 1000,
+            requested: Bytes::mib(own + 32),
+            own: Bytes::mib(own),
+            allotted: Bytes::mib(own),
+            put_off: None,
+            arrived: Instant::now(),
+        };
+        assert!(loan.is_had_by(&borrower(128)));
+        assert!(!loan.is_had_by(&borrower(64)));
+    }
+
+    /// Whom no policy means any more gets back what there is room for, whoever waits.
+    #[test]
+    fn nobody_waits_behind_a_pod_without_having_asked_for_less() {
+        let mut known = known(100, 400);
+        assert!(known.is_behind(Some(1000)));
+        assert!(!known.is_behind(Some(100)) && !known.is_behind(None));
+        known.wish.rules = None;
+        assert!(!known.is_behind(Some(1000)));
+    }
+
+    /// What is not given back goes into each new ledger, however many there are.
+    #[test]
+    fn what_was_lent_outlives_the_ledger() {
+        let path = std::env::temp_dir().join(format!("bellows-lent-{}", std::process::id()));
+        let (done, _) = tokio::sync::mpsc::unbounded_channel();
+        let requests = || Requests::new(&path, done.clone());
+        assert!(requests().write(&request(400, 300, lent("a"))));
+        // The next agent, whose pods are not listed yet.
+        let next = requests();
+        let long = RequestWhy::Lent {
+            to: "x".repeat(1 << 16),
+            uid: "other".to_owned(),
+            before: Bytes::ZERO,
+            short: Bytes::ZERO,
+            capacity: None,
+        };
+        for _ in 0..150 {
+            let mut other = request(100, 50, long.clone());
+            if let Record::Request { name, .. } = &mut other {
+                "dev/gone/app".clone_into(name);
+            }
+            assert!(next.write(&other));
+        }
+        let last = requests();
+        let files = [ledger::requests(&path)].map(|path| [ledger::previous(&path), path]);
+        files
+            .concat()
+            .iter()
+            .for_each(|file| fs::remove_file(file).unwrap());
+        assert_eq!(last.before["dev/filler/app"].len(), 1);
+        assert_eq!(last.capacity, Some(Bytes::mib(2048)));
+    }
+
+    #[test]
+    fn what_is_unsettled_says_the_same_as_all() {
+        let records = [
+            request(400, 100, RequestWhy::RightSized { peak: Bytes::ZERO }),
+            request(100, 80, lent("a")),
+            request(80, 400, RequestWhy::Unasked),
+            request(400, 300, lent("b")),
+            request(300, 350, RequestWhy::GivenBack),
+            request(350, 310, lent("c")),
+        ];
+        for end in 0..=records.len() {
+            let left = unsettled(&records[..end], |_| true);
+            assert_eq!(unsettled(&left, |_| true), left);
+            let uids = |records: &[Record]| {
+                let own = loans(records).remove("dev/filler/app").unwrap_or_default();
+                own.into_iter().map(|loan| loan.uid).collect::<Vec<_>>()
+            };
+            assert_eq!(uids(&left), uids(&records[..end]));
+        }
+        assert_eq!(unsettled(&records, |_| true).len(), 2);
+        assert!(unsettled(&records, |_| false).is_empty());
     }
 }
