@@ -30,6 +30,8 @@ const ABOUT: &str = "\
 # Bellows on every node: `kubectl apply -f deploy/elasticpolicies.yaml -f deploy/bellows.yaml`. Pods opt in by policies
 # or annotations. How to take it away, and what else there is to know: docs/deploy.md.
 #
+# For Kubernetes 1.32 and later; for 1.30 and 1.31 the chart renders another admission policy.
+#
 # Where `system-node-critical` is for kube-system only, add a ResourceQuota for it to the namespace, or take it out.
 ";
 
@@ -131,6 +133,25 @@ fn sum(text: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Before 1.33 a policy of resizing can be changed where in-place resize is on (kubernetes/kubernetes#130183): to a
+    /// restart, by whoever has the agent's token.
+    #[test]
+    fn an_agent_of_an_old_cluster_cannot_change_how_containers_are_resized() {
+        let path = root().unwrap().join(CHART).join("templates/admission.yaml");
+        let template = fs::read_to_string(path).unwrap();
+        let old = template
+            .split_once("{{- else }}\n  # A resize is an update")
+            .unwrap()
+            .1;
+        let (old, _) = old.split_once("{{- end }}").unwrap();
+        for side in ["object", "oldObject"] {
+            let all = format!(
+                "\n      {side}.spec.containers.map(container, container.?resizePolicy.orValue([]))"
+            );
+            assert!(old.contains(&all), "{old}");
+        }
+    }
 
     #[test]
     fn what_is_generated_is_of_this_chart() {
