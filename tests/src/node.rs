@@ -254,7 +254,10 @@ fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
         "resolvConf": "",
     });
     if let Some(gate) = &server.gate {
-        kubelet["featureGates"] = json!({ gate: true });
+        let (gate, is_on) = gate
+            .split_once('=')
+            .context("a gate is NAME=true or false")?;
+        kubelet["featureGates"] = json!({ gate: is_on == "true" });
     }
     for (key, value) in more.as_object().into_iter().flatten() {
         kubelet[key] = value.clone();

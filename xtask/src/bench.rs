@@ -137,7 +137,7 @@ pub(crate) struct Options {
     /// is switched on, unless told otherwise.
     #[arg(long, default_value = DEFAULT_KUBERNETES)]
     pub(crate) kubernetes: String,
-    /// Leave in-place resize off where it is off (Kubernetes before 1.33).
+    /// Leave or switch in-place resize off (Kubernetes before 1.35).
     #[arg(long)]
     pub(crate) without_resize: bool,
     /// Cases; the most containers (density).
@@ -391,11 +391,11 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let name = options.file_name();
     let mut files = build_sources()?;
     let release = kubernetes::release(&options.kubernetes);
-    let gates = kubernetes::gates(release).filter(|_| !options.without_resize);
+    let gate = kubernetes::gate(release, !options.without_resize)?;
     let control = if options.name.needs_node() {
         let binaries = kubernetes::binaries(release)?;
         files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
-        let control = ControlPlane::start(&binaries, gates)?;
+        let control = ControlPlane::start(&binaries, gate.as_deref())?;
         if options.name.needs_controllers() {
             control.control(&kubernetes::controllers(release)?)?;
         }
@@ -424,8 +424,8 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             "--control".to_owned(),
             format!("10.0.2.2:{}", control.control),
         ]);
-        if let Some(gate) = gates {
-            command.extend(["--gate".to_owned(), gate.to_owned()]);
+        if let Some(gate) = gate {
+            command.extend(["--gate".to_owned(), gate]);
         }
     }
     let guest = Guest {

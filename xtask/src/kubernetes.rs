@@ -77,11 +77,19 @@ pub(crate) fn release(version: &str) -> &str {
     named.map_or(version, |(_, release)| release)
 }
 
-/// What must be switched on for in-place resize, by kubelet and API server alike.
-pub(crate) fn gates(release: &str) -> Option<&'static str> {
-    let alpha = ["1.27.", "1.28.", "1.29.", "1.30.", "1.31.", "1.32."];
-    let is_alpha = alpha.iter().any(|minor| release.starts_with(minor));
-    is_alpha.then_some("InPlacePodVerticalScaling")
+/// How in-place resize is switched on in kubelet and API server alike, or off; `None` where it is so anyway.
+pub(crate) fn gate(release: &str, is_on: bool) -> Result<Option<String>> {
+    let minor = release.split('.').nth(1);
+    let minor: u32 = minor
+        .and_then(|minor| minor.parse().ok())
+        .with_context(|| format!("`{release}` is no release of Kubernetes"))?;
+    // Beta since 1.33, locked since 1.35.
+    ensure!(
+        is_on || minor < 35,
+        "in-place resize cannot be switched off in Kubernetes {release}"
+    );
+    let is_so = is_on == (minor >= 33);
+    Ok((!is_so).then(|| format!("InPlacePodVerticalScaling={is_on}")))
 }
 
 /// Builds or finds the components of a release.
@@ -277,13 +285,13 @@ fn listen(listener: TcpListener, services: Weak<Mutex<Services>>) {
 
 impl ControlPlane {
     /// Starts both in a fresh directory and waits until the API server is ready.
-    pub(crate) fn start(binaries: &Binaries, gates: Option<&str>) -> Result<Self> {
+    pub(crate) fn start(binaries: &Binaries, gate: Option<&str>) -> Result<Self> {
         step("start etcd and kube-apiserver", || {
-            Self::started(binaries, gates)
+            Self::started(binaries, gate)
         })
     }
 
-    fn started(binaries: &Binaries, gates: Option<&str>) -> Result<Self> {
+    fn started(binaries: &Binaries, gate: Option<&str>) -> Result<Self> {
         let directory = directory()?;
         drop(fs::remove_dir_all(&directory));
         fs::create_dir_all(&directory)?;
@@ -341,8 +349,8 @@ impl ControlPlane {
                 key.display()
             ))
             .arg(format!("--cert-dir={}", certificates.display()));
-        if let Some(gate) = gates {
-            command.arg(format!("--feature-gates={gate}=true"));
+        if let Some(gate) = gate {
+            command.arg(format!("--feature-gates={gate}"));
         }
         let apiserver = Service::spawn(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
@@ -454,4 +462,28 @@ fn free_ports() -> Result<[u16; 3]> {
             .port();
     }
     Ok(ports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is filed as a run without in-place resize was one.
+    #[test]
+    fn resize_is_switched_on_and_off_where_it_is_not_so_anyway() {
+        let of = |release, is_on| gate(release, is_on).unwrap();
+        for release in ["1.27.1", "1.32.13"] {
+            assert_eq!(of(release, false), None);
+            let on = of(release, true);
+            assert_eq!(on.as_deref(), Some("InPlacePodVerticalScaling=true"));
+        }
+        for release in ["1.33.13", "1.34.4"] {
+            assert_eq!(of(release, true), None);
+            let off = of(release, false);
+            assert_eq!(off.as_deref(), Some("InPlacePodVerticalScaling=false"));
+        }
+        assert_eq!(of("1.35.4", true), None);
+        gate("1.35.4", false).unwrap_err();
+        gate("latest", true).unwrap_err();
+    }
 }

@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 use super::{
     record::{Records, parsed, percentile, rounded},
     reserved::{
-        Harm, Reserved, Resting, allotted, has_condition, is_placed, requested, wait_unschedulable,
+        Harm, Reserved, Resting, allotted, has_condition, is_placed, requested, short,
+        wait_unschedulable,
     },
 };
 use crate::{
@@ -47,6 +48,9 @@ const RACER: Bytes = Bytes::mib(96);
 const REST: Bytes = Bytes::mib(128);
 /// What is free on the full node: no room for a racer.
 const SLACK: Bytes = Bytes::mib(32);
+/// What a filler keeps by its policy: this, and so much more than it uses, in thousandths (the default).
+const FLOOR: Bytes = Bytes::mib(32);
+const MARGIN: u64 = 250;
 /// Resizes with room that are measured.
 const MEASURED: usize = 10;
 const GRANTED: Duration = Duration::from_secs(60);
@@ -55,6 +59,17 @@ const QUIET: Duration = Duration::from_secs(4);
 const RACE: Duration = Duration::from_secs(60);
 const BACK: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(20);
+
+/// A filler while room was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Filler {
+    pod: String,
+    /// What it had, and what was left to it.
+    before: Bytes,
+    after: Bytes,
+    /// What it could have spared by its policy: what it had less what it used with a quarter more, or the floor.
+    spare: Bytes,
+}
 
 /// What became of one filler's request after the race.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -72,13 +87,11 @@ struct Record {
     more: Bytes,
     /// What resizes by as much took with room, of this boot.
     api_ms: Vec<u64>,
-    /// Whether the kubelet was seen to put it off.
-    deferred: bool,
+    /// By how much it was short, in the kubelet's words when it put it off; `None` if it did not.
+    short: Option<Bytes>,
     granted: bool,
     granted_ms: u64,
-    /// Fillers that came down, by how much in all.
-    lenders: usize,
-    lent: Bytes,
+    fillers: Vec<Filler>,
     /// Racers that had a place while it was lent, and after it was given up.
     raced_while_lent: usize,
     raced: usize,
@@ -135,14 +148,15 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         agent.check()?;
         let record = bed.observe(index, &api_ms)?;
         eprintln!(
-            "case {index}: {} more granted {} after {} ms (deferred {}; api {:?}); {} lent by {}; raced {} and {}, {} refused; debts {:?}; back {}; {:?}",
+            "case {index}: {} more granted {} after {} ms (short of {:?}; api {:?}); {} lent by {} of {} at least; raced {} and {}, {} refused; debts {:?}; back {}; {:?}",
             record.more,
             record.granted,
             record.granted_ms,
-            record.deferred,
+            record.short,
             record.api_ms.iter().min(),
-            record.lent,
-            record.lenders,
+            record.lent(),
+            record.lenders(),
+            record.fewest(),
             record.raced_while_lent,
             record.raced,
             record.refused,
@@ -151,8 +165,44 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             record.harm,
         );
         records.write(&record)?;
+        // Else nothing is measured, neither by this case nor by those after it.
+        ensure!(
+            record.short.is_some(),
+            "case {index}: the kubelet did not put it off"
+        );
+        ensure!(record.given_back, "case {index}: not all is given back");
     }
     Ok(())
+}
+
+impl Record {
+    fn lenders(&self) -> usize {
+        let lenders = self.fillers.iter();
+        lenders
+            .filter(|filler| filler.after < filler.before)
+            .count()
+    }
+
+    fn lent(&self) -> Bytes {
+        let lent = self.fillers.iter();
+        lent.fold(Bytes::ZERO, |sum, filler| {
+            sum.plus(filler.before.minus(filler.after))
+        })
+    }
+
+    /// As few as could have given what was short.
+    fn fewest(&self) -> usize {
+        let mut spares: Vec<Bytes> = self.fillers.iter().map(|filler| filler.spare).collect();
+        spares.sort_unstable_by(|a, b| b.cmp(a));
+        let short = self.short.unwrap_or_default();
+        let mut sum = Bytes::ZERO;
+        let needed = spares.into_iter().take_while(|spare| {
+            let is_needed = sum < short;
+            sum = sum.plus(*spare);
+            is_needed
+        });
+        needed.count()
+    }
 }
 
 /// From one filler to several.
@@ -199,45 +249,50 @@ fn with_room(cluster: &Cluster, name: &str, more: Bytes) -> Result<u64> {
     let to = REST.plus(more);
     let begun = Instant::now();
     cluster.request(name, to)?;
-    let (is_granted, is_deferred) = until_granted(cluster, name, to)?;
+    let (is_granted, short) = until_granted(cluster, name, to)?;
     let took = begun.elapsed();
-    ensure!(is_granted && !is_deferred, "there is room for {to}");
+    ensure!(is_granted && short.is_none(), "there is room for {to}");
     cluster.request(name, REST)?;
     ensure!(until_granted(cluster, name, REST)?.0, "it comes down");
     Ok(u64::try_from(took.as_millis())?)
 }
 
-/// Waits until the kubelet has carried out a resize; returns whether it has, and whether it was seen to put it off.
-fn until_granted(cluster: &Cluster, name: &str, to: Bytes) -> Result<(bool, bool)> {
+/// Waits until the kubelet has carried out a resize; returns whether it has, and by how much it was short when it was first
+/// put off, if it was.
+fn until_granted(cluster: &Cluster, name: &str, to: Bytes) -> Result<(bool, Option<Bytes>)> {
     let begun = Instant::now();
-    let mut is_deferred = false;
+    let mut was_short = None;
     while begun.elapsed() < GRANTED {
         let pod = cluster.get(name)?;
         let is_pending = has_condition(&pod, "PodResizePending", "True");
-        is_deferred |= is_pending;
+        was_short = was_short.or_else(|| short(&pod));
         let is_under_way = is_pending || has_condition(&pod, "PodResizeInProgress", "True");
         if allotted(&pod) == to && !is_under_way {
-            return Ok((true, is_deferred));
+            return Ok((true, was_short));
         }
         thread::sleep(POLL);
     }
-    Ok((false, is_deferred))
+    Ok((false, was_short))
 }
 
 impl Bed {
     fn observe(&self, index: u64, api_ms: &[u64]) -> Result<Record> {
         let more = wanted(index);
+        let before = self.fillers()?;
         let begun = Instant::now();
         self.cluster.request(&self.db.name, REST.plus(more))?;
-        let (granted, deferred) = until_granted(&self.cluster, &self.db.name, REST.plus(more))?;
+        let (granted, short) = until_granted(&self.cluster, &self.db.name, REST.plus(more))?;
         let granted_ms = u64::try_from(begun.elapsed().as_millis())?;
         // What is lent is not free: the scheduler has had its chance by then.
         thread::sleep(QUIET);
-        let missing = self.missing()?;
+        let after = self.fillers()?;
+        let after = |pod: &String| after.iter().find(|filler| filler.pod == *pod);
+        let fillers = before.into_iter().map(|filler| Filler {
+            after: after(&filler.pod).map_or(filler.after, |after| after.after),
+            ..filler
+        });
+        let fillers = fillers.collect();
         let raced_while_lent = self.placed()?;
-        let lent = missing.iter().map(|(_, missing)| *missing);
-        let lent = lent.fold(Bytes::ZERO, Bytes::plus);
-        let lenders = missing.len();
         self.cluster.request(&self.db.name, REST)?;
         self.race()?;
         let debts = self.missing()?.into_iter().map(|(pod, owed)| {
@@ -263,11 +318,10 @@ impl Bed {
             index,
             more,
             api_ms: api_ms.to_vec(),
-            deferred,
+            short,
             granted,
             granted_ms,
-            lenders,
-            lent,
+            fillers,
             raced_while_lent,
             raced,
             refused,
@@ -277,15 +331,28 @@ impl Bed {
         })
     }
 
+    /// What each filler has and could spare.
+    fn fillers(&self) -> Result<Vec<Filler>> {
+        let fillers = self.resting.iter().map(|own| {
+            let pod = self.cluster.get(&own.name)?;
+            // What the spec says and the kubelet does not carry out is not there.
+            let has = requested(&pod).min(allotted(&pod));
+            let used = own.working_set()?;
+            let keeps = used.plus(used.per_mille(MARGIN)).max(FLOOR);
+            Ok(Filler {
+                pod: own.name.clone(),
+                before: has,
+                after: has,
+                spare: has.minus(keeps),
+            })
+        });
+        fillers.collect()
+    }
+
     /// What each filler lacks, whoever lacks something.
     fn missing(&self) -> Result<Vec<(String, Bytes)>> {
-        let pods = self.cluster.of_app(self.fillers.app)?;
-        let missing = pods.iter().map(|pod| {
-            let name = pod.metadata.name.clone().unwrap_or_default();
-            // What the spec says and the kubelet does not carry out is not there.
-            let has = requested(pod).min(allotted(pod));
-            (name, self.fillers.request.minus(has))
-        });
+        let fillers = self.fillers()?.into_iter();
+        let missing = fillers.map(|own| (own.pod, self.fillers.request.minus(own.after)));
         Ok(missing
             .filter(|(_, missing)| *missing > Bytes::ZERO)
             .collect())
@@ -342,6 +409,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let records: Vec<Record> = parsed(records)?;
     let debts = || records.iter().flat_map(|record| &record.debts);
     let of = |value: &dyn Fn(&Record) -> u64| -> u64 { records.iter().map(value).sum() };
+    let beyond = |is: &dyn Fn(&Record) -> bool| records.iter().filter(|record| is(record)).count();
+    for record in &records {
+        ensure!(record.short.is_some(), "there was room for it: {record:?}");
+    }
     let granted = records.iter().filter(|record| record.granted);
     let granted: Vec<f64> = granted.map(|record| record.granted_ms as f64).collect();
     let api = records.first().map(|record| record.api_ms.iter());
@@ -351,13 +422,14 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let harm = records.iter().map(|record| record.harm);
     Ok(json!({
         "n": records.len(),
-        "deferred": of(&|record| u64::from(record.deferred)),
+        "deferred": of(&|record| u64::from(record.short.is_some())),
         "granted": granted.len(),
         "granted_ms_p50": percentile(&granted, 50.0),
         "api_ms_p50": api_p50,
         "granted_vs_api_p50": rounded(percentile(&granted, 50.0) / api_p50),
         "granted_vs_api_max": rounded(percentile(&granted, 100.0) / api_p50),
-        "lent_beyond_short": records.iter().filter(|record| record.lent > record.more).count(),
+        "lent_beyond_short": beyond(&|record| Some(record.lent()) > record.short),
+        "lent_by_more_than_needed": beyond(&|record| record.lenders() > record.fewest()),
         "raced_while_lent": of(&|record| record.raced_while_lent as u64),
         "raced": of(&|record| record.raced as u64),
         "racers_refused": of(&|record| record.refused as u64),

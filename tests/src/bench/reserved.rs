@@ -8,7 +8,7 @@ use bellows::{
     attribution::{self, CGROUP_ROOT, container_id},
     cgroup::Cgroup,
 };
-use bellows_core::{Bytes, quantity};
+use bellows_core::{Bytes, quantity, requests::shortage};
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::api::resource::Quantity};
 use kube::ResourceExt as _;
 use serde::{Deserialize, Serialize};
@@ -147,6 +147,13 @@ impl Resting {
     }
 }
 
+impl Resting {
+    /// What it uses, without the cache that costs nothing to give up.
+    pub(super) fn working_set(&self) -> Result<Bytes> {
+        Ok(self.cgroup.working_set()?)
+    }
+}
+
 /// What has become of pods that ran.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Harm {
@@ -204,6 +211,14 @@ pub(super) fn has_condition(pod: &Pod, kind: &str, status: &str) -> bool {
         .and_then(|status| status.conditions.as_ref());
     let mut conditions = conditions.into_iter().flatten();
     conditions.any(|condition| condition.type_ == kind && condition.status == status)
+}
+
+/// By how much its resize does not fit, if the kubelet has put it off.
+pub(super) fn short(pod: &Pod) -> Option<Bytes> {
+    let conditions = pod.status.as_ref()?.conditions.iter().flatten();
+    let mut pending = conditions.filter(|condition| condition.type_ == "PodResizePending");
+    let message = pending.next()?.message.as_deref()?;
+    Some(shortage(message)?.short())
 }
 
 /// Whether the scheduler has found no place for it.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     record::{Records, parsed, percentile, rounded},
-    reserved::{Harm, Reserved, Resting, is_placed, requested, wait_unschedulable},
+    reserved::{Harm, Reserved, Resting, allotted, is_placed, requested, wait_unschedulable},
 };
 use crate::{
     agent::Agent,
@@ -132,8 +132,13 @@ fn observe(
     late.end(cluster)?;
     cluster.remove("bellows.dev/v1alpha1", "ElasticPolicy", "labelled")?;
     let restored = wait("requests are what they were", PLACED, || {
-        let requests = requests(cluster, resting)?;
-        Ok(requests.iter().all(|request| *request == fillers.request))
+        // What the spec says and the kubelet does not carry out is not there.
+        let all = resting.iter().map(|own| {
+            let pod = cluster.get(&own.name)?;
+            Ok(requested(&pod).min(allotted(&pod)) == fillers.request)
+        });
+        let all: Vec<bool> = all.collect::<Result<_>>()?;
+        Ok(all.into_iter().all(|is_whole| is_whole))
     });
     Ok(Record {
         index,
