@@ -310,6 +310,21 @@ mod tests {
             \x20      0.000 s  request from 400 MiB to 300 MiB: lent to dev/db, which is short of 100 MiB\n\
             \x20      2.500 s  owed 100 MiB: what it has lent was given back, and since used by dev/new\n";
         assert_eq!(tell(&records, "dev/filler").unwrap(), expected);
+        // From ledgers of its own, of which the second begins with what the first says.
+        let path =
+            std::env::temp_dir().join(format!("bellows-explain-{}.ledger", std::process::id()));
+        let requests = ledger::requests(&path);
+        let files = [path.clone(), ledger::previous(&requests), requests];
+        for (file, count) in files.iter().zip([0, 1, 2]) {
+            let mut ledger = ledger::Ledger::open(file).unwrap();
+            for record in &records[..count] {
+                ledger.append(record).unwrap();
+            }
+        }
+        assert_eq!(explain(&path, "dev/filler").unwrap(), expected);
+        for file in files {
+            std::fs::remove_file(file).unwrap();
+        }
     }
 
     #[test]
