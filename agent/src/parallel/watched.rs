@@ -30,6 +30,8 @@ const NEAR: Duration = Duration::from_millis(25);
 const BETWEEN: Duration = Duration::from_millis(50);
 /// How often any other is.
 const FAR: Duration = Duration::from_millis(100);
+/// A job that begins has become its program within this time.
+const BEGUN: Duration = Duration::from_millis(10);
 /// Below this share of what it may have nobody is looked at.
 const QUARTER_PER_MILLE: u64 = 250;
 /// How often it is read how much of its usage is page cache.
@@ -304,11 +306,15 @@ impl Watched {
         is_waiting.then(|| jobserver.source())
     }
 
-    /// Takes tokens between two looks. If make was faster, or all who write are gone, the next look is waited for.
+    /// Takes tokens between two looks, where there may be one. If make was faster its next job begins: that is paused
+    /// before it has grown.
     pub(super) fn take_between(&mut self, state: &mut State) {
-        if self.source().is_some() {
-            self.is_waiting = self.take_tokens(state);
+        if self.source().is_none() || self.take_tokens(state) {
+            return;
         }
+        self.is_waiting = false;
+        let soon = Instant::now() + BEGUN;
+        self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
     }
 
     /// Takes all tokens that are wanted and to be had; returns whether there was one.

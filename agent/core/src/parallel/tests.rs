@@ -190,7 +190,7 @@ impl World {
 
 impl World {
     /// The same by a make with so many tokens, and looks so many times as far apart as the agent's. Of the tokens that
-    /// become free between two looks every other is make's again before it can be taken.
+    /// become free between two looks most are make's again before they can be taken: then it is looked at soon.
     fn run_as_make(mut self, jobs: usize, granted: Bytes, late: u64) -> End {
         let (begin, mut due) = (self.now, self.now);
         let mut known = Jobs::default();
@@ -226,7 +226,11 @@ impl World {
             let before = self.ended.len();
             self.compute();
             for ended in before..self.ended.len() {
-                taken += usize::from(ended % 2 == 0 && taken < wanted);
+                let is_caught = ended % 8 == 0;
+                taken += usize::from(is_caught && taken < wanted);
+                if !is_caught && taken < wanted {
+                    due = due.min(Nanos(self.now.0 + TICK.0));
+                }
             }
             end.peak = end.peak.max(self.used());
             assert!(self.now.since(begin) < LONG, "it does not end");
