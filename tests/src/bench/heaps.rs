@@ -22,11 +22,11 @@ const PEAK: Bytes = Bytes::mib(900);
 const MAX: Bytes = Bytes::mib(2048);
 /// What is mounted into containers, and tells them to go on.
 const GO: &str = "/tmp/go";
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(120);
 /// What a runtime waits for a plugin that does not answer, and then makes the container.
 const PATIENCE: Nanos = Nanos::millis(2000);
 /// What a container takes to be made here, at most.
-const MADE: Nanos = Nanos::millis(4000);
+const MADE: Nanos = Nanos::millis(8000);
 const CONNECTED: &str = "heaps are sized by policies";
 const LOG_LINES: usize = 40;
 
