@@ -492,18 +492,23 @@ impl<R: Requester> Controller<R> {
 
     /// A container ends in the middle of a burst: that is the end of its run.
     fn end_run(&mut self, id: CgroupId) {
-        let peak = self.kernel.as_ref().and_then(|kernel| kernel.growth(id));
+        // Of a whole life: that of a command is one run.
+        let is_one_run = !self.requester.shares_the_node();
+        let counted = self.kernel.as_ref().filter(|_| is_one_run);
+        let peak = counted.and_then(|kernel| kernel.growth(id));
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
         if guarded.limit <= guarded.policy.original {
             return;
         }
-        // It may have been gone before it was looked at.
-        let peak = peak.map_or(0, |growth| growth.peak_demand_pages);
         let at = now();
-        guarded.history.observe(at, Bytes::from_pages(peak));
-        guarded.look_at_burst(at);
+        if let Some(growth) = peak {
+            // It may have ended before it was looked at.
+            let peak = Bytes::from_pages(growth.peak_demand_pages);
+            guarded.history.observe(at, peak);
+            guarded.look_at_burst(at);
+        }
         guarded.burst_is_over(at);
         self.remember(id);
     }
