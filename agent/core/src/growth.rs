@@ -9,7 +9,7 @@
 //!   the last quarter of an hour. That is a [`Nature::Burst`]: somebody has started something, and a link may take ten minutes
 //!   and give nothing back in between. Since the last raise: a build beside a language server that has grown for
 //!   days is a build.
-//! - Without, what grows has been there before. For two minutes that is a burst, too: a server has work to do. After that it is
+//! - Without, what grows has been there before. For a minute that is a burst, too: a server has work to do. After that it is
 //!   a [`Nature::Suspect`], and after a quarter of an hour a [`Nature::Leak`].
 //!
 //! A *plateau* does not ask, so it is not judged: it keeps what it has, and comes down to what it uses.
@@ -20,7 +20,7 @@
 //! is to put off its end and to take the node with it.
 //!
 //! **Where that errs.**
-//! - A daemon that builds (Gradle, a watcher) and grows for more than two minutes without giving back has no trigger: it waits
+//! - A daemon that builds (Gradle, a watcher) and grows for more than a minute without giving back has no trigger: it waits
 //!   behind others where memory is short. If it goes on for a quarter of an hour in one ascent, it is stopped. No build of ten
 //!   minutes is, whatever it consists of.
 //! - A link, or a notebook's computation, of more than a quarter of an hour in one process becomes a suspect and a leak at
@@ -30,6 +30,8 @@
 //!   the breath.
 //! - A small leak beside small processes that come and go (a shell, a probe) is theirs until its steps are twice as large.
 //! - A leak in a process that was just started is a burst for its first quarter of an hour.
+//! - A leak that takes all that is left within its first minute is a burst until then, and what it was granted it keeps: a
+//!   burst's steps are three times what it uses, and the last before that minute is over may be all there is.
 //! - Where processes are not to be seen, nobody is a suspect before a quarter of an hour has passed, and a build of many jobs that
 //!   never gives a quarter back, for so long, is then taken for a leak.
 //!
@@ -40,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use crate::units::{Bytes, Nanos};
 
 /// Growth of what was there before is that of a burst for so long.
-pub const UNTRIGGERED: Nanos = Nanos::millis(120_000);
+pub const UNTRIGGERED: Nanos = Nanos::millis(60_000);
 /// Who has begun within this time has been started for something. More than the longest build that must not be mistaken.
 pub const TRIGGERED: Nanos = Nanos::millis(900_000);
 /// Who has begun so long before its limit was reached has begun with the spell.
@@ -171,8 +173,8 @@ mod tests {
         for rate in [1, 8, 500] {
             for (seconds, nature) in [
                 (1, Nature::Burst),
-                (119, Nature::Burst),
-                (120, Nature::Suspect),
+                (59, Nature::Burst),
+                (60, Nature::Suspect),
                 (899, Nature::Suspect),
                 (900, Nature::Leak),
                 (90_000, Nature::Leak),
