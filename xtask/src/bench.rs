@@ -403,7 +403,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             options.name,
             Name::Daemonset | Name::PodJava | Name::PodThrottle | Name::MakeRoom | Name::RightSize
         ) {
-            for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+            for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
                 files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
             }
             files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));

@@ -7,6 +7,7 @@
 //! answered with an [`Input`].
 
 mod bounds;
+mod counts;
 mod foreign_brake;
 mod growers;
 mod guarded;
@@ -46,6 +47,7 @@ use crate::{
     state,
 };
 pub use bounds::told_bound;
+pub use counts::Counts;
 use foreign_brake::ForeignBrake;
 use growers::Growers;
 pub use guarded::Report;
@@ -103,6 +105,8 @@ pub enum Input {
     Forget(CgroupId),
     /// Jobs are paused or resumed for want of memory.
     Lent(Record),
+    /// Somebody asks what all guards are together.
+    Count(oneshot::Sender<Counts>),
     /// Somebody asks whether the controller and the reflex go round: the reflex answers.
     Alive(oneshot::Sender<()>),
     /// End.
@@ -401,6 +405,8 @@ impl<R: Requester> Controller<R> {
                 drop(self.forget(id));
             }
             Input::Lent(record) => self.take_lent(&record),
+            // Who has asked may be gone.
+            Input::Count(answer) => drop(answer.send(self.counts())),
             Input::Alive(answer) => self.reflex.send(Command::Alive(answer)),
             Input::Stop => {}
         }

@@ -346,7 +346,7 @@ fn ancestor_room(path: &Path) -> Option<bellows_core::arbiter::Room> {
     Some(cgroup_room(limit, stat.usage, stat.file))
 }
 
-fn node_memory() -> Result<NodeMemory, String> {
+pub(super) fn node_memory() -> Result<NodeMemory, String> {
     let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
     parse_meminfo(&text).ok_or_else(|| "/proc/meminfo has no MemTotal or MemAvailable".to_owned())
 }

@@ -44,7 +44,11 @@ pub(crate) struct Options {
     server: ApiServer,
 }
 
-const MANIFESTS: [&str; 2] = ["/deploy/elasticpolicies.yaml", "/deploy/bellows.yaml"];
+const MANIFESTS: [&str; 3] = [
+    "/deploy/elasticpolicies.yaml",
+    "/deploy/elasticnodes.yaml",
+    "/deploy/bellows.yaml",
+];
 const AUTHORITY: &str = "/deploy/ca.crt";
 const NAMESPACE: &str = "bellows";
 const AGENT: &str = "agent-node";
@@ -66,7 +70,7 @@ pub(super) struct Bed {
 
 type Case = (&'static str, fn(&Bed) -> Result<()>);
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     (
         "the agent runs with its own account and capabilities, without privileges",
         runs,
@@ -79,6 +83,10 @@ const CASES: [Case; 7] = [
     (
         "a policy guards each container that has a limit, and no longer than it is there",
         by_policy,
+    ),
+    (
+        "its ElasticNode says what it guards, and is owned by its node",
+        own_node,
     ),
     (
         "its token changes nothing that it should not",
@@ -196,6 +204,18 @@ impl Bed {
                 None => Api::all_with(client, &resource),
             };
             Ok(api.get(name).await?.data)
+        })
+    }
+
+    /// The kinds and names of the owners of a cluster-wide object of ours.
+    fn owners(&self, kind: &str, name: &str) -> Result<Vec<(String, String)>> {
+        let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", kind);
+        self.tasks.block_on(async {
+            let (resource, _) = pinned_kind(&self.client, &kind).await?;
+            let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
+            let owners = api.get(name).await?.metadata.owner_references;
+            let owners = owners.unwrap_or_default().into_iter();
+            Ok(owners.map(|owner| (owner.kind, owner.name)).collect())
         })
     }
 
@@ -512,6 +532,31 @@ fn by_policy(bed: &Bed) -> Result<()> {
     bed.cluster.delete("elastic")
 }
 
+fn own_node(bed: &Bed) -> Result<()> {
+    bed.cluster.create(&spec("told", &["pause".to_owned()]))?;
+    bed.cluster.wait_running("told")?;
+    let mut last = Value::Null;
+    let said = wait("its ElasticNode says it", Duration::from_secs(60), || {
+        let object = bed.object("ElasticNode", None, node::NAME);
+        last = object.map_or(Value::Null, |object| object["status"].clone());
+        Ok(last["guarded"] == 1
+            && last["way"] == "Resize"
+            && last["signals"] == "Programs"
+            && last["budget"].is_string())
+    });
+    let owners = bed.owners("ElasticNode", node::NAME);
+    bed.cluster.delete("told")?;
+    said.with_context(|| last.to_string())?;
+    let owners = owners?;
+    ensure!(
+        owners
+            .iter()
+            .any(|(kind, name)| kind == "Node" && name == node::NAME),
+        "it is owned by {owners:?}"
+    );
+    Ok(())
+}
+
 fn deleted(bed: &Bed) -> Result<()> {
     bed.cluster
         .create(&spec("resting", &["pause".to_owned()]))?;
@@ -551,6 +596,10 @@ fn given_back(bed: &Bed) -> Result<()> {
         Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
     })?;
     ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    ensure!(
+        bed.object("ElasticNode", None, node::NAME).is_err(),
+        "its ElasticNode is left"
+    );
     // Its releaser has not kept it for all of its grace period.
     wait("it has ended", Duration::from_secs(25), || {
         Ok(bed.agent().is_err())

@@ -39,7 +39,7 @@ struct Cluster<'a> {
 type Case = (&'static str, fn(&Cluster<'_>) -> Result<()>);
 
 /// Each goes on where the one before it has ended.
-const CASES: [Case; 6] = [
+const CASES: [Case; 7] = [
     ("helm install: an agent that may only watch", install),
     (
         "helm upgrade: it may act, by policies of the chart",
@@ -50,6 +50,10 @@ const CASES: [Case; 6] = [
     (
         "admission: it changes memory requests that are there, and nothing else of them",
         memory_requests,
+    ),
+    (
+        "admission: it writes its own node's ElasticNode, and what is said of policies",
+        own_node,
     ),
     ("helm uninstall: nothing is left but policies", uninstall),
 ];
@@ -129,11 +133,23 @@ impl Cluster<'_> {
 
     /// What becomes of a change of the pod by the agent of its node.
     fn patched(&self, subresource: &str, patch: &Value) -> Result<Value> {
+        let path = format!("/api/v1/namespaces/dev/pods/{POD}{subresource}");
+        self.as_agent("PATCH", "strategic-merge-patch+json", &path, patch)
+    }
+
+    /// What becomes of what an agent on that node applies.
+    fn applied(&self, path: &str, object: &Value) -> Result<Value> {
+        let path = format!("/apis/bellows.dev/v1alpha1{path}?fieldManager=bellows&force=true");
+        self.as_agent("PATCH", "apply-patch+yaml", &path, object)
+    }
+
+    /// The same of anything it asks for.
+    fn as_agent(&self, method: &str, kind: &str, path: &str, body: &Value) -> Result<Value> {
         let mut command = Command::new("curl");
         command
             .args(["--silent", "--insecure", "--max-time", "30"])
-            .args(["--request", "PATCH", "--header"])
-            .arg("Content-Type: application/strategic-merge-patch+json")
+            .args(["--request", method, "--header"])
+            .arg(format!("Content-Type: application/{kind}"))
             .arg("--header")
             .arg(format!("Authorization: Bearer {TOKEN}"));
         for header in [
@@ -143,9 +159,8 @@ impl Cluster<'_> {
         ] {
             command.args(["--header", &header]);
         }
-        let path = format!("/api/v1/namespaces/dev/pods/{POD}{subresource}");
-        let patch = patch.to_string();
-        command.args(["--data", &patch, &format!("{}{path}", self.url)]);
+        let body = body.to_string();
+        command.args(["--data", &body, &format!("{}{path}", self.url)]);
         Ok(serde_json::from_str(&output(&mut command)?)?)
     }
 
@@ -316,6 +331,73 @@ fn memory_requests(cluster: &Cluster<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Whether an admission policy, or a right that is missing, has refused it.
+fn is_refused(said: &Value) -> bool {
+    said["code"] == 403 || said["code"] == 422
+}
+
+fn own_node(cluster: &Cluster<'_>) -> Result<()> {
+    let object = |kind: &str, name: &str, more: Value| {
+        let mut object = json!({
+            "apiVersion": "bellows.dev/v1alpha1", "kind": kind, "metadata": { "name": name },
+        });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            object[key] = value.clone();
+        }
+        object
+    };
+    let node = |name: &str, more: Value| object("ElasticNode", name, more);
+    let owned = |owner: &str| {
+        let owner = json!({ "apiVersion": "v1", "kind": "Node", "name": owner, "uid": "1" });
+        json!({ "metadata": { "name": NODE, "ownerReferences": [owner] } })
+    };
+    let own = format!("/elasticnodes/{NODE}");
+    let made = cluster.applied(&own, &node(NODE, owned(NODE)))?;
+    ensure!(made["kind"] == "ElasticNode", "{made}");
+    let status = json!({ "status": { "mode": "Act", "guarded": 3, "way": "Resize" } });
+    let said = cluster.applied(&format!("{own}/status"), &node(NODE, status.clone()))?;
+    ensure!(said["status"]["guarded"] == 3, "{said}");
+    let wrong = json!({ "status": { "way": "Magic" } });
+    let said = cluster.applied(&format!("{own}/status"), &node(NODE, wrong))?;
+    ensure!(is_refused(&said), "{said}");
+    // Somebody else's.
+    for name in ["another", "third"] {
+        let path = format!("/elasticnodes/{name}");
+        let said = cluster.applied(&path, &node(name, json!({})))?;
+        ensure!(is_refused(&said), "{said}");
+        let all = "/apis/bellows.dev/v1alpha1/elasticnodes";
+        drop(cluster.ask(all, Some(&node(name, json!({}))))?);
+        let said = cluster.applied(&format!("{path}/status"), &node(name, status.clone()))?;
+        ensure!(is_refused(&said), "{said}");
+        let there = format!("{all}/{name}");
+        let said = cluster.as_agent("DELETE", "json", &there, &json!({}))?;
+        ensure!(is_refused(&said), "{said}");
+        ensure!(cluster.ask(&there, None)?.is_some(), "it is gone");
+    }
+    let said = cluster.applied(&own, &node(NODE, owned("another")))?;
+    ensure!(is_refused(&said), "{said}");
+    // Of a policy it says whether it can be read, and no more.
+    let condition = json!({
+        "type": "Accepted", "status": "True", "reason": "Valid", "message": "", "observedGeneration": 1,
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    });
+    let policy = |more: Value| object("ElasticPolicy", "default", more);
+    let path = "/namespaces/dev/elasticpolicies/default";
+    let status = policy(json!({ "status": { "conditions": [condition] } }));
+    let said = cluster.applied(&format!("{path}/status"), &status)?;
+    ensure!(
+        said["status"]["conditions"][0]["status"] == "True",
+        "{said}"
+    );
+    let spec = policy(json!({ "spec": { "containers": [{ "memory": { "max": "9Gi" } }] } }));
+    let said = cluster.applied(path, &spec)?;
+    ensure!(is_refused(&said), "{said}");
+    let there = format!("/apis/bellows.dev/v1alpha1{own}");
+    drop(cluster.as_agent("DELETE", "json", &there, &json!({}))?);
+    ensure!(cluster.ask(&there, None)?.is_none(), "it is not gone");
+    Ok(())
+}
+
 fn uninstall(cluster: &Cluster<'_>) -> Result<()> {
     let own = json!({
         "apiVersion": "bellows.dev/v1alpha1",
@@ -332,6 +414,7 @@ fn uninstall(cluster: &Cluster<'_>) -> Result<()> {
     let admission = "/apis/admissionregistration.k8s.io/v1";
     for path in [
         format!("{admission}/validatingadmissionpolicies/bellows-agent"),
+        format!("{admission}/validatingadmissionpolicies/bellows-nodes"),
         format!("{admission}/validatingadmissionpolicybindings/bellows-originals"),
         format!("/api/v1/namespaces/{NAMESPACE}/serviceaccounts/agent"),
         format!("/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies/agent"),

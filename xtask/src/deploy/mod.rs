@@ -21,14 +21,17 @@ const KUSTOMIZE: &str = "5.8.1";
 const CHART: &str = "deploy/chart";
 /// What the manifest is rendered with.
 const RENDERED: &str = "deploy/chart/ci/rendered.yaml";
-const DEFINITION: &str = "deploy/chart/crds/elasticpolicies.yaml";
+/// Resource definitions, by their files.
+const DEFINITIONS: &str = "deploy/chart/crds";
+const POLICIES: &str = "elasticpolicies.yaml";
+const NODES: &str = "elasticnodes.yaml";
 const NAMESPACE: &str = "bellows";
 /// Where each generated file goes; the base of the overlays has a copy.
 const PLACES: [&str; 2] = ["deploy", "deploy/kustomize/base"];
 
 const ABOUT: &str = "\
-# Bellows on every node: `kubectl apply -f deploy/elasticpolicies.yaml -f deploy/bellows.yaml`. Pods opt in by policies
-# or annotations. How to take it away, and what else there is to know: docs/deploy.md.
+# Bellows on every node: `kubectl apply -f deploy/elasticpolicies.yaml -f deploy/elasticnodes.yaml -f
+# deploy/bellows.yaml`. Pods opt in by policies or annotations. How to take it away, and what else there is to know: docs/deploy.md.
 #
 # For Kubernetes 1.32 and later; for 1.30 and 1.31 the chart renders another admission policy.
 #
@@ -47,7 +50,8 @@ fn kustomize() -> Result<PathBuf> {
 pub(crate) fn codegen(check: bool) -> Result<bool> {
     let generated = [
         ("bellows.yaml", manifest()?),
-        ("elasticpolicies.yaml", definition()?),
+        (POLICIES, definition(POLICIES)?),
+        (NODES, definition(NODES)?),
     ];
     let mut is_same = true;
     for place in PLACES {
@@ -65,11 +69,12 @@ pub(crate) fn codegen(check: bool) -> Result<bool> {
     Ok(is_same)
 }
 
-/// The resource definition of policies.
-fn definition() -> Result<String> {
-    let text = fs::read_to_string(root()?.join(DEFINITION))?;
+/// A resource definition.
+fn definition(name: &str) -> Result<String> {
+    let file = format!("{DEFINITIONS}/{name}");
+    let text = fs::read_to_string(root()?.join(&file))?;
     Ok(format!(
-        "# Generated from {DEFINITION} by `cargo xtask codegen`.\n{text}"
+        "# Generated from {file} by `cargo xtask codegen`.\n{text}"
     ))
 }
 
@@ -162,9 +167,11 @@ mod tests {
         let header = header(&chart_sum().unwrap(), &sum(rest).unwrap());
         let again = "change the chart, and run `cargo xtask codegen`";
         assert!(manifest.starts_with(&header), "{again}");
-        let policies = read(format!("{original}/elasticpolicies.yaml"));
-        assert!(policies == definition().unwrap(), "{again}");
-        for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+        for name in [POLICIES, NODES] {
+            let text = read(format!("{original}/{name}"));
+            assert!(text == definition(name).unwrap(), "{again}");
+        }
+        for name in ["bellows.yaml", POLICIES, NODES] {
             let same = read(format!("{original}/{name}")) == read(format!("{copy}/{name}"));
             assert!(same, "{copy}/{name}: {again}");
         }

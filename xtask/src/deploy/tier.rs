@@ -233,6 +233,8 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
     let others = [
         "elasticpolicies: list watch",
         "elasticpolicies/status: patch",
+        "elasticnodes: create patch delete",
+        "elasticnodes/status: patch",
         "events: create",
     ];
     let expected: Vec<&str> = pods.iter().chain(&others).copied().collect();
@@ -269,7 +271,8 @@ fn may_do(all: &[Value], acts: bool) -> Result<()> {
             .iter()
             .map(|object| &object["metadata"]["name"])
             .collect();
-        ensure!(names == ["bellows-agent", "bellows-originals"], "{names:?}");
+        let expected = ["bellows-agent", "bellows-nodes", "bellows-originals"];
+        ensure!(names == expected, "{names:?}");
     }
     Ok(())
 }
@@ -321,7 +324,7 @@ fn overlay(kustomize: &Path, mode: &str) -> Result<()> {
     let all = parsed(&output(command.current_dir(root()?))?)?;
     may_do(&all, mode == "act")?;
     let mut base = Vec::new();
-    for name in ["bellows.yaml", "elasticpolicies.yaml"] {
+    for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
         let text = fs::read_to_string(root()?.join("deploy").join(name))?;
         base.extend(parsed(&text)?);
     }

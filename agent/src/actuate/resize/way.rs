@@ -87,6 +87,11 @@ impl Ways {
         *self.known.lock().await = None;
     }
 
+    /// What is known of the API server.
+    pub async fn known(&self) -> Option<Server> {
+        *self.known.lock().await
+    }
+
     /// How limits of a pod are changed.
     ///
     /// # Errors

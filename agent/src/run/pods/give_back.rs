@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::one;
+use super::{node, one};
 use crate::{
     actuate::{
         containers::Owner as _,
@@ -128,6 +128,7 @@ impl Leaving {
         }
         tracing::info!("the DaemonSet is deleted: limits are given back");
         self.movers.stop();
+        node::forget(&self.client, &self.node).await;
         let begun = Instant::now();
         loop {
             let rest = LAST.saturating_sub(begun.elapsed());

@@ -11,6 +11,7 @@ mod autoscalers;
 mod conditions;
 mod cpu;
 mod give_back;
+mod node;
 mod one;
 mod policies;
 mod requests;
@@ -22,7 +23,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::SyncSender,
     },
     time::Duration,
@@ -71,6 +72,7 @@ use allowances::Allowed;
 use autoscalers::Autoscalers;
 use conditions::Conditions;
 use cpu::{Begun, KnownCpu};
+use node::Teller;
 use policies::Policies;
 use requests::Requests;
 
@@ -152,6 +154,16 @@ pub(super) async fn watch(context: Context) {
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let conditions = Conditions::new(context.client.clone(), context.node.clone());
+    let owed = Arc::new(AtomicU64::new(0));
+    let teller = Teller {
+        client: context.client.clone(),
+        node: context.node.clone(),
+        inputs: context.inputs.clone(),
+        ways: context.resizer.ways().clone(),
+        only_observes: context.only_observes,
+        owed: Arc::clone(&owed),
+    };
+    let _telling = teller.start();
     let mut watch = Watch {
         events: Events::new(context.client.clone(), &context.node),
         allowed: Allowed::new(context.resizer.allowances().clone()),
@@ -174,7 +186,7 @@ pub(super) async fn watch(context: Context) {
         starting: BTreeMap::new(),
         cpus: BTreeMap::new(),
         cpu_refused: BTreeMap::new(),
-        requests: Requests::new(Path::new(LEDGER), changed),
+        requests: Requests::new(Path::new(LEDGER), changed, owed),
     };
     let mut listed: Vec<String> = Vec::new();
     let mut retry = tokio::time::interval(RETRY);

@@ -17,6 +17,10 @@ mod room;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -73,6 +77,8 @@ pub(super) struct Requests {
     /// What was lent before this agent began, by the container's name.
     before: BTreeMap<String, Vec<Loan>>,
     done: UnboundedSender<Done>,
+    /// What all are owed, bytes.
+    all_owed: Arc<AtomicU64>,
 }
 
 /// A pod, as far as others' requests are concerned.
@@ -134,7 +140,11 @@ pub(super) struct Done {
 }
 
 impl Requests {
-    pub(super) fn new(ledger: &Path, done: UnboundedSender<Done>) -> Self {
+    pub(super) fn new(
+        ledger: &Path,
+        done: UnboundedSender<Done>,
+        all_owed: Arc<AtomicU64>,
+    ) -> Self {
         let path = ledger::requests(ledger);
         let records = read(&path);
         Self {
@@ -147,7 +157,15 @@ impl Requests {
             before: loans(&records),
             path,
             done,
+            all_owed,
         }
+    }
+
+    /// Sums up what is owed.
+    fn sum_up(&self) {
+        let owed = self.known.values().map(|known| known.owed);
+        let owed = owed.fold(Bytes::ZERO, Bytes::plus);
+        self.all_owed.store(owed.0, Ordering::Relaxed);
     }
 
     /// Whether anybody's request may be moved.
@@ -477,7 +495,7 @@ impl Watch {
     /// Does what is to be done now.
     pub(super) fn step_requests(&mut self) {
         if !self.is_listed || !self.requests.is_any() {
-            return;
+            return self.requests.sum_up();
         }
         self.take_back_put_off();
         let waiting = self.waiting();
@@ -488,6 +506,7 @@ impl Watch {
         let served = waiting.iter().filter(|waits| self.is_served(waits));
         let highest = served.map(|waits| waits.priority).max();
         self.give_back_requests(highest);
+        self.requests.sum_up();
     }
 
     fn right_size(&mut self) {
