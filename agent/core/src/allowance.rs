@@ -400,6 +400,42 @@ impl Allowances {
         ranges.chain(quotas).min_by_key(|bound| bound.most)
     }
 
+    /// The least that a memory request may become, so that a limit of this much is still allowed beside it.
+    #[must_use]
+    pub fn least_request(&self, (uid, container): (&str, &str), limit: u64) -> u64 {
+        let Some(pod) = self.pods.get(uid) else {
+            return 0;
+        };
+        let Some(own) = pod.containers.get(container) else {
+            return 0;
+        };
+        let all = self.ranges.iter();
+        let all = all.filter(|((namespace, _), _)| *namespace == pod.namespace);
+        let memory = all.flat_map(|(_, ranges)| ranges);
+        let memory = memory.filter(|range| range.measure == Measure::Memory);
+        let least = memory.filter_map(|range| {
+            let per_mille = u128::from(range.ratio_per_mille?);
+            let of = |limit: u64| {
+                let least = (u128::from(limit) * 1000).checked_div(per_mille);
+                // Rounded up; a ratio of nothing is reached by no request.
+                least.map_or(u64::MAX, |least| {
+                    u64::try_from(least + 1).unwrap_or(u64::MAX)
+                })
+            };
+            if !range.is_of_pod {
+                return Some(of(limit));
+            }
+            let beside = |all: Option<u64>, own: Option<u64>| {
+                let all = all.unwrap_or_default();
+                all.saturating_sub(own.unwrap_or_default())
+            };
+            let limits = beside(pod.together.memory_limit, own.memory_limit);
+            let requests = beside(pod.together.memory_request, own.memory_request);
+            Some(of(limits.saturating_add(limit)).saturating_sub(requests))
+        });
+        least.max().unwrap_or_default()
+    }
+
     fn by_range(
         &self,
         (name, range): (&str, &Range),

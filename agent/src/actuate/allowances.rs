@@ -65,6 +65,24 @@ impl SharedAllowances {
         self.ask(key, What::MemoryLimit, to.0);
     }
 
+    /// A memory request is asked for.
+    pub fn ask_request(&self, key: Key<'_>, to: Bytes) {
+        self.ask(key, What::MemoryRequest, to.0);
+    }
+
+    /// As much of a memory request as is allowed.
+    #[must_use]
+    pub fn request_up_to(&self, key: Key<'_>, to: Bytes) -> Bytes {
+        let bound = self.with(|all| all.most(key, What::MemoryRequest, now()));
+        bound.map_or(to, |bound| to.min(Bytes(bound.most)))
+    }
+
+    /// The least that a memory request may become beside a limit of this much.
+    #[must_use]
+    pub fn least_request(&self, key: Key<'_>, limit: Bytes) -> Bytes {
+        Bytes(self.with(|all| all.least_request(key, limit.0)))
+    }
+
     /// A CPU limit will be.
     pub fn ask_cpu(&self, key: Key<'_>, to: Cpu) {
         self.ask(key, What::CpuLimit, to.0);

@@ -109,6 +109,51 @@ fn a_limit_range_of_pods_counts_all_containers_and_what_they_ask_for() {
 }
 
 #[test]
+fn a_request_is_kept_as_large_as_its_limit_needs_it() {
+    let mut all = with(&[pod("a", &[("app", 64), ("side", 36)])]);
+    let least = |all: &Allowances, limit| all.least_request(("a", "app"), limit);
+    assert_eq!(least(&all, 200), 0);
+    all.range("dev", "r", Some(vec![range(false, Some(100), Some(4000))]));
+    assert_eq!(least(&all, 200), 51);
+    // Of 236 together a quarter, of which the other one has 18.
+    all.range("dev", "r", Some(vec![range(true, None, Some(4000))]));
+    assert_eq!(least(&all, 200), 60 - 18);
+    // What is lowered to that may have that limit.
+    let mut lowered = pod("a", &[("app", 64), ("side", 36)]);
+    lowered.together.memory_request = Some(60);
+    all.pod(lowered);
+    assert!(most(&all, "a", "app") >= Some(200));
+    assert_eq!(all.least_request(("gone", "app"), 200), 0);
+}
+
+#[test]
+fn a_request_comes_back_as_far_as_its_quota_allows() {
+    let mut all = with(&[pod("a", &[("app", 64)]), pod("b", &[("app", 64)])]);
+    let amounts = [(
+        What::MemoryRequest,
+        Amount {
+            hard: 100,
+            used: 64,
+        },
+    )]
+    .into();
+    let quota = Quota {
+        amounts,
+        ..Quota::default()
+    };
+    all.quota("dev", "q", Some(quota));
+    let most = |all: &Allowances, uid| {
+        let bound = all.most((uid, "app"), What::MemoryRequest, NOW);
+        bound.map(|bound| bound.most)
+    };
+    assert_eq!(most(&all, "a"), Some(68));
+    all.ask(("a", "app"), What::MemoryRequest, 52);
+    assert_eq!((most(&all, "a"), most(&all, "b")), (Some(68), Some(48)));
+    // A limit is another matter.
+    assert_eq!(all.most(("a", "app"), MEMORY, NOW), None);
+}
+
+#[test]
 fn a_pods_own_limit_is_what_counts() {
     let mut whole = pod("a", &[("app", 64)]);
     whole.own = amounts(100, 50);

@@ -26,6 +26,7 @@ use std::{
 
 use bellows_core::{
     Bytes, Nanos,
+    allowance::What,
     bucket::Urgency,
     pod::{self, Level, ORIGINAL_REQUESTS, PutOff, RequestWish, RequestWishes},
     quantity,
@@ -351,6 +352,20 @@ impl Watch {
         pod::request_wishes(seen, &[])
     }
 
+    /// A LimitRange may allow a limit so many times the request: that is not lowered beyond what the limit may come to need.
+    fn keep_ratio(&self, key: &Key, wish: &mut RequestWish) {
+        let Some(rules) = &mut wish.rules else {
+            return;
+        };
+        let policy = self.known.get(key).and_then(|known| known.policy);
+        let Some(policy) = policy else {
+            return;
+        };
+        let allowances = self.context.resizer.allowances();
+        let least = allowances.least_request((&key.0, &key.1), policy.ceiling);
+        rules.floor = rules.floor.max(least);
+    }
+
     /// Takes over what others' requests depend on.
     fn summarize(&mut self, seen: &pod::Pod) {
         let size = |text: &Option<String>| {
@@ -400,6 +415,7 @@ impl Watch {
         if wish.id.is_none() {
             return Ok(());
         }
+        self.keep_ratio(key, &mut wish);
         if !wish.recorded && wish.rules.is_some() {
             if !self.record_request(key, pod, seen, &wish).await? {
                 return Ok(());
@@ -547,6 +563,8 @@ impl Watch {
             return;
         }
         known.asked = Some(Asked { to, taken: None });
+        let allowances = self.context.resizer.allowances();
+        allowances.ask_request((&key.0, &key.1), to);
         // Somebody waits for room, or all else of the pod for this.
         let is_urgent = matches!(why, RequestWhy::Lent { .. } | RequestWhy::NoRoom);
         let change = RequestChange {
@@ -606,6 +624,9 @@ impl Watch {
             }
             Err(NotChanged { why, is_passing }) => {
                 known.failed(is_passing);
+                let allowances = self.context.resizer.allowances();
+                let own = (key.0.as_str(), key.1.as_str());
+                allowances.refused(own, What::MemoryRequest, to.0, is_passing);
                 tracing::warn!(container = known.name, %to, why, "a request is not changed");
                 let cgroup = known.cgroup.id();
                 let record = Record::RequestFailed {

@@ -295,18 +295,22 @@ impl Watch {
                 key: key.clone(),
                 priority: known.wish.priority,
                 request: known.request(),
-                wanted: known.wanted(),
+                wanted: self.allowed_request(key, known),
             })
             .collect();
         self.forgive_debts();
         // Without the kubelet's word it is tried.
         let free = self.free().unwrap_or(Bytes(u64::MAX));
-        let changes = give_back(free, &lowered);
+        let allowed = lowered.iter();
+        let allowed = allowed.filter(|own| own.wanted > own.request);
+        let allowed: Vec<Lowered<Key>> = allowed.cloned().collect();
+        let changes = give_back(free, &allowed);
         for own in &lowered {
             let given = changes.iter().find(|change| change.key == own.key);
-            let owed = own
-                .wanted
-                .minus(given.map_or(own.request, |change| change.to));
+            // What a quota does not allow is owed, too.
+            let known = self.requests.known.get(&own.key);
+            let wanted = known.map_or(own.wanted, KnownRequest::wanted);
+            let owed = wanted.minus(given.map_or(own.request, |change| change.to));
             let is_lent = self
                 .requests
                 .known
@@ -327,6 +331,13 @@ impl Watch {
             };
             self.change_request(&key, to, why);
         }
+    }
+
+    /// As much of what a request is to be as its namespace allows; no less than it is.
+    fn allowed_request(&self, key: &Key, known: &KnownRequest) -> Bytes {
+        let allowances = self.context.resizer.allowances();
+        let allowed = allowances.request_up_to((&key.0, &key.1), known.wanted());
+        allowed.max(known.request())
     }
 
     /// Whether somebody has what a container has lent.
