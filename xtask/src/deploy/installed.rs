@@ -39,7 +39,7 @@ struct Cluster<'a> {
 type Case = (&'static str, fn(&Cluster<'_>) -> Result<()>);
 
 /// Each goes on where the one before it has ended.
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     ("helm install: an agent that may only watch", install),
     (
         "helm upgrade: it may act, by policies of the chart",
@@ -50,6 +50,10 @@ const CASES: [Case; 7] = [
     (
         "admission: it changes memory requests that are there, and nothing else of them",
         memory_requests,
+    ),
+    (
+        "LimitRanges and quotas are judged as the agent judges them",
+        allowances,
     ),
     (
         "admission: it writes its own node's ElasticNode, and what is said of policies",
@@ -145,6 +149,26 @@ impl Cluster<'_> {
 
     /// The same of anything it asks for.
     fn as_agent(&self, method: &str, kind: &str, path: &str, body: &Value) -> Result<Value> {
+        let agent = [
+            format!("Impersonate-User: system:serviceaccount:{NAMESPACE}:agent"),
+            "Impersonate-Group: system:authenticated".to_owned(),
+            format!("Impersonate-Extra-authentication.kubernetes.io%2Fnode-name: {NODE}"),
+        ];
+        self.sent(&agent, (method, kind), path, body)
+    }
+
+    /// What becomes of a change by an administrator.
+    fn merged(&self, path: &str, patch: &Value) -> Result<Value> {
+        self.sent(&[], ("PATCH", "merge-patch+json"), path, patch)
+    }
+
+    fn sent(
+        &self,
+        headers: &[String],
+        (method, kind): (&str, &str),
+        path: &str,
+        body: &Value,
+    ) -> Result<Value> {
         let mut command = Command::new("curl");
         command
             .args(["--silent", "--insecure", "--max-time", "30"])
@@ -152,16 +176,19 @@ impl Cluster<'_> {
             .arg(format!("Content-Type: application/{kind}"))
             .arg("--header")
             .arg(format!("Authorization: Bearer {TOKEN}"));
-        for header in [
-            format!("Impersonate-User: system:serviceaccount:{NAMESPACE}:agent"),
-            "Impersonate-Group: system:authenticated".to_owned(),
-            format!("Impersonate-Extra-authentication.kubernetes.io%2Fnode-name: {NODE}"),
-        ] {
-            command.args(["--header", &header]);
+        for header in headers {
+            command.args(["--header", header]);
         }
         let body = body.to_string();
         command.args(["--data", &body, &format!("{}{path}", self.url)]);
         Ok(serde_json::from_str(&output(&mut command)?)?)
+    }
+
+    /// What becomes of a memory limit of this many MiB.
+    fn limited(&self, mib: u64) -> Result<Value> {
+        let limits = json!({ "memory": format!("{mib}Mi") });
+        let container = json!({ "name": "app", "resources": { "limits": limits } });
+        self.patched("/resize", &json!({ "spec": { "containers": [container] } }))
     }
 
     /// The same, of what its container requests.
@@ -328,6 +355,63 @@ fn memory_requests(cluster: &Cluster<'_>) -> Result<()> {
     let other = json!({ "metadata": { "annotations": { "other": "1" } } });
     let said = cluster.patched("", &other)?;
     ensure!(is(&said, false), "another annotation: {said}");
+    Ok(())
+}
+
+/// The most that a limit of `from` may become, as the agent has it (`bellows_core::allowance`), is what is taken, and no
+/// more.
+fn most_is(cluster: &Cluster<'_>, from: u64, mib: u64) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        // What admission goes by comes to it a moment later.
+        let said = cluster.limited(mib + 1)?;
+        if said["code"] == 403 {
+            break;
+        }
+        ensure!(begun.elapsed() < IN_FORCE, "{mib} MiB and one more: {said}");
+        cluster.limited(from)?;
+        thread::sleep(Duration::from_secs(1));
+    }
+    let said = cluster.limited(mib)?;
+    ensure!(said["kind"] == "Pod", "{mib} MiB: {said}");
+    Ok(())
+}
+
+/// The pod requests 32 MiB.
+fn allowances(cluster: &Cluster<'_>) -> Result<()> {
+    let core = "/api/v1/namespaces/dev";
+    let range = |item: Value| {
+        json!({
+            "apiVersion": "v1", "kind": "LimitRange", "metadata": { "name": "range" },
+            "spec": { "limits": [item] },
+        })
+    };
+    let ranges = format!("{core}/limitranges");
+    let ratio = json!({ "type": "Container", "maxLimitRequestRatio": { "memory": "9" } });
+    drop(cluster.ask(&ranges, Some(&range(ratio)))?);
+    most_is(cluster, 256, 9 * 32)?;
+    let one = format!("{ranges}/range");
+    for kind in ["Container", "Pod"] {
+        let most = if kind == "Pod" { 270 } else { 280 };
+        let max = json!({ "type": kind, "max": { "memory": format!("{most}Mi") } });
+        cluster.merged(&one, &range(max))?;
+        most_is(cluster, 256, most)?;
+    }
+    cluster.sent(&[], ("DELETE", "json"), &one, &json!({}))?;
+    let hard = json!({ "limits.memory": "512Mi" });
+    let quota = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "quota" },
+        "spec": { "hard": hard, "scopes": ["NotTerminating"] },
+    });
+    drop(cluster.ask(&format!("{core}/resourcequotas"), Some(&quota))?);
+    let quota = format!("{core}/resourcequotas/quota");
+    let status = json!({ "hard": hard, "used": { "limits.memory": "270Mi" } });
+    cluster.merged(&format!("{quota}/status"), &json!({ "status": status }))?;
+    most_is(cluster, 270, 512)?;
+    // At once, and before the pod: what is taken is counted.
+    let said = cluster.ask(&quota, None)?.unwrap_or_default();
+    ensure!(said["status"]["used"]["limits.memory"] == "512Mi", "{said}");
+    cluster.sent(&[], ("DELETE", "json"), &quota, &json!({}))?;
     Ok(())
 }
 
