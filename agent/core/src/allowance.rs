@@ -363,6 +363,16 @@ impl Allowances {
         asked.retain(|asked| asked.to > asked.from);
     }
 
+    /// Nothing is raised without the API any more but what these have: what nobody guards any more has come down.
+    pub fn only_raised(&mut self, what: What, is_guarded: impl Fn(&str, &str) -> bool) {
+        self.asked.retain(|(uid, container, own), asked| {
+            if *own == what && !is_guarded(uid, container) {
+                asked.retain(|asked| asked.taken.is_some());
+            }
+            !asked.is_empty()
+        });
+    }
+
     /// The most that a limit or request may become now, and what bounds it; `None` where nothing does.
     #[must_use]
     pub fn most(&self, (uid, container): (&str, &str), what: What, now: Nanos) -> Option<Bound> {

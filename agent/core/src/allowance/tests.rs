@@ -232,6 +232,13 @@ fn what_is_raised_without_the_api_counts_until_it_is_lowered() {
     assert_eq!(most(&all, "b", "app"), Some(328));
     all.lowered(("a", "app"), MEMORY, 64);
     assert_eq!(most(&all, "b", "app"), Some(364));
+    // What nobody guards any more has come down.
+    all.ask(("a", "app"), MEMORY, 264);
+    all.only_raised(What::CpuLimit, |_, _| false);
+    all.only_raised(MEMORY, |uid, container| (uid, container) == ("a", "app"));
+    assert_eq!(most(&all, "b", "app"), Some(164));
+    all.only_raised(MEMORY, |_, _| false);
+    assert_eq!(most(&all, "b", "app"), Some(364));
     // Whoever is gone has nothing.
     all.ask(("a", "app"), MEMORY, 264);
     all.forget("a");

@@ -15,7 +15,7 @@ mod target;
 mod way;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError, mpsc::SyncSender},
     time::Duration,
 };
@@ -140,6 +140,18 @@ impl Resizer {
     #[must_use]
     pub const fn by_hands(&self) -> &ByHands {
         &self.by_hands
+    }
+
+    /// What was raised by hand and nobody guards any more has come down.
+    pub fn are_lowered(&self) {
+        let guarded: BTreeSet<(String, String)> = self
+            .targets
+            .with(|targets| targets.values().map(Target::key).collect());
+        self.allowances.with(|all| {
+            all.only_raised(What::MemoryLimit, |uid, container| {
+                guarded.contains(&(uid.to_owned(), container.to_owned()))
+            });
+        });
     }
 
     /// A limit is somebody else's: what was written by hand is not ours to undo.

@@ -384,6 +384,7 @@ impl Watch {
         };
         let pending: Vec<String> = self.pending.iter().cloned().collect();
         let by_hands = self.context.resizer.by_hands().clone();
+        let resizer = self.context.resizer.clone();
         let is_left = Arc::clone(&self.is_any_left);
         self.lowering = Some(tokio::task::spawn_blocking(move || {
             // One that is about to be guarded.
@@ -393,6 +394,9 @@ impl Watch {
                 above.any(|name| pending.iter().any(|uid| attribution::is_pod(&name, uid)))
             };
             let is_any = by_hands.lower_left(has_memory, is_pending);
+            if !is_any {
+                resizer.are_lowered();
+            }
             let are_back = quotas_in_pods_back(has_cpu, is_pending);
             is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
         }));
