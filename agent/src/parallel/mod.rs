@@ -182,14 +182,21 @@ impl Lender {
             for watched in self.watched.values_mut() {
                 watched.take_between(&mut self.state);
             }
-            while is_told {
-                match self.inbox.try_recv() {
-                    Ok(command) => self.take(command),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return self.end(),
-                }
+            if is_told && !self.take_commands() {
+                return self.end();
             }
             self.look();
+        }
+    }
+
+    /// Returns whether to go on.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
         }
     }
 

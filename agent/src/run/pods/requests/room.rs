@@ -501,7 +501,7 @@ mod tests {
     fn what_was_lent_outlives_the_ledger() {
         let path = std::env::temp_dir().join(format!("bellows-lent-{}", std::process::id()));
         let (done, _) = tokio::sync::mpsc::unbounded_channel();
-        let requests = || Requests::new(&path, done.clone());
+        let requests = || Requests::new(&path, done.clone(), std::sync::Arc::default());
         assert!(requests().write(&request(400, 300, lent("a"))));
         // The next agent, whose pods are not listed yet.
         let next = requests();
