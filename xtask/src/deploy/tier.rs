@@ -165,6 +165,11 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
     if values["runtimeSocket"]["enabled"] == true {
         expected.push(values["runtimeSocket"]["directory"].clone());
     }
+    let is_plugin = acts && values["nri"]["enabled"] == true;
+    if is_plugin {
+        expected.push(json!("/var/run/nri"));
+    }
+    ensure!(has(&agent["args"], "--nri") == is_plugin);
     ensure!(paths == expected.iter().collect::<Vec<_>>(), "{paths:?}");
     for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
         ensure!(agent[probe]["httpGet"]["port"] == "health", "{probe}");
