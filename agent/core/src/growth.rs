@@ -4,13 +4,15 @@
 //! growth is followed from the first raise on, and judged at each further one, when it asks for more:
 //! - It is as young as what it last gave back: a quarter of all that it has grown by since it was at rest (compilers end, a
 //!   heap is trimmed). Of the *growth*: what a server allocates and frees with each request is little of what it has
-//!   leaked, sooner or later. At rest it is over.
-//! - It has a *trigger* while at least half of what has come since the last raise is in processes that began with it, or within
-//!   the last quarter of an hour. That is a [`Nature::Burst`]: somebody has started something, and a link may take ten minutes
-//!   and give nothing back in between. Since the last raise: a build beside a language server that has grown for
-//!   days is a build.
+//!   leaked, sooner or later. At rest it is over, and so it is when nothing has come for five minutes: how long it has kept
+//!   what it has says nothing of what comes next.
+//! - It has a *trigger* while at least half of what has come since the last raise is in processes that began with it (30 s
+//!   before its first raise at most) and within the last quarter of an hour. That is a [`Nature::Burst`]: somebody has
+//!   started something, and a link may take ten minutes and give nothing back in between. Since the last raise: a build
+//!   beside a language server that has grown for days is a build.
 //! - Without, what grows has been there before. For a minute that is a burst, too: a server has work to do. After that it is
-//!   a [`Nature::Suspect`], and after a quarter of an hour a [`Nature::Leak`].
+//!   a [`Nature::Suspect`], and after a quarter of an hour a [`Nature::Leak`]. Where processes are not to be seen it is a burst
+//!   for a quarter of an hour, and a suspect from then on: a leak is said of nobody whose processes nobody has looked at.
 //!
 //! A *plateau* does not ask, so it is not judged: it keeps what it has, and comes down to what it uses.
 //!
@@ -25,15 +27,16 @@
 //!   minutes is, whatever it consists of.
 //! - A link, or a notebook's computation, of more than a quarter of an hour in one process becomes a suspect and a leak at
 //!   once. What was learnt of runs before does not excuse it.
-//! - A service that steps up for good a few times a day, and gives nothing back, is a leak by every mark there is.
+//! - A leak that comes in steps, with five minutes and more between them, is a row of bursts, up to its maximum: so is a
+//!   service that steps up for good a few times a day, which it cannot be told from.
 //! - A leak in a heap that breathes (a collector's generations) is taken for a row of bursts until all its growth is four times
 //!   the breath.
 //! - A small leak beside small processes that come and go (a shell, a probe) is theirs until its steps are twice as large.
-//! - A leak in a process that was just started is a burst for its first quarter of an hour.
+//! - A leak in a process that began with the spell is a burst for its first quarter of an hour.
 //! - A leak that takes all that is left within its first minute is a burst until then, and what it was granted it keeps: a
 //!   burst's steps are three times what it uses, and the last before that minute is over may be all there is.
-//! - Where processes are not to be seen, nobody is a suspect before a quarter of an hour has passed, and a build of many jobs that
-//!   never gives a quarter back, for so long, is then taken for a leak.
+//! - Where processes are not to be seen a leak has its first quarter of an hour, and what nobody else is known to need from
+//!   then on, up to its maximum. A build of many jobs that never gives a quarter back, for so long, waits behind others.
 //!
 //! It must not judge what does not ask for more.
 
@@ -47,6 +50,10 @@ pub const UNTRIGGERED: Nanos = Nanos::millis(60_000);
 pub const TRIGGERED: Nanos = Nanos::millis(900_000);
 /// Who has begun so long before its limit was reached has begun with the spell.
 const LEAD: Nanos = Nanos::millis(30_000);
+/// A spell is over when nothing has come for so long.
+const RESTED: Nanos = Nanos::millis(300_000);
+/// What is no more than so much of what there was has not come: a heap that is used is never quite still.
+const STILL_PER_MILLE: u64 = 1003;
 /// A spell is over when so much of its growth was given back.
 const GIVEN_BACK_PER_MILLE: u64 = 250;
 /// So much of its growth must be in young processes.
@@ -67,7 +74,11 @@ pub enum Nature {
 /// Growth since the first raise, or since something was given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spell {
+    /// When it began. Who gives back begins anew in all but this: what was started for it is still at work.
+    began: Nanos,
     since: Nanos,
+    /// When something has come, and what there was then.
+    came: (Nanos, Bytes),
     /// The lowest demand since it began.
     base: Bytes,
     /// The highest since it last gave back.
@@ -81,7 +92,9 @@ impl Spell {
     #[must_use]
     pub const fn begin(now: Nanos, demand: Bytes) -> Self {
         Self {
+            began: now,
             since: now,
+            came: (now, demand),
             base: demand,
             highest: demand,
             raised_at: demand,
@@ -95,12 +108,21 @@ impl Spell {
 
     /// Takes in an observation of demand.
     pub fn observe(&mut self, now: Nanos, demand: Bytes) {
+        let (came_at, came) = self.came;
+        if demand > came.per_mille(STILL_PER_MILLE) {
+            if now.since(came_at) >= RESTED {
+                *self = Self::begin(now, demand);
+                return;
+            }
+            self.came = (now, demand);
+        }
         self.highest = self.highest.max(demand);
         let grown = self.highest.minus(self.base);
         let fallen = self.highest.minus(demand);
         let is_much = fallen >= grown.per_mille(GIVEN_BACK_PER_MILLE);
         if fallen > Bytes::ZERO && is_much {
             self.since = now;
+            self.came = (now, demand);
             self.highest = demand;
             self.base = self.base.min(demand);
             self.raised_at = self.raised_at.min(demand);
@@ -122,7 +144,7 @@ impl Spell {
     /// Whoever began at this time or later is young.
     #[must_use]
     pub const fn young_from(&self, now: Nanos) -> Nanos {
-        let with_it = self.since.0.saturating_sub(LEAD.0);
+        let with_it = self.began.0.saturating_sub(LEAD.0);
         let lately = now.0.saturating_sub(TRIGGERED.0);
         if with_it > lately {
             Nanos(with_it)
@@ -140,7 +162,7 @@ impl Spell {
         let is_short = age < UNTRIGGERED || (young.is_none() && age < TRIGGERED);
         if has_trigger || is_short {
             Nature::Burst
-        } else if age < TRIGGERED {
+        } else if age < TRIGGERED || young.is_none() {
             Nature::Suspect
         } else {
             Nature::Leak
@@ -248,12 +270,44 @@ mod tests {
     }
 
     #[test]
-    fn a_build_beside_what_has_grown_for_days_is_a_build() {
-        let days = 200_000;
+    fn what_comes_after_a_rest_is_another_matter() {
+        let mut spell = grown(8, 100);
+        // For an hour it uses what it has, and a little less or more.
+        for second in 100..3700 {
+            spell.observe(at(second), Bytes::mib(855 + second % 12));
+        }
+        assert_eq!(spell.nature(at(3700), NOBODY), Nature::Leak);
+        spell.observe(at(3700), Bytes::mib(900));
+        for (after, nature) in [
+            (0, Nature::Burst),
+            (59, Nature::Burst),
+            (60, Nature::Suspect),
+        ] {
+            spell.observe(at(3700 + after), Bytes::mib(901 + after));
+            assert_eq!(spell.nature(at(3700 + after), NOBODY), nature, "{after}");
+        }
+        // What comes every four minutes has not rested.
         let mut spell = Spell::begin(at(0), Bytes::mib(60));
-        spell.observe(at(days), Bytes::mib(2000));
-        spell.raised(Bytes::mib(1900));
-        spell.observe(at(days), Bytes::mib(2400));
+        for step in 0..5 {
+            spell.observe(at(step * 240), Bytes::mib(60 + 60 * step));
+        }
+        assert_eq!(spell.nature(at(960), NOBODY), Nature::Leak);
+    }
+
+    #[test]
+    fn who_was_started_with_it_is_young_though_others_gave_back() {
+        let mut spell = grown(8, 100);
+        spell.observe(at(100), Bytes::mib(400));
+        assert_eq!(spell.age(at(165)), Nanos(SECOND.0 * 65));
+        assert!(spell.young_from(at(165)) <= at(0));
+    }
+
+    #[test]
+    fn a_build_beside_what_has_grown_for_days_is_a_build() {
+        let days = 90_000;
+        let mut spell = grown(1, days);
+        spell.raised(Bytes::mib(60 + days - 100));
+        spell.observe(at(days), Bytes::mib(60 + days + 400));
         let young = Some(Bytes::mib(300));
         assert_eq!(spell.nature(at(days), young), Nature::Burst);
         assert_eq!(spell.nature(at(days), Some(Bytes::mib(200))), Nature::Leak);
@@ -261,7 +315,11 @@ mod tests {
 
     #[test]
     fn without_processes_to_be_seen_it_takes_longer() {
-        for (seconds, nature) in [(899, Nature::Burst), (900, Nature::Leak)] {
+        for (seconds, nature) in [
+            (899, Nature::Burst),
+            (900, Nature::Suspect),
+            (90_000, Nature::Suspect),
+        ] {
             assert_eq!(grown(1, seconds).nature(at(seconds), None), nature);
         }
     }

@@ -72,7 +72,7 @@ pub fn reaction(policy: &Policy, limit: Bytes) -> Reaction {
     };
     match policy.actuation {
         Actuation::Direct => Reaction::Raise {
-            rungs: ladder(policy, at_limit),
+            rungs: ladder(policy, limit, at_limit),
         },
         Actuation::Requested { .. } => Reaction::Hold {
             at: at_limit.hold,
@@ -85,7 +85,7 @@ pub fn reaction(policy: &Policy, limit: Bytes) -> Reaction {
     }
 }
 
-fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
+fn ladder(policy: &Policy, mut in_force: Bytes, mut current: Thresholds) -> Vec<Rung> {
     let mut rungs = Vec::new();
     loop {
         let trigger = current.watermark;
@@ -94,13 +94,18 @@ fn ladder(policy: &Policy, mut current: Thresholds) -> Vec<Rung> {
             let step = policy.limit_for(usable).round_up_mib();
             step.min(policy.ceiling)
         };
-        let limit = policy.learnt_for(trigger).unwrap_or_else(step);
+        // Without programs the watermark is so low that what was learnt may be in force already.
+        let learnt = policy.learnt_for(trigger);
+        let limit = learnt
+            .filter(|&learnt| learnt > in_force)
+            .unwrap_or_else(step);
         let next = thresholds(policy, limit);
         rungs.push(Rung {
             trigger,
             limit,
             thresholds: next,
         });
+        in_force = limit;
         match next {
             Some(next) if next.watermark > trigger => current = next,
             _ => return rungs,
@@ -126,6 +131,7 @@ pub fn rung_for(rungs: &[Rung], demand: Bytes) -> Option<&Rung> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Signals;
 
     fn policy(original: u64, ceiling: u64) -> Policy {
         Policy::direct(Bytes::mib(original), Bytes::mib(ceiling))
@@ -191,6 +197,25 @@ mod tests {
             ..policy
         };
         assert_eq!(limits(&small), [Bytes::mib(300)]);
+    }
+
+    #[test]
+    fn who_needs_more_than_was_learnt_goes_on_without_programs_too() {
+        for signals in [Signals::Programs, Signals::Files] {
+            for learnt in (100..=4000).step_by(50) {
+                let policy = Policy {
+                    learnt: Some(Bytes::mib(learnt)),
+                    signals,
+                    ..policy(100, 4000)
+                };
+                let Reaction::Raise { rungs } = reaction(&policy, policy.original) else {
+                    panic!("no ladder")
+                };
+                assert!(rungs.windows(2).all(|pair| pair[0].limit < pair[1].limit));
+                let top = rungs.last().map(|rung| rung.limit);
+                assert_eq!(top, Some(policy.ceiling), "{learnt}");
+            }
+        }
     }
 
     #[test]

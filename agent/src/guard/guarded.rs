@@ -5,6 +5,7 @@ use std::{collections::VecDeque, path::PathBuf};
 use bellows_core::{
     Actuation, Bytes, History, Learnt, Nanos, Policy, Snapshot, Thrash, Thresholds,
     allowance::{Bound, Reached},
+    arbiter::Why,
     decide::ByHand,
     growth::{Nature, Spell, UNTRIGGERED},
     learnt::CONTINUED,
@@ -138,6 +139,10 @@ pub(super) struct Guarded {
     pub(super) spell: Option<Spell>,
     /// What was thought of that when it last asked for more, and when.
     pub(super) nature: Nature,
+    /// The worst that was thought of its burst.
+    worst: Nature,
+    /// Why it was stopped, as far as that was told.
+    pub(super) told_stop: Option<Why>,
     pub(super) judged: Nanos,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
@@ -220,6 +225,8 @@ impl Guarded {
             trigger: None,
             spell: None,
             nature: Nature::Burst,
+            worst: Nature::Burst,
+            told_stop: None,
             judged: Nanos(0),
             reserved: None,
             may_have: None,
@@ -360,10 +367,14 @@ impl Guarded {
         let since = self.burst_since.take().unwrap_or(at);
         self.reserved = None;
         self.told_bound = None;
+        self.told_stop = None;
+        let worst = std::mem::replace(&mut self.worst, Nature::Burst);
         let peak = std::mem::take(&mut self.burst_peak);
         let trigger = self.trigger.take().unwrap_or_default();
-        // Of a raise for page cache nothing is learnt.
-        if Thresholds::under(&self.policy, self.policy.original).watermark <= peak {
+        // Of a raise for page cache nothing is learnt, and of a leak neither: whoever comes after it would begin with more.
+        if worst < Nature::Leak
+            && Thresholds::under(&self.policy, self.policy.original).watermark <= peak
+        {
             let last = self.last_run.replace((trigger.clone(), at));
             let continues =
                 last.is_some_and(|(last, ended)| last == trigger && since.since(ended) < CONTINUED);
@@ -375,6 +386,12 @@ impl Guarded {
         } else {
             self.policy.learnt = None;
         }
+    }
+
+    /// Takes note of what is thought of its growth.
+    pub(super) fn is_thought(&mut self, nature: Nature) {
+        self.nature = nature;
+        self.worst = self.worst.max(nature);
     }
 
     /// What it grows by from now on is another matter.

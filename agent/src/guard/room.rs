@@ -114,7 +114,7 @@ impl Guarded {
         }
         let growers = Growers::of(&self.cgroup);
         let young = growers.map(|growers| growers.younger_than(spell.young_from(at)));
-        self.nature = spell.nature(at, young);
+        self.is_thought(spell.nature(at, young));
         if self.nature != Nature::Burst {
             // What was kept for it as a burst is for others.
             self.reserved = None;
@@ -283,6 +283,10 @@ impl<R: Requester> Controller<R> {
             METRICS.raises_waiting.inc();
         }
         if matches!(why, Why::KeptForBursts(..) | Why::Leaks) {
+            // It asks again every few seconds for as long as it grows.
+            if guarded.told_stop.replace(why).is_some_and(is_same) {
+                return;
+            }
             let name = &guarded.name;
             tracing::warn!(name, "{}", told_why(wanted, why, None));
         }
@@ -454,12 +458,16 @@ mod tests {
         leak.history.demand = Bytes::mib(63);
         leak.judge(start);
         leak.limit_is(start, Bytes::mib(256));
+        for after in 1..15 {
+            leak.history.demand = Bytes::mib(63 + 13 * after);
+            leak.look_at_burst(Nanos(start.0 + Nanos::millis(60_000 * after).0));
+        }
         for (after, nature, reserved) in [
             (890_000, Nature::Burst, Some(Bytes::mib(800))),
             (899_500, Nature::Burst, Some(Bytes::mib(800))),
             // It was judged less than a second before.
             (900_400, Nature::Burst, Some(Bytes::mib(800))),
-            (900_500, Nature::Leak, None),
+            (900_500, Nature::Suspect, None),
         ] {
             let at = Nanos(start.0 + Nanos::millis(after).0);
             leak.reserved = Some(Bytes::mib(800));
@@ -470,7 +478,7 @@ mod tests {
         }
         assert_eq!(leak.small_step(), Bytes::mib(313));
         let claim = leak.claim(start, BTreeSet::new());
-        assert_eq!(claim.nature, Nature::Leak);
+        assert_eq!(claim.nature, Nature::Suspect);
         // It gives back: what follows is another matter.
         let at = Nanos(start.0 + Nanos::millis(950_000).0);
         leak.history.demand = Bytes::mib(200);
@@ -478,6 +486,30 @@ mod tests {
         assert_eq!(leak.nature, Nature::Burst);
         leak.limit_is(at, AT_REST);
         assert_eq!(leak.spell, None);
+    }
+
+    #[test]
+    fn of_a_leak_nothing_is_learnt() {
+        for (nature, learnt) in [
+            (Nature::Burst, true),
+            (Nature::Suspect, true),
+            (Nature::Leak, false),
+        ] {
+            let mut guarded = guarded(AT_REST);
+            guarded.limit_is(Nanos(1), Bytes::mib(512));
+            guarded.history.demand = Bytes::mib(400);
+            guarded.look_at_burst(Nanos(2));
+            guarded.is_thought(nature);
+            // It was killed, and has fallen.
+            guarded.nature = Nature::Burst;
+            guarded.limit_is(Nanos(3), AT_REST);
+            assert_eq!(guarded.learnt.largest().is_some(), learnt, "{nature:?}");
+            // Of the next one.
+            guarded.limit_is(Nanos(4), Bytes::mib(512));
+            guarded.look_at_burst(Nanos(5));
+            guarded.limit_is(Nanos(6), AT_REST);
+            assert!(guarded.learnt.largest().is_some());
+        }
     }
 
     #[test]
