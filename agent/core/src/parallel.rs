@@ -146,12 +146,27 @@ pub struct Orders {
     pub resume: Vec<(ProcessId, Resumed)>,
     /// To be told, if there is something new to tell.
     pub told: Option<Balance>,
-    /// How many jobs there may be; `None` while nobody knows what one needs.
-    pub capacity: Option<u64>,
-    /// How many jobs there are, paused ones included.
-    pub jobs: u64,
+    /// The jobs that there are, and whether each may run.
+    pub jobs: BTreeMap<ProcessId, bool>,
+    /// How many more may begin; `None` while nobody knows what one needs.
+    pub more: Option<u64>,
     /// How much may change until the next look.
     pub pace: Pace,
+}
+
+impl Orders {
+    /// How many job tokens to withhold of a jobserver of which `taken` are withheld, so that no more of its own jobs begin
+    /// than there is memory for. Without any its owner may be at its end, where it waits for each token, however long
+    /// the jobs of others last.
+    pub fn withheld(&self, taken: u64, is_own: impl Fn(ProcessId) -> bool) -> u64 {
+        let own = self.jobs.iter().filter(|&(&id, _)| is_own(id));
+        let mut running = own.map(|(_, &runs)| runs).peekable();
+        let (Some(more), Some(_)) = (self.more, running.peek()) else {
+            return 0;
+        };
+        let waiting = u64::try_from(running.filter(|runs| !runs).count()).unwrap_or(u64::MAX);
+        waiting.saturating_add(taken).saturating_sub(more)
+    }
 }
 
 /// How much may change from one look to the next.
@@ -408,6 +423,7 @@ impl Jobs {
                 room = room.minus(more);
                 running += 1;
             }
+            orders.jobs.insert(job.id, runs);
             let state = match (runs, job.state) {
                 (true, State::Paused { .. }) => {
                     let why = if fits { Resumed::Fits } else { Resumed::Oldest };
@@ -424,16 +440,12 @@ impl Jobs {
                 known.state = state;
             }
         }
-        orders.jobs = u64::try_from(jobs.len()).unwrap_or(u64::MAX);
-        let is_full = running < orders.jobs;
-        let more = if is_full {
-            0
-        } else {
-            room.0.checked_div(typical.0).unwrap_or(u64::MAX)
-        };
-        orders.capacity = (typical > Bytes::ZERO).then_some(running.saturating_add(more));
+        let jobs = u64::try_from(jobs.len()).unwrap_or(u64::MAX);
+        let is_full = running < jobs;
+        let more = room.0.checked_div(typical.0);
+        orders.more = more.map(|more| if is_full { 0 } else { more });
         Balance {
-            jobs: orders.jobs,
+            jobs,
             need,
             granted: look.granted,
             running,

@@ -30,7 +30,7 @@ use super::process::{Process, Tree, descriptors, is_there};
 use crate::ledger::Place;
 
 /// No build is slowed down by more.
-const MOST: usize = 256;
+pub(super) const MOST: usize = 256;
 /// Those that have a jobserver for others.
 const MASTERS: [&str; 3] = ["make", "gmake", "cargo"];
 

@@ -755,7 +755,26 @@ mod tests {
     /// The installed make's own jobserver: a pipe before 4.4, a fifo since.
     #[test]
     fn a_build_of_makes_needs_no_more_than_it_may_have_and_keeps_its_tokens() {
-        let name = format!("bellows-make-{}", std::process::id());
+        build("alone", "", SIZE.scaled(4, 1), 3);
+    }
+
+    /// A language server of 100 MiB is a job for ever: what is kept for it must not keep make from its end.
+    #[test]
+    fn a_build_ends_beside_what_does_not() {
+        let program = std::env::temp_dir().join(format!("bellows-node-{}", std::process::id()));
+        fs::copy("/bin/dd", &program).unwrap();
+        // It ends with its reader. It is long as large as it will be when make begins.
+        let before = format!(
+            "({} if=/dev/zero bs=100M count=9 status=none | exec sleep 60) > /dev/null 2>&1 & sleep 12; ",
+            program.display()
+        );
+        build("beside", &before, Bytes::mib(218), 0);
+        fs::remove_file(program).unwrap();
+    }
+
+    /// Runs twenty jobs, eight at once, beside what the shell has begun `before`, with so much; more than so many pauses.
+    fn build(name: &str, before: &str, granted: Bytes, pauses: usize) {
+        let name = format!("bellows-make-{name}-{}", std::process::id());
         let directory = std::env::temp_dir().join(name);
         fs::create_dir_all(&directory).unwrap();
         let jobs: Vec<String> = (0..20).map(|n| format!("job{n}")).collect();
@@ -777,8 +796,9 @@ mod tests {
         }
         let mut shell = Program::new("sh");
         shell
-            .args(["-c", "make -j8 && echo passed"])
-            .current_dir(&directory);
+            .args(["-c", &format!("{before}make -j8 && echo passed")])
+            .current_dir(&directory)
+            .process_group(0);
         shell.env_remove("MAKEFLAGS").env_remove("CARGO_MAKEFLAGS");
         shell.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut shell = shell.spawn().unwrap();
@@ -789,7 +809,7 @@ mod tests {
         let path = directory.join("paused.ledger");
         let parallel = Parallel::start(&path, Box::new(sink)).unwrap();
         parallel.watch(Cgroup::stand_in(&directory, CgroupId(7)));
-        parallel.may_have(CgroupId(7), SIZE.scaled(4, 1), true);
+        parallel.may_have(CgroupId(7), granted, true);
         let (start, mut withheld) = (Instant::now(), 0);
         while shell.try_wait().unwrap().is_none() {
             measure(&directory, pid);
@@ -804,7 +824,12 @@ mod tests {
             thread::sleep(Duration::from_millis(2));
         }
         drop(parallel);
+        let group = rustix::process::Pid::from_child(&shell);
         let output = shell.wait_with_output().unwrap();
+        // What was beside it is left; without that nobody is.
+        if let Err(errno) = rustix::process::kill_process_group(group, Signal::KILL) {
+            assert_eq!(errno, rustix::io::Errno::SRCH);
+        }
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(
             String::from_utf8_lossy(&output.stdout),
@@ -815,7 +840,7 @@ mod tests {
         let records: Vec<Record> = told.try_iter().collect();
         let count = |is_meant: fn(&&Record) -> bool| records.iter().filter(is_meant).count();
         assert!(
-            count(|record| matches!(record, Record::Pause { .. })) > 3,
+            count(|record| matches!(record, Record::Pause { .. })) > pauses,
             "{records:?}"
         );
         assert!(withheld > 0, "no token was withheld");

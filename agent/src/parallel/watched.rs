@@ -14,7 +14,7 @@ use rustix::process::Signal;
 
 use super::{
     State,
-    jobserver::Jobserver,
+    jobserver::{Jobserver, MOST},
     process::{Tree, is_server},
 };
 use crate::{
@@ -49,6 +49,8 @@ pub(super) struct Watched {
     wanted: usize,
     /// Whether the next token is to be taken as soon as there is one.
     is_waiting: bool,
+    /// Whether it was waited for in vain: what is readable then may be so for ever, as a pipe is that nobody writes to.
+    is_in_vain: bool,
     /// Parents of jobs that were asked for a jobserver.
     asked: BTreeSet<ProcessId>,
     /// What it uses beside its processes' own memory, and when that was read.
@@ -69,6 +71,7 @@ impl Watched {
             jobserver: None,
             wanted: 0,
             is_waiting: false,
+            is_in_vain: false,
             asked: BTreeSet::new(),
             beside: None,
             is_forgotten: false,
@@ -85,7 +88,8 @@ impl Watched {
         if is_bursting {
             self.due = Some(Instant::now());
         } else if !self.is_lending() {
-            self.due = None;
+            // What nobody looks at any more nobody would give back.
+            (self.due, self.is_waiting) = (None, false);
         }
     }
 
@@ -277,8 +281,7 @@ impl Watched {
     fn withhold(&mut self, orders: &Orders, tree: &Tree, processes: &[Seen], state: &mut State) {
         let is_there = |jobserver: &mut Jobserver| jobserver.is_there();
         self.jobserver.take_if(|jobserver| !is_there(jobserver));
-        let is_full = orders.capacity.is_some_and(|most| orders.jobs >= most);
-        if is_full && self.jobserver.is_none() {
+        if orders.more == Some(0) && self.jobserver.is_none() {
             self.find_jobserver(tree, processes);
         }
         let cgroup = self.cgroup.id();
@@ -286,17 +289,17 @@ impl Watched {
             return;
         };
         let taken = u64::try_from(jobserver.taken.len()).unwrap_or(u64::MAX);
-        let wanted = orders.capacity.map_or(0, |capacity| {
-            orders.jobs.saturating_add(taken).saturating_sub(capacity)
-        });
-        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        let owner = jobserver.place.owner;
+        let is_own = |job| tree.ancestors(job).iter().any(|above| above.id == owner);
+        let wanted = orders.withheld(taken, is_own);
+        // No more are ever taken: to wait for those would be in vain.
+        self.wanted = usize::try_from(wanted).map_or(MOST, |wanted| wanted.min(MOST));
         self.is_waiting = false;
-        if jobserver.taken.len() > wanted {
-            return give_back(jobserver, wanted, cgroup, state);
+        if jobserver.taken.len() > self.wanted {
+            return give_back(jobserver, self.wanted, cgroup, state);
         }
-        self.wanted = wanted;
         self.take_tokens(state);
-        self.is_waiting = true;
+        self.is_waiting = !std::mem::take(&mut self.is_in_vain);
     }
 
     /// What is readable when there is a token to be taken.
@@ -309,10 +312,15 @@ impl Watched {
     /// Takes tokens between two looks, where there may be one. If make was faster its next job begins: that is paused
     /// before it has grown.
     pub(super) fn take_between(&mut self, state: &mut State) {
-        if self.source().is_none() || self.take_tokens(state) {
+        if self.source().is_none() {
             return;
         }
-        self.is_waiting = false;
+        if self.take_tokens(state) {
+            // Whoever has one is looked at.
+            self.due.get_or_insert_with(|| Instant::now() + FAR);
+            return;
+        }
+        (self.is_waiting, self.is_in_vain) = (false, true);
         let soon = Instant::now() + BEGUN;
         self.due = Some(self.due.map_or(soon, |due| due.min(soon)));
     }
@@ -379,9 +387,10 @@ impl Watched {
 
 #[cfg(test)]
 impl Watched {
-    /// One that waits for so many tokens, and is never looked at.
+    /// One that waits for so many tokens, and is not looked at soon.
     pub(super) fn waiting_for(wanted: usize, jobserver: Jobserver, cgroup: Cgroup) -> Self {
         Self {
+            due: Some(Instant::now() + Duration::from_secs(3600)),
             jobserver: Some(jobserver),
             wanted,
             is_waiting: true,
@@ -411,3 +420,6 @@ fn tokens(cgroup: CgroupId, jobserver: &Jobserver, taken: &[u8]) -> Record {
         taken: taken.to_vec(),
     }
 }
+
+#[cfg(test)]
+mod tests;

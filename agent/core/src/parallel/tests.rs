@@ -208,10 +208,8 @@ impl World {
                 let orders = known.look(&look);
                 check(&look, &orders, &known);
                 end.pauses += u64::try_from(orders.pause.len()).unwrap();
-                wanted = orders.capacity.map_or(0, |capacity| {
-                    let all = usize::try_from(orders.jobs).unwrap() + taken;
-                    all.saturating_sub(usize::try_from(capacity).unwrap())
-                });
+                let withheld = orders.withheld(u64::try_from(taken).unwrap(), |_| true);
+                wanted = usize::try_from(withheld).unwrap();
                 taken = wanted.min(jobs - self.running.len());
                 self.obey(&orders);
                 let between = match orders.pace {
@@ -487,9 +485,10 @@ fn as_many_jobs_are_begun_as_fit() {
     for _ in 0..4000 {
         world.start(slots);
         let orders = jobs.look(&world.look(Bytes::mib(512)));
+        let running = orders.jobs.values().filter(|&&runs| runs).count();
         slots = orders
-            .capacity
-            .map_or(8, |capacity| usize::try_from(capacity).unwrap().min(8));
+            .more
+            .map_or(8, |more| (running + usize::try_from(more).unwrap()).min(8));
         assert!(slots > 0);
         // The first were begun before there was anything to be told.
         if world.ended.len() >= 8 {
@@ -504,6 +503,31 @@ fn as_many_jobs_are_begun_as_fit() {
     }
     assert_eq!(world.ended.len(), 60);
     assert!(paused >= 4 && most == 3, "{paused}, {most}");
+}
+
+/// A make that has no job left counts its tokens, beside a language server that never ends or another's paused jobs.
+#[test]
+fn tokens_are_withheld_for_the_jobs_of_their_own_jobserver() {
+    let [own, paused, server, other] = [1, 2, 3, 4].map(|pid| ProcessId { began: 9, pid });
+    let orders = |jobs: &[(ProcessId, bool)], more| Orders {
+        jobs: jobs.iter().copied().collect(),
+        more,
+        ..Orders::default()
+    };
+    let is_own = |id| [own, paused].contains(&id);
+    for (jobs, more, withheld) in [
+        (&[(own, true), (paused, false)][..], Some(0), 10),
+        (&[(own, true), (server, true)], Some(5), 4),
+        (&[(own, true), (other, false)], Some(0), 9),
+        (&[(own, true)], Some(20), 0),
+        (&[(own, true)], None, 0),
+        (&[(server, true)], Some(5), 0),
+        (&[(server, true), (other, false)], Some(0), 0),
+        (&[], Some(0), 0),
+    ] {
+        let orders = orders(jobs, more);
+        assert_eq!(orders.withheld(9, is_own), withheld, "{orders:?}");
+    }
 }
 
 /// It is stopped on its way from one program to another.
