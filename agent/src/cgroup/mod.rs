@@ -182,7 +182,7 @@ impl Cgroup {
 
     /// The same with the cgroups below that have inherited its limit. The kubelet gives the limit of a pod to
     /// its containers without one, and moves it for them after the pod: until then a container stands at
-    /// the old limit, whatever its pod has.
+    /// the old limit, whatever its pod has. So does the second cgroup that its runtime has made for it ([`Self::inner`]).
     ///
     /// # Errors
     ///
@@ -190,10 +190,16 @@ impl Cgroup {
     pub fn with_heirs(mut self) -> Result<Self, CgroupError> {
         let limit = self.limit("memory.max")?;
         // A cgroup that cannot be read is gone, or hands out no memory.
+        let inherits =
+            |cgroup: &Self| limit != Limit::Max && cgroup.limit("memory.max").ok() == Some(limit);
         self.heirs = self
             .children()
             .filter_map(Result::ok)
-            .filter(|cgroup| limit != Limit::Max && cgroup.limit("memory.max").ok() == Some(limit))
+            .filter(inherits)
+            .flat_map(|heir| {
+                let inner = heir.inner().filter(inherits);
+                [Some(heir), inner].into_iter().flatten()
+            })
             .map(|cgroup| cgroup.path.to_path_buf())
             .collect();
         Ok(self)
@@ -633,6 +639,42 @@ pub fn own(content: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A pod with containers of crun's: one without a limit of its own, and one with; and one of whose cgroups only the
+    /// outer follows.
+    #[test]
+    fn a_limit_of_a_pod_reaches_what_its_containers_runtime_has_made_below() {
+        let name = format!("bellows-heirs-{}", std::process::id());
+        let pod = std::env::temp_dir().join(name);
+        let limits = |limits: [u64; 7]| limits.map(|mib| Bytes::mib(mib).0.to_string());
+        let paths = [
+            "",
+            "a.scope",
+            "a.scope/container",
+            "b.scope",
+            "b.scope/container",
+            "c.scope",
+            "c.scope/container",
+        ];
+        for (path, limit) in paths.into_iter().zip(limits([96, 96, 96, 32, 32, 96, 64])) {
+            fs::create_dir_all(pod.join(path)).unwrap();
+            fs::write(pod.join(path).join("memory.max"), limit).unwrap();
+        }
+        let now =
+            || paths.map(|path| fs::read_to_string(pod.join(path).join("memory.max")).unwrap());
+        let cgroup = Cgroup::open(&pod).unwrap().with_heirs().unwrap();
+        cgroup.set_limit_and_heirs(Bytes::mib(256)).unwrap();
+        assert_eq!(now(), limits([256, 256, 256, 32, 32, 256, 64]));
+        // What the innermost has is what is in force.
+        let inner = pod.join("a.scope/container/memory.max");
+        fs::write(&inner, Bytes::mib(96).0.to_string()).unwrap();
+        assert_eq!(cgroup.limit_in_force().unwrap(), Bytes::mib(96));
+        cgroup.raise_to(Bytes::mib(128)).unwrap();
+        assert_eq!(now(), limits([256, 256, 128, 32, 32, 256, 64]));
+        cgroup.set_limit_and_heirs(Bytes::mib(96)).unwrap();
+        assert_eq!(now(), limits([96, 96, 96, 32, 32, 96, 64]));
+        fs::remove_dir_all(&pod).unwrap();
+    }
 
     #[test]
     fn reads_limits() {
