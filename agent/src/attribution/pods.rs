@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{api, container_id, ebpf_resize};
 
 /// Marks a pod that mirrors a file on the node.
-const MIRROR: &str = "kubernetes.io/config.mirror";
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// A pod as core sees it.
 #[must_use]

@@ -6,7 +6,9 @@
 //! policies in memory, on a task that does nothing else; nothing is asked of anybody, and a plugin is only there while a
 //! policy asks for it. What it does not understand it answers with no change.
 //!
-//! It must not refuse a container, and it must not change what somebody else has set.
+//! It must not refuse a container, and it must not change what somebody else has set, nor anything of a static pod: no
+//! policy moves a limit of that. Of other critical pods a runtime is told nothing that names them: their priority is in
+//! the API only, which is not asked. They are left alone as long as no policy selects them.
 
 mod frames;
 #[expect(
@@ -38,7 +40,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::metrics::METRICS;
+use crate::{attribution::pods::MIRROR, metrics::METRICS};
 use frames::{ANSWER, CALL, Decoder, FrameError, Message, PLUGIN, RUNTIME};
 use v1alpha1::{
     Answer, Call, ConfigureRequest, ConfigureResponse, Container, ContainerAdjustment,
@@ -51,6 +53,9 @@ pub const SOCKET: &str = "/var/run/nri/nri.sock";
 const NAME: &str = "bellows";
 /// Plugins are called in this order; the later, the more has been set by others, which wins.
 const INDEX: &str = "90";
+/// Where the kubelet has a pod from, which it writes over whatever the pod says of that (`ConfigSourceAnnotationKey`,
+/// pkg/kubelet/types, set in pkg/kubelet/config), and hands to the runtime with the pod's other annotations.
+const SOURCE: &str = "kubernetes.io/config.source";
 /// The one event that is asked for: bit 4 of those from 1 on (`CREATE_CONTAINER`).
 const EVENTS: i32 = 1 << 3;
 /// How soon a runtime is looked for again, and how seldom at last.
@@ -318,6 +323,9 @@ impl Plugin {
 
     /// The rules for a container whose heaps are sized.
     fn rules(&self, pod: &PodSandbox, container: &Container) -> Option<MemoryRules> {
+        if is_static(&pod.annotations) {
+            return None;
+        }
         let subject = Subject {
             namespace: pod.namespace.clone(),
             pod: pod.name.clone(),
@@ -332,6 +340,12 @@ impl Plugin {
         let acts = own.map_or(policy.mode == Mode::Act, |own| own == "Act");
         acts.then_some(rules)
     }
+}
+
+/// Whether the kubelet made a pod from a file or by HTTP.
+fn is_static(annotations: &BTreeMap<String, String>) -> bool {
+    let source = annotations.get(SOURCE);
+    source.is_some_and(|source| source != "api") || annotations.contains_key(MIRROR)
 }
 
 /// The memory limit that a container is made with.

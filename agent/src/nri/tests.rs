@@ -161,6 +161,28 @@ fn who_is_not_meant_is_left_alone() {
     }
 }
 
+/// The API cannot resize it, and the node may depend on it.
+#[test]
+fn a_static_pod_is_left_alone_whatever_it_says_of_itself() {
+    for (annotations, is_told) in [
+        (&[][..], true),
+        (&[(SOURCE, "api")], true),
+        (&[(SOURCE, "file")], false),
+        (&[(SOURCE, "http"), (pod::MODE, "Act")], false),
+        (&[(SOURCE, "api"), (MIRROR, "5f9c")], false),
+    ] {
+        let mut pod = pod("dev");
+        let annotations = annotations.iter();
+        pod.annotations = annotations
+            .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        let said = format!("{:?}", pod.annotations);
+        let app = container("app", 256 << 20, &[]);
+        let set = set(Heap::Original, Mode::Act, pod, app);
+        assert_eq!(!set.is_empty(), is_told, "{said}");
+    }
+}
+
 #[test]
 fn what_others_have_set_is_kept_and_one_that_was_there_is_replaced_as_a_whole() {
     let env = [
