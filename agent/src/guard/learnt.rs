@@ -12,6 +12,9 @@ use crate::originals::{Recorded, Records};
 
 /// Workloads that are remembered, at most. A node runs 110 pods (`maxPods`, the kubelet's default).
 const MOST: usize = 1000;
+/// So much of a name is kept as it is, with its sum: no file's name has more than 255 bytes (`NAME_MAX`), and those of
+/// Kubernetes may have more together.
+const LONGEST: usize = 200;
 /// Where it is kept.
 const DIRECTORY: &str = "/run/bellows/learnt";
 
@@ -82,7 +85,12 @@ impl Memory {
 
 /// A file's name of `NAMESPACE/WORKLOAD/CONTAINER`; a name of Kubernetes has no underscore.
 fn key(workload: &str) -> String {
-    workload.replace('/', "_")
+    let key = workload.replace('/', "_");
+    if key.len() <= LONGEST {
+        return key;
+    }
+    let sum = crc32fast::hash(workload.as_bytes());
+    format!("{}_{sum:08x}", &key[..key.floor_char_boundary(LONGEST)])
 }
 
 #[cfg(test)]
@@ -108,6 +116,15 @@ mod tests {
         assert_eq!(Memory::at(directory.clone()).of("dev/web/app"), learnt);
         let files = fs::read_dir(&directory).unwrap().count();
         assert!((MOST - 5..=MOST).contains(&files), "{files}");
+        // Names of Kubernetes' greatest lengths, which differ at their ends only.
+        let longest = |end: &str| format!("{0}/{0}{0}{0}{0}/{0}{end}", "n".repeat(62));
+        for (end, mib) in [("a", 300), ("b", 400)] {
+            learnt.ended("make", Bytes::mib(mib), false);
+            memory.keep(&longest(end), learnt.clone());
+            assert_eq!(memory.of(&longest(end)), learnt);
+        }
+        assert_ne!(memory.of(&longest("a")), memory.of(&longest("b")));
+        assert_eq!(memory.of(&longest("c")), Learnt::default());
         // A name that is no plain word is not remembered, and does no harm.
         memory.keep("../../etc", learnt);
         assert_eq!(memory.of("../../etc"), Learnt::default());
