@@ -5,10 +5,12 @@
 //! LimitRange leaves and what each quota has left, at the moment of the decision.
 //!
 //! A quota's status is older than what was asked for since. Of twenty raises at once each would find the same room, so what
-//! was asked for is counted here until the status must have it: the sum asked for never exceeds what was seen to be left.
-//! A raise that the API has taken is counted for [`SETTLE`] more, or until a status is seen that is newer than the pod: for
-//! that time it may count twice, which costs room and exceeds nothing. Agents of other nodes are not seen before the status
-//! is: the API judges between them.
+//! was asked for is counted here until the status has it: the sum asked for never exceeds what was seen to be left. Which
+//! status has it the versions do not tell: admission writes `used` before the pod is stored, so the status that counts a
+//! raise is always older than the pod that has it. So by how much `used` grows is taken off what was asked for, first off
+//! what the API is known to have taken, and each byte once. Where a raise is hidden by what came down with it, it is
+//! counted for [`SETTLE`] more after the API has taken it: that costs room and exceeds nothing. Agents of other nodes are
+//! not seen before the status is, and what they raise meanwhile may be taken for ours: the API judges between them.
 //!
 //! What Kubernetes counts is read in its admission plugins (plugin/pkg/admission/limitranger/admission.go and
 //! pkg/quota/v1/evaluator/core/pods.go, 1.37): a resize is judged as the whole pod that it makes.
@@ -144,6 +146,8 @@ pub struct CountedPod {
     pub own: Amounts,
     /// All that run beside each other, sidecars included.
     pub together: Amounts,
+    /// The version of it: an older one says nothing new.
+    pub version: Option<u64>,
 }
 
 /// What a LimitRange says of one resource of a container or of a pod.
@@ -217,8 +221,6 @@ pub struct Quota {
     pub scopes: Vec<Scope>,
     /// What there is, and what of it is used.
     pub amounts: BTreeMap<What, Amount>,
-    /// Its version: one that is newer than a pod has counted that.
-    pub version: Option<u64>,
 }
 
 /// What there is of something.
@@ -235,10 +237,18 @@ pub struct Amount {
 struct Asked {
     from: u64,
     to: u64,
-    /// Whether the API has taken it, and in which version of the pod.
-    taken: Option<Option<u64>>,
+    /// Whether the API has taken it.
+    is_taken: bool,
     /// When it counts no more.
     until: Option<Nanos>,
+}
+
+/// All that was asked for one container.
+#[derive(Clone, Debug, Default)]
+struct Asking {
+    all: Vec<Asked>,
+    /// What of it each quota has counted, by the quota's name: up to where its `used` has grown with it.
+    counted: BTreeMap<String, u64>,
 }
 
 /// A container's limit or request: its pod's uid, its name, what.
@@ -251,7 +261,7 @@ pub struct Allowances {
     ranges: BTreeMap<(String, String), Vec<Range>>,
     quotas: BTreeMap<(String, String), Quota>,
     pods: BTreeMap<String, CountedPod>,
-    asked: BTreeMap<Key, Vec<Asked>>,
+    asked: BTreeMap<Key, Asking>,
 }
 
 impl Allowances {
@@ -264,7 +274,43 @@ impl Allowances {
     /// A quota is there with this status, or is gone; returns whether that is new.
     pub fn quota(&mut self, namespace: &str, name: &str, quota: Option<Quota>) -> bool {
         let key = (namespace.to_owned(), name.to_owned());
+        let before = self.quotas.get(&key);
+        if let (Some(before), Some(now)) = (before, &quota) {
+            let grown = now.amounts.iter().filter_map(|(&what, now)| {
+                let before = before.amounts.get(&what)?;
+                Some((what, now.used.saturating_sub(before.used)))
+            });
+            for (what, grown) in grown.collect::<Vec<_>>() {
+                self.is_counted((namespace, name), now, what, grown);
+            }
+        }
         set(&mut self.quotas, key, quota)
+    }
+
+    /// What a quota says is used has grown: it has counted so much of what was asked for.
+    fn is_counted(
+        &mut self,
+        (namespace, name): (&str, &str),
+        quota: &Quota,
+        what: What,
+        mut grown: u64,
+    ) {
+        for is_taken in [true, false] {
+            for ((uid, container, other), asking) in &mut self.asked {
+                let pod = self.pods.get(uid).filter(|pod| pod.namespace == namespace);
+                let pod = pod.filter(|pod| *other == what && quota.counts(pod, container, what));
+                let said = pod.and_then(|pod| pod.of(container, what));
+                let (Some(said), Some((from, to))) = (said, extent(asking.all.iter())) else {
+                    continue;
+                };
+                let counted = asking.counted.entry(name.to_owned()).or_default();
+                *counted = (*counted).max(from);
+                let to = if is_taken { to.min(said) } else { to };
+                let more = to.saturating_sub(*counted).min(grown);
+                *counted += more;
+                grown -= more;
+            }
+        }
     }
 
     /// All that have gone while nobody looked.
@@ -277,21 +323,25 @@ impl Allowances {
         self.quotas.retain(|key, _| listed.contains(key));
     }
 
-    /// A pod as the API has it.
+    /// A pod as the API has it; one that is older than what is known says nothing.
     pub fn pod(&mut self, pod: CountedPod) {
+        let known = self.pods.get(&pod.uid).and_then(|known| known.version);
+        if known.is_some_and(|known| pod.version.is_some_and(|version| version < known)) {
+            return;
+        }
         self.pods.insert(pod.uid.clone(), pod);
     }
 
-    /// A pod as the API has just taken it, in this version: what was asked for and is in it will be in the quota's status.
-    pub fn taken(&mut self, pod: CountedPod, version: Option<u64>, now: Nanos) {
+    /// A pod as the API has just taken it: what was asked for and is in it will be in the quota's status.
+    pub fn taken(&mut self, pod: CountedPod, now: Nanos) {
         for ((uid, container, what), asked) in &mut self.asked {
             if *uid != pod.uid {
                 continue;
             }
             let is_said = pod.of(container, *what);
-            for asked in asked {
-                if asked.taken.is_none() && is_said.is_some_and(|said| said >= asked.to) {
-                    asked.taken = Some(version);
+            for asked in &mut asked.all {
+                if !asked.is_taken && is_said.is_some_and(|said| said >= asked.to) {
+                    asked.is_taken = true;
                     asked.until = Some(Nanos(now.0.saturating_add(SETTLE.0)));
                 }
             }
@@ -314,15 +364,16 @@ impl Allowances {
             return;
         }
         let key = (uid.to_owned(), container.to_owned(), what);
-        let asked = self.asked.entry(key).or_default();
-        if !asked
-            .iter()
-            .any(|asked| asked.to == to && asked.taken.is_none())
-        {
-            asked.push(Asked {
+        let asking = self.asked.entry(key).or_default();
+        if asking.all.is_empty() {
+            asking.counted.clear();
+        }
+        let mut asked = asking.all.iter();
+        if !asked.any(|asked| asked.to == to && !asked.is_taken) {
+            asking.all.push(Asked {
                 from,
                 to,
-                taken: None,
+                is_taken: false,
                 until: None,
             });
         }
@@ -337,10 +388,10 @@ impl Allowances {
         uncertain_at: Option<Nanos>,
     ) {
         let key = (uid.to_owned(), container.to_owned(), what);
-        let Some(asked) = self.asked.get_mut(&key) else {
+        let Some(Asking { all: asked, .. }) = self.asked.get_mut(&key) else {
             return;
         };
-        let is_it = |asked: &Asked| asked.to == to && asked.taken.is_none();
+        let is_it = |asked: &Asked| asked.to == to && !asked.is_taken;
         match uncertain_at {
             None => asked.retain(|asked| !is_it(asked)),
             Some(at) => {
@@ -354,10 +405,10 @@ impl Allowances {
     /// What was raised without the API has come down to this.
     pub fn lowered(&mut self, (uid, container): (&str, &str), what: What, to: u64) {
         let key = (uid.to_owned(), container.to_owned(), what);
-        let Some(asked) = self.asked.get_mut(&key) else {
+        let Some(Asking { all: asked, .. }) = self.asked.get_mut(&key) else {
             return;
         };
-        for asked in asked.iter_mut().filter(|asked| asked.taken.is_none()) {
+        for asked in asked.iter_mut().filter(|asked| !asked.is_taken) {
             asked.to = asked.to.min(to);
         }
         asked.retain(|asked| asked.to > asked.from);
@@ -365,11 +416,11 @@ impl Allowances {
 
     /// Nothing is raised without the API any more but what these have: what nobody guards any more has come down.
     pub fn only_raised(&mut self, what: What, is_guarded: impl Fn(&str, &str) -> bool) {
-        self.asked.retain(|(uid, container, own), asked| {
+        self.asked.retain(|(uid, container, own), asking| {
             if *own == what && !is_guarded(uid, container) {
-                asked.retain(|asked| asked.taken.is_some());
+                asking.all.retain(|asked| asked.is_taken);
             }
-            !asked.is_empty()
+            !asking.all.is_empty()
         });
     }
 
@@ -378,33 +429,29 @@ impl Allowances {
     pub fn most(&self, (uid, container): (&str, &str), what: What, now: Nanos) -> Option<Bound> {
         let pod = self.pods.get(uid)?;
         let own = pod.of(container, what)?;
-        let ranges = self.ranges.iter();
-        let ranges = ranges.filter(|((namespace, _), _)| *namespace == pod.namespace);
-        let ranges = ranges.flat_map(|((_, name), ranges)| {
+        let ranges = in_namespace(&self.ranges, &pod.namespace);
+        let ranges = ranges.flat_map(|(name, ranges)| {
             let fitting = ranges.iter();
             let fitting = fitting.filter(|range| range.measure == what.measure());
             fitting.filter_map(move |range| self.by_range((name, range), pod, container, what, now))
         });
-        let quotas = self.quotas.iter();
-        let quotas = quotas.filter(|((namespace, _), quota)| {
-            *namespace == pod.namespace && quota.scopes.iter().all(|scope| scope.has(pod))
-        });
-        let quotas = quotas.filter_map(|((_, name), quota)| {
+        let quotas = in_namespace(&self.quotas, &pod.namespace);
+        let quotas = quotas.filter(|(_, quota)| quota.counts(pod, container, what));
+        let quotas = quotas.filter_map(|(name, quota)| {
             let amount = *quota.amounts.get(&what)?;
-            if pod.is_beside(container, what) {
-                return None;
-            }
             let key = (uid, container);
-            let (base, others) = self.asked_under(quota, pod, key, what, now);
-            let base = base.unwrap_or(own).min(own);
+            let (base, others) = self.asked_under((name, quota), pod, key, what, now);
+            let base = base.unwrap_or(own);
             let left = amount.hard.saturating_sub(amount.used);
             let by = By::Quota {
-                name: name.clone(),
+                name: name.to_owned(),
                 what,
                 amount,
                 asked: others,
             };
             let most = base.saturating_add(left.saturating_sub(others));
+            // What the API has granted stays, whatever is left.
+            let most = most.max(own);
             Some(Bound { most, by })
         });
         ranges.chain(quotas).min_by_key(|bound| bound.most)
@@ -419,8 +466,7 @@ impl Allowances {
         let Some(own) = pod.containers.get(container) else {
             return 0;
         };
-        let all = self.ranges.iter();
-        let all = all.filter(|((namespace, _), _)| *namespace == pod.namespace);
+        let all = in_namespace(&self.ranges, &pod.namespace);
         let memory = all.flat_map(|(_, ranges)| ranges);
         let memory = memory.filter(|range| range.measure == Measure::Memory);
         let least = memory.filter_map(|range| {
@@ -501,39 +547,37 @@ impl Allowances {
             .min_by_key(|bound| bound.most)
     }
 
-    /// What was asked for beside this and a quota may not have counted; and from where this one was asked for.
+    /// What was asked for beside this and a quota may not have counted; and how much of this one it has.
     fn asked_under(
         &self,
-        quota: &Quota,
+        (name, quota): (&str, &Quota),
         own: &CountedPod,
         key: (&str, &str),
         what: What,
         now: Nanos,
     ) -> (Option<u64>, u64) {
-        let is_counted = |asked: &Asked| match (asked.taken, quota.version) {
-            (Some(Some(pod)), Some(quota)) => quota >= pod,
-            _ => false,
-        };
         let (mut base, mut others) = (None, 0_u64);
-        for ((uid, container, other), all) in &self.asked {
-            let pod = self.pods.get(uid);
-            let is_under = pod.is_some_and(|pod| {
-                pod.namespace == own.namespace
-                    && !pod.is_beside(container, what)
-                    && quota.scopes.iter().all(|scope| scope.has(pod))
-            });
-            if *other != what || !is_under {
-                continue;
-            }
-            let open = all.iter();
-            let open = open.filter(|asked| asked.counts(now) && !is_counted(asked));
-            let Some((from, to)) = extent(open) else {
+        for ((uid, container, other), asking) in &self.asked {
+            let pod = self
+                .pods
+                .get(uid)
+                .filter(|pod| pod.namespace == own.namespace);
+            let pod = pod.filter(|pod| *other == what && quota.counts(pod, container, what));
+            let said = pod.and_then(|pod| pod.of(container, what));
+            let open = asking.all.iter().filter(|asked| asked.counts(now));
+            let (Some(said), Some((from, to))) = (said, extent(open)) else {
                 continue;
             };
+            // What has grown may be somebody else's as long as the API has not taken this.
+            let counted = asking
+                .counted
+                .get(name)
+                .map_or(from, |&counted| counted.max(from));
+            let counted = counted.min(said);
             if (uid.as_str(), container.as_str()) == key {
-                base = Some(from);
+                base = Some(counted);
             } else {
-                others = others.saturating_add(to.saturating_sub(from));
+                others = others.saturating_add(to.saturating_sub(counted));
             }
         }
         (base, others)
@@ -545,8 +589,8 @@ impl Allowances {
         let beside = all.filter(|((uid, other, asked), _)| {
             *uid == pod.uid && other != container && *asked == what
         });
-        let missing = beside.filter_map(|((_, other, _), asked)| {
-            let open = asked.iter().filter(|asked| asked.counts(now));
+        let missing = beside.filter_map(|((_, other, _), asking)| {
+            let open = asking.all.iter().filter(|asked| asked.counts(now));
             let (_, to) = extent(open)?;
             Some(to.saturating_sub(pod.of(other, what)?))
         });
@@ -555,10 +599,17 @@ impl Allowances {
 
     /// Forgets what counts no more.
     pub fn settle(&mut self, now: Nanos) {
-        self.asked.retain(|_, asked| {
-            asked.retain(|asked| asked.counts(now));
-            !asked.is_empty()
+        self.asked.retain(|_, asking| {
+            asking.all.retain(|asked| asked.counts(now));
+            !asking.all.is_empty()
         });
+    }
+}
+
+impl Quota {
+    /// Whether it counts a container's of a pod.
+    fn counts(&self, pod: &CountedPod, container: &str, what: What) -> bool {
+        !pod.is_beside(container, what) && self.scopes.iter().all(|scope| scope.has(pod))
     }
 }
 
@@ -590,6 +641,16 @@ impl CountedPod {
     fn is_beside(&self, container: &str, what: What) -> bool {
         container != crate::pod::WHOLE_POD && self.own.of(what).is_some()
     }
+}
+
+/// Those of a namespace, by name.
+fn in_namespace<'a, T>(
+    all: &'a BTreeMap<(String, String), T>,
+    namespace: &'a str,
+) -> impl Iterator<Item = (&'a str, &'a T)> {
+    let own = all.range((namespace.to_owned(), String::new())..);
+    let own = own.take_while(move |((own, _), _)| own == namespace);
+    own.map(|((_, name), value)| (name.as_str(), value))
 }
 
 fn set<T: PartialEq>(

@@ -14,10 +14,7 @@ use bellows_core::{
 };
 
 use crate::{
-    attribution::{
-        api::Pod,
-        counted::{counted, version},
-    },
+    attribution::{api::Pod, counted::counted},
     clock::now,
 };
 
@@ -108,6 +105,6 @@ impl SharedAllowances {
 
     /// The API has taken a pod.
     pub fn taken(&self, pod: &Pod) {
-        self.with(|all| all.taken(counted(pod), version(pod), now()));
+        self.with(|all| all.taken(counted(pod), now()));
     }
 }

@@ -48,12 +48,12 @@ pub fn counted(pod: &api::Pod) -> CountedPod {
         containers,
         own: amounts(spec.and_then(|spec| spec.resources.as_ref())),
         together,
+        version: version(pod),
     }
 }
 
 /// The version that a pod has in the API's store, where that is a number.
-#[must_use]
-pub fn version(pod: &api::Pod) -> Option<u64> {
+fn version(pod: &api::Pod) -> Option<u64> {
     pod.metadata.resource_version.as_deref()?.parse().ok()
 }
 
@@ -95,8 +95,9 @@ mod tests {
             "spec": spec,
         });
         let pod: api::Pod = serde_json::from_value(pod).unwrap();
-        assert_eq!(version(&pod), Some(17));
-        counted(&pod)
+        let counted = counted(&pod);
+        assert_eq!(counted.version, Some(17));
+        counted
     }
 
     #[test]

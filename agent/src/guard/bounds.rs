@@ -12,6 +12,8 @@ impl Guarded {
     /// Takes over what bounds it now; returns whether its ceiling is another.
     pub(super) fn take_bound(&mut self, bound: Option<Bound>) -> bool {
         let most = bound.as_ref().map(|bound| Bytes(bound.most).page_floor());
+        // What is in force was granted: below it nobody would look at the container any more.
+        let most = most.map(|most| most.max(self.limit));
         let ceiling = most.map_or(self.asked_ceiling, |most| most.min(self.asked_ceiling));
         let ceiling = ceiling.max(self.policy.original);
         self.bound = bound.filter(|_| ceiling < self.asked_ceiling);
@@ -173,6 +175,14 @@ mod tests {
         assert_eq!(under(Some(100)), (Bytes::mib(100), false, true));
         assert_eq!(under(Some(1)), (Bytes::mib(64), true, true));
         assert_eq!(under(None), (Bytes::mib(1024), true, false));
+        // What is in force is not cut, unless its own policy says so.
+        guarded.limit = Bytes::mib(589);
+        guarded.take_bound(Some(bound(Bytes::mib(499))));
+        assert_eq!(guarded.policy.ceiling, Bytes::mib(589));
+        guarded.limit = Bytes::mib(2000);
+        guarded.take_bound(Some(bound(Bytes::mib(499))));
+        assert_eq!(guarded.policy.ceiling, Bytes::mib(1024));
+        guarded.limit = Bytes::mib(64);
         // Whose rules change is bounded all the same.
         guarded.take_bound(Some(bound(Bytes::mib(100))));
         let rules = Policy {

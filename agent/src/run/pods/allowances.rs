@@ -228,7 +228,6 @@ fn quota(object: &ResourceQuota) -> Quota {
     Quota {
         scopes: named.chain(selected).collect(),
         amounts: amounts.collect(),
-        version: object.resource_version().and_then(|text| text.parse().ok()),
     }
 }
 
@@ -264,7 +263,7 @@ mod tests {
 
     fn read(value: &Value) -> Quota {
         let value = json!({
-            "metadata": { "namespace": "dev", "name": "q", "resourceVersion": "41" },
+            "metadata": { "namespace": "dev", "name": "q" },
             "spec": value["spec"], "status": value["status"],
         });
         quota(&serde_json::from_value(value).unwrap())
@@ -286,7 +285,6 @@ mod tests {
                 "used": { "limits.memory": "1e9", "requests.memory": "100Mi", "memory": "100Mi" },
             },
         }));
-        assert_eq!(read.version, Some(41));
         let gib = |n: u64| n << 30;
         let amount = |hard, used| Amount { hard, used };
         assert_eq!(
