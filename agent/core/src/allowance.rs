@@ -19,7 +19,7 @@
 
 mod bound;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::units::Nanos;
 
@@ -265,13 +265,13 @@ pub struct Allowances {
 }
 
 impl Allowances {
-    /// A LimitRange is there, or is gone; returns whether that is new.
+    /// A LimitRange is there, or is gone; returns whether that is new to a pod that is known.
     pub fn range(&mut self, namespace: &str, name: &str, range: Option<Vec<Range>>) -> bool {
         let key = (namespace.to_owned(), name.to_owned());
-        set(&mut self.ranges, key, range)
+        set(&mut self.ranges, key, range) && self.has_pods(namespace)
     }
 
-    /// A quota is there with this status, or is gone; returns whether that is new.
+    /// A quota is there with this status, or is gone; returns whether that is new to a pod that is known.
     pub fn quota(&mut self, namespace: &str, name: &str, quota: Option<Quota>) -> bool {
         let key = (namespace.to_owned(), name.to_owned());
         let before = self.quotas.get(&key);
@@ -284,7 +284,7 @@ impl Allowances {
                 self.is_counted((namespace, name), now, what, grown);
             }
         }
-        set(&mut self.quotas, key, quota)
+        set(&mut self.quotas, key, quota) && self.has_pods(namespace)
     }
 
     /// What a quota says is used has grown: it has counted so much of what was asked for.
@@ -313,14 +313,21 @@ impl Allowances {
         }
     }
 
-    /// All that have gone while nobody looked.
-    pub fn keep_ranges(&mut self, listed: &[(String, String)]) {
-        self.ranges.retain(|key, _| listed.contains(key));
+    fn has_pods(&self, namespace: &str) -> bool {
+        let mut pods = self.pods.values();
+        pods.any(|pod| pod.namespace == namespace)
+    }
+
+    /// Forgets LimitRanges that have gone while nobody looked; returns whether that is new to a pod that is known.
+    pub fn keep_ranges(&mut self, listed: &BTreeSet<(String, String)>) -> bool {
+        let gone = keep(&mut self.ranges, listed);
+        gone.iter().any(|namespace| self.has_pods(namespace))
     }
 
     /// The same of quotas.
-    pub fn keep_quotas(&mut self, listed: &[(String, String)]) {
-        self.quotas.retain(|key, _| listed.contains(key));
+    pub fn keep_quotas(&mut self, listed: &BTreeSet<(String, String)>) -> bool {
+        let gone = keep(&mut self.quotas, listed);
+        gone.iter().any(|namespace| self.has_pods(namespace))
     }
 
     /// A pod as the API has it; one that is older than what is known says nothing.
@@ -651,6 +658,15 @@ fn in_namespace<'a, T>(
     let own = all.range((namespace.to_owned(), String::new())..);
     let own = own.take_while(move |((own, _), _)| own == namespace);
     own.map(|((_, name), value)| (name.as_str(), value))
+}
+
+/// Forgets all others; returns the namespaces of those.
+fn keep<T>(
+    all: &mut BTreeMap<(String, String), T>,
+    listed: &BTreeSet<(String, String)>,
+) -> BTreeSet<String> {
+    let gone = all.extract_if(.., |key, _| !listed.contains(key));
+    gone.map(|((namespace, _), _)| namespace).collect()
 }
 
 fn set<T: PartialEq>(

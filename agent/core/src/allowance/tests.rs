@@ -68,6 +68,25 @@ fn without_rules_nothing_bounds() {
 }
 
 #[test]
+fn what_is_new_is_new_to_a_pod() {
+    let mut all = with(&[pod("a", &[("app", 64)])]);
+    assert!(!all.range("other", "r", Some(vec![range(false, Some(1), None)])));
+    assert!(!all.quota("other", "q", Some(quota(1, 1))));
+    assert!(all.range("dev", "r", Some(vec![range(false, Some(90), None)])));
+    assert!(!all.range("dev", "r", Some(vec![range(false, Some(90), None)])));
+    assert!(all.quota("dev", "q", Some(quota(100, 64))));
+    // Namespaces whose names are near are others.
+    assert!(!all.range("de", "r", Some(vec![range(false, Some(1), None)])));
+    assert!(!all.range("dev-2", "r", Some(vec![range(false, Some(1), None)])));
+    assert_eq!(most(&all, "a", "app"), Some(90));
+    let own = BTreeSet::from([("dev".to_owned(), "r".to_owned())]);
+    assert!(!all.keep_ranges(&own));
+    assert!(all.keep_quotas(&own));
+    assert!(all.keep_ranges(&BTreeSet::new()));
+    assert_eq!(most(&all, "a", "app"), None);
+}
+
+#[test]
 fn a_limit_range_bounds_a_container_by_its_maximum_and_by_its_request() {
     let mut all = with(&[pod("a", &[("app", 64), ("side", 10)])]);
     all.range("dev", "r", Some(vec![range(false, Some(200), None)]));

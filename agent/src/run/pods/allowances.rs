@@ -6,7 +6,10 @@
 //! An agent that may not read them (a chart of before) knows no bounds, and then nothing is raised before the API is
 //! asked. An amount that cannot be read counts as nothing left: a guess would exceed it.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use bellows_core::{
     allowance::{Among, Amount, Measure, Quota, Range, Scope, What},
@@ -31,11 +34,23 @@ enum Change<K> {
     Listed,
 }
 
+/// What an event says to the pods of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum News {
+    None,
+    /// There is more or less left.
+    Bounds,
+    /// What is asked for a pod may be another: whether a limit is raised first, how far a request is lowered.
+    Rules,
+}
+
 /// One of the two watches.
 #[derive(Default)]
 struct Seen {
     /// While a list is read.
-    listing: Option<Vec<(String, String)>>,
+    listing: Option<BTreeSet<(String, String)>>,
+    /// Whether something of the list is new: that is told when it is whole.
+    is_new: bool,
     is_listed: bool,
     told: Option<Instant>,
 }
@@ -54,10 +69,10 @@ impl Seen {
     /// What is to be done, if anything.
     fn take<K: ResourceExt>(&mut self, kind: &str, event: Event<K>) -> Option<Change<K>> {
         match event {
-            Ok(Some(watcher::Event::Init)) => self.listing = Some(Vec::new()),
+            Ok(Some(watcher::Event::Init)) => self.listing = Some(BTreeSet::new()),
             Ok(Some(watcher::Event::InitApply(object))) => {
                 if let Some(listing) = &mut self.listing {
-                    listing.push(key(&object));
+                    listing.insert(key(&object));
                 }
                 return Some(Change::Set(object));
             }
@@ -77,6 +92,12 @@ impl Seen {
         }
         None
     }
+
+    /// Whether it is to be told that something is new: not as long as a list is read.
+    fn tells(&mut self, is_new: bool) -> bool {
+        self.is_new |= is_new;
+        self.listing.is_none() && std::mem::take(&mut self.is_new)
+    }
 }
 
 fn key(object: &impl ResourceExt) -> (String, String) {
@@ -91,9 +112,8 @@ impl Allowed {
         }
     }
 
-    /// Takes an event of the watch of LimitRanges; returns whether more or less is allowed now, or it is known first.
-    pub(super) fn take_range(&mut self, event: Event<LimitRange>) -> bool {
-        let was_known = self.shared.are_known();
+    /// Takes an event of the watch of LimitRanges.
+    pub(super) fn take_range(&mut self, event: Event<LimitRange>) -> News {
         let is_new = match self.ranges.take("LimitRange", event) {
             None => false,
             Some(Change::Set(object)) => {
@@ -107,17 +127,16 @@ impl Allowed {
             }
             Some(Change::Listed) => {
                 let listed = self.ranges.listing.take().unwrap_or_default();
-                self.shared.with(|all| all.keep_ranges(&listed));
-                true
+                self.shared.with(|all| all.keep_ranges(&listed))
             }
         };
-        self.is_known();
-        is_new || self.shared.are_known() != was_known
+        let is_told = self.ranges.tells(is_new);
+        let own = if is_told { News::Rules } else { News::None };
+        own.max(self.is_known())
     }
 
     /// The same of quotas.
-    pub(super) fn take_quota(&mut self, event: Event<ResourceQuota>) -> bool {
-        let was_known = self.shared.are_known();
+    pub(super) fn take_quota(&mut self, event: Event<ResourceQuota>) -> News {
         let is_new = match self.quotas.take("ResourceQuota", event) {
             None => false,
             Some(Change::Set(object)) => {
@@ -131,17 +150,22 @@ impl Allowed {
             }
             Some(Change::Listed) => {
                 let listed = self.quotas.listing.take().unwrap_or_default();
-                self.shared.with(|all| all.keep_quotas(&listed));
-                true
+                self.shared.with(|all| all.keep_quotas(&listed))
             }
         };
-        self.is_known();
-        is_new || self.shared.are_known() != was_known
+        let is_told = self.quotas.tells(is_new);
+        let own = if is_told { News::Bounds } else { News::None };
+        own.max(self.is_known())
     }
 
-    fn is_known(&self) {
-        self.shared
-            .known(self.ranges.is_listed && self.quotas.is_listed);
+    /// Whether both are known; that changes the rules.
+    fn is_known(&self) -> News {
+        let is_known = self.ranges.is_listed && self.quotas.is_listed;
+        if self.shared.are_known() == is_known {
+            return News::None;
+        }
+        self.shared.known(is_known);
+        News::Rules
     }
 }
 
@@ -257,6 +281,7 @@ fn scope(name: &str, selected: Option<&ScopedResourceSelectorRequirement>) -> Sc
 
 #[cfg(test)]
 mod tests {
+    use bellows_core::allowance::CountedPod;
     use serde_json::{Value, json};
 
     use super::*;
@@ -357,17 +382,48 @@ mod tests {
             serde_json::from_value(json!({ "metadata": metadata, "spec": { "limits": [item] } }))
                 .unwrap()
         };
-        assert!(!allowed.take_range(Ok(Some(watcher::Event::Init))));
-        assert!(allowed.take_range(Ok(Some(watcher::Event::InitApply(object("a"))))));
-        assert!(allowed.take_range(Ok(Some(watcher::Event::InitDone))));
+        let pod = CountedPod {
+            namespace: "dev".to_owned(),
+            uid: "u".to_owned(),
+            ..CountedPod::default()
+        };
+        shared.with(|all| all.pod(pod));
+        let range = |allowed: &mut Allowed, event| allowed.take_range(Ok(Some(event)));
+        assert_eq!(range(&mut allowed, watcher::Event::Init), News::None);
+        // A list says what it has to say once, and what is known then is not all.
+        let a = || object("a");
+        assert_eq!(
+            range(&mut allowed, watcher::Event::InitApply(a())),
+            News::None
+        );
+        assert_eq!(range(&mut allowed, watcher::Event::InitDone), News::Rules);
         assert!(!shared.are_known());
         allowed.take_quota(Ok(Some(watcher::Event::Init)));
-        assert!(allowed.take_quota(Ok(Some(watcher::Event::InitDone))));
+        // Whoever was adopted before may be raised first from now on.
+        let done = allowed.take_quota(Ok(Some(watcher::Event::InitDone)));
+        assert_eq!(done, News::Rules);
         assert!(shared.are_known());
         // What is the same is no news, and what is gone in the next list is gone.
-        assert!(!allowed.take_range(Ok(Some(watcher::Event::Apply(object("a"))))));
-        allowed.take_range(Ok(Some(watcher::Event::Init)));
-        assert!(allowed.take_range(Ok(Some(watcher::Event::InitDone))));
+        assert_eq!(range(&mut allowed, watcher::Event::Apply(a())), News::None);
+        assert_eq!(
+            range(&mut allowed, watcher::Event::Apply(object("b"))),
+            News::Rules
+        );
+        let mut other = object("c");
+        other.metadata.namespace = Some("other".to_owned());
+        assert_eq!(
+            range(&mut allowed, watcher::Event::Apply(other)),
+            News::None
+        );
+        let quota = json!({
+            "metadata": { "namespace": "dev", "name": "q" },
+            "spec": { "hard": { "limits.memory": "1Gi" } },
+        });
+        let quota = || serde_json::from_value(quota.clone()).unwrap();
+        let told = allowed.take_quota(Ok(Some(watcher::Event::Apply(quota()))));
+        assert_eq!(told, News::Bounds);
+        range(&mut allowed, watcher::Event::Init);
+        assert_eq!(range(&mut allowed, watcher::Event::InitDone), News::Rules);
         assert!(!shared.with(|all| all.range("dev", "a", None)));
     }
 }

@@ -6,13 +6,14 @@
 //! One that cannot be read in some part counts as one that owns what that part would say.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     pin::pin,
     time::{Duration, Instant},
 };
 
 use bellows_core::autoscalers::{Autoscaler, Control, Scales, Updates, Workload};
 use futures::TryStreamExt as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
 use kube::{
     Api, Client, ResourceExt as _,
     api::{ApiResource, DynamicObject},
@@ -27,6 +28,8 @@ use tokio::{
 
 /// How often a resource is looked for that is not there.
 const LOOK: Duration = Duration::from_secs(300);
+/// How soon it is looked for again if the API did not say whether it is.
+const AGAIN: Duration = Duration::from_secs(5);
 /// Events that nobody has taken yet.
 const EVENTS: usize = 64;
 /// How often it is told that they cannot be read.
@@ -61,8 +64,12 @@ pub(super) fn watch(client: &Client, acts: bool) -> Receiver<(Kind, Event)> {
         let (client, events) = (client.clone(), events.clone());
         drop(tokio::spawn(async move {
             let resource = kind.resource();
-            while !is_there(&client, &resource).await {
-                sleep(LOOK).await;
+            loop {
+                let known = client.list_api_group_resources(&resource.api_version);
+                let Some(wait) = is_missing(known.await, &resource) else {
+                    break;
+                };
+                sleep(wait).await;
             }
             let api = Api::all_with(client, &resource);
             let config = watcher::Config::default();
@@ -82,21 +89,35 @@ pub(super) fn watch(client: &Client, acts: bool) -> Receiver<(Kind, Event)> {
     receiver
 }
 
-/// Whether the API server knows it. One that does not answer is asked again.
-async fn is_there(client: &Client, resource: &ApiResource) -> bool {
-    let known = client.list_api_group_resources(&resource.api_version).await;
-    known.is_ok_and(|known| {
-        let mut known = known.resources.iter();
-        known.any(|known| known.name == resource.plural)
-    })
+/// How long to wait until it is looked for again; `None` for one that the API server knows.
+fn is_missing(known: kube::Result<APIResourceList>, resource: &ApiResource) -> Option<Duration> {
+    match known {
+        Ok(known) => {
+            let mut known = known.resources.iter();
+            let is_there = known.any(|known| known.name == resource.plural);
+            (!is_there).then_some(LOOK)
+        }
+        // It knows nothing of the group.
+        Err(kube::Error::Api(status)) if status.code == 404 => Some(LOOK),
+        Err(error) => {
+            tracing::debug!(resource.plural, %error, "whether there are autoscalers is not known yet");
+            Some(AGAIN)
+        }
+    }
 }
+
+/// Namespace, kind and name.
+type Key = (String, Kind, String);
 
 /// Those that are known, by namespace.
 #[derive(Default)]
 pub(super) struct Autoscalers {
     all: BTreeMap<String, Vec<Scales>>,
-    by_name: BTreeMap<(Kind, String, String), Scales>,
-    listing: BTreeMap<Kind, Vec<(String, String)>>,
+    by_name: BTreeMap<Key, Scales>,
+    /// What is seen of lists that are not complete yet.
+    listing: BTreeMap<Kind, BTreeSet<Key>>,
+    /// Namespaces of which something has changed that is not in `all` yet.
+    changed: BTreeMap<Kind, BTreeSet<String>>,
     told: BTreeMap<Kind, Instant>,
 }
 
@@ -106,46 +127,80 @@ impl Autoscalers {
         self.all.get(namespace).map_or(&[], Vec::as_slice)
     }
 
-    /// Takes an event; returns whether there are others now.
-    pub(super) fn take(&mut self, kind: Kind, event: Event) -> bool {
+    /// Takes an event; returns whether there are others now in a namespace that concerns us. While a list is read, those
+    /// before it hold.
+    pub(super) fn take(
+        &mut self,
+        kind: Kind,
+        event: Event,
+        concerns: impl Fn(&str) -> bool,
+    ) -> bool {
         let key = |object: &DynamicObject| {
             let namespace = object.namespace().unwrap_or_default();
-            (kind, namespace, object.name_any())
+            (namespace, kind, object.name_any())
         };
         match event {
-            Ok(watcher::Event::Init) => drop(self.listing.insert(kind, Vec::new())),
+            Ok(watcher::Event::Init) => drop(self.listing.insert(kind, BTreeSet::new())),
             Ok(watcher::Event::InitApply(object)) => {
-                let (_, namespace, name) = key(&object);
-                self.listing
-                    .entry(kind)
-                    .or_default()
-                    .push((namespace, name));
-                self.set(key(&object), kind, &object);
+                self.listing.entry(kind).or_default().insert(key(&object));
+                self.set(key(&object), read(kind, &object));
             }
             Ok(watcher::Event::InitDone) => {
                 let listed = self.listing.remove(&kind).unwrap_or_default();
-                self.by_name.retain(|(own, namespace, name), _| {
-                    *own != kind || listed.contains(&(namespace.clone(), name.clone()))
-                });
+                self.keep(kind, &listed);
             }
-            Ok(watcher::Event::Apply(object)) => self.set(key(&object), kind, &object),
-            Ok(watcher::Event::Delete(object)) => drop(self.by_name.remove(&key(&object))),
+            Ok(watcher::Event::Apply(object)) => self.set(key(&object), read(kind, &object)),
+            Ok(watcher::Event::Delete(object)) => self.set(key(&object), None),
             Err(error) => self.failed(kind, &error),
         }
-        let mut all: BTreeMap<String, Vec<Scales>> = BTreeMap::new();
-        for ((_, namespace, _), scales) in &self.by_name {
-            all.entry(namespace.clone())
-                .or_default()
-                .push(scales.clone());
+        if self.listing.contains_key(&kind) {
+            return false;
         }
-        all != std::mem::replace(&mut self.all, all.clone())
+        let changed = self.changed.remove(&kind).unwrap_or_default();
+        for namespace in &changed {
+            self.gather(namespace);
+        }
+        changed.iter().any(|namespace| concerns(namespace))
     }
 
-    fn set(&mut self, key: (Kind, String, String), kind: Kind, object: &DynamicObject) {
-        match read(kind, object) {
+    /// All of a namespace, as claims are looked for among them.
+    fn gather(&mut self, namespace: &str) {
+        let from = (namespace.to_owned(), Kind::Vertical, String::new());
+        let own = self.by_name.range(from..);
+        let own = own.take_while(|((own, _, _), _)| own == namespace);
+        let own: Vec<Scales> = own.map(|(_, scales)| scales.clone()).collect();
+        if own.is_empty() {
+            self.all.remove(namespace);
+        } else {
+            self.all.insert(namespace.to_owned(), own);
+        }
+    }
+
+    /// One is there, or is gone, or scales nothing.
+    fn set(&mut self, key: Key, scales: Option<Scales>) {
+        if self.by_name.get(&key) == scales.as_ref() {
+            return;
+        }
+        let (namespace, kind, _) = &key;
+        let changed = self.changed.entry(*kind).or_default();
+        changed.insert(namespace.clone());
+        match scales {
             Some(scales) => drop(self.by_name.insert(key, scales)),
-            // It scales nothing.
             None => drop(self.by_name.remove(&key)),
+        }
+    }
+
+    /// All others of a kind are gone.
+    fn keep(&mut self, kind: Kind, listed: &BTreeSet<Key>) {
+        let is_gone = |key: &Key| key.1 == kind && !listed.contains(key);
+        let gone: Vec<Key> = self
+            .by_name
+            .keys()
+            .filter(|key| is_gone(key))
+            .cloned()
+            .collect();
+        for key in gone {
+            self.set(key, None);
         }
     }
 
@@ -157,7 +212,8 @@ impl Autoscalers {
         };
         // The resource definition is gone, and with it all that were there.
         if status == Some(404) {
-            self.by_name.retain(|(own, _, _), _| *own != kind);
+            self.listing.remove(&kind);
+            self.keep(kind, &BTreeSet::new());
             return;
         }
         if self
@@ -297,32 +353,63 @@ mod tests {
     fn what_is_gone_is_gone_and_what_is_the_same_is_no_news() {
         let mut all = Autoscalers::default();
         let spec = json!({ "targetRef": { "kind": "Deployment", "name": "web" } });
-        let set = |name: &str| Ok(watcher::Event::Apply(object(name, &spec)));
-        assert!(all.take(Kind::Vertical, set("a")));
-        assert!(!all.take(Kind::Vertical, set("a")));
+        let apply = |name: &str| watcher::Event::Apply(object(name, &spec));
+        let take =
+            |all: &mut Autoscalers, kind, event| all.take(kind, Ok(event), |own| own == "dev");
+        assert!(take(&mut all, Kind::Vertical, apply("a")));
+        assert!(!take(&mut all, Kind::Vertical, apply("a")));
         let other = json!({ "scaleTargetRef": { "kind": "Deployment", "name": "web" } });
         let other = watcher::Event::Apply(object("h", &other));
-        assert!(all.take(Kind::Horizontal, Ok(other)));
+        assert!(take(&mut all, Kind::Horizontal, other));
         assert_eq!((all.of("dev").len(), all.of("other").len()), (2, 0));
         // A list of one kind says nothing of the other.
-        all.take(Kind::Vertical, Ok(watcher::Event::Init));
-        all.take(
-            Kind::Vertical,
-            Ok(watcher::Event::InitApply(object("b", &spec))),
-        );
-        assert!(all.take(Kind::Vertical, Ok(watcher::Event::InitDone)));
-        let names: Vec<&str> = all
-            .of("dev")
-            .iter()
-            .map(|scales| scales.name.as_str())
-            .collect();
-        assert_eq!(names, ["b", "h"]);
+        let names = |all: &Autoscalers| {
+            let names = all.of("dev").iter().map(|scales| scales.name.clone());
+            names.collect::<Vec<_>>()
+        };
+        assert!(!take(&mut all, Kind::Vertical, watcher::Event::Init));
+        let b = watcher::Event::InitApply(object("b", &spec));
+        // It says what it has to say once, and until then those before it hold.
+        assert!(!take(&mut all, Kind::Vertical, b));
+        assert_eq!(names(&all), ["a", "h"]);
+        assert!(take(&mut all, Kind::Vertical, watcher::Event::InitDone));
+        assert_eq!(names(&all), ["b", "h"]);
+        // The same list again is no news.
+        take(&mut all, Kind::Vertical, watcher::Event::Init);
+        let b = watcher::Event::InitApply(object("b", &spec));
+        take(&mut all, Kind::Vertical, b);
+        assert!(!take(&mut all, Kind::Vertical, watcher::Event::InitDone));
+        // One of a namespace that has nothing of ours is known, and is no news.
+        let mut far = object("f", &spec);
+        far.metadata.namespace = Some("far".to_owned());
+        assert!(!take(&mut all, Kind::Vertical, watcher::Event::Apply(far)));
+        assert_eq!(all.of("far").len(), 1);
         let gone = kube::core::Status {
             code: 404,
             ..kube::core::Status::default()
         };
         let gone = watcher::Error::InitialListFailed(kube::Error::Api(Box::new(gone)));
-        assert!(all.take(Kind::Vertical, Err(gone)));
-        assert_eq!(all.of("dev").len(), 1);
+        assert!(all.take(Kind::Vertical, Err(gone), |_| true));
+        assert_eq!((all.of("dev").len(), all.of("far").len()), (1, 0));
+    }
+
+    #[test]
+    fn one_that_does_not_answer_is_asked_again_soon() {
+        let resource = Kind::Vertical.resource();
+        let wait = |known| is_missing(known, &resource);
+        let status = |code| {
+            let status = kube::core::Status {
+                code,
+                ..kube::core::Status::default()
+            };
+            Err(kube::Error::Api(Box::new(status)))
+        };
+        assert_eq!(wait(status(404)), Some(LOOK));
+        assert_eq!(wait(status(503)), Some(AGAIN));
+        assert_eq!(wait(Ok(APIResourceList::default())), Some(LOOK));
+        let known = json!({ "groupVersion": "autoscaling.k8s.io/v1", "resources": [{
+            "name": "verticalpodautoscalers", "singularName": "", "namespaced": true, "kind": "VerticalPodAutoscaler", "verbs": [],
+        }] });
+        assert_eq!(wait(Ok(serde_json::from_value(known).unwrap())), None);
     }
 }

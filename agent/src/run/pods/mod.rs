@@ -68,7 +68,7 @@ use crate::{
     nri,
     quota::Quotas,
 };
-use allowances::Allowed;
+use allowances::{Allowed, News};
 use autoscalers::Autoscalers;
 use conditions::Conditions;
 use cpu::{Begun, KnownCpu};
@@ -223,19 +223,21 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             event = ranges.try_next(), if acts => {
-                if watch.allowed.take_range(event) {
-                    watch.bounds_changed();
-                }
+                let news = watch.allowed.take_range(event);
+                watch.take_news(news).await;
                 continue;
             }
             event = quotas.try_next(), if acts => {
-                if watch.allowed.take_quota(event) {
-                    watch.bounds_changed();
-                }
+                let news = watch.allowed.take_quota(event);
+                watch.take_news(news).await;
                 continue;
             }
             Some((kind, event)) = scaling.recv() => {
-                if watch.autoscalers.take(kind, event) {
+                let pods = watch.pods.values();
+                let has_pods = |namespace: &str| {
+                    pods.clone().any(|pod| pod.metadata.namespace.as_deref() == Some(namespace))
+                };
+                if watch.autoscalers.take(kind, event, has_pods) {
                     watch.apply_all().await;
                 }
                 continue;
@@ -407,7 +409,7 @@ impl Watch {
         self.policies.are_known(&seen.namespace) || !pod::needs_policies(seen)
     }
 
-    /// The policies have changed.
+    /// The policies have changed, or what else the wishes of pods come from.
     async fn apply_all(&mut self) {
         let pods: Vec<Pod> = self.pods.values().cloned().collect();
         for pod in pods {
@@ -589,7 +591,17 @@ impl Watch {
         }
     }
 
-    /// What namespaces allow has changed.
+    /// What namespaces allow has changed, or has come to be known.
+    async fn take_news(&mut self, news: News) {
+        if news == News::None {
+            return;
+        }
+        self.bounds_changed();
+        if news == News::Rules {
+            self.apply_all().await;
+        }
+    }
+
     fn bounds_changed(&mut self) {
         self.send(Input::Bounds);
         let keys: Vec<Key> = self.known.keys().cloned().collect();

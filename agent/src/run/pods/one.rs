@@ -180,6 +180,11 @@ impl Watch {
             rest: wish.limit,
             ..wish.clone()
         });
+        // Nothing is raised: whether it would be raised first changes nothing.
+        let policy = policy.map(|policy| Policy {
+            by_hand_after: None,
+            ..policy
+        });
         let is_same = |known: &Known| {
             known.containers == wish.running
                 && known.mode == wish.mode
