@@ -35,6 +35,8 @@ const SPREAD: u64 = 10_000;
 /// How often it is tried, and how soon again.
 const TRIES: u32 = 5;
 const AGAIN: Duration = Duration::from_secs(10);
+/// How soon again after that, or where it is refused.
+const LATER: Duration = Duration::from_secs(300);
 
 /// Writes conditions; clones share what they have seen.
 #[derive(Clone)]
@@ -57,6 +59,8 @@ struct Said {
 /// A policy, as far as its condition is concerned.
 #[derive(Clone, Debug)]
 struct Seen {
+    /// Its uid: one that was made anew begins with its first generation, too.
+    uid: Option<String>,
     /// What is to be said.
     wanted: Said,
     message: String,
@@ -82,6 +86,15 @@ fn said(object: &DynamicObject) -> Option<Said> {
         generation: accepted["observedGeneration"].as_i64()?,
         is_accepted: accepted["status"] == "True",
     })
+}
+
+/// How long to wait after a try that has failed, the so-and-so-many-th.
+fn wait(tries: u32, is_refused: bool) -> Duration {
+    if is_refused || tries >= TRIES {
+        LATER
+    } else {
+        AGAIN
+    }
 }
 
 /// When this node writes of that policy.
@@ -114,8 +127,10 @@ impl Conditions {
         };
         let message = verdict.unwrap_or_else(str::to_owned);
         let is_due = self.with(|all| {
-            let written = all.get(&key).and_then(|before| before.written);
+            let before = all.get(&key).filter(|before| before.uid == object.uid());
+            let written = before.and_then(|before| before.written);
             let mut seen = Seen {
+                uid: object.uid(),
                 wanted,
                 message: fitting(message),
                 said: said(object),
@@ -139,25 +154,33 @@ impl Conditions {
         self.with(|all| drop(all.remove(&key)));
     }
 
+    /// All others have gone while nobody looked.
+    pub(super) fn keep(&self, is_there: impl Fn(&str, &str) -> bool) {
+        self.with(|all| all.retain(|(namespace, name), _| is_there(namespace, name)));
+    }
+
+    /// Writes it, sooner or later: until it is said, or something else is to be.
     async fn write(self, key: Key, wanted: Said) {
+        let uid = self.with(|all| all.get(&key)?.uid.clone());
         sleep(turn(&self.node, &key)).await;
-        for _ in 0..TRIES {
+        for tries in 1.. {
             // It may have changed, or somebody else has said it.
             let message = self.with(|all| {
                 let seen = all.get(&key)?;
-                let is_open = seen.wanted == wanted && seen.said != Some(wanted);
+                let is_own = seen.uid == uid && seen.wanted == wanted;
+                let is_open = is_own && seen.said != Some(wanted);
                 is_open.then(|| seen.message.clone())
             });
             let Some(message) = message else {
                 return;
             };
             let written = self.patch(&key, wanted, message);
-            match timeout(TIMEOUT, written).await {
+            let is_refused = match timeout(TIMEOUT, written).await {
                 Ok(Ok(_)) => return,
                 // Gone, not allowed (a chart of before), or a definition without a status.
-                Ok(Err(kube::Error::Api(status))) if [403, 404].contains(&status.code) => {
+                Ok(Err(kube::Error::Api(status))) if [403, 404, 422].contains(&status.code) => {
                     tracing::debug!(policy = key.1, %status, "a policy's condition is not written");
-                    return;
+                    true
                 }
                 failed => {
                     tracing::debug!(
@@ -165,9 +188,10 @@ impl Conditions {
                         ?failed,
                         "a policy's condition is not written yet"
                     );
+                    false
                 }
-            }
-            sleep(AGAIN).await;
+            };
+            sleep(wait(tries, is_refused)).await;
         }
     }
 
@@ -241,6 +265,42 @@ mod tests {
         assert!(!seen.wanted.is_accepted && seen.message == "wrong");
         conditions.forget(&object(2, None));
         assert!(conditions.with(|all| all.is_empty()));
+    }
+
+    /// Its first generation is another's.
+    #[tokio::test]
+    async fn a_policy_that_was_made_anew_is_another() {
+        let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        let conditions = Conditions::new(Client::try_from(config).unwrap(), "node".to_owned());
+        let key = ("dev".to_owned(), "p".to_owned());
+        let policy = |uid: &str, said| {
+            let mut policy = object(1, said);
+            policy.metadata.uid = Some(uid.to_owned());
+            policy
+        };
+        let is_due = || {
+            let seen = conditions.with(|all| all[&key].clone());
+            (seen.is_due(), seen.written)
+        };
+        conditions.judged(&policy("u1", None), Ok(String::new()));
+        conditions.judged(&policy("u1", Some((1, "True"))), Ok(String::new()));
+        assert_eq!(is_due(), (false, Some(1)));
+        // Nobody has written of it, and of the one before this agent has.
+        conditions.judged(&policy("u2", Some((1, "True"))), Ok(String::new()));
+        assert_eq!(is_due(), (false, None));
+        conditions.judged(&policy("u2", None), Ok(String::new()));
+        assert_eq!(is_due(), (false, Some(1)));
+        conditions.keep(|namespace, name| (namespace, name) == ("dev", "p"));
+        assert!(!conditions.with(|all| all.is_empty()));
+        conditions.keep(|_, _| false);
+        assert!(conditions.with(|all| all.is_empty()));
+    }
+
+    #[test]
+    fn what_is_not_written_is_tried_again_for_ever() {
+        assert_eq!((wait(1, false), wait(TRIES - 1, false)), (AGAIN, AGAIN));
+        assert_eq!((wait(TRIES, false), wait(u32::MAX, false)), (LATER, LATER));
+        assert_eq!(wait(1, true), LATER);
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! own. It is owned by the Node object, and goes with it; whose uid that is the API itself says of our token, so no
 //! right is needed to read nodes. Where that is not known it is owned by nobody.
 //!
-//! It is written at most every ten seconds, and only if it says something else. What changes all the time is rounded for
-//! that: a budget to a quarter of a GiB.
+//! It is written at most every ten seconds, and only if it says something else, or after five minutes: somebody may have
+//! deleted it. What changes all the time is rounded for that: a budget to a quarter of a GiB.
 //!
 //! It must not keep anybody waiting: this is a task of its own, and whatever fails is tried again later.
 
@@ -37,7 +37,7 @@ use serde_json::{Value, json};
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::{
@@ -49,6 +49,8 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(10);
 /// How soon it is tried again where there is no such resource, or no right.
 const MISSING: Duration = Duration::from_secs(300);
+/// How often it is written at least.
+const ANEW: Duration = Duration::from_secs(300);
 /// What a budget is rounded down to.
 const STEP: u64 = 256 << 20;
 /// Names of the token's node.
@@ -121,6 +123,25 @@ impl Status {
     }
 }
 
+/// What was written last, and when.
+#[derive(Default)]
+struct Written(Option<(Status, Instant)>);
+
+impl Written {
+    /// Whether to write this.
+    fn is_due(&self, status: &Status, now: Instant) -> bool {
+        let is_same =
+            |(written, at): &(Status, Instant)| written == status && now.duration_since(*at) < ANEW;
+        !self.0.as_ref().is_some_and(is_same)
+    }
+}
+
+/// Whether the API will not have it for long: there is no resource definition, or no right (a chart of before), or an
+/// admission policy refuses it without a reason (422); or somebody has deleted it.
+fn is_refused(code: u16) -> bool {
+    [403, 404, 422].contains(&code)
+}
+
 /// Who writes it.
 pub(super) struct Teller {
     pub(super) client: Client,
@@ -152,19 +173,21 @@ impl Teller {
     }
 
     async fn tell(self) {
-        let (mut written, mut is_made) = (None, false);
+        let (mut written, mut is_made) = (Written::default(), false);
         loop {
             sleep(EVERY).await;
             let Some(status) = self.status().await else {
                 continue;
             };
-            if written.as_ref() == Some(&status) {
+            if !written.is_due(&status, Instant::now()) {
                 continue;
             }
             match timeout(TIMEOUT, self.write(&status, is_made)).await {
-                Ok(Ok(())) => (written, is_made) = (Some(status), true),
-                // No resource definition, or no right (a chart of before); or somebody has deleted it.
-                Ok(Err(kube::Error::Api(said))) if [403, 404].contains(&said.code) => {
+                Ok(Ok(())) => {
+                    written = Written(Some((status, Instant::now())));
+                    is_made = true;
+                }
+                Ok(Err(kube::Error::Api(said))) if is_refused(said.code) => {
                     tracing::debug!(%said, "this node's ElasticNode is not written");
                     if !std::mem::replace(&mut is_made, false) {
                         sleep(MISSING).await;
@@ -261,6 +284,24 @@ mod tests {
             (&said["way"], &said["signals"]),
             (&json!("Unknown"), &json!("Programs"))
         );
+    }
+
+    #[test]
+    fn what_is_the_same_is_written_now_and_then() {
+        let of = |budget| Status::of(counts(budget), None, Bytes::ZERO, false);
+        let now = Instant::now();
+        assert!(Written::default().is_due(&of(1024), now));
+        let written = Written(Some((of(1024), now)));
+        assert!(!written.is_due(&of(1024), now + ANEW - EVERY));
+        assert!(written.is_due(&of(2048), now + EVERY));
+        // It may have been deleted.
+        assert!(written.is_due(&of(1024), now + ANEW));
+    }
+
+    #[test]
+    fn who_is_refused_waits() {
+        let refused = (400..600).filter(|&code| is_refused(code));
+        assert_eq!(refused.collect::<Vec<_>>(), [403, 404, 422]);
     }
 
     #[test]

@@ -106,6 +106,11 @@ impl Policies {
                 (self.is_told, self.forbidden) = (false, None);
                 self.is_known = true;
                 self.by_name = self.listing.take().unwrap_or_default();
+                if let Some(conditions) = &self.conditions {
+                    conditions.keep(|namespace, name| {
+                        self.by_name.contains_key(&format!("{namespace}/{name}"))
+                    });
+                }
             }
             Ok(Some(watcher::Event::Apply(object))) => {
                 let read = self.read(&object, events);

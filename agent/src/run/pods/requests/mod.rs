@@ -37,6 +37,7 @@ use tokio::{sync::mpsc::UnboundedSender, time::Instant};
 use super::{Key, Watch, one};
 use crate::{
     actuate::{
+        allowances::SharedAllowances,
         requests::{NotChanged, RequestChange},
         resize::Order,
     },
@@ -598,6 +599,8 @@ impl Watch {
 
     /// A change has ended.
     pub(super) fn request_changed(&mut self, done: Done) {
+        // Of one that is not known any more, too.
+        done.settle(self.context.resizer.allowances());
         let Done {
             key,
             to,
@@ -624,9 +627,6 @@ impl Watch {
             }
             Err(NotChanged { why, is_passing }) => {
                 known.failed(is_passing);
-                let allowances = self.context.resizer.allowances();
-                let own = (key.0.as_str(), key.1.as_str());
-                allowances.refused(own, What::MemoryRequest, to.0, is_passing);
                 tracing::warn!(container = known.name, %to, why, "a request is not changed");
                 let cgroup = known.cgroup.id();
                 let record = Record::RequestFailed {
@@ -642,6 +642,16 @@ impl Watch {
                     self.refuse_request(&key, &pod, "RequestRefused", why);
                 }
             }
+        }
+    }
+}
+
+impl Done {
+    /// What was not taken is room again.
+    fn settle(&self, allowances: &SharedAllowances) {
+        if let Err(not) = &self.result {
+            let own = (self.key.0.as_str(), self.key.1.as_str());
+            allowances.refused(own, What::MemoryRequest, self.to.0, not.is_passing);
         }
     }
 }
@@ -710,7 +720,11 @@ fn read(path: &Path) -> Vec<Record> {
 
 #[cfg(test)]
 mod tests {
-    use bellows_core::{CgroupId, requests::RequestRules};
+    use bellows_core::{
+        CgroupId,
+        allowance::{Amount, Amounts, CountedPod, Quota},
+        requests::RequestRules,
+    };
 
     use super::*;
 
@@ -754,6 +768,45 @@ mod tests {
             failures: 0,
             backoff: Duration::ZERO,
         }
+    }
+
+    #[test]
+    fn a_request_that_is_refused_is_room_again() {
+        let allowances = SharedAllowances::default();
+        let amounts = Amounts {
+            memory_request: Some(Bytes::mib(64).0),
+            ..Amounts::default()
+        };
+        let pod = |uid: &str| CountedPod {
+            namespace: "dev".to_owned(),
+            uid: uid.to_owned(),
+            containers: [("app".to_owned(), amounts)].into(),
+            ..CountedPod::default()
+        };
+        let [hard, used] = [256, 128].map(|mib| Bytes::mib(mib).0);
+        let quota = Quota {
+            amounts: [(What::MemoryRequest, Amount { hard, used })].into(),
+            ..Quota::default()
+        };
+        allowances.with(|all| {
+            all.pod(pod("a"));
+            all.pod(pod("b"));
+            all.quota("dev", "q", Some(quota));
+        });
+        let most = || allowances.request_up_to(("b", "app"), Bytes::mib(1024));
+        allowances.ask_request(("a", "app"), Bytes::mib(164));
+        assert_eq!(most(), Bytes::mib(92));
+        let done = Done {
+            key: ("a".to_owned(), "app".to_owned()),
+            to: Bytes::mib(164),
+            why: RequestWhy::GivenBack,
+            result: Err(NotChanged {
+                why: "no".to_owned(),
+                is_passing: false,
+            }),
+        };
+        done.settle(&allowances);
+        assert_eq!(most(), Bytes::mib(192));
     }
 
     /// What it has lent is not lost with its old cgroup, nor is it taken for one that uses nothing.
