@@ -115,6 +115,17 @@ impl Amounts {
         }
     }
 
+    /// The greater of both, of each.
+    #[must_use]
+    pub fn greatest(self, other: Self) -> Self {
+        Self {
+            memory_limit: self.memory_limit.max(other.memory_limit),
+            memory_request: self.memory_request.max(other.memory_request),
+            cpu_limit: self.cpu_limit.max(other.cpu_limit),
+            cpu_request: self.cpu_request.max(other.cpu_request),
+        }
+    }
+
     /// These, and where there is nothing the other's.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
@@ -146,6 +157,8 @@ pub struct CountedPod {
     pub own: Amounts,
     /// All that run beside each other, sidecars included.
     pub together: Amounts,
+    /// The most that an init container needs before them, with the sidecars that run by then: a quota charges no less.
+    pub before: Amounts,
     /// The version of it: an older one says nothing new.
     pub version: Option<u64>,
 }
@@ -448,7 +461,7 @@ impl Allowances {
             let amount = *quota.amounts.get(&what)?;
             let key = (uid, container);
             let (base, others) = self.asked_under((name, quota), pod, key, what, now);
-            let base = base.unwrap_or(own);
+            let base = base.unwrap_or(own).max(pod.charged(own, what));
             let left = amount.hard.saturating_sub(amount.used);
             let by = By::Quota {
                 name: name.to_owned(),
@@ -642,6 +655,19 @@ impl CountedPod {
         } else {
             self.containers.get(container)?.of(what)
         }
+    }
+
+    /// How much a quota has charged for one that has `own`: what init containers needed is charged as long as the pod is.
+    fn charged(&self, own: u64, what: What) -> u64 {
+        if self.own.of(what).is_some() {
+            return own;
+        }
+        let together = self.together.of(what).unwrap_or_default();
+        let beside = together.saturating_sub(own);
+        self.before
+            .of(what)
+            .unwrap_or_default()
+            .saturating_sub(beside)
     }
 
     /// Whether a container's is not counted, because the pod has its own.

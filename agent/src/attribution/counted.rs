@@ -1,8 +1,7 @@
 //! What of a pod LimitRanges and ResourceQuotas count, as core has it.
 //!
 //! As `podLimits` and `podRequests` do (plugin/pkg/admission/limitranger/admission.go, 1.37): containers and sidecars
-//! together, or what the pod has of its own. What init containers need before them is left out: what is added to a limit
-//! is then never less than what is counted.
+//! together, or what the pod has of its own; and apart from that what init containers need before them.
 
 use std::collections::BTreeMap;
 
@@ -27,12 +26,16 @@ pub fn counted(pod: &api::Pod) -> CountedPod {
             )
         })
         .collect();
-    let sidecars = spec.iter().flat_map(|spec| &spec.init_containers).flatten();
-    let sidecars = sidecars
-        .filter(|container| container.restart_policy.as_deref() == Some("Always"))
-        .map(|container| amounts(container.resources.as_ref()));
-    let all = containers.values().copied().chain(sidecars);
-    let together = all.fold(Amounts::default(), Amounts::plus);
+    let (mut sidecars, mut before) = (Amounts::default(), Amounts::default());
+    for init in spec.iter().flat_map(|spec| &spec.init_containers).flatten() {
+        let own = amounts(init.resources.as_ref());
+        if init.restart_policy.as_deref() == Some("Always") {
+            sidecars = sidecars.plus(own);
+        } else {
+            before = before.greatest(own.plus(sidecars));
+        }
+    }
+    let together = containers.values().copied().fold(sidecars, Amounts::plus);
     CountedPod {
         namespace: pod.namespace().unwrap_or_default(),
         uid: pod.uid().unwrap_or_default(),
@@ -48,6 +51,7 @@ pub fn counted(pod: &api::Pod) -> CountedPod {
         containers,
         own: amounts(spec.and_then(|spec| spec.resources.as_ref())),
         together,
+        before,
         version: version(pod),
     }
 }
@@ -112,6 +116,7 @@ mod tests {
             "initContainers": [
                 { "name": "first", "resources": resources("1Gi", "9") },
                 { "name": "proxy", "resources": resources("4Mi", "100m"), "restartPolicy": "Always" },
+                { "name": "second", "resources": resources("1Gi", "1") },
             ],
             "resources": { "limits": { "memory": "2Gi" } },
         }));
@@ -126,6 +131,9 @@ mod tests {
         assert_eq!(memory_limit, Some(100 << 20));
         assert_eq!(memory_request, Some(3 << 20));
         assert_eq!((cpu_limit, cpu_request), (Some(1_600_000), None));
+        // With the sidecar that runs by then.
+        let before = (pod.before.memory_limit, pod.before.cpu_limit);
+        assert_eq!(before, (Some((1 << 30) + (4 << 20)), Some(9_000_000)));
         assert_eq!(pod.own.memory_limit, Some(2 << 30));
         assert!(!pod.is_terminating && !pod.crosses_namespaces && pod.priority_class.is_none());
     }

@@ -284,6 +284,21 @@ fn one_alone_comes_to_have_all_of_a_quota_in_a_burst() {
     }
 }
 
+/// A quota charges what the init containers needed, too.
+#[test]
+fn what_init_containers_needed_is_charged_already() {
+    let mut with_init = pod("a", &[("app", 64), ("side", 36)]);
+    with_init.before = amounts(300, 0);
+    let mut all = with(&[with_init.clone()]);
+    all.quota("dev", "q", Some(quota(310, 300)));
+    assert_eq!(most(&all, "a", "app"), Some(300 - 36 + 10));
+    // A pod's own comes before them.
+    with_init.own = amounts(100, 50);
+    let mut all = with(&[with_init]);
+    all.quota("dev", "q", Some(quota(110, 100)));
+    assert_eq!(most(&all, "a", WHOLE_POD), Some(110));
+}
+
 #[test]
 fn an_older_pod_says_nothing() {
     let of = |limit, version| CountedPod {
