@@ -4,9 +4,8 @@
 use std::{fs, path::Path, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bellows::clock::now;
+use bellows::{cgroup::Cgroup, clock::now};
 use bellows_core::{Bytes, Nanos};
-use rustix::process::{Pid, Signal, kill_process};
 
 use super::{
     bursts::burst_words, container_edges::wait_guarded, exec_cli::Record, record::Records,
@@ -33,6 +32,8 @@ const LOG_LINES: usize = 40;
 struct Bed {
     machine: Machine,
     agent: Standalone,
+    /// The agent's and its parent's, who takes a stopped agent for dead.
+    both: Cgroup,
 }
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
@@ -78,9 +79,13 @@ fn policies() -> String {
 
 pub(crate) fn run(records: &mut Records) -> Result<()> {
     fs::create_dir_all(GO)?;
+    let machine = Machine::start()?;
+    let both = Cgroup::open(Path::new("/sys/fs/cgroup"))?.create_child("agent")?;
+    let agent = Standalone::start_with(&policies(), &[], Some(&both))?;
     let mut bed = Bed {
-        machine: Machine::start()?,
-        agent: Standalone::start(&policies())?,
+        machine,
+        agent,
+        both,
     };
     wait_connections(1)?;
     for (name, case) in CASES {
@@ -204,16 +209,15 @@ fn made_again(bed: &mut Bed) -> Result<()> {
 }
 
 fn stopped(bed: &mut Bed) -> Result<()> {
-    let agent = Pid::from_raw(bed.agent.agent()?.try_into()?).context("no process")?;
     let connected = connections();
-    kill_process(agent, Signal::STOP)?;
+    bed.both.write("cgroup.freeze", "1")?;
     let made = |bed: &mut Bed, name| -> Result<(Started, Nanos)> {
         let before = now();
         let started = bed.machine.run(&spec(name, "original", OPTIONS))?;
         Ok((started, now().since(before)))
     };
     let both = made(bed, "held-up").and_then(|first| Ok((first, made(bed, "not-held-up")?)));
-    kill_process(agent, Signal::CONT)?;
+    bed.both.write("cgroup.freeze", "0")?;
     let ((first, held), (second, after)) = both?;
     eprintln!(
         "      made in {} ms while the agent stood still, the next in {} ms",
