@@ -91,18 +91,23 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cases = CASES.into_iter();
     let cases = cases.chain(boost_edges::CASES).chain(observe_edges::CASES);
     for (name, case) in cases.skip(options.skip) {
-        let failure = case(&mut bed).err().map(|error| {
-            let log = log_tail("bellows", LOG_LINES);
-            format!("{error:#}; the agent's log:\n{log}")
-        });
-        let told = if failure.is_some() { "FAILED" } else { "ok" };
-        eprintln!("case {name}: {told}");
-        records.write(&Record {
-            case: name.to_owned(),
-            failure,
-        })?;
+        keep(records, name, case(&mut bed))?;
     }
     Ok(())
+}
+
+/// Tells what has become of a case, and keeps it, with the agent's last words where it failed.
+pub(super) fn keep(records: &mut Records, name: &str, outcome: Result<()>) -> Result<()> {
+    let failure = outcome.err().map(|error| {
+        let log = log_tail("bellows", LOG_LINES);
+        format!("{error:#}; the agent's log:\n{log}")
+    });
+    let told = if failure.is_some() { "FAILED" } else { "ok" };
+    eprintln!("case {name}: {told}");
+    records.write(&Record {
+        case: name.to_owned(),
+        failure,
+    })
 }
 
 impl Bed {

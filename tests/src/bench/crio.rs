@@ -20,11 +20,11 @@ use bellows::{
 };
 use bellows_core::{Bytes, Cpu};
 
-use super::{bursts::burst_words, exec_cli::Record, record::Records};
+use super::{bursts::burst_words, container_edges::keep, record::Records};
 use crate::{
     containers::{Standalone, cpu_policy, hand_out, policy},
     fake::{Fake, Kind, Said},
-    node::{GUEST, log_tail, wait},
+    node::{GUEST, wait},
 };
 
 const SOCKET: &str = "/run/crio/crio.sock";
@@ -43,7 +43,6 @@ const FOUND: Duration = Duration::from_secs(10);
 const RESTED: Duration = Duration::from_secs(40);
 /// For how long the runtime does not answer: longer than a burst takes, shorter than a hold may last twice.
 const SILENCE: Duration = Duration::from_secs(8);
-const LOG_LINES: usize = 40;
 
 /// How cgroups are named.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -106,16 +105,7 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
         made: 0,
     };
     for (name, case) in CASES {
-        let failure = case(&mut bed).err().map(|error| {
-            let log = log_tail("bellows", LOG_LINES);
-            format!("{error:#}; the agent's log:\n{log}")
-        });
-        let told = if failure.is_some() { "FAILED" } else { "ok" };
-        eprintln!("case {name}: {told}");
-        records.write(&Record {
-            case: name.to_owned(),
-            failure,
-        })?;
+        keep(records, name, case(&mut bed))?;
         // It must not be in the next one's way.
         let mut state = bed.fake.state();
         state.running.clear();

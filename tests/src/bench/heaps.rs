@@ -8,11 +8,13 @@ use bellows::{cgroup::Cgroup, clock::now};
 use bellows_core::{Bytes, Nanos};
 
 use super::{
-    bursts::burst_words, container_edges::wait_guarded, exec_cli::Record, record::Records,
+    bursts::burst_words,
+    container_edges::{keep, wait_guarded},
+    record::Records,
 };
 use crate::{
     containers::{Machine, POLICIES, Spec, Standalone, Started, policy_of},
-    node::{log_tail, log_text, wait},
+    node::{log_text, wait},
 };
 
 /// A quarter of it is a JVM's heap; of much less it would be a half.
@@ -27,7 +29,6 @@ const PATIENCE: Nanos = Nanos::millis(2000);
 /// What a container takes to be made here, at most.
 const MADE: Nanos = Nanos::millis(8000);
 const CONNECTED: &str = "heaps are sized by policies";
-const LOG_LINES: usize = 40;
 
 struct Bed {
     machine: Machine,
@@ -89,16 +90,7 @@ pub(crate) fn run(records: &mut Records) -> Result<()> {
     };
     wait_connections(1)?;
     for (name, case) in CASES {
-        let failure = case(&mut bed).err().map(|error| {
-            let log = log_tail("bellows", LOG_LINES);
-            format!("{error:#}; the agent's log:\n{log}")
-        });
-        let told = if failure.is_some() { "FAILED" } else { "ok" };
-        eprintln!("case {name}: {told}");
-        records.write(&Record {
-            case: name.to_owned(),
-            failure,
-        })?;
+        keep(records, name, case(&mut bed))?;
     }
     Ok(())
 }
