@@ -5,6 +5,7 @@
 //! What the same resize takes on a node with room is measured in the same boot.
 
 use std::{
+    collections::BTreeMap,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -13,6 +14,8 @@ use std::{
 use anyhow::{Result, ensure};
 use bellows_core::Bytes;
 use clap::Args;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -80,6 +83,21 @@ struct Debt {
     explained: bool,
 }
 
+/// What the API says of a pod that has changed while somebody waited for room.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Seen {
+    requested: Bytes,
+    allotted: Bytes,
+    short: Option<Bytes>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Step {
+    ms: u64,
+    pod: String,
+    now: Seen,
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     index: u64,
@@ -91,6 +109,8 @@ struct Record {
     short: Option<Bytes>,
     granted: bool,
     granted_ms: u64,
+    /// What happened meanwhile.
+    steps: Vec<Step>,
     fillers: Vec<Filler>,
     /// Racers that had a place while it was lent, and after it was given up.
     raced_while_lent: usize,
@@ -101,6 +121,45 @@ struct Record {
     /// Whether all was back when the racers were gone.
     given_back: bool,
     harm: Harm,
+}
+
+/// Follows what the API says of pods.
+struct Steps {
+    begun: Instant,
+    last: BTreeMap<String, Seen>,
+    steps: Vec<Step>,
+}
+
+impl Steps {
+    fn new(pods: &[Pod]) -> Self {
+        let begun = Instant::now();
+        let mut steps = Self {
+            begun,
+            last: BTreeMap::new(),
+            steps: Vec::new(),
+        };
+        steps.take(pods);
+        steps.steps.clear();
+        steps
+    }
+
+    fn take(&mut self, pods: &[Pod]) {
+        for pod in pods {
+            let now = Seen {
+                requested: requested(pod),
+                allotted: allotted(pod),
+                short: short(pod),
+            };
+            let before = self.last.insert(pod.name_any(), now.clone());
+            if before.as_ref() != Some(&now) {
+                self.steps.push(Step {
+                    ms: u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    pod: pod.name_any(),
+                    now,
+                });
+            }
+        }
+    }
 }
 
 struct Bed {
@@ -249,21 +308,30 @@ fn with_room(cluster: &Cluster, name: &str, more: Bytes) -> Result<u64> {
     let to = REST.plus(more);
     let begun = Instant::now();
     cluster.request(name, to)?;
-    let (is_granted, short) = until_granted(cluster, name, to)?;
+    let (is_granted, short) = until_granted(cluster, name, to, |_| Ok(()))?;
     let took = begun.elapsed();
     ensure!(is_granted && short.is_none(), "there is room for {to}");
     cluster.request(name, REST)?;
-    ensure!(until_granted(cluster, name, REST)?.0, "it comes down");
+    ensure!(
+        until_granted(cluster, name, REST, |_| Ok(()))?.0,
+        "it comes down"
+    );
     Ok(u64::try_from(took.as_millis())?)
 }
 
 /// Waits until the kubelet has carried out a resize; returns whether it has, and by how much it was short when it was first
 /// put off, if it was.
-fn until_granted(cluster: &Cluster, name: &str, to: Bytes) -> Result<(bool, Option<Bytes>)> {
+fn until_granted(
+    cluster: &Cluster,
+    name: &str,
+    to: Bytes,
+    mut look: impl FnMut(&Pod) -> Result<()>,
+) -> Result<(bool, Option<Bytes>)> {
     let begun = Instant::now();
     let mut was_short = None;
     while begun.elapsed() < GRANTED {
         let pod = cluster.get(name)?;
+        look(&pod)?;
         let is_pending = has_condition(&pod, "PodResizePending", "True");
         was_short = was_short.or_else(|| short(&pod));
         let is_under_way = is_pending || has_condition(&pod, "PodResizeInProgress", "True");
@@ -279,9 +347,16 @@ impl Bed {
     fn observe(&self, index: u64, api_ms: &[u64]) -> Result<Record> {
         let more = wanted(index);
         let before = self.fillers()?;
+        let of_fillers = || self.cluster.of_app(self.fillers.app);
+        let mut steps = Steps::new(&of_fillers()?);
         let begun = Instant::now();
         self.cluster.request(&self.db.name, REST.plus(more))?;
-        let (granted, short) = until_granted(&self.cluster, &self.db.name, REST.plus(more))?;
+        let look = |own: &Pod| {
+            steps.take(std::slice::from_ref(own));
+            steps.take(&of_fillers()?);
+            Ok(())
+        };
+        let (granted, short) = until_granted(&self.cluster, &self.db.name, REST.plus(more), look)?;
         let granted_ms = u64::try_from(begun.elapsed().as_millis())?;
         // What is lent is not free: the scheduler has had its chance by then.
         thread::sleep(QUIET);
@@ -321,6 +396,7 @@ impl Bed {
             short,
             granted,
             granted_ms,
+            steps: steps.steps,
             fillers,
             raced_while_lent,
             raced,
@@ -386,7 +462,7 @@ impl Bed {
     }
 }
 
-fn has_failed(pod: &k8s_openapi::api::core::v1::Pod) -> bool {
+fn has_failed(pod: &Pod) -> bool {
     let status = pod.status.as_ref();
     status.and_then(|status| status.phase.as_deref()) == Some("Failed")
 }

@@ -17,11 +17,13 @@ use bellows_core::{
 };
 use tokio::time::Instant;
 
-use super::{KnownRequest, Summary, Watch};
+use super::{KnownRequest, Requests, Summary, Watch};
 use crate::{clock::now, explain::told_owed, ledger::Record, run::pods::Key};
 
-/// For how long what was made of a kubelet's word counts as under way. After it the same word means that it did not suffice.
+/// For how long it is not known whether a kubelet's word counts what was lent. After it, it does.
 const UNDER_WAY: Duration = Duration::from_secs(10);
+/// How soon it is looked again for whom no room could be made.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How soon what could not be had back is tried again, and how seldom at last.
 const BACKOFF: Duration = Duration::from_secs(30);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
@@ -61,8 +63,21 @@ impl Loan {
 pub(super) struct Served {
     message: String,
     at: Instant,
-    /// Whether somebody came down for it.
-    is_made: bool,
+    /// What others came down by for it.
+    lent: Bytes,
+}
+
+impl Served {
+    /// What of a shortage is still to be lent, where so much that was lent was not taken yet.
+    ///
+    /// The kubelet judges anew with each pod that comes down, and what it says then is not ordered with what the API says of
+    /// those: a word that counts one lender of two may come after both are seen to be down. So while that is under way, it is
+    /// what was lent that counts.
+    fn left(served: Option<&Self>, short: Bytes, coming_down: Bytes, now: Instant) -> Bytes {
+        let under_way = served.filter(|served| now.duration_since(served.at) < UNDER_WAY);
+        let lent = under_way.map_or(Bytes::ZERO, |served| served.lent);
+        short.minus(lent.max(coming_down))
+    }
 }
 
 /// A pod that waits for room.
@@ -130,7 +145,10 @@ pub(super) fn capacity(records: &[Record]) -> Option<Bytes> {
 impl Watch {
     /// Pods whose resize finds no room for memory, the highest priority first.
     pub(super) fn waiting(&mut self) -> Vec<Waiting> {
-        let pods = self.requests.pods.iter();
+        let Requests { pods, served, .. } = &mut self.requests;
+        let waits = |uid: &String| pods.get(uid).is_some_and(|pod| pod.put_off.is_some());
+        served.retain(|uid, _| waits(uid));
+        let pods = pods.iter();
         let waiting = pods.filter_map(|(uid, pod)| {
             let put_off = pod.put_off.as_ref()?;
             let shortage = shortage(&put_off.message)?;
@@ -154,22 +172,33 @@ impl Watch {
     /// Has others come down for one that waits, unless that is under way.
     pub(super) fn make_room_for(&mut self, waits: &Waiting) {
         let served = self.requests.served.get(&waits.uid);
-        let is_under_way =
-            |served: &Served| served.message == waits.message && served.at.elapsed() < UNDER_WAY;
-        if served.is_some_and(is_under_way) {
+        let in_vain =
+            |served: &Served| served.lent == Bytes::ZERO && served.at.elapsed() < LOOK_AGAIN;
+        if served.is_some_and(in_vain) {
             return;
         }
         let is_told = served.is_some_and(|served| served.message == waits.message);
-        let short = waits.shortage.short().minus(self.coming_down());
+        let coming_down = self.coming_down();
+        let short = Served::left(served, waits.shortage.short(), coming_down, Instant::now());
         if short == Bytes::ZERO {
             return;
         }
         let lenders = self.lenders();
         let changes = make_room(short, waits.priority, &lenders);
+        let now = Instant::now();
+        let under_way = served.filter(|served| served.at.elapsed() < UNDER_WAY);
+        let before = under_way.map_or(Bytes::ZERO, |served| served.lent);
+        let lent = changes.iter().fold(before, |lent, change| {
+            lent.plus(change.from.minus(change.to))
+        });
+        let is_more = lent > before;
         let served = Served {
             message: waits.message.clone(),
-            at: Instant::now(),
-            is_made: !changes.is_empty(),
+            // What was lent before is not younger for what is looked for in vain.
+            at: under_way
+                .filter(|_| !is_more)
+                .map_or(now, |served| served.at),
+            lent,
         };
         self.requests.served.insert(waits.uid.clone(), served);
         if changes.is_empty() && !is_told {
@@ -204,7 +233,7 @@ impl Watch {
     /// nobody waits.
     pub(super) fn is_served(&self, waits: &Waiting) -> bool {
         let served = self.requests.served.get(&waits.uid);
-        served.is_some_and(|served| served.is_made)
+        served.is_some_and(|served| served.lent > Bytes::ZERO)
     }
 
     fn tell_waiting(&self, waits: &Waiting, reason: &'static str, note: String) {
@@ -424,10 +453,7 @@ mod tests {
     use bellows_core::{CgroupId, Nanos};
 
     use super::*;
-    use crate::{
-        ledger,
-        run::pods::requests::{Requests, tests::known},
-    };
+    use crate::{ledger, run::pods::requests::tests::known};
 
     fn request(from: u64, to: u64, why: RequestWhy) -> Record {
         Record::Request {
@@ -467,6 +493,32 @@ mod tests {
         assert_eq!(borrowers(&records[..3]), ["a", "b"]);
         assert!(borrowers(&records).is_empty());
         assert!(borrowers(&[]).is_empty());
+    }
+
+    /// Two lend 300 MiB each. The word of the moment when one of them was down comes after both are seen to be.
+    #[test]
+    fn nobody_lends_again_what_a_late_word_does_not_count() {
+        let at = Instant::now();
+        let served = Served {
+            message: "short of 600".to_owned(),
+            at,
+            lent: Bytes::mib(600),
+        };
+        let after = |short, coming, seconds| {
+            let now = at + Duration::from_secs(seconds);
+            Served::left(Some(&served), Bytes::mib(short), Bytes::mib(coming), now)
+        };
+        assert_eq!(after(600, 600, 0), Bytes::ZERO);
+        assert_eq!(after(300, 0, 1), Bytes::ZERO);
+        // It wants more than it did.
+        assert_eq!(after(700, 600, 1), Bytes::mib(100));
+        // Somebody was faster.
+        assert_eq!(after(300, 0, 10), Bytes::mib(300));
+        assert_eq!(after(300, 100, 10), Bytes::mib(200));
+        assert_eq!(
+            Served::left(None, Bytes::mib(300), Bytes::mib(100), at),
+            Bytes::mib(200)
+        );
     }
 
     /// One with a sidecar and overhead does not borrow for ever.
