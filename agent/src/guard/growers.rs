@@ -8,7 +8,8 @@
 //! It reads `/proc`, in which there is nobody to see for an agent in a namespace of processes of its own. Then all runs
 //! of a workload are of one kind.
 //!
-//! It must not wait for a memory lock: `stat` and `statm` do not take it.
+//! It must not wait for a memory lock: `stat` and `statm` do not take it. It is the controller that reads, and all other
+//! containers wait for it: of one with more than [`MOST`] processes none is looked at.
 
 use std::fs;
 
@@ -25,6 +26,8 @@ use crate::{
 const YOUNG: Nanos = Nanos::millis(60_000);
 /// The share of all memory that the young must have to be those who grow.
 const YOUNG_PER_MILLE: u64 = 250;
+/// Two files each: tens of milliseconds of the controller's time.
+const MOST: usize = 1000;
 const SHELLS: [&str; 9] = [
     "ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "sh", "zsh",
 ];
@@ -38,9 +41,11 @@ pub(super) struct Growers {
 }
 
 impl Growers {
-    /// Those of a cgroup; `None` where they are not to be seen.
+    /// Those of a cgroup; `None` where they are not to be seen, or are too many.
     pub(super) fn of(cgroup: &Cgroup) -> Option<Self> {
-        let tree = Tree::of(cgroup).ok().filter(|tree| !tree.is_unseen)?;
+        let pids = cgroup.processes().ok();
+        let tree = Tree::among(pids.filter(|pids| pids.len() <= MOST)?);
+        let tree = Some(tree).filter(|tree| !tree.is_unseen)?;
         let since_boot = since_boot();
         let mut seen: Vec<(&Process, Nanos, Bytes)> = Vec::new();
         for process in tree.all() {
@@ -127,6 +132,22 @@ mod tests {
         shell.wait().unwrap();
         fs::remove_dir_all(directory).unwrap();
         growers.unwrap()
+    }
+
+    #[test]
+    fn too_many_are_not_looked_at() {
+        let directory = env::temp_dir().join(format!("bellows-many-{}", process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let own = process::id();
+        let cgroup = Cgroup::stand_in(&directory, CgroupId(1));
+        let looked_at = |count: usize| {
+            let pids = vec![own.to_string(); count].join("\n");
+            fs::write(directory.join("cgroup.procs"), pids).unwrap();
+            Growers::of(&cgroup).is_some()
+        };
+        assert!(looked_at(MOST));
+        assert!(!looked_at(MOST + 1));
+        fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]

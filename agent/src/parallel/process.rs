@@ -137,14 +137,18 @@ impl Tree {
     ///
     /// [`CgroupError`] when the cgroup's own processes cannot be read.
     pub(crate) fn of(cgroup: &Cgroup) -> Result<Self, CgroupError> {
-        let pids = cgroup.processes()?;
+        Ok(Self::among(cgroup.processes()?))
+    }
+
+    /// Those of these numbers that are there now.
+    pub(crate) fn among(pids: Vec<u32>) -> Self {
         let is_unseen = !pids.is_empty() && pids.iter().all(|&pid| pid == 0);
         let pids = pids.into_iter().filter_map(|pid| i32::try_from(pid).ok());
         let processes = pids.filter_map(|pid| Some((pid, read(pid).ok()??)));
-        Ok(Self {
+        Self {
             processes: processes.collect(),
             is_unseen,
-        })
+        }
     }
 
     pub(super) fn get(&self, id: ProcessId) -> Option<&Process> {
