@@ -72,6 +72,8 @@ pub struct Snapshot {
     pub request_failed: bool,
     /// Whether the raise that was asked for may be written by hand.
     pub by_hand: ByHand,
+    /// For how long demand must not have grown before the limit comes down, if longer than by the rules.
+    pub quiet: Nanos,
 }
 
 /// Whether a raise that was asked for may be written by hand.
@@ -266,9 +268,11 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         now,
         refused_shrink,
         thrash,
+        quiet,
         ..
     } = snapshot;
-    let is_quiet = now.since(history.last_growth) >= policy.shrink_after;
+    let quiet = policy.shrink_after.max(*quiet);
+    let is_quiet = now.since(history.last_growth) >= quiet;
     let is_busy = requested.is_some() || held_since.is_some() || thrash.keeps(*now);
     if *limit <= policy.original || !is_quiet || is_busy {
         return None;
@@ -311,6 +315,7 @@ mod tests {
             raise_not_before: Nanos(0),
             request_failed: false,
             by_hand: ByHand::No,
+            quiet: Nanos(0),
         }
     }
 
@@ -535,6 +540,11 @@ mod tests {
                 Reason::BurstOver,
             )]
         };
+        assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(500)));
+        // It has paused for longer before.
+        snapshot.quiet = Nanos::millis(2001);
+        assert_eq!(decide(&snapshot).actions, []);
+        snapshot.quiet = Nanos::millis(2000);
         assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(500)));
         snapshot.history.demand = Bytes::mib(10);
         assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(64)));

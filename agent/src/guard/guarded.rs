@@ -8,7 +8,7 @@ use bellows_core::{
     arbiter::Why,
     decide::ByHand,
     growth::{Nature, Spell, UNTRIGGERED},
-    learnt::CONTINUED,
+    learnt::{CONTINUED, Part, quiet_after},
     parallel::Balance,
 };
 
@@ -123,16 +123,22 @@ pub(super) struct Guarded {
     pub(super) waiting: Option<Waiting>,
     /// When its burst began.
     pub(super) burst_since: Option<Nanos>,
-    /// The most that it has used in that.
+    /// The most that it has used in that, or since it last came down without coming to rest.
     pub(super) burst_peak: Bytes,
+    /// The longest that it did not grow meanwhile, and went on.
+    pause: Nanos,
+    /// The same of runs before it for the same.
+    learnt_pause: Nanos,
+    /// Since when it has more than at rest, and when it had grown last.
+    raised_since: Option<Nanos>,
+    grown: Nanos,
     /// What outlives it, for what it has learnt.
     pub(super) workload: String,
     /// What its runs have needed.
     pub(super) learnt: Learnt,
-    /// The last of them, and whether it belongs to the one before, while it is not written down yet.
-    pub(super) ended: Option<(String, Bytes, bool)>,
-    /// What the last was for, and when it ended.
-    last_run: Option<(String, Nanos)>,
+    /// The last of them and what it was for, while it is not written down yet.
+    pub(super) ended: Option<(String, Part)>,
+    last_run: Option<LastRun>,
     /// What its burst is for; `None` while there is none.
     pub(super) trigger: Option<String>,
     /// Its growth since it was at rest; `None` while it is.
@@ -155,6 +161,14 @@ pub(super) struct Guarded {
     /// How long the last raise took, if that was not asked for yet.
     answered: Option<Nanos>,
     pub(super) report: Report,
+}
+
+/// A run that has ended, unless it goes on.
+struct LastRun {
+    trigger: String,
+    ended: Nanos,
+    /// When it had grown last.
+    grown: Nanos,
 }
 
 /// How long the latest raises took, of all guards: what those are told of that are only watched.
@@ -218,6 +232,10 @@ impl Guarded {
             waiting: None,
             burst_since: None,
             burst_peak: Bytes::ZERO,
+            pause: Nanos(0),
+            learnt_pause: Nanos(0),
+            raised_since: (limit > policy.original).then_some(at),
+            grown: at,
             workload,
             learnt: Learnt::default(),
             ended: None,
@@ -324,6 +342,11 @@ impl Guarded {
             || self.waiting.is_some()
     }
 
+    /// For how long nothing must come before what it has more than at rest is taken from it. It has paused before, and went on.
+    pub(super) fn quiet(&self) -> Nanos {
+        quiet_after(self.learnt_pause.max(self.pause))
+    }
+
     pub(super) const fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
         Snapshot {
             now,
@@ -338,6 +361,7 @@ impl Guarded {
             raise_not_before: self.raise_not_before,
             request_failed: self.request_failed,
             by_hand,
+            quiet: Nanos(0),
         }
     }
 
@@ -349,14 +373,20 @@ impl Guarded {
                 self.nature = Nature::Burst;
             }
         }
-        if self.burst_since.is_some() {
+        // A limit that comes down in steps has room for more of the same.
+        if self.burst_since.is_some() || self.raised_since.is_some() {
             self.burst_peak = self.burst_peak.max(self.history.demand);
+        }
+        let grown = std::mem::replace(&mut self.grown, self.history.last_growth);
+        if self.raised_since.is_some_and(|since| grown >= since) {
+            self.pause = self.pause.max(self.grown.since(grown));
         }
     }
 
     /// Remembers what runs have needed that were for the same. Where the reflex raises by itself there is nobody to ask when
     /// it does: all runs are of one kind.
     pub(super) fn recall(&mut self, trigger: String) {
+        self.learnt_pause = self.learnt.pause(&trigger);
         let expected = self.learnt.expected(&trigger);
         self.policy.learnt = expected.map(|needed| self.policy.limit_for(needed).round_up_mib());
         self.trigger = Some(trigger);
@@ -364,22 +394,42 @@ impl Guarded {
 
     /// What it needed is learnt, and room is kept for it no longer.
     pub(super) fn burst_is_over(&mut self, at: Nanos) {
-        let since = self.burst_since.take().unwrap_or(at);
+        let since = self.burst_since.take();
         self.reserved = None;
         self.told_bound = None;
         self.told_stop = None;
         let worst = std::mem::replace(&mut self.worst, Nature::Burst);
         let peak = std::mem::take(&mut self.burst_peak);
-        let trigger = self.trigger.take().unwrap_or_default();
+        let mut pause = std::mem::replace(&mut self.pause, Nanos(0));
+        let last = self.last_run.take();
+        // Without a raise it is what the last one was for that comes down further.
+        let named = last.as_ref().filter(|_| since.is_none());
+        let named = named.map(|last| last.trigger.clone());
+        let trigger = self.trigger.take().or(named).unwrap_or_default();
         // Of a raise for page cache nothing is learnt, and of a leak neither: whoever comes after it would begin with more.
         if worst < Nature::Leak
             && Thresholds::under(&self.policy, self.policy.original).watermark <= peak
         {
-            let last = self.last_run.replace((trigger.clone(), at));
-            let continues =
-                last.is_some_and(|(last, ended)| last == trigger && since.since(ended) < CONTINUED);
-            self.learnt.ended(&trigger, peak, continues);
-            self.ended = Some((trigger.clone(), peak, continues));
+            let is_soon =
+                |last: &LastRun| since.is_none_or(|since| since.since(last.ended) < CONTINUED);
+            let last = last.filter(|last| last.trigger == trigger && is_soon(last));
+            if let (Some(last), Some(since)) = (&last, since) {
+                pause = pause.max(since.since(last.grown));
+            }
+            let part = Part {
+                peak,
+                pause,
+                continues: last.is_some(),
+            };
+            self.learnt.ended(&trigger, part);
+            self.ended = Some((trigger.clone(), part));
+            self.last_run = Some(LastRun {
+                trigger: trigger.clone(),
+                ended: at,
+                grown: self.history.last_growth,
+            });
+        } else {
+            self.last_run = last;
         }
         if self.policy.actuation == Actuation::Direct {
             self.recall(trigger);
@@ -408,6 +458,7 @@ impl Guarded {
             (self.burst_since, self.trigger, self.policy.learnt) = (None, None, None);
             self.has_rested();
             self.burst_peak = Bytes::ZERO;
+            self.learnt_pause = Nanos(0);
         }
     }
 
@@ -442,6 +493,9 @@ impl Guarded {
             }
         }
         self.limit = limit;
+        if limit > self.policy.original {
+            self.raised_since.get_or_insert(at);
+        }
         if !is_raise {
             self.burst_is_over(at);
         } else if let Some(spell) = &mut self.spell {
@@ -449,6 +503,7 @@ impl Guarded {
         }
         if limit <= self.policy.original {
             self.has_rested();
+            self.raised_since = None;
         }
         if self.report.limits.len() < KEPT {
             self.report.limits.push((at, limit));
@@ -531,19 +586,23 @@ mod tests {
         run.history.observe(Nanos::millis(500), Bytes::mib(400));
         run.look_at_burst(Nanos::millis(500));
         run.limit_is(Nanos::millis(9000), Bytes::mib(64));
-        let ended = Some(("make".to_owned(), Bytes::mib(400), false));
-        assert_eq!(run.ended, ended);
+        let part = |continues, pause| Part {
+            peak: Bytes::mib(400),
+            pause: Nanos::millis(pause),
+            continues,
+        };
+        assert_eq!(run.ended, Some(("make".to_owned(), part(false, 500))));
         for (trigger, learnt) in [("make", Some(Bytes::mib(460))), ("node", None)] {
             run.recall(trigger.to_owned());
             assert_eq!(run.policy.learnt, learnt);
         }
         // What begins again at once belongs to it, and later does not.
-        for (seconds, continues) in [(12, true), (60, false)] {
+        for (seconds, continues, pause) in [(12, true, 11_500), (60, false, 0)] {
             run.recall("make".to_owned());
             run.limit_is(Nanos::millis(seconds * 1000), Bytes::mib(512));
             run.look_at_burst(Nanos::millis(seconds * 1000));
             run.limit_is(Nanos::millis(seconds * 1000 + 1), Bytes::mib(64));
-            let ended = Some(("make".to_owned(), Bytes::mib(400), continues));
+            let ended = Some(("make".to_owned(), part(continues, pause)));
             assert_eq!(run.ended, ended);
         }
         run.recall("make".to_owned());
@@ -551,6 +610,36 @@ mod tests {
         run.history.observe(Nanos::millis(70_000), Bytes::mib(10));
         run.calm_down();
         assert_eq!((run.trigger, run.policy.learnt), (None, None));
+    }
+
+    /// Seen: a build used more after its limit had come down a first time, and that was not remembered.
+    #[test]
+    fn what_comes_after_the_first_step_down_is_of_the_same_run() {
+        let mut run = guarded(Bytes::mib(512), 0);
+        let at = |run: &mut Guarded, seconds: u64, mib| {
+            let at = Nanos::millis(seconds * 1000);
+            run.history.observe(at, Bytes::mib(mib));
+            run.look_at_burst(at);
+        };
+        run.limit = Bytes::mib(64);
+        run.raised_since = None;
+        at(&mut run, 1, 63);
+        run.recall("make".to_owned());
+        run.limit_is(Nanos::millis(1000), Bytes::mib(512));
+        at(&mut run, 2, 300);
+        run.limit_is(Nanos::millis(7000), Bytes::mib(375));
+        at(&mut run, 9, 350);
+        at(&mut run, 10, 360);
+        run.limit_is(Nanos::millis(15_000), Bytes::mib(64));
+        let part = Part {
+            peak: Bytes::mib(360),
+            pause: Nanos::millis(7000),
+            continues: true,
+        };
+        assert_eq!(run.ended, Some(("make".to_owned(), part)));
+        run.recall("make".to_owned());
+        assert_eq!(run.policy.learnt, Some(Bytes::mib(414)));
+        assert_eq!(run.quiet(), Nanos::millis(10_500));
     }
 
     #[test]

@@ -97,9 +97,16 @@ fn key(workload: &str) -> String {
 mod tests {
     use std::{env, process};
 
-    use bellows_core::Bytes;
+    use bellows_core::{Bytes, learnt::Part};
 
     use super::*;
+
+    fn part(mib: u64) -> Part {
+        Part {
+            peak: Bytes::mib(mib),
+            ..Part::default()
+        }
+    }
 
     #[test]
     fn what_was_learnt_is_kept_and_the_oldest_forgotten() {
@@ -107,11 +114,11 @@ mod tests {
         let memory = Memory::at(directory.clone());
         assert_eq!(memory.of("dev/web/app"), Learnt::default());
         let mut learnt = Learnt::default();
-        learnt.ended("make", Bytes::mib(7), false);
+        learnt.ended("make", part(7));
         for number in 0..MOST + 5 {
             memory.keep(&format!("dev/web-{number}/app"), learnt.clone());
         }
-        learnt.ended("make", Bytes::mib(200), false);
+        learnt.ended("make", part(200));
         memory.keep("dev/web/app", learnt.clone());
         assert_eq!(Memory::at(directory.clone()).of("dev/web/app"), learnt);
         let files = fs::read_dir(&directory).unwrap().count();
@@ -119,7 +126,7 @@ mod tests {
         // Names of Kubernetes' greatest lengths, which differ at their ends only.
         let longest = |end: &str| format!("{0}/{0}{0}{0}{0}/{0}{end}", "n".repeat(62));
         for (end, mib) in [("a", 300), ("b", 400)] {
-            learnt.ended("make", Bytes::mib(mib), false);
+            learnt.ended("make", part(mib));
             memory.keep(&longest(end), learnt.clone());
             assert_eq!(memory.of(&longest(end)), learnt);
         }

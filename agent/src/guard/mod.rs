@@ -24,7 +24,7 @@ use std::{
 };
 
 use bellows_core::{
-    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason,
+    Action, Actuation, Bytes, CgroupId, History, Nanos, Policy, Reason, Snapshot,
     allowance::Bound,
     decide::{ByHand, decide},
     thrash::Look,
@@ -488,10 +488,10 @@ impl<R: Requester> Controller<R> {
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
-        if let Some((trigger, peak, continues)) = guarded.ended.take() {
+        if let Some((trigger, part)) = guarded.ended.take() {
             // Its like may have run beside it.
             guarded.learnt = self.memory.of(&guarded.workload);
-            guarded.learnt.ended(&trigger, peak, continues);
+            guarded.learnt.ended(&trigger, part);
             self.memory.keep(&guarded.workload, guarded.learnt.clone());
         }
     }
@@ -715,6 +715,7 @@ impl<R: Requester> Controller<R> {
 
     fn decide_once(&mut self, id: CgroupId) {
         self.take_bound(id);
+        let somebody_waits = self.guards.values().any(|own| own.waiting.is_some());
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
@@ -724,7 +725,16 @@ impl<R: Requester> Controller<R> {
             Some((to, _)) if at >= guarded.by_hand_not_before => self.requester.by_hand(id, to),
             _ => ByHand::No,
         };
-        let mut plan = decide(&guarded.snapshot(at, by_hand));
+        let snapshot = |guarded: &Guarded| Snapshot {
+            // What is kept for what may come is whoever's who needs it now.
+            quiet: if somebody_waits {
+                Nanos(0)
+            } else {
+                guarded.quiet()
+            },
+            ..guarded.snapshot(at, by_hand)
+        };
+        let mut plan = decide(&snapshot(guarded));
         let is_raise = |(action, _): &(Action, _)| matches!(action, Action::Raise { .. });
         let is_burst = |(action, reason): &(Action, Reason)| {
             matches!(action, Action::Raise { .. }) && *reason != Reason::CacheThrashes
@@ -737,13 +747,11 @@ impl<R: Requester> Controller<R> {
             && self.recall(id)
             && let Some(guarded) = self.guards.get(&id)
         {
-            plan = decide(&guarded.snapshot(at, by_hand));
+            plan = decide(&snapshot(guarded));
         }
         let planned: Vec<Action> = plan.actions.iter().map(|(action, _)| *action).collect();
         let cut = self.guards.get(&id);
-        if let Some(wanted) =
-            cut.and_then(|guarded| guarded.cut(&guarded.snapshot(at, by_hand), &planned))
-        {
+        if let Some(wanted) = cut.and_then(|guarded| guarded.cut(&snapshot(guarded), &planned)) {
             self.tell_of_bound(id, wanted);
         }
         for (action, reason) in plan.actions {

@@ -397,6 +397,8 @@ pub fn told_why(wanted: Bytes, why: Why, behind: Option<&str>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use bellows_core::learnt::Part;
+
     use super::*;
 
     #[test]
@@ -537,9 +539,13 @@ mod tests {
             at_rest.usual(),
             AT_REST.per_mille(REQUEST_STEP_MIN_PER_MILLE)
         );
-        at_rest.learnt.ended("make", Bytes::mib(400), false);
+        let part = |mib| Part {
+            peak: Bytes::mib(mib),
+            ..Part::default()
+        };
+        at_rest.learnt.ended("make", part(400));
         assert_eq!(at_rest.usual(), Bytes::mib(460));
-        at_rest.learnt.ended("make", Bytes::mib(4000), false);
+        at_rest.learnt.ended("make", part(4000));
         assert_eq!(at_rest.usual(), at_rest.policy.ceiling);
     }
 

@@ -86,6 +86,7 @@ pub(crate) fn events(bytes: &[u8]) {
             request_failed: input.flag(),
             by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
                 [usize::from(input.flag()) + usize::from(input.flag())],
+            quiet: Nanos(0),
         };
         limit = judged(&snapshot);
     }
@@ -106,6 +107,7 @@ pub(crate) fn events(bytes: &[u8]) {
             raise_not_before: Nanos(0),
             request_failed: false,
             by_hand: ByHand::No,
+            quiet: Nanos(0),
         };
         let shrinks = decide(&snapshot)
             .actions

@@ -102,6 +102,8 @@ impl Record {
         let raised: Vec<&Sample> = self
             .samples
             .iter()
+            // Before it has its limit at rest it has none.
+            .skip_while(|sample| sample.limit > self.case.limit.0)
             .skip_while(|sample| !is_raised(sample))
             .collect();
         let first = raised.first()?.at_us;
@@ -237,13 +239,15 @@ fn build(
     let watched = started.cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
     let before = started.cgroup.events()?.oom_kill;
+    // Of its builds, and of a container of that name before it.
+    let said_before = Machine::said(started).len();
     let began = now();
     fs::write(format!("/tmp/{GUARDED}-{}.{number}", case.index), "")?;
     let mut peak = Bytes::ZERO;
     let start = Instant::now();
     let said: Said = loop {
         let mut all = Machine::said(started).into_iter();
-        if let Some(said) = all.nth(usize::try_from(number - 1)?) {
+        if let Some(said) = all.nth(said_before) {
             break serde_json::from_value(said)?;
         }
         if let Some(code) = machine.exit_code(started)? {
