@@ -19,4 +19,5 @@ pub mod resize;
 pub mod shrink;
 pub mod targets;
 mod tell;
+mod turns;
 pub mod update;

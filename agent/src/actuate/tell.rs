@@ -2,10 +2,14 @@
 //!
 //! One task for each container, one call at a time, always with the latest of memory and CPU: a call that carries what
 //! was true before the last would undo it. While the runtime is known to be late, raises are written first. A call that
-//! is late is given up for a newer value of memory. What it asked for may still arrive (`runc` is not stopped by
-//! that), which nobody can prevent who does not own the runtime.
+//! is late is waited for no longer when a newer value of memory is asked for, but it goes on, and its successor takes its
+//! turn after it ([`super::turns`]).
 
-use std::{pin::pin, sync::Arc, sync::atomic::Ordering, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bellows_core::{Bytes, CgroupId};
 use tokio::{
@@ -169,7 +173,23 @@ impl Updater {
         } else {
             LATE
         };
-        let mut call = pin!(timeout(longest, self.call(target, memory)));
+        let turn = loop {
+            if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {
+                return Ok(Delivered::Overtaken);
+            }
+            select! {
+                turn = target.turns.next() => break turn,
+                () = target.changed.notified() => {}
+            }
+        };
+        let (this, own) = (self.clone(), target.clone());
+        let call = self.tasks.spawn(async move {
+            let called = this.call(&own, memory).await;
+            drop(turn);
+            called
+        });
+        target.turns.began(call.abort_handle());
+        let mut call = pin!(timeout(longest, call));
         let called = match timeout(patience, &mut call).await {
             Ok(called) => called,
             Err(_elapsed) => {
@@ -188,7 +208,9 @@ impl Updater {
             }
         };
         Ok(match called {
-            Ok(answer) => {
+            // It was given up, or has ended with this process.
+            Ok(Err(_ended)) => Delivered::Silent,
+            Ok(Ok(answer)) => {
                 if answer.is_ok() {
                     self.is_late.store(false, Ordering::Relaxed);
                 }

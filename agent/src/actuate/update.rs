@@ -27,6 +27,7 @@ use super::{
     shrink,
     targets::Targets,
     tell::{Delivered, Told},
+    turns::Turns,
 };
 use crate::{
     cgroup::Cgroup,
@@ -65,6 +66,7 @@ pub struct Target {
     /// Whether a task tells the runtime, which [`Target::changed`] wakes.
     pub(super) is_telling: bool,
     pub(super) changed: Arc<Notify>,
+    pub(super) turns: Turns,
 }
 
 impl Moved for Target {
@@ -123,6 +125,7 @@ impl Target {
             times: QuotaTimes::default(),
             is_telling: false,
             changed: Arc::default(),
+            turns: Turns::default(),
         }
     }
 
@@ -149,7 +152,7 @@ impl Target {
 #[derive(Clone, Debug)]
 pub struct Updater {
     runtime: Runtime,
-    tasks: Handle,
+    pub(super) tasks: Handle,
     containers: Containers<Target>,
     inputs: SyncSender<Input>,
     /// Whether the runtime was late when it was asked last.

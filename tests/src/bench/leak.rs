@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use bellows::{cgroup::Limit, clock::now, ledger::Record as LedgerRecord};
-use bellows_core::{Bytes, Nanos, arbiter::Why};
+use bellows_core::{Action, Bytes, Nanos, arbiter::Why};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -52,6 +52,8 @@ const PAUSE: Duration = Duration::from_secs(12);
 const LOOK: Duration = Duration::from_millis(100);
 /// The leak is looked at for the record this often.
 const SAMPLED: Nanos = Nanos::millis(2000);
+/// What is granted so soon after it was told is a part of the answer.
+const WITH_IT: Nanos = Nanos::millis(1000);
 /// The exit code of what SIGKILL has ended: nobody else sends one here.
 const KILLED: i32 = 137;
 
@@ -311,24 +313,31 @@ fn burst(number: usize, honest: &[Watched], random: &mut fastrand::Rng) -> Resul
 }
 
 impl Record {
-    /// When the leak was last told that it is not raised as it asks, and its limit then. Before it may have got what was
-    /// left beside what is kept.
+    /// When the leak was last told that it is not raised as it asks, and the limit that it was left with: with that answer it
+    /// may get what is there beside what is kept for others.
     fn stopped(&self) -> Option<(Nanos, Bytes)> {
-        self.leak
-            .ledger
-            .iter()
-            .rev()
-            .find_map(|record| match record {
+        let ledger = &self.leak.ledger;
+        let is_told = |record: &LedgerRecord| {
+            matches!(
+                record,
                 LedgerRecord::Waits {
-                    at,
                     why: Why::KeptForBursts(..) | Why::Leaks,
                     ..
-                } => {
-                    let look = self.looks.iter().rfind(|look| look.at <= *at)?;
-                    Some((*at, look.limit))
                 }
-                _ => None,
-            })
+            )
+        };
+        let told = ledger.iter().rposition(is_told)?;
+        let at = ledger[told].at();
+        let look = self.looks.iter().rfind(|look| look.at <= at)?;
+        let left = ledger.get(told + 1).and_then(|record| match record {
+            LedgerRecord::Intend {
+                at: then,
+                action: Action::Raise { to, .. },
+                ..
+            } if then.since(at) < WITH_IT => Some(*to),
+            _ => None,
+        });
+        Some((at, left.unwrap_or(look.limit)))
     }
 }
 
