@@ -2,7 +2,8 @@
 //! pods at hand for whatever becomes free. Room is made by pods of low priority, and given back when the pod gives it up,
 //! unless the scheduler was faster.
 //!
-//! What the same resize takes on a node with room is measured in the same boot.
+//! What the same resize takes on a node with room is measured in the same boot, and what one takes on the full node that
+//! finds room there: each pod and each racer has its share in the kubelet's and the API server's time.
 
 use std::{
     collections::BTreeMap,
@@ -54,8 +55,9 @@ const SLACK: Bytes = Bytes::mib(32);
 /// What a filler keeps by its policy: this, and so much more than it uses, in thousandths (the default).
 const FLOOR: Bytes = Bytes::mib(32);
 const MARGIN: u64 = 250;
-/// Resizes with room that are measured.
+/// Resizes with room that are measured, and of how much on the full node: less than is free there.
 const MEASURED: usize = 10;
+const FITS: Bytes = Bytes::mib(16);
 const GRANTED: Duration = Duration::from_secs(60);
 /// For how long nothing must change until the race is taken to be over, and the longest that it may take.
 const QUIET: Duration = Duration::from_secs(4);
@@ -105,6 +107,8 @@ struct Record {
     more: Bytes,
     /// What resizes by as much took with room, of this boot.
     api_ms: Vec<u64>,
+    /// What a resize took on the full node that found room there.
+    api_full_ms: Vec<u64>,
     /// By how much it was short, in the kubelet's words when it put it off; `None` if it did not.
     short: Option<Bytes>,
     granted: bool,
@@ -202,10 +206,15 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         api_ms.push(with_room(&cluster, &db.name, wanted(index as u64))?);
     }
     let bed = fill(cluster, db)?;
+    let mut api_full_ms = Vec::new();
+    for _ in 0..MEASURED {
+        api_full_ms.push(with_room(&bed.cluster, &bed.db.name, FITS)?);
+    }
     for index in 0..options.n {
         node.check()?;
         agent.check()?;
-        let record = bed.observe(index, &api_ms)?;
+        let mut record = bed.observe(index)?;
+        (record.api_ms, record.api_full_ms) = (api_ms.clone(), api_full_ms.clone());
         eprintln!(
             "case {index}: {} more granted {} after {} ms (short of {:?}; api {:?}); {} lent by {} of {} at least; raced {} and {}, {} refused; debts {:?}; back {}; {:?}",
             record.more,
@@ -235,6 +244,17 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 }
 
 impl Record {
+    /// How long after the kubelet's word was seen the first lender's request was seen to be lower.
+    fn ours(&self) -> Option<u64> {
+        let put_off = self.steps.iter().find(|step| step.now.short.is_some())?;
+        let is_lender = |step: &&Step| {
+            let lent = self.fillers.iter().find(|filler| filler.pod == step.pod);
+            lent.is_some_and(|filler| step.now.requested < filler.before)
+        };
+        let lent = self.steps.iter().find(is_lender)?;
+        Some(lent.ms.saturating_sub(put_off.ms))
+    }
+
     fn lenders(&self) -> usize {
         let lenders = self.fillers.iter();
         lenders
@@ -344,7 +364,7 @@ fn until_granted(
 }
 
 impl Bed {
-    fn observe(&self, index: u64, api_ms: &[u64]) -> Result<Record> {
+    fn observe(&self, index: u64) -> Result<Record> {
         let more = wanted(index);
         let before = self.fillers()?;
         let of_fillers = || self.cluster.of_app(self.fillers.app);
@@ -392,7 +412,8 @@ impl Bed {
         Ok(Record {
             index,
             more,
-            api_ms: api_ms.to_vec(),
+            api_ms: Vec::new(),
+            api_full_ms: Vec::new(),
             short,
             granted,
             granted_ms,
@@ -491,10 +512,21 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     }
     let granted = records.iter().filter(|record| record.granted);
     let granted: Vec<f64> = granted.map(|record| record.granted_ms as f64).collect();
-    let api = records.first().map(|record| record.api_ms.iter());
-    let api: Vec<f64> = api.into_iter().flatten().map(|ms| *ms as f64).collect();
-    let api_p50 = percentile(&api, 50.0);
-    ensure!(api_p50 > 0.0, "nothing to compare with");
+    let median = |of: fn(&Record) -> &Vec<u64>| -> Result<f64> {
+        let times = records.first().map(|record| of(record).iter());
+        let times: Vec<f64> = times.into_iter().flatten().map(|ms| *ms as f64).collect();
+        let median = percentile(&times, 50.0);
+        ensure!(median > 0.0, "nothing to compare with");
+        Ok(median)
+    };
+    let api_p50 = median(|record| &record.api_ms)?;
+    let api_full_p50 = median(|record| &record.api_full_ms)?;
+    // From the kubelet's word in the API to what is asked of the first who lends.
+    let ours: Vec<f64> = records
+        .iter()
+        .filter_map(Record::ours)
+        .map(|ms| ms as f64)
+        .collect();
     let harm = records.iter().map(|record| record.harm);
     Ok(json!({
         "n": records.len(),
@@ -503,6 +535,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "granted_ms_p50": percentile(&granted, 50.0),
         "api_ms_p50": api_p50,
         "granted_vs_api_p50": rounded(percentile(&granted, 50.0) / api_p50),
+        "granted_vs_api_full_p50": rounded(percentile(&granted, 50.0) / api_full_p50),
+        "api_full_ms_p50": api_full_p50,
+        "own_ms_p50": percentile(&ours, 50.0),
+        "own_ms_max": percentile(&ours, 100.0),
         "granted_vs_api_max": rounded(percentile(&granted, 100.0) / api_p50),
         "lent_beyond_short": beyond(&|record| Some(record.lent()) > record.short),
         "lent_by_more_than_needed": beyond(&|record| record.lenders() > record.fewest()),
