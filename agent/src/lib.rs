@@ -25,6 +25,7 @@ pub mod nri;
 pub mod originals;
 pub mod parallel;
 pub mod policies;
+pub mod priority;
 pub mod quota;
 pub mod recover;
 pub mod run;

@@ -15,13 +15,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use bellows::actuate::reflex::{PRIORITY, try_real_time};
+use bellows::priority::{REFLEX, try_real_time};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// How often each CPU is tried.
 const BEAT: Duration = Duration::from_millis(5);
 /// Above all that is measured.
-const ABOVE: i32 = PRIORITY + 40;
+const ABOVE: i32 = REFLEX + 40;
 
 /// The threads; they end with this.
 pub(crate) struct Heartbeat {

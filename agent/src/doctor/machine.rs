@@ -6,12 +6,11 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
 use crate::{
-    actuate::reflex::{PRIORITY, try_real_time},
     attribution::CGROUP_ROOT,
     cgroup::{Cgroup, CgroupError},
     cri,
     exec::place::Place,
-    nri,
+    nri, priority,
 };
 
 pub(super) fn findings() -> Vec<Finding> {
@@ -222,7 +221,7 @@ fn pressure() -> Finding {
 
 fn priority() -> Finding {
     // On a thread of its own, which takes the priority with it when it ends.
-    let tried = thread::spawn(|| try_real_time(PRIORITY)).join();
+    let tried = thread::spawn(|| priority::try_real_time(priority::REFLEX)).join();
     match tried.unwrap_or_else(|_panic| Err(io::ErrorKind::Other.into())) {
         Ok(()) => Finding::works("real-time priority", "permitted"),
         Err(error) => Finding::limited(

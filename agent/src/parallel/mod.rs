@@ -34,6 +34,7 @@ use rustix::process::Signal;
 use crate::{
     cgroup::Cgroup,
     ledger::{self, Ledger, Place, Record},
+    priority,
     wake::Wake,
 };
 use watched::Watched;
@@ -170,6 +171,9 @@ struct Lender {
 
 impl Lender {
     fn run(mut self) {
+        if let Err(error) = priority::try_real_time(priority::JOBS) {
+            tracing::debug!(%error, "no real-time priority: jobs may be paused too late on a busy machine");
+        }
         loop {
             let due = self.watched.values().filter_map(Watched::due).min();
             let rest = due.map_or(LONG, |due| due.saturating_duration_since(Instant::now()));

@@ -19,10 +19,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bellows::{
-    actuate::reflex::{Arm, Command, Controls, PRIORITY, Reflex, Verdict, try_real_time},
+    actuate::reflex::{Arm, Command, Controls, Reflex, Verdict},
     cgroup::{Cgroup, Control, Limit},
     clock::now,
     ledger::Ledger,
+    priority,
     signal::{
         programs::{Kernel, Purpose, Reflexes, memory_event},
         source::Source,
@@ -301,7 +302,7 @@ fn wait_and_write(
     is_over: &AtomicBool,
     answers: &Sender<(Nanos, Nanos)>,
 ) -> Result<()> {
-    try_real_time(PRIORITY)?;
+    priority::try_real_time(priority::REFLEX)?;
     let timeout = rustix::time::Timespec {
         tv_sec: 1,
         tv_nsec: 0,

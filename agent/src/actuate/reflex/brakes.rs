@@ -18,8 +18,10 @@ use std::{
 
 use bellows_core::{Bytes, CgroupId};
 
-use super::{PRIORITY, try_real_time};
-use crate::cgroup::{Control, Limit};
+use crate::{
+    cgroup::{Control, Limit},
+    priority,
+};
 
 /// Jobs that may wait; more are not needed: the next charge asks again.
 const WAITING: usize = 64;
@@ -80,9 +82,8 @@ impl Brakes {
         thread::Builder::new()
             .name("brakes".to_owned())
             .spawn(move || {
-                // It has work only while somebody grows into the last percent of a limit, and reclaims then:
-                // the reflex must be able to interrupt it.
-                if let Err(error) = try_real_time(PRIORITY - 1) {
+                // It has work only while somebody grows into the last percent of a limit, and reclaims then.
+                if let Err(error) = priority::try_real_time(priority::BRAKES) {
                     tracing::debug!(%error, "no real-time priority for the brakes");
                 }
                 for job in receiver {

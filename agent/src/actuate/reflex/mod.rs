@@ -36,6 +36,7 @@ use tokio::sync::oneshot;
 use crate::{
     clock::now,
     ledger::{Ledger, Record},
+    priority,
     signal::source::{Source, Taken},
     wake::Wake,
 };
@@ -52,8 +53,6 @@ const POLL_PER_MILLE: u64 = 10;
 const IDLE_POLL: Duration = Duration::from_secs(3600);
 /// Verdicts of one look after those that are held.
 const TOLD_AT_ONCE: usize = 64;
-/// Real-time priority of the thread: above every ordinary task, below the kernel's own threads.
-pub const PRIORITY: i32 = 10;
 
 /// What the controller tells the reflex.
 #[derive(Debug)]
@@ -279,36 +278,6 @@ struct Means<'a> {
     brakes: &'a Brakes,
 }
 
-/// The kernel's `struct sched_param` (include/uapi/linux/sched/types.h).
-#[repr(C)]
-struct SchedParam {
-    priority: libc::c_int,
-}
-
-/// Gives the calling thread real-time priority.
-///
-/// # Errors
-///
-/// When it is not permitted (`CAP_SYS_NICE`, or a cgroup without real-time runtime).
-pub fn try_real_time(priority: i32) -> io::Result<()> {
-    let parameters = SchedParam { priority };
-    // SAFETY: the system call reads one live structure of the kernel's layout; thread 0 is the
-    // calling one. The C library's wrapper is not used: musl's always fails.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_sched_setscheduler,
-            0,
-            libc::SCHED_FIFO,
-            &raw const parameters,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Keeps the process's pages in memory once they are there: the reflex must not wait for a page of
 /// its own when memory is short.
 fn try_lock_memory() -> io::Result<()> {
@@ -325,7 +294,7 @@ fn try_lock_memory() -> io::Result<()> {
 
 impl Worker {
     fn run(mut self) {
-        if let Err(error) = try_real_time(PRIORITY) {
+        if let Err(error) = priority::try_real_time(priority::REFLEX) {
             tracing::warn!(%error, "no real-time priority: a busy machine makes reactions late");
         }
         if let Err(error) = try_lock_memory() {
