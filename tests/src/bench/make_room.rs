@@ -390,14 +390,8 @@ impl Bed {
         let raced_while_lent = self.placed()?;
         self.cluster.request(&self.db.name, REST)?;
         self.race()?;
-        let debts = self.missing()?.into_iter().map(|(pod, owed)| {
-            let explained = is_explained(&pod, owed)?;
-            Ok(Debt {
-                pod,
-                owed,
-                explained,
-            })
-        });
+        let debts = self.missing()?.into_iter();
+        let debts = debts.filter_map(|(pod, owed)| self.debt(pod, owed).transpose());
         let debts: Vec<Debt> = debts.collect::<Result<_>>()?;
         let raced = self.placed()?;
         let refused = self.refused()?;
@@ -453,6 +447,27 @@ impl Bed {
         Ok(missing
             .filter(|(_, missing)| *missing > Bytes::ZERO)
             .collect())
+    }
+
+    /// What a pod is owed, and whether that is told. Between the look and the words it may have got a part of it, and is looked
+    /// at anew, or all: `None`.
+    fn debt(&self, pod: String, owed: Bytes) -> Result<Option<Debt>> {
+        let (begun, mut owed) = (Instant::now(), owed);
+        loop {
+            let explained = is_explained(&pod, owed)?;
+            let missing = self.missing()?.into_iter().find(|(own, _)| *own == pod);
+            let Some((_, now)) = missing else {
+                return Ok(None);
+            };
+            if explained || now == owed || begun.elapsed() > QUIET {
+                return Ok(Some(Debt {
+                    pod,
+                    owed,
+                    explained,
+                }));
+            }
+            owed = now;
+        }
     }
 
     fn placed(&self) -> Result<usize> {
