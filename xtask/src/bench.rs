@@ -202,7 +202,7 @@ pub(crate) struct Options {
     /// Measure what follows, too (java).
     #[arg(long)]
     pub(crate) steady: bool,
-    /// Leave out the run at the fixed limit (java).
+    /// Leave out the run at the fixed limit (java), or with fewer jobs (parallelism).
     #[arg(long)]
     pub(crate) without_fixed: bool,
     /// Leave out the run without a limit (build, bursts).

@@ -11,8 +11,8 @@ use crate::{
     root, tools,
 };
 
-/// Shows a build around one command, and a Tomcat start and a bursty service in containers; with `pod`, the build in a
-/// pod on a real kubelet.
+/// Shows a build around one command, one that cannot have what it needs, and a Tomcat start and a bursty service in
+/// containers; with `pod`, the first build in a pod on a real kubelet.
 pub(crate) fn run(pod: bool) -> Result<bool> {
     println!(
         "A real `make -j8` of template-heavy C++ in a virtual machine with kernel 6.12, limited to 256 MiB:"
@@ -37,6 +37,16 @@ pub(crate) fn run(pod: bool) -> Result<bool> {
     let summary = show(options, &binaries, &mut report)?;
     print!("{}", table("fixed limit 256 MiB", &build_rows(&summary)));
     if !pod {
+        println!(
+            "\nA real `make -j8` of C that may have half of what eight compilers need: at that fixed limit, then with `bellows exec --elastic`, under which some of them wait.\n"
+        );
+        let options = bench::Options {
+            kind: Some("real".to_owned()),
+            without_fixed: true,
+            ..bench::Options::of(Name::Parallelism)
+        };
+        let slower = show(options, &binaries, &mut report)?;
+        print!("{}", table("fixed limit", &slower_rows(&slower)));
         println!(
             "\nTomcat 11 in a container with 0.25 CPUs, on containerd without Kubernetes; with Bellows it is lent two CPUs at its start.\n"
         );
@@ -132,6 +142,34 @@ fn build_rows(summary: &Value) -> Rows {
         row("memory used at most", &limit, &mib(&summary["peak"])),
         row("limit at most", &limit, &mib(&summary["limit_reached"])),
         row("raises", &Value::Null, &summary["raises"]),
+    ]
+}
+
+fn slower_rows(summary: &Value) -> Rows {
+    let outcome = |passed: &Value| Value::from(if *passed == 1 { "passes" } else { "FAILS" });
+    let waits = &summary["real_waits"];
+    let running = match (waits["running"].as_u64(), waits["jobs"].as_u64()) {
+        (Some(running), Some(jobs)) => format!("{running} of {jobs}").into(),
+        _ => Value::Null,
+    };
+    vec![
+        row(
+            "build",
+            &outcome(&summary["real_passed_without"]),
+            &outcome(&summary["real_passed_with"]),
+        ),
+        row(
+            "processes OOM-killed",
+            &summary["real_kills_without"],
+            &summary["real_kills_with"],
+        ),
+        row(
+            "seconds",
+            &summary["real_seconds_without"],
+            &summary["real_seconds_with"],
+        ),
+        row("jobs at once", &Value::Null, &running),
+        row("compilers paused", &Value::Null, &summary["pauses"]),
     ]
 }
 

@@ -46,6 +46,9 @@ pub(crate) struct Options {
     /// Only these.
     #[arg(long)]
     kind: Option<Kind>,
+    /// Leave out with how many jobs at once a build would be fastest.
+    #[arg(long)]
+    without_fixed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -165,6 +168,11 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let bench = Bench {
         runner,
         seed: options.seed,
+        fewer: if options.without_fixed {
+            &[]
+        } else {
+            &[4, 3, 2]
+        },
     };
     if is_meant(Kind::Make) {
         for index in 0..options.n {
@@ -198,6 +206,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 struct Bench {
     runner: Runner,
     seed: u64,
+    /// Jobs at once, of which the fastest is to be compared with.
+    fewer: &'static [usize],
 }
 
 /// Words that run a script in the root, for as long as a build may take, and say when it began and ended: `bellows exec`
@@ -368,7 +378,7 @@ impl Bench {
         let without = self.fixed(Limit::At(ceiling), &script(8)?)?;
         let with = self.with(ceiling, &script(8)?)?;
         let mut fixed = Vec::new();
-        for at_once in [4, 3, 2] {
+        for &at_once in self.fewer {
             fixed.push((at_once, self.fixed(Limit::At(ceiling), &script(at_once)?)?));
         }
         let record = Record {
@@ -456,8 +466,8 @@ impl Bench {
         let ceiling = Bytes(unlimited.peak.context("no peak")?).scaled(1, 2);
         let without = self.fixed(Limit::At(ceiling), &script(8))?;
         let with = self.with(ceiling, &script(8))?;
-        let mut fixed = vec![(8, unlimited)];
-        for at_once in [4, 3, 2] {
+        let mut fixed = Vec::new();
+        for &at_once in self.fewer {
             fixed.push((at_once, self.fixed(Limit::At(ceiling), &script(at_once))?));
         }
         let record = Record {
@@ -470,8 +480,7 @@ impl Bench {
             jobs: Vec::new(),
             without: Some(without),
             with: Some(with),
-            // Without a limit it is no answer to a ceiling.
-            fixed: fixed.split_off(1),
+            fixed,
             killed: None,
         };
         tell(&record);
@@ -665,6 +674,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
             .filter_map(|with| with.report[name].as_u64())
             .sum::<u64>()
     };
+    let real = of(Kind::Real).next();
+    let seconds = |ended: Option<&Ended>| Some(rounded(ended?.build_ms? as f64 / 1000.0));
     let killed: Vec<Killed> = records.iter().filter_map(|record| record.killed).collect();
     let resumed_ms = killed.iter().map(|killed| killed.resumed_ms).max();
     Ok(json!({
@@ -679,6 +690,11 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "random_passed_with": count(Kind::Random, with),
         "real_passed_without": count(Kind::Real, without),
         "real_passed_with": count(Kind::Real, with),
+        "real_kills_without": real.and_then(|real| Some(real.without.as_ref()?.oom_kill)),
+        "real_kills_with": real.and_then(|real| Some(real.with.as_ref()?.oom_kill)),
+        "real_seconds_without": seconds(real.and_then(|real| real.without.as_ref())),
+        "real_seconds_with": seconds(real.and_then(|real| real.with.as_ref())),
+        "real_waits": real.and_then(|real| Some(real.with.as_ref()?.report["lent"].clone())),
         "real_time_vs_best_fixed_j": ratios(Kind::Real).first().copied().map(rounded),
         "resumed_after_kill_s": resumed_ms.map(|ms| ms as f64 / 1000.0),
         "killed": killed.len(),
