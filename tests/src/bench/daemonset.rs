@@ -6,6 +6,7 @@
 //! node's way to the API's service address is a forwarder where kube-proxy has a rule.
 
 use std::{
+    cell::RefCell,
     fs,
     io::copy,
     net::{Shutdown, TcpListener, TcpStream},
@@ -26,12 +27,16 @@ use kube::{
     core::GroupVersionKind,
     discovery::pinned_kind,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::{
-    bursts::burst_words, exec_cli::Record, least_privilege::least_privilege, pod_bursts::results,
-    record::Records,
+    bursts::burst_words,
+    exec_cli,
+    least_privilege::{Attempt, Privileges, least_privilege},
+    pod_bursts::results,
+    record::{Records, parsed},
 };
 use crate::{
     node::{self, ApiServer, Node, import_image, shell, wait},
@@ -66,6 +71,14 @@ pub(super) struct Bed {
     pub(super) server: ApiServer,
     /// Of the DaemonSet's pods.
     template: Value,
+    pub(super) privileges: RefCell<Option<Privileges>>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    case: String,
+    failure: Option<String>,
+    privileges: Option<Privileges>,
 }
 
 type Case = (&'static str, fn(&Bed) -> Result<()>);
@@ -119,6 +132,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         cluster: Cluster::connect()?,
         server: options.server.clone(),
         template: Value::Null,
+        privileges: RefCell::default(),
     };
     bed.cluster.wait_node_ready()?;
     bed.template = bed.apply_all()?;
@@ -132,6 +146,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         records.write(&Record {
             case: case.to_owned(),
             failure,
+            privileges: bed.privileges.take(),
         })?;
     }
     Ok(())
@@ -606,4 +621,19 @@ fn given_back(bed: &Bed) -> Result<()> {
     })?;
     bed.remove_policy()?;
     bed.cluster.delete("elastic")
+}
+
+pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
+    let mut summary = exec_cli::summarize(records)?;
+    let records: Vec<Record> = parsed(records)?;
+    let privileges = records.into_iter().find_map(|record| record.privileges);
+    if let Some(Privileges { attempts, reads }) = privileges {
+        let count =
+            |is: fn(&Attempt) -> bool| attempts.iter().filter(|attempt| is(attempt)).count();
+        summary["attempts"] = json!(attempts.len());
+        summary["writes_allowed"] = json!(count(Attempt::is_harm));
+        summary["secrets_readable"] = json!(count(Attempt::reads_secret));
+        summary["reads_listed"] = json!(reads);
+    }
+    Ok(summary)
 }

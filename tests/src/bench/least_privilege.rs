@@ -4,15 +4,55 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bellows_core::pod;
-use k8s_openapi::api::core::v1::{Node as ApiNode, Pod};
+use k8s_openapi::api::{
+    authorization::v1::SelfSubjectRulesReview,
+    core::v1::{Node as ApiNode, Pod},
+};
 use kube::{
     Api, Client, Config, ResourceExt as _,
     api::{DeleteParams, Patch, PatchParams, PostParams},
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::daemonset::{Bed, spec};
 use crate::node;
+
+/// What the agent's token may do, as it was tried and as the API server says.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Privileges {
+    pub(super) attempts: Vec<Attempt>,
+    /// What it may read: the kinds, with the verbs.
+    pub(super) reads: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Attempt {
+    what: String,
+    method: String,
+    path: String,
+    code: u16,
+    is_meant: bool,
+}
+
+impl Attempt {
+    fn is_allowed(&self) -> bool {
+        self.code < 300
+    }
+
+    /// Something was written that should not be.
+    pub(super) fn is_harm(&self) -> bool {
+        self.method != "GET" && self.is_allowed() && !self.is_meant
+    }
+
+    pub(super) fn reads_secret(&self) -> bool {
+        self.method == "GET" && self.is_allowed() && self.path.contains("secrets")
+    }
+}
+
+const READS: [&str; 3] = ["get", "list", "watch"];
+const HORIZONTAL: &str = "/apis/autoscaling/v2/namespaces/default/horizontalpodautoscalers";
+const ELASTIC: &str = "/apis/bellows.dev/v1alpha1";
 
 /// The agent's own token, as the kubelet has mounted it.
 fn token(bed: &Bed) -> Result<String> {
@@ -48,6 +88,18 @@ pub(super) fn least_privilege(bed: &Bed) -> Result<()> {
     config.accept_invalid_certs = true;
     config.auth_info.token = Some(token(bed)?.into());
     let client = bed.tasks.block_on(async { Client::try_from(config) })?;
+    let elastic_node = |name: &str| json!({ "apiVersion": "bellows.dev/v1alpha1", "kind": "ElasticNode", "metadata": { "name": name } });
+    let labels = json!({ "metadata": { "labels": { "a": "b" } } });
+    let nodes_path = format!("{ELASTIC}/elasticnodes");
+    let policies_path = format!("{ELASTIC}/namespaces/default/elasticpolicies");
+    let autoscaler = json!({
+        "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": { "name": "a" },
+        "spec": { "maxReplicas": 2, "scaleTargetRef": { "apiVersion": "apps/v1", "kind": "Deployment", "name": "a" } },
+    });
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": { "name": "a" },
+        "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin" },
+    });
     let attempts = [
         (
             "a limit of its own node",
@@ -151,21 +203,121 @@ pub(super) fn least_privilege(bed: &Bed) -> Result<()> {
             json!({ "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {} }),
             false,
         ),
+        ("limit ranges", "GET", "limitranges", json!(null), true),
+        (
+            "a limit range",
+            "POST",
+            "limitranges",
+            json!({ "apiVersion": "v1", "kind": "LimitRange", "metadata": { "name": "a" }, "spec": { "limits": [] } }),
+            false,
+        ),
+        (
+            "a quota",
+            "POST",
+            "resourcequotas",
+            json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "a" } }),
+            false,
+        ),
+        ("autoscalers", "GET", HORIZONTAL, json!(null), true),
+        ("an autoscaler", "POST", HORIZONTAL, autoscaler, false),
+        (
+            "its node's ElasticNode",
+            "PATCH",
+            &format!("{nodes_path}/{}", node::NAME),
+            labels.clone(),
+            true,
+        ),
+        (
+            "another node's ElasticNode",
+            "POST",
+            &nodes_path,
+            elastic_node("another"),
+            false,
+        ),
+        (
+            "a policy",
+            "POST",
+            &policies_path,
+            json!({ "apiVersion": "bellows.dev/v1alpha1", "kind": "ElasticPolicy", "metadata": { "name": "a" }, "spec": {} }),
+            false,
+        ),
+        ("nodes", "GET", "/api/v1/nodes", json!(null), false),
+        (
+            "its own node",
+            "PATCH",
+            &format!("/api/v1/nodes/{}", node::NAME),
+            labels.clone(),
+            false,
+        ),
+        (
+            "a namespace",
+            "PATCH",
+            "/api/v1/namespaces/default",
+            labels,
+            false,
+        ),
+        ("all secrets", "GET", "/api/v1/secrets", json!(null), false),
+        (
+            "the cluster",
+            "POST",
+            "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+            binding,
+            false,
+        ),
     ];
     let mut wrong = Vec::new();
-    for (what, method, path, body, is_allowed) in attempts {
+    let mut privileges = Privileges::default();
+    for (what, method, path, body, is_meant) in attempts {
         let code = ask(bed, &client, method, path, &body)?;
-        let was_allowed = code < 300;
         eprintln!("case {what}: {code}");
-        if was_allowed != is_allowed {
+        let attempt = Attempt {
+            what: what.to_owned(),
+            method: method.to_owned(),
+            path: path.to_owned(),
+            code,
+            is_meant,
+        };
+        // What is refused for another reason than that it may not is not tried.
+        let is_refused = matches!(code, 401 | 403 | 422);
+        if attempt.is_allowed() != is_meant || !(is_meant || is_refused) {
             wrong.push(format!("{what}: {code}"));
         }
+        privileges.attempts.push(attempt);
     }
+    privileges.reads = reads(bed, &client)?;
+    *bed.privileges.borrow_mut() = Some(privileges);
     bed.cluster.delete("own")?;
     bed.tasks
         .block_on(admin.delete("elsewhere", &DeleteParams::default().grace_period(0)))?;
     ensure!(wrong.is_empty(), "{}", wrong.join(", "));
     Ok(())
+}
+
+/// What the API server says that may be read.
+fn reads(bed: &Bed, client: &Client) -> Result<Vec<String>> {
+    let review = json!({
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": { "namespace": "default" },
+    });
+    let request = http::Request::post("/apis/authorization.k8s.io/v1/selfsubjectrulesreviews")
+        .header("Content-Type", "application/json")
+        .body(serde_json::to_vec(&review)?)?;
+    let review: SelfSubjectRulesReview = bed.tasks.block_on(client.request(request))?;
+    let status = review.status.context("the API server says nothing")?;
+    let rules = status.resource_rules.into_iter();
+    let mut reads: Vec<String> = rules
+        .filter_map(|rule| {
+            let verbs = rule.verbs.into_iter();
+            let verbs: Vec<String> = verbs
+                .filter(|verb| verb == "*" || READS.contains(&verb.as_str()))
+                .collect();
+            let resources = rule.resources.unwrap_or_default().join(", ");
+            (!verbs.is_empty()).then(|| format!("{resources}: {}", verbs.join(", ")))
+        })
+        .collect();
+    reads.sort();
+    Ok(reads)
 }
 
 fn limits(memory: &str) -> Value {
@@ -187,14 +339,20 @@ fn ask(bed: &Bed, client: &Client, method: &str, path: &str, body: &Value) -> Re
     } else {
         serde_json::to_vec(body)?
     };
-    let kind = if method == "PATCH" {
+    let kind = if method == "PATCH" && path.starts_with(ELASTIC) {
+        "application/merge-patch+json"
+    } else if method == "PATCH" {
         "application/strategic-merge-patch+json"
     } else {
         "application/json"
     };
     let request = http::Request::builder()
         .method(method)
-        .uri(format!("/api/v1/namespaces/default/{path}"))
+        .uri(if path.starts_with('/') {
+            path.to_owned()
+        } else {
+            format!("/api/v1/namespaces/default/{path}")
+        })
         .header("Content-Type", kind)
         .body(body)?;
     match bed.tasks.block_on(client.request_text(request)) {

@@ -216,9 +216,10 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "pod-build" => pod_build::summarize(&read(path)?),
         "kill" => deaths::summarize_kill(&read(path)?),
         "deaths" => deaths::summarize_deaths(&read(path)?),
-        "exec-cli" | "pod-edges" | "container-edges" | "crio" | "heaps" | "daemonset" => {
+        "exec-cli" | "pod-edges" | "container-edges" | "crio" | "heaps" => {
             exec_cli::summarize(&read(path)?)
         }
+        "daemonset" => daemonset::summarize(&read(path)?),
         "reaction" => reaction::summarize(&read(path)?),
         "hook-cost" => hook_cost::summarize(&read(path)?),
         "idle" => idle::summarize(&read(path)?),
