@@ -230,6 +230,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Resizes its CPU limit alone, as anybody might.
+    pub(crate) fn resize_cpu(&self, name: &str, limit: &str) -> Result<()> {
+        let container = json!({ "name": CONTAINER, "resources": { "limits": { "cpu": limit } } });
+        let patch = Patch::Strategic(json!({ "spec": { "containers": [container] } }));
+        let parameters = PatchParams::default();
+        self.runtime
+            .block_on(self.pods.patch_resize(name, &parameters, &patch))?;
+        Ok(())
+    }
+
+    /// Revision of the API's storage: each write of anything is one.
+    pub(crate) fn revision(&self) -> Result<u64> {
+        let all = ListParams::default();
+        let pods = self.runtime.block_on(self.pods.list(&all))?;
+        let version = pods.metadata.resource_version;
+        Ok(version.context("a list has a version")?.parse()?)
+    }
+
     /// Changes the memory request of its container, as anybody might.
     pub(crate) fn request(&self, name: &str, request: Bytes) -> Result<()> {
         let requests = json!({ "memory": quantity::format(request) });

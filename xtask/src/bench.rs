@@ -53,8 +53,11 @@ pub(crate) enum Name {
     PodFaults,
     PodJava,
     PodKill,
+    PodPath,
     PodThrottle,
+    Fold,
     Daemonset,
+    LeastPrivilege,
     Kill,
     Deaths,
     Reaction,
@@ -98,8 +101,11 @@ impl Name {
                 | Self::PodFaults
                 | Self::PodJava
                 | Self::PodKill
+                | Self::PodPath
                 | Self::PodThrottle
+                | Self::Fold
                 | Self::Daemonset
+                | Self::LeastPrivilege
                 | Self::Kill
                 | Self::Deaths
                 | Self::Idle
@@ -401,7 +407,13 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         }
         if matches!(
             options.name,
-            Name::Daemonset | Name::PodJava | Name::PodThrottle | Name::MakeRoom | Name::RightSize
+            Name::Daemonset
+                | Name::LeastPrivilege
+                | Name::Fold
+                | Name::PodJava
+                | Name::PodThrottle
+                | Name::MakeRoom
+                | Name::RightSize
         ) {
             for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
                 files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));

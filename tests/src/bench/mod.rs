@@ -16,6 +16,7 @@ mod deaths;
 mod density;
 mod exec_cli;
 mod faults;
+mod fold;
 mod heaps;
 mod hook_cost;
 mod idle;
@@ -35,6 +36,7 @@ mod pod_edges;
 mod pod_faults;
 mod pod_java;
 mod pod_kill;
+mod pod_path;
 mod pod_throttle;
 mod reaction;
 mod record;
@@ -117,10 +119,16 @@ pub(crate) enum Bench {
     PodJava(pod_java::Options),
     /// What happens to the API under the agent, while pods burst.
     PodFaults(pod_faults::Options),
+    /// From the watermark to the raised limit, by each path.
+    PodPath(pod_path::Options),
+    /// A resize of the CPU while memory is raised by hand.
+    Fold(fold::Options),
     /// What `bellows run` promises at its edges: Events, and changes by others.
     PodEdges(pod_edges::Options),
     /// The agent as its manifest runs it.
     Daemonset(daemonset::Options),
+    /// What the agent's own token may do.
+    LeastPrivilege(daemonset::Options),
     /// SIGKILL of the agent in the middle of bursts.
     Kill(deaths::Options),
     /// The agent's end in every way, with a releaser beside it.
@@ -174,8 +182,11 @@ pub(crate) fn run(bench: &Bench, records: &Path) -> Result<()> {
         Bench::PodThrottle(options) => pod_throttle::run(options, &mut records),
         Bench::PodJava(options) => pod_java::run(options, &mut records),
         Bench::PodFaults(options) => pod_faults::run(options, &mut records),
+        Bench::PodPath(options) => pod_path::run(options, &mut records),
+        Bench::Fold(options) => fold::run(options, &mut records),
         Bench::PodEdges(options) => pod_edges::run(options, &mut records),
         Bench::Daemonset(options) => daemonset::run(options, &mut records),
+        Bench::LeastPrivilege(options) => daemonset::run_least_privilege(options, &mut records),
         Bench::Kill(options) => deaths::run_kill(options, &mut records),
         Bench::Deaths(options) => deaths::run_deaths(options, &mut records),
         Bench::Reaction(options) => reaction::run(options, &mut records),
@@ -219,7 +230,9 @@ pub(crate) fn summarize(name: &str, path: &Path) -> Result<Value> {
         "exec-cli" | "pod-edges" | "container-edges" | "crio" | "heaps" => {
             exec_cli::summarize(&read(path)?)
         }
-        "daemonset" => daemonset::summarize(&read(path)?),
+        "pod-path" => pod_path::summarize(&read(path)?),
+        "fold" => fold::summarize(&read(path)?),
+        "daemonset" | "least-privilege" => daemonset::summarize(&read(path)?),
         "reaction" => reaction::summarize(&read(path)?),
         "hook-cost" => hook_cost::summarize(&read(path)?),
         "idle" => idle::summarize(&read(path)?),
