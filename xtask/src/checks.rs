@@ -16,6 +16,8 @@ pub(crate) struct Checks {
     /// Only benches whose checks have this in their name are run.
     only: Option<String>,
     left_out: u32,
+    /// Restarts of containers, of each bench that counts them.
+    restarts: Vec<u64>,
 }
 
 impl Checks {
@@ -58,6 +60,13 @@ impl Checks {
                 self.left_out
             );
         }
+        if !self.restarts.is_empty() {
+            println!(
+                "restart_count_total {} in {} benches of pods",
+                self.restarts.iter().sum::<u64>(),
+                self.restarts.len()
+            );
+        }
         println!("{} passed, {} failed", self.passed, self.failed.len());
         self.failed.is_empty() && self.passed > 0
     }
@@ -96,6 +105,8 @@ pub(crate) fn judge(
     }
     let result = bench::run(options, binaries).and_then(|file| {
         let summary = &file["summary"];
+        let restarts = ["restarts", "restart_count_total"].map(|key| summary[key].as_u64());
+        checks.restarts.extend(restarts.into_iter().flatten());
         judge(summary).with_context(|| format!("summary {summary}"))
     });
     checks.check(name, result);
