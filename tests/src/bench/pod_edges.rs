@@ -49,7 +49,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 18] = [
+const CASES: [Case; 19] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -122,6 +122,10 @@ const CASES: [Case; 18] = [
     ("containers that burst at once are all served", |bed| {
         at_once(&bed.cluster)
     }),
+    (
+        "jobs that need more than their pod may have wait for each other",
+        |bed| jobs_wait(&bed.cluster),
+    ),
     (
         "a brake that is somebody else's is left alone",
         foreign_brake,
@@ -512,6 +516,50 @@ fn at_once(cluster: &Cluster) -> Result<()> {
         .map(|burst| burst.end_ns - burst.growth_us * 1000);
     let ends = bursts.iter().map(|burst| burst.end_ns);
     ensure!(begins.max() < ends.min(), "not at once: {bursts:?}");
+    Ok(())
+}
+
+/// Six jobs that need twice the maximum: without elastic parallelism some are killed, with it all end.
+fn jobs_wait(cluster: &Cluster) -> Result<()> {
+    let max = "128Mi";
+    let script = "sleep 6; for n in 1 2 3 4 5 6; do bellows-guest load job 40Mi 600 & all=\"$all $!\"; done; \
+         code=0; for one in $all; do wait $one || code=1; done; echo \"{\\\"code\\\":$code}\"; sleep 300";
+    let command = [
+        "/bellows-guest",
+        "load",
+        "chroot",
+        "/host",
+        "sh",
+        "-c",
+        script,
+    ];
+    let code_of = |name: &str, parallelism: &str| -> Result<(i64, u64)> {
+        let spec = Spec {
+            command: command.map(str::to_owned).to_vec(),
+            host: true,
+            ..spec(name)
+        };
+        let annotations = json!({
+            pod::MODE: "Act", pod::MAX_MEMORY: max, pod::PARALLELISM: parallelism
+        });
+        cluster.create_with(&spec, &annotations, false)?;
+        let cgroup = cluster.wait_running(name)?;
+        let mut said = Vec::new();
+        let is_over = wait("its jobs have ended", Duration::from_secs(120), || {
+            said = cluster.said(name)?;
+            Ok(!said.is_empty() || !cluster.is_running(name)?)
+        });
+        let kills = cgroup.events().map(|events| events.oom_kill);
+        let told = ledger_of(cgroup.id());
+        cluster.delete(name)?;
+        is_over.with_context(|| format!("{told:?}"))?;
+        let code = said.first().and_then(|said| said["code"].as_i64());
+        Ok((code.unwrap_or(-1), kills.unwrap_or(1)))
+    };
+    let without = code_of("greedy", "Unchanged")?;
+    ensure!(without.1 > 0, "nothing was killed without it: {without:?}");
+    let with = code_of("patient", "Elastic")?;
+    ensure!(with == (0, 0), "exit code and kills: {with:?}");
     Ok(())
 }
 
