@@ -9,8 +9,8 @@
 //! `cpu_busy` tells. Each container builds once in a window, at a time by the seed; the window's duty cycle is in the record. Each
 //! schedule is run without any limits first, and with the agent then, in the same containers: times are ratios of the two.
 //!
-//! The search begins at four times `n_peak_sized`, and goes up by that as far as `--n` allows, or down from there if that was
-//! too many. Whoever does not build in a window rests, as part of what the memory has to carry.
+//! The search begins at four times `n_peak_sized`, and goes up by `n_peak_sized` as far as `--n` allows, until one is too many;
+//! `n_bellows` is 0 if the first is. Whoever does not build in a window rests, as part of what the memory has to carry.
 
 use std::{
     fs,
