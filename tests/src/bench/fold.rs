@@ -17,6 +17,7 @@ use anyhow::{Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
+    ledger::Record as LedgerRecord,
 };
 use bellows_core::{Bytes, Cpu};
 use clap::Args;
@@ -25,8 +26,9 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{log_uniform, mib},
-    pod_bursts::results,
+    pod_bursts::{ledger_of, results},
     pod_faults::bursting,
+    pod_path::Looking,
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -129,7 +131,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             limit,
             peak: limit.per_mille(random.u64(2500..5000)),
             threads: random.u64(1..=4),
-            after_ms: random.u64(0..600),
+            after_ms: random.u64(0..300),
         };
         let record = bench.case(case)?;
         node.check()?;
@@ -173,6 +175,12 @@ impl Bench {
         let cgroup = self.cluster.wait_running(&name)?;
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
+        wait("it is guarded", Duration::from_secs(30), || {
+            let ledger = ledger_of(cgroup.id());
+            let adopts = |record: &LedgerRecord| matches!(record, LedgerRecord::Adopt { .. });
+            Ok(ledger.iter().any(adopts))
+        })?;
+        let looking = Looking::start(&name, case.limit);
         if case.whose == Whose::Ours {
             self.proxy.set(Way::Refused(500))?;
         }
@@ -187,16 +195,13 @@ impl Bench {
             }));
         }
         thread::sleep(Duration::from_millis(case.after_ms));
-        let [says, _] = self.cluster.said_limits(&name)?;
         let in_force = cgroup.limit("memory.max").map_or(Bytes::ZERO, Limit::bytes);
         let used = cgroup.usage().unwrap_or_default();
+        let resized_at = now();
         match case.whose {
             Whose::Ours => self.proxy.set(Way::Through)?,
             Whose::Theirs => self.cluster.resize_cpu(&name, THEIR_CPU)?,
         }
-        let is_in_spec = || Ok(self.cluster.said_limits(&name)?[0] > Some(case.limit));
-        let in_spec = until("the spec says it", WINDOW, is_in_spec);
-        let window_ms = in_spec.ok().map(|()| now().since(raised_at).as_millis());
         let asked = (case.whose == Whose::Theirs).then_some(Cpu(1_500_000));
         let is_resized = until("its CPU is resized", WINDOW, || {
             let quota = quota_of(&cgroup)?;
@@ -206,13 +211,15 @@ impl Bench {
             || Ok(!self.cluster.is_running(&name)? || !results(&self.cluster, &name)?.is_empty());
         let burst = wait("the burst is over", BURSTS, is_over);
         let track = sampler.finish();
+        let in_spec = looking.finish()?;
+        let is_later = in_spec.is_none_or(|in_spec| in_spec > resized_at);
         let status = self.cluster.status(&name)?;
         let record = Record {
             case,
-            is_live: raised.is_ok() && says == Some(case.limit) && in_force > case.limit,
+            is_live: raised.is_ok() && is_later && in_force > case.limit,
             in_force,
             used,
-            window_ms,
+            window_ms: in_spec.map(|in_spec| in_spec.since(raised_at).as_millis()),
             is_resized: is_resized.is_ok(),
             oom_kill: track.oom_kill,
             restarts: status.map_or(0, |status| status.restart_count),

@@ -314,13 +314,13 @@ fn begun_at(ledger: &[LedgerRecord], asked: Nanos) -> Nanos {
 }
 
 /// Looks when the spec first says more than the original.
-struct Looking {
+pub(super) struct Looking {
     is_over: Arc<AtomicBool>,
     thread: thread::JoinHandle<Result<Option<Nanos>>>,
 }
 
 impl Looking {
-    fn start(name: &str, original: Bytes) -> Self {
+    pub(super) fn start(name: &str, original: Bytes) -> Self {
         let is_over = Arc::new(AtomicBool::new(false));
         let (name, ended) = (name.to_owned(), Arc::clone(&is_over));
         let thread = thread::spawn(move || {
@@ -336,7 +336,7 @@ impl Looking {
         Self { is_over, thread }
     }
 
-    fn finish(self) -> Result<Option<Nanos>> {
+    pub(super) fn finish(self) -> Result<Option<Nanos>> {
         self.is_over.store(true, Ordering::Relaxed);
         let looked = self.thread.join();
         looked.unwrap_or_else(|_| bail!("whoever looks at the API has panicked"))
