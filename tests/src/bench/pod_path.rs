@@ -85,6 +85,8 @@ struct Record {
     /// Revisions of etcd meanwhile, and those that would have been anyway.
     writes: u64,
     writes_anyway: f64,
+    /// Reasons of the Events among them.
+    events: Vec<String>,
     raises: usize,
     oom_kill: u64,
     restarts: i32,
@@ -145,12 +147,13 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         node.check()?;
         agent.check()?;
         eprintln!(
-            "case {index}: {path:?}: raised after {:?} s, {:?} s by the kubelet; {} raises, {} writes of which {:.1} anyway; {} kills, restored {}",
+            "case {index}: {path:?}: raised after {:?} s, {:?} s by the kubelet; {} raises, {} writes of which {:.1} anyway and {:?} Events; {} kills, restored {}",
             record.took(),
             record.kubelet(),
             record.raises,
             record.writes,
             record.writes_anyway,
+            record.events,
             record.oom_kill,
             record.is_restored,
         );
@@ -194,6 +197,7 @@ impl Bench {
         })?;
         // What comes of its start has come, and it does not burst yet.
         thread::sleep(SETTLES);
+        let events_before = self.cluster.events(&name)?.len();
         let (before, begun) = (self.cluster.revision()?, Instant::now());
         let looking = Looking::start(&name, case.limit);
         wait("it bursts", RESTORED, || {
@@ -208,6 +212,8 @@ impl Bench {
         thread::sleep(SETTLES);
         let writes = self.cluster.revision()?.saturating_sub(before);
         let writes_anyway = self.writes_a_second * begun.elapsed().as_secs_f64();
+        let events = self.cluster.events(&name)?.into_iter().skip(events_before);
+        let events = events.map(|(reason, _)| reason).collect();
         let in_spec = looking.finish()?;
         let track = sampler.finish();
         let ledger = ledger_of(cgroup.id());
@@ -223,6 +229,7 @@ impl Bench {
             in_spec,
             writes,
             writes_anyway,
+            events,
             raises: raises(&ledger).count(),
             oom_kill: track.oom_kill,
             restarts: self.restarts(&name)?,
@@ -273,6 +280,7 @@ impl Bench {
             in_spec: None,
             writes: 0,
             writes_anyway: 0.0,
+            events: Vec::new(),
             raises: 0,
             oom_kill: cgroup.events()?.oom_kill,
             restarts: self.restarts(&name)?,
