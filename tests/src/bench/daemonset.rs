@@ -218,7 +218,7 @@ impl Bed {
     }
 
     /// An object of ours, as the API has it.
-    fn object(&self, kind: &str, namespace: Option<&str>, name: &str) -> Result<Value> {
+    pub(super) fn object(&self, kind: &str, namespace: Option<&str>, name: &str) -> Result<Value> {
         let kind = GroupVersionKind::gvk("bellows.dev", "v1alpha1", kind);
         self.tasks.block_on(async {
             let (resource, _) = pinned_kind(&self.client, &kind).await?;

@@ -1,6 +1,6 @@
 //! What the agent's own token may do (`daemonset`): what it needs, and nothing else.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bellows_core::pod;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::daemonset::{Bed, spec};
-use crate::node;
+use crate::node::{self, wait};
 
 /// What the agent's token may do, as it was tried and as the API server says.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -66,6 +66,9 @@ fn token(bed: &Bed) -> Result<String> {
 pub(super) fn least_privilege(bed: &Bed) -> Result<()> {
     bed.cluster.create(&spec("own", &["pause".to_owned()]))?;
     bed.cluster.wait_running("own")?;
+    wait("it has an ElasticNode", Duration::from_secs(60), || {
+        Ok(bed.object("ElasticNode", None, node::NAME).is_ok())
+    })?;
     let elsewhere: Pod = serde_json::from_value(json!({
         "metadata": { "name": "elsewhere" },
         "spec": {
