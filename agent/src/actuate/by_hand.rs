@@ -13,7 +13,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use bellows_core::Bytes;
@@ -90,9 +90,27 @@ impl ByHands {
         self.records.all()
     }
 
-    /// Its owner knows the limit, or it is gone.
-    pub fn is_known(&self, cgroup: &Path) {
+    /// It is not ours any more: somebody else has set it, or it is gone.
+    pub fn forget(&self, cgroup: &Path) {
+        let _one_at_a_time = self.turn();
         self.records.remove(key_of(cgroup));
+    }
+
+    /// Its owner knows a limit of so much. One that was raised beyond that since stays written down.
+    pub fn is_known(&self, cgroup: &Path, known: Bytes) {
+        let _one_at_a_time = self.turn();
+        let key = key_of(cgroup);
+        if self
+            .records
+            .read(key)
+            .is_some_and(|record| record.to <= known)
+        {
+            self.records.remove(key);
+        }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Raises a limit, and before it that of the pod where that follows. Nothing is reclaimed by this.
@@ -107,7 +125,7 @@ impl ByHands {
         before: Bytes,
         with_pod: bool,
     ) -> Result<(), String> {
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.turn();
         let pod = if with_pod { pod_of(cgroup)? } else { None };
         let known = self.records.read(key_of(cgroup.path()));
         let mut record = known.unwrap_or_else(|| ByHand {
@@ -150,36 +168,55 @@ impl ByHands {
         to: Bytes,
         is_still_wanted: impl Fn() -> bool,
     ) -> Result<bool, CgroupError> {
-        let key = key_of(cgroup.path());
-        let Some(mut record) = self.records.read(key) else {
+        let Some(record) = self.records.read(key_of(cgroup.path())) else {
             return Ok(true);
         };
         let in_force = cgroup.limit_in_force()?;
+        // Gibibytes of page cache take seconds: nobody else waits for that.
+        if record.is_ours(in_force) && to < in_force && !shrink::make_room_in(cgroup, to)? {
+            return Ok(false);
+        }
+        self.lower_in_room(cgroup, record, to, is_still_wanted)
+    }
+
+    /// The same once there is room, unless another raise was written down since `record` was read: that one stays, and
+    /// whoever answers for it lowers it.
+    fn lower_in_room(
+        &self,
+        cgroup: &Cgroup,
+        mut record: ByHand,
+        to: Bytes,
+        is_still_wanted: impl Fn() -> bool,
+    ) -> Result<bool, CgroupError> {
+        let key = key_of(cgroup.path());
+        let turn = self.turn();
+        if self.records.read(key).as_ref() != Some(&record) {
+            return Ok(false);
+        }
+        let in_force = cgroup.limit_in_force()?;
         if record.is_ours(in_force) && to < in_force {
-            // Gibibytes of page cache take seconds: nobody else waits for that.
-            if !shrink::make_room_in(cgroup, to)? {
+            // Somebody may have come to be responsible for it meanwhile.
+            if !is_still_wanted() || !shrink::fits(cgroup, to)? {
                 return Ok(false);
             }
-            let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            if record.is_ours(cgroup.limit_in_force()?) {
-                // Somebody may have come to be responsible for it meanwhile.
-                if !is_still_wanted() || !shrink::fits(cgroup, to)? {
-                    return Ok(false);
-                }
+            // What is its owner's again needs no record.
+            if to > record.before {
                 record.becomes(to);
-                // What is its owner's again needs no record.
-                if to > record.before
-                    && let Err(error) = self.records.write(&record)
-                {
+                if let Err(error) = self.records.write(&record) {
                     tracing::warn!(path = %cgroup.path().display(), %error, "a limit that was raised by hand stays");
                     return Ok(false);
                 }
-                cgroup.set_limit_and_heirs(to)?;
             }
+            cgroup.set_limit_and_heirs(to)?;
         }
+        drop(turn);
         if let Some(before) = record.pod_before
             && !self.lower_pod(cgroup, before)?
         {
+            return Ok(false);
+        }
+        let _one_at_a_time = self.turn();
+        if self.records.read(key).is_some_and(|now| now != record) {
             return Ok(false);
         }
         // On its way down it may stay above what its owner knows.
@@ -201,7 +238,7 @@ impl ByHands {
         if !shrink::make_room_in(&pod, needed())? {
             return Ok(false);
         }
-        let _one_at_a_time = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.turn();
         // Another of its containers may have been raised meanwhile.
         let to = needed();
         if !shrink::fits(&pod, to)? {
@@ -237,7 +274,7 @@ impl ByHands {
                     tracing::info!(path = %path.display(), to = %before, "a limit that was raised by hand is given back");
                 }
                 Ok(false) => is_any_left = true,
-                Err(error) if error.is_gone() => self.is_known(&path),
+                Err(error) if error.is_gone() => self.forget(&path),
                 Err(error) => {
                     is_any_left = true;
                     tracing::warn!(path = %path.display(), %error, "a limit that was raised by hand stays for now");
@@ -413,6 +450,26 @@ mod tests {
         assert_eq!(bed.by_hands.all().len(), 1);
         assert!(bed.lower("app", 64));
         assert_eq!(bed.limits(), [96, 64, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+    }
+
+    /// Making room takes seconds, and a burst may begin in the middle.
+    #[test]
+    fn a_raise_that_comes_while_room_is_made_stays_and_stays_written_down() {
+        let bed = Bed::new("overtaken");
+        bed.raise("app", 64, 256);
+        let before = bed.by_hands.all().remove(0);
+        bed.raise("app", 64, 512);
+        let after = bed.by_hands.all();
+        let (app, to) = (bed.cgroup("app"), Bytes::mib(64));
+        let lowered = bed.by_hands.lower_in_room(&app, before, to, || true);
+        assert!(!lowered.unwrap());
+        assert_eq!(bed.limits(), [544, 512, 32]);
+        assert_eq!(bed.by_hands.all(), after);
+        // Nor does its owner know it that has taken the one before.
+        bed.by_hands.is_known(app.path(), Bytes::mib(256));
+        assert_eq!(bed.by_hands.all(), after);
+        bed.by_hands.is_known(app.path(), Bytes::mib(512));
         assert_eq!(bed.by_hands.all(), []);
     }
 

@@ -161,7 +161,7 @@ impl Resizer {
             target.cgroup.path().to_owned()
         });
         if let Some(path) = path {
-            self.by_hands.is_known(&path);
+            self.by_hands.forget(&path);
         }
     }
 
@@ -292,7 +292,7 @@ impl Resizer {
                 is_theirs.then(|| target.cgroup.path().to_owned())
             });
             if let Some(path) = theirs.flatten() {
-                self.by_hands.is_known(&path);
+                self.by_hands.forget(&path);
             }
         }
         Ok(is_any_new)
@@ -388,10 +388,10 @@ impl Resizer {
             // One that was written since the request was made is asked for again.
             target.by_hand.take_if(|by_hand| *by_hand <= in_spec)?;
             target.is_refused = false;
-            Some(target.cgroup.path().to_owned())
+            Some((target.cgroup.path().to_owned(), in_spec))
         });
-        if let Some(path) = agreed.flatten() {
-            self.by_hands.is_known(&path);
+        if let Some((path, in_spec)) = agreed.flatten() {
+            self.by_hands.is_known(&path, in_spec);
         }
     }
 
@@ -498,13 +498,13 @@ impl Resizer {
     /// Lowers a limit to what the spec says all the time: nobody else would. Where limits are moved on the node alone, to
     /// whatever is wanted.
     async fn is_lowered_by_hand(&self, cgroup: CgroupId, to: Bytes) -> Result<bool, Refused> {
-        let by_hand = self.target(cgroup, |target| {
+        let raised = self.target(cgroup, |target| {
             let by_hand = target.by_hand?;
             let is_said = target.in_spec() == Some(to.page_floor());
             let is_lowering = to < by_hand && (is_said || target.way == Way::Node);
-            is_lowering.then(|| target.cgroup.clone())
+            is_lowering.then(|| (target.cgroup.clone(), by_hand))
         })?;
-        let Some(own) = by_hand else {
+        let Some((own, by_hand)) = raised else {
             return Ok(false);
         };
         let by_hands = self.by_hands.clone();
@@ -516,12 +516,10 @@ impl Resizer {
         };
         match lowered.map(|lowered| lowered.map_err(|error| error.to_string())) {
             Ok(Ok(true)) => {
-                let key = self.target(cgroup, |target| {
-                    let is_said = target.in_spec() == Some(to.page_floor());
-                    target.by_hand = (!is_said).then_some(to);
-                    target.key()
-                });
-                if let Ok((uid, container)) = key {
+                let key = self
+                    .targets
+                    .of(cgroup, |target| target.is_lowered(by_hand, to));
+                if let Some((uid, container)) = key.flatten() {
                     let key = (uid.as_str(), container.as_str());
                     self.allowances.lowered(key, What::MemoryLimit, to.0);
                 }

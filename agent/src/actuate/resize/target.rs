@@ -148,6 +148,16 @@ impl Target {
         self.by_hand.is_some() && self.by_hand_change().is_none()
     }
 
+    /// What was raised by hand to `from` was lowered to `to`; returns the key unless another raise has come meanwhile.
+    pub(super) fn is_lowered(&mut self, from: Bytes, to: Bytes) -> Option<(String, String)> {
+        if self.by_hand != Some(from) {
+            return None;
+        }
+        let is_said = self.in_spec() == Some(to.page_floor());
+        self.by_hand = (!is_said).then_some(to);
+        Some(self.key())
+    }
+
     /// Whether it stands above rest, or is about to.
     pub(super) fn is_bursting(&self) -> bool {
         let is_raised = self.in_spec() > Some(self.original.0.page_floor());
@@ -235,6 +245,21 @@ pub(super) mod tests {
         assert_eq!(may(&both), ByHand::NotYet);
         assert_eq!(may(&|target| target.is_in_progress = true), ByHand::NotYet);
         assert_eq!(may(&|target| target.is_pending = true), ByHand::No);
+    }
+
+    #[test]
+    fn a_raise_that_overtakes_a_lowering_stays_known() {
+        let mut target = target();
+        let (first, second, rest) = (Bytes::mib(256), Bytes::mib(512), Bytes::mib(64));
+        target.by_hand = Some(second);
+        assert_eq!(target.is_lowered(first, rest), None);
+        assert_eq!(target.by_hand, Some(second));
+        assert_eq!(target.is_lowered(second, rest), Some(target.key()));
+        assert_eq!(target.by_hand, None);
+        // On its way down it is above what the spec says.
+        target.by_hand = Some(second);
+        assert!(target.is_lowered(second, first).is_some());
+        assert_eq!(target.by_hand, Some(first));
     }
 
     #[test]
