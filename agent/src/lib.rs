@@ -20,6 +20,7 @@ pub mod exec;
 pub mod explain;
 pub mod guard;
 pub mod ledger;
+pub mod machine;
 pub mod metrics;
 pub mod nri;
 pub mod originals;

@@ -16,6 +16,8 @@ use bellows_core::{Bytes, CgroupId, Nanos};
 use rustix::process::{Pid, Signal, kill_process};
 use thiserror::Error;
 
+use crate::machine;
+
 mod control;
 pub mod quota;
 
@@ -440,7 +442,7 @@ impl Cgroup {
     pub fn refaulted(&self) -> Result<Bytes, CgroupError> {
         let stat = self.read("memory.stat")?;
         let pages = field(&stat, "workingset_refault_file").unwrap_or(0);
-        Ok(Bytes::from_pages(pages))
+        Ok(machine::pages(pages))
     }
 
     /// Time that at least one of its tasks has waited for memory, from `memory.pressure`; `None` where the

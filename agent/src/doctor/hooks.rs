@@ -56,8 +56,17 @@ pub(super) fn findings() -> Vec<Finding> {
 }
 
 fn refused(error: &LoadError) -> Finding {
+    const CHECK: &str = "kernel programs";
+    if matches!(error, LoadError::Pages(_)) {
+        return Finding::limited(
+            CHECK,
+            error.to_string(),
+            "the agent looks at cgroup files instead: containers are braked at 90 % of their limit, and a burst that is faster than a look is killed",
+            "boot a kernel with pages of 4 KiB; `bellows exec` needs --without-bpf meanwhile",
+        );
+    }
     Finding::missing(
-        "kernel programs",
+        CHECK,
         error.to_string(),
         "nothing is seen before the kill",
         "see there",
@@ -163,5 +172,19 @@ fn touch_in(cgroup: &Cgroup, way: Way) -> Result<(), CgroupError> {
         Ok(())
     } else {
         Err(failed(io::Error::other(format!("it ended with {status}"))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Verdict;
+
+    #[test]
+    fn pages_of_another_size_are_told_with_what_to_do() {
+        let finding = refused(&LoadError::Pages(65_536));
+        assert_eq!(finding.verdict, Verdict::Limited);
+        assert!(finding.found.contains("65536") && finding.remedy.is_some());
+        assert_eq!(refused(&LoadError::NotBuilt).verdict, Verdict::Missing);
     }
 }

@@ -17,7 +17,10 @@ use bellows_core::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    machine,
+};
 
 /// Those that others need to go on, or that a person talks to. A name is cut off after 15 bytes.
 const NEEDED: [&str; 17] = [
@@ -80,13 +83,13 @@ pub(super) fn parse_stat(text: &str) -> Option<Process> {
     })
 }
 
-/// Anonymous memory by a process's `statm`, in pages of 4 KiB.
+/// Anonymous memory by a process's `statm`, which counts in pages.
 #[must_use]
 pub(crate) fn parse_statm(text: &str) -> Option<Bytes> {
     let mut fields = text.split_ascii_whitespace().skip(1);
     let mut number = || fields.next()?.parse::<u64>().ok();
     let (resident, shared) = (number()?, number()?);
-    Some(Bytes::from_pages(resident.saturating_sub(shared)))
+    Some(machine::pages(resident.saturating_sub(shared)))
 }
 
 /// The process with this number now; none if that is certain.
@@ -335,10 +338,7 @@ mod tests {
         ] {
             assert_eq!(parse_stat(text), None, "{text}");
         }
-        assert_eq!(
-            parse_statm("100 30 10 1 0 5 0"),
-            Some(Bytes::from_pages(20))
-        );
+        assert_eq!(parse_statm("100 30 10 1 0 5 0"), Some(machine::pages(20)));
         assert_eq!(parse_statm("100"), None);
     }
 

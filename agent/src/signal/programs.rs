@@ -31,6 +31,7 @@ use super::{
     throttles::Throttled,
     told::Told,
 };
+use crate::machine::COUNTED_PAGE;
 
 /// The object that `cargo xtask build-ebpf` makes; empty in a build without it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bellows.o"));
@@ -46,6 +47,11 @@ pub enum LoadError {
         "this bellows was built without its kernel programs: run `cargo xtask build-ebpf`, then build again"
     )]
     NotBuilt,
+    /// The kernel counts in other pages.
+    #[error(
+        "this kernel's pages have {0} bytes, and Bellows's kernel programs count in pages of {COUNTED_PAGE}: they would never tell of anything; boot a kernel with pages of 4 KiB (on arm64 CONFIG_ARM64_4K_PAGES)"
+    )]
+    Pages(usize),
     /// The kernel does not tell its types.
     #[error(
         "cannot read {VMLINUX} ({0}): Bellows needs a kernel with CONFIG_DEBUG_INFO_BTF=y, as Debian, Ubuntu and Fedora ship it, and sysfs mounted"
@@ -146,6 +152,7 @@ impl Kernel {
         if OBJECT.is_empty() {
             return Err(LoadError::NotBuilt);
         }
+        count_alike(rustix::param::page_size())?;
         let vmlinux = fs::read(VMLINUX).map_err(LoadError::NoBtf)?;
         let offsets = Offsets::resolve(&Btf::parse(&vmlinux)?, nodes())?;
         let btf = AyaBtf::parse(&vmlinux, aya::Endianness::default())
@@ -417,6 +424,16 @@ fn denied(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
     None
 }
 
+/// Whether the programs count in pages of this size. Watermarks would be sixteen times too high for a kernel with pages of
+/// 64 KiB, and the self-test of the growth hook, which has none, would still pass.
+fn count_alike(page: usize) -> Result<(), LoadError> {
+    if page == COUNTED_PAGE {
+        Ok(())
+    } else {
+        Err(LoadError::Pages(page))
+    }
+}
+
 /// NUMA nodes that the kernel may have.
 fn nodes() -> u64 {
     possible_nodes(&fs::read_to_string(POSSIBLE_NODES).unwrap_or_default())
@@ -431,4 +448,19 @@ pub fn possible_nodes(list: &str) -> u64 {
         .next()
         .and_then(|last| last.parse::<u64>().ok());
     last.map_or(1, |last| last.saturating_add(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_programs_are_not_loaded_where_the_kernel_counts_in_other_pages() {
+        assert!(count_alike(4096).is_ok());
+        for page in [16_384, 65_536] {
+            let refused = count_alike(page).unwrap_err().to_string();
+            assert!(refused.contains(&page.to_string()), "{refused}");
+            assert!(refused.contains("4 KiB"), "{refused}");
+        }
+    }
 }
