@@ -34,6 +34,7 @@ use crate::{
     doctor::swap_devices,
     guard::{self, Controller, GuardError, Input, Named, Refused, Report, Requester, told_balance},
     ledger::{self, Ledger, Record},
+    machine::online_cpus,
     signal::{
         files::Files,
         programs::{Kernel, LoadError, Purpose},
@@ -148,7 +149,6 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
 }
 
 fn policy(options: &Options) -> Result<Policy, PolicyError> {
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
     Policy {
         original: options.memory,
         ceiling: options.max_memory,
@@ -161,7 +161,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
             Signals::Programs
         },
         patience: Patience::UNPROBED,
-        cpus: u64::try_from(cpus).unwrap_or(1),
+        cpus: online_cpus(),
         shrink_after: options.shrink_after,
         usable_per_mille: WHOLE,
         by_hand_after: None,

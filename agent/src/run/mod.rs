@@ -53,6 +53,7 @@ use crate::{
     explain::LEDGER,
     guard::{self, Controller, Input, Report, Requester},
     ledger::Ledger,
+    machine::online_cpus,
     metrics::METRICS,
     nri,
     originals::Records,
@@ -276,7 +277,6 @@ impl Fast {
             .map_err(|error| RunError::System("cannot open the ledger", error))?;
         let reflex = Reflex::start(source, another, guard::sink(inputs.clone()))
             .map_err(|error| RunError::System("cannot start the reflex thread", error))?;
-        let cpus = thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             kernel,
             reflex,
@@ -284,7 +284,7 @@ impl Fast {
             inputs,
             receiver,
             signals,
-            cpus: u64::try_from(cpus).unwrap_or(1),
+            cpus: online_cpus(),
         })
     }
 

@@ -17,6 +17,7 @@ use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
     cri::{self, LinuxContainerResources, Runtime, resources, with_memory, with_quota},
     explain::LEDGER,
+    machine::online_cpus,
     originals::{MovedQuota, Original, PodOriginal, PodQuota, Recorded as _, Records},
     recover::recover,
 };
@@ -339,7 +340,7 @@ fn rest(limit: Bytes) -> Policy {
         actuation: Actuation::Direct,
         signals: Signals::Programs,
         patience: Patience::UNPROBED,
-        cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
+        cpus: online_cpus(),
         shrink_after: Nanos(0),
         usable_per_mille: WHOLE,
         by_hand_after: None,
