@@ -46,24 +46,38 @@ impl<'a> Probed<'a> {
     /// One of a pod's limits.
     #[must_use]
     pub fn of(pod: &'a pod::Pod, level: Level, change: Change) -> Self {
-        let (whose, containers) = match level {
-            Level::Pod => (Whose::Pod, &pod.containers[..]),
-            Level::Container(index) => (
-                Whose::Container,
-                pod.containers.get(index..=index).unwrap_or_default(),
-            ),
+        let whose = match level {
+            Level::Pod => Whose::Pod,
+            Level::Container(_) => Whose::Container,
         };
         Self {
             namespace: &pod.namespace,
             name: &pod.name,
             uid: &pod.uid,
             whose,
-            is_reported: containers
-                .iter()
-                .any(|container| container.reports_resources),
+            is_reported: is_reported(pod, level),
             change,
         }
     }
+}
+
+/// Whether the kubelet says what resources running containers have: of the one that is meant, or, where that does not run (it
+/// has ended, or is about to be started again), of another of its pod. Where none runs it cannot, and the API server does
+/// not ask either (`isPodResizeRequestSupported`, pkg/apis/core/validation/validation.go).
+fn is_reported(pod: &pod::Pod, level: Level) -> bool {
+    let own = match level {
+        Level::Pod => None,
+        Level::Container(index) => pod.containers.get(index),
+    };
+    if let Some(own) = own.filter(|own| own.id.is_some()) {
+        return own.reports_resources;
+    }
+    let mut running = pod
+        .containers
+        .iter()
+        .filter(|container| container.id.is_some())
+        .peekable();
+    running.peek().is_none() || running.any(|container| container.reports_resources)
 }
 
 impl std::fmt::Debug for Ways {
@@ -228,7 +242,42 @@ pub async fn patched(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::attribution::pods::convert;
+
+    fn seen(statuses: &serde_json::Value) -> pod::Pod {
+        let pod = serde_json::from_value(json!({
+            "metadata": {},
+            "spec": { "containers": [{ "name": "build" }, { "name": "side" }] },
+            "status": { "phase": "Running", "containerStatuses": statuses },
+        }));
+        convert(&pod.unwrap())
+    }
+
+    /// A build that has ended beside a container that goes on: its limit is given back through the API.
+    #[test]
+    fn a_container_that_does_not_run_is_resized_as_others_of_its_pod_are() {
+        let ended = json!({ "name": "build", "state": { "terminated": {} } });
+        let running = |name: &str, resources: bool| {
+            let resources = resources.then(|| json!({ "limits": { "memory": "64Mi" } }));
+            json!({
+                "name": name, "containerID": "containerd://a", "state": { "running": {} }, "resources": resources,
+            })
+        };
+        let is_reported = |statuses: &serde_json::Value| {
+            let change = Change::memory(Level::Container(0), "1Gi".to_owned(), "64Mi".to_owned());
+            Probed::of(&seen(statuses), Level::Container(0), change).is_reported
+        };
+        assert!(is_reported(&json!([ended, running("side", true)])));
+        assert!(!is_reported(&json!([ended, running("side", false)])));
+        assert!(is_reported(&json!([ended])), "nobody can tell");
+        // What is said of itself comes first.
+        let [with, without] = [true, false].map(|resources| running("build", resources));
+        assert!(!is_reported(&json!([without, running("side", true)])));
+        assert!(is_reported(&json!([with, running("side", false)])));
+    }
 
     #[test]
     fn versions_are_read_as_clusters_print_them() {
