@@ -149,6 +149,10 @@ pub struct Pod {
     pub has_memory_request: bool,
     /// Whether it has a CPU limit of its own (`spec.resources.limits.cpu`).
     pub has_cpu_limit: bool,
+    /// Whether it has any resources of its own (`spec.resources`).
+    pub has_resources: bool,
+    /// Whether the kubelet says what resources it has as a whole (`status.resources`).
+    pub reports_resources: bool,
     /// Whether the kubelet says that there is no room for what the spec says (PodResizePending; before 1.33
     /// `status.resize`, which is Deferred or Infeasible).
     pub is_resize_pending: bool,

@@ -108,6 +108,11 @@ impl Quantity {
 }
 
 impl Resources {
+    pub(super) fn is_empty(&self) -> bool {
+        let lists = [&self.limits, &self.requests];
+        lists.into_iter().flatten().all(BTreeMap::is_empty)
+    }
+
     /// The memory limit as it was written.
     pub(super) fn memory_limit(&self) -> Option<String> {
         Some(self.limits.as_ref()?.get("memory")?.text())
@@ -153,6 +158,8 @@ pub(super) struct Status {
     pub(super) qos_class: Option<String>,
     pub(super) container_statuses: Option<Vec<ContainerStatus>>,
     pub(super) conditions: Option<Vec<Condition>>,
+    /// Whatever they are.
+    pub(super) resources: Option<serde::de::IgnoredAny>,
     /// Of Kubernetes before 1.33.
     pub(super) resize: Option<String>,
 }

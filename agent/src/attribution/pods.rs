@@ -111,6 +111,12 @@ pub fn convert(pod: &api::Pod) -> Pod {
             .as_ref()
             .and_then(|spec| spec.resources.as_ref()?.cpu_limit())
             .is_some(),
+        has_resources: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.resources.as_ref())
+            .is_some_and(|resources| !resources.is_empty()),
+        reports_resources: status.is_some_and(|status| status.resources.is_some()),
         is_resize_pending: has_condition("PodResizePending")
             || matches!(resize, Some("Deferred" | "Infeasible")),
         is_resize_in_progress: has_condition("PodResizeInProgress")
@@ -325,6 +331,7 @@ mod tests {
             "status": {
                 "phase": "Running",
                 "qosClass": "Burstable",
+                "resources": { "limits": { "memory": "2Gi", "cpu": 2 } },
                 "conditions": [{
                     "type": "PodResizePending", "status": "True", "reason": "Deferred",
                     "message": "no room", "observedGeneration": 2,
@@ -341,6 +348,7 @@ mod tests {
         .unwrap();
         let seen = convert(&pod);
         assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
+        assert!(seen.has_resources && seen.reports_resources);
         assert_eq!(seen.requested, Bytes::mib(32 + 8 + 1));
         assert_eq!((seen.qos, seen.ending), (QosClass::Burstable, false));
         assert!(seen.is_resize_pending);
@@ -382,6 +390,7 @@ mod tests {
             convert(&pod)
         };
         assert!(seen("").containers[0].reports_resources);
+        assert!(!seen("").has_resources && !seen("").reports_resources);
         let of = |resize| {
             (
                 seen(resize).is_resize_pending,

@@ -33,6 +33,8 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
         limit_manager: None,
         has_memory_request: false,
         has_cpu_limit: false,
+        has_resources: false,
+        reports_resources: true,
         put_off: None,
         requested: Bytes::mib(16),
         is_resize_pending: false,

@@ -14,7 +14,9 @@
 //! A kubelet may be three minors older than its API server, and have the gate off where that has it on. What tells is
 //! whether it says in a pod's status what resources the running containers have: the API server refuses to resize a pod
 //! of one that does not ("Pod running on node without support for resize", `isPodResizeRequestSupported`,
-//! pkg/apis/core/validation/validation.go).
+//! pkg/apis/core/validation/validation.go). Whether it resizes a pod's own limits is told by the same of the pod as a whole:
+//! `status.resources`, which only a kubelet with `InPlacePodLevelResourcesVerticalScaling` fills in
+//! (`convertStatusToAPIStatus`, pkg/kubelet/kubelet_pods.go). Asked of another, it would be put off for ever.
 //!
 //! On the node means: in the cgroups of container and pod, and the API is not told. No kubelet puts back what it did not
 //! set itself: before 1.33 it compares the spec with what the runtime says, which knows nothing of it, and since then
@@ -53,7 +55,7 @@ pub enum Whose {
     Container,
     /// One container's memory request: only where the kubelet says why it puts a resize off, and by how much.
     Request,
-    /// The pod's own.
+    /// The pod's own, or one of a container in a pod that has its own.
     Pod,
 }
 
@@ -70,7 +72,7 @@ const POD_LEVEL: u32 = 36;
 
 impl Server {
     /// How the limits of a pod are changed. `is_reported` is whether its kubelet says what resources its running
-    /// containers have: one with the gate off does not. `None` while it is not known whether a patch is taken.
+    /// containers have, and for [`Whose::Pod`] what the pod has: one with the gate off does not. `None` while it is not known whether a patch is taken.
     #[must_use]
     pub fn way(self, whose: Whose, is_reported: bool) -> Option<Way> {
         let resizes = match whose {

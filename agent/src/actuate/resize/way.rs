@@ -36,7 +36,7 @@ pub struct Probed<'a> {
     pub uid: &'a str,
     /// Whose limit is to be changed.
     pub whose: Whose,
-    /// Whether the kubelet says what resources its running containers have.
+    /// Whether the kubelet says what resources its running containers have, and, where it has some of its own, the pod.
     pub is_reported: bool,
     /// What the API server is asked for where nothing else tells, without doing it.
     pub change: Change,
@@ -46,16 +46,18 @@ impl<'a> Probed<'a> {
     /// One of a pod's limits.
     #[must_use]
     pub fn of(pod: &'a pod::Pod, level: Level, change: Change) -> Self {
+        // A pod with resources of its own is resized as such or not at all, its containers, too (`ValidatePodResize`,
+        // pkg/apis/core/validation/validation.go).
         let whose = match level {
-            Level::Pod => Whose::Pod,
-            Level::Container(_) => Whose::Container,
+            Level::Container(_) if !pod.has_resources => Whose::Container,
+            Level::Pod | Level::Container(_) => Whose::Pod,
         };
         Self {
             namespace: &pod.namespace,
             name: &pod.name,
             uid: &pod.uid,
             whose,
-            is_reported: is_reported(pod, level),
+            is_reported: is_reported(pod, level) && (whose != Whose::Pod || pod.reports_resources),
             change,
         }
     }
@@ -246,6 +248,41 @@ mod tests {
 
     use super::*;
     use crate::attribution::pods::convert;
+
+    /// An API server of 1.36 with kubelets of 1.35, which resize containers and no pods.
+    #[test]
+    fn a_pods_own_limit_is_resized_where_its_kubelet_says_what_it_is() {
+        let way = |level, own: &serde_json::Value, reported: &serde_json::Value| {
+            let container =
+                json!({ "name": "app", "resources": { "limits": { "memory": "64Mi" } } });
+            let running = json!({
+                "name": "app", "containerID": "containerd://a", "state": { "running": {} }, "resources": {},
+            });
+            let pod = serde_json::from_value(json!({
+                "metadata": {},
+                "spec": { "containers": [container], "resources": own },
+                "status": { "containerStatuses": [running], "resources": reported },
+            }));
+            let server = Server {
+                minor: 36,
+                has_resize: true,
+                takes_patch: None,
+            };
+            let change = Change::memory(level, "1Gi".to_owned(), "2Gi".to_owned());
+            let seen = convert(&pod.unwrap());
+            let probed = Probed::of(&seen, level, change);
+            server.way(probed.whose, probed.is_reported).unwrap()
+        };
+        let own = json!({ "limits": { "memory": "1Gi" } });
+        let none = json!(null);
+        for level in [Level::Pod, Level::Container(0)] {
+            assert_eq!(way(level, &own, &own), Way::Resize);
+            assert_eq!(way(level, &own, &none), Way::Node);
+        }
+        // What the pod does not have nobody needs to know.
+        assert_eq!(way(Level::Container(0), &none, &none), Way::Resize);
+        assert_eq!(way(Level::Container(0), &json!({}), &none), Way::Resize);
+    }
 
     fn seen(statuses: &serde_json::Value) -> pod::Pod {
         let pod = serde_json::from_value(json!({
