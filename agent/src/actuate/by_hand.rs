@@ -126,14 +126,20 @@ impl ByHands {
         with_pod: bool,
     ) -> Result<(), String> {
         let _one_at_a_time = self.turn();
-        let pod = if with_pod { pod_of(cgroup)? } else { None };
+        let pod = if with_pod {
+            pod_of(cgroup.path())?
+        } else {
+            None
+        };
         let known = self.records.read(key_of(cgroup.path()));
         let mut record = known.unwrap_or_else(|| ByHand {
             path: cgroup.path().to_owned(),
             before,
             to,
             was: None,
-            pod_before: pod.as_ref().map(|(_, limit)| *limit),
+            pod_before: pod
+                .as_ref()
+                .map(|(pod, limit)| self.pod_before(pod, *limit)),
         });
         record.becomes(to);
         self.records.write(&record).map_err(text)?;
@@ -141,9 +147,7 @@ impl ByHands {
             let own = |child: &Cgroup, limit| {
                 if child.id() == cgroup.id() { to } else { limit }
             };
-            // Containers that are about to be started again have no cgroup now.
-            let before = record.pod_before.unwrap_or(limit);
-            let needed = sum_in(&pod, own).max(before.plus(to.minus(record.before)));
+            let needed = self.needed_in(&pod, record.pod_before.unwrap_or(limit), own);
             if limit < needed {
                 pod.set_limit("memory.max", Limit::At(needed))
                     .map_err(text)?;
@@ -211,7 +215,7 @@ impl ByHands {
         }
         drop(turn);
         if let Some(before) = record.pod_before
-            && !self.lower_pod(cgroup, before)?
+            && !self.lower_pod(cgroup.path(), before)?
         {
             return Ok(false);
         }
@@ -226,12 +230,13 @@ impl ByHands {
         Ok(true)
     }
 
-    /// Brings the limit of a container's pod down to what its containers have, and no further than it was.
-    fn lower_pod(&self, cgroup: &Cgroup, before: Bytes) -> Result<bool, CgroupError> {
-        let Ok(Some((pod, limit))) = pod_of(cgroup) else {
+    /// Brings the limit of a container's pod down to what its containers have, and no further than it was. The container may
+    /// be gone.
+    fn lower_pod(&self, container: &Path, before: Bytes) -> Result<bool, CgroupError> {
+        let Ok(Some((pod, limit))) = pod_of(container) else {
             return Ok(true);
         };
-        let needed = || sum_in(&pod, |_, limit| limit).max(before);
+        let needed = || self.needed_in(&pod, before, |_, limit| limit);
         if limit <= needed() {
             return Ok(true);
         }
@@ -250,6 +255,51 @@ impl ByHands {
         Ok(true)
     }
 
+    /// What a pod had before anything in it was raised by hand: a container that is killed and started again comes in another
+    /// cgroup, and must not take for that what its predecessor was raised by.
+    fn pod_before(&self, pod: &Cgroup, limit: Bytes) -> Bytes {
+        let others = self.of_pod(pod.path()).filter_map(|other| other.pod_before);
+        others.fold(limit, Bytes::min)
+    }
+
+    /// What a pod must have for what its containers have: their sum, and no less than it had `before` with what they are
+    /// raised by since. Containers that are about to be started again have no cgroup now, and no limit that could be seen.
+    fn needed_in(
+        &self,
+        pod: &Cgroup,
+        before: Bytes,
+        limit_of: impl Fn(&Cgroup, Bytes) -> Bytes,
+    ) -> Bytes {
+        let raised = self.of_pod(pod.path()).filter_map(|other| {
+            let cgroup = Cgroup::open(&other.path).ok()?;
+            match cgroup.limit("memory.max").ok()? {
+                Limit::At(limit) => Some(limit_of(&cgroup, limit).minus(other.before)),
+                Limit::Max => None,
+            }
+        });
+        sum_in(pod, &limit_of).max(raised.fold(before, Bytes::plus))
+    }
+
+    fn of_pod<'a>(&self, pod: &'a Path) -> impl Iterator<Item = ByHand> + use<'a> {
+        let all = self.all().into_iter();
+        all.filter(move |record| record.path.parent() == Some(pod))
+    }
+
+    /// Forgets a container that is gone once its pod is down again; returns whether it is.
+    fn is_forgotten(
+        &self,
+        container: &Path,
+        pod_before: Option<Bytes>,
+    ) -> Result<bool, CgroupError> {
+        if let Some(before) = pod_before
+            && !self.lower_pod(container, before)?
+        {
+            return Ok(false);
+        }
+        self.forget(container);
+        Ok(true)
+    }
+
     /// Lowers limits that nobody is responsible for any more, but for those that somebody may yet come to be responsible
     /// for; returns whether any is left.
     pub fn lower_left(
@@ -260,7 +310,13 @@ impl ByHands {
         let left = self.all().into_iter();
         let left = left.filter(|left| !is_cared_for(&left.path));
         let mut is_any_left = false;
-        for ByHand { path, before, .. } in left {
+        for record in left {
+            let ByHand {
+                path,
+                before,
+                pod_before,
+                ..
+            } = record;
             if is_pending(&path) {
                 is_any_left = true;
                 continue;
@@ -269,12 +325,15 @@ impl ByHands {
                 Ok(cgroup) => self.lower(&cgroup, before, || !is_cared_for(&path)),
                 Err(error) => Err(error),
             };
+            let lowered = match lowered {
+                Err(error) if error.is_gone() => self.is_forgotten(&path, pod_before),
+                lowered => lowered,
+            };
             match lowered {
                 Ok(true) => {
                     tracing::info!(path = %path.display(), to = %before, "a limit that was raised by hand is given back");
                 }
                 Ok(false) => is_any_left = true,
-                Err(error) if error.is_gone() => self.forget(&path),
                 Err(error) => {
                     is_any_left = true;
                     tracing::warn!(path = %path.display(), %error, "a limit that was raised by hand stays for now");
@@ -286,8 +345,8 @@ impl ByHands {
 }
 
 /// The pod of a container's cgroup and its limit; `None` where it has none.
-fn pod_of(cgroup: &Cgroup) -> Result<Option<(Cgroup, Bytes)>, String> {
-    let parent = cgroup.path().parent();
+fn pod_of(container: &Path) -> Result<Option<(Cgroup, Bytes)>, String> {
+    let parent = container.parent();
     let name = |path: &Path| {
         path.file_name()
             .unwrap_or_default()
@@ -425,11 +484,53 @@ mod tests {
         bed.raise("side", 32, 128);
         assert_eq!(bed.limits(), [384, 256, 128]);
         assert!(bed.lower("app", 64));
-        // The pod was at 288 when the second was raised, and goes no further down than it must.
         assert_eq!(bed.limits(), [192, 64, 128]);
         assert!(bed.lower("side", 32));
-        assert_eq!(bed.limits()[1..], [64, 32]);
-        assert!(bed.limits()[0] >= 96);
+        assert_eq!(bed.limits(), [96, 64, 32]);
+    }
+
+    /// Each time it is killed, a container comes back in another cgroup, with the limit of its spec.
+    #[test]
+    fn a_pod_does_not_grow_with_each_crash_of_its_container() {
+        let bed = Bed::new("crashes");
+        let (nobody, is_second) = (|_: &Path| false, |path: &Path| path.ends_with("second"));
+        let comes = |name: &str| {
+            fs::create_dir_all(bed.pod.join(name)).unwrap();
+            bed.set(name, "64");
+            bed.uses(name, 10);
+        };
+        let pod = || bed.cgroup("").limit("memory.max").unwrap().bytes().0 >> 20;
+        bed.raise("app", 64, 256);
+        assert_eq!(pod(), 288);
+        fs::remove_dir_all(bed.pod.join("app")).unwrap();
+        comes("second");
+        bed.raise("second", 64, 256);
+        assert_eq!(pod(), 288);
+        // What its successor needs is not taken away with it, nor what that may come back to.
+        assert!(!bed.by_hands.lower_left(is_second, nobody));
+        assert_eq!((pod(), bed.by_hands.all().len()), (288, 1));
+        fs::remove_dir_all(bed.pod.join("second")).unwrap();
+        bed.uses("", 200);
+        assert!(bed.by_hands.lower_left(nobody, nobody), "it is in use");
+        assert_eq!((pod(), bed.by_hands.all().len()), (288, 1));
+        bed.uses("", 10);
+        assert!(!bed.by_hands.lower_left(nobody, nobody));
+        assert_eq!((pod(), bed.by_hands.all().len()), (96, 0));
+    }
+
+    /// One is raised while another has no cgroup: there is room for both when that comes back.
+    #[test]
+    fn who_comes_back_finds_room_beside_who_was_raised_meanwhile() {
+        let bed = Bed::new("both");
+        bed.raise("app", 64, 256);
+        bed.raise("side", 32, 128);
+        fs::remove_dir_all(bed.pod.join("app")).unwrap();
+        assert!(
+            !bed.by_hands
+                .lower_left(|path| path.ends_with("side"), |_| false)
+        );
+        let pod = bed.cgroup("").limit("memory.max").unwrap().bytes();
+        assert_eq!(pod, Bytes::mib(64 + 128));
     }
 
     #[test]
