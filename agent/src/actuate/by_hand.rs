@@ -160,6 +160,28 @@ impl ByHands {
         Ok(())
     }
 
+    /// Raises the limit of a container's pod where that has less than its containers have together; returns whether it had.
+    /// A container that is killed while its raise is under way is made anew with what the spec says by then, and the kubelet
+    /// may leave the pod where it was (kubernetes/kubernetes#138760): it would be killed there again and again. Nothing is
+    /// written down: it is what the kubelet meant to set.
+    ///
+    /// # Errors
+    ///
+    /// Why not, for people.
+    pub fn make_whole(&self, cgroup: &Cgroup) -> Result<bool, String> {
+        let _one_at_a_time = self.turn();
+        let Some((pod, limit)) = pod_of(cgroup.path())? else {
+            return Ok(false);
+        };
+        let needed = sum_in(&pod, |_, limit| limit);
+        let is_short = limit < needed;
+        if is_short {
+            pod.set_limit("memory.max", Limit::At(needed))
+                .map_err(text)?;
+        }
+        Ok(is_short)
+    }
+
     /// Lowers a limit that was written by hand, and after it that of the pod; returns whether usage fits both. May block
     /// while page cache is given back.
     ///
@@ -572,6 +594,22 @@ mod tests {
         assert_eq!(bed.by_hands.all(), after);
         bed.by_hands.is_known(app.path(), Bytes::mib(512));
         assert_eq!(bed.by_hands.all(), []);
+    }
+
+    #[test]
+    fn a_pod_that_has_less_than_its_containers_is_made_whole() {
+        let bed = Bed::new("whole");
+        let app = bed.cgroup("app");
+        assert_eq!(bed.by_hands.make_whole(&app), Ok(false));
+        assert_eq!(bed.limits(), [96, 64, 32]);
+        // It was made anew with what it was about to be raised to.
+        bed.set("app", "512");
+        assert_eq!(bed.by_hands.make_whole(&app), Ok(true));
+        assert_eq!(bed.limits(), [544, 512, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+        // One without a limit has room.
+        fs::write(bed.pod.join("memory.max"), "max\n").unwrap();
+        assert_eq!(bed.by_hands.make_whole(&app), Ok(false));
     }
 
     /// An agent that ends between writing down and writing.

@@ -96,6 +96,15 @@ impl Watch {
             target.by_hand = Some(in_force);
         }
         let resizer = &self.context.resizer;
+        if target.pod_follows {
+            match resizer.by_hands().make_whole(&cgroup) {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::warn!(path = %cgroup.path().display(), "its pod had less than its containers, and is raised to that");
+                }
+                Err(why) => tracing::warn!(path = %cgroup.path().display(), why, "its pod"),
+            }
+        }
         let targets = resizer.targets();
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
         if is_by_hand && way != Way::Node {
