@@ -17,6 +17,12 @@ pub fn pages(count: u64) -> Bytes {
     Bytes(count.saturating_mul(size))
 }
 
+/// Rounded down to whole pages of this kernel's, as it reads limits back.
+#[must_use]
+pub fn page_floor(size: Bytes) -> Bytes {
+    Bytes(size.0 - size.0 % pages(1).0)
+}
+
 /// How many CPUs containers may run on. Not how many this process may: the kubelet's static CPU manager and a CPU limit
 /// leave an agent with one of sixty-four, and what is counted by CPU (the kernel's stocks, what is idle) is the node's.
 #[must_use]
@@ -80,5 +86,6 @@ mod tests {
     fn pages_have_the_size_that_this_kernel_gives_them() {
         assert_eq!(pages(3).0, 3 * rustix::param::page_size() as u64);
         assert_eq!(pages(u64::MAX), Bytes(u64::MAX));
+        assert_eq!(page_floor(pages(3).plus(Bytes(1))), pages(3));
     }
 }

@@ -13,7 +13,11 @@ use std::{
 use bellows_core::{Bytes, Cpu, boost::Boosts, moved::MovedLimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{actuate::by_hand::ByHand, cgroup::quota::Quota, state::with_reserve};
+use crate::{
+    actuate::{by_hand::ByHand, squeeze::Squeezed},
+    cgroup::quota::Quota,
+    state::with_reserve,
+};
 
 /// A container as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,6 +189,14 @@ impl Records<ByHand> {
     #[must_use]
     pub fn by_hand() -> Self {
         Self::at(PathBuf::from("/run/bellows/by-hand"))
+    }
+}
+
+impl Records<Squeezed> {
+    /// Those of brakes that stand for a moment, beside a ledger.
+    #[must_use]
+    pub fn squeezed(ledger: &Path) -> Self {
+        Self::at(ledger.with_file_name("squeezed"))
     }
 }
 

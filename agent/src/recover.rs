@@ -15,8 +15,10 @@ use std::{
 use bellows_core::CgroupId;
 
 use crate::{
+    actuate::squeeze,
     cgroup::{Cgroup, CgroupError, Limit},
     ledger::{self, Contents, Record},
+    originals::Records,
     parallel,
 };
 
@@ -64,6 +66,7 @@ pub fn release_all(path: &Path) -> io::Result<Recovered> {
             tracing::error!(path = %path.display(), %error, "a predecessor's brake cannot be lifted");
         }
     }
+    squeeze::let_go_all(&Records::squeezed(path));
     // After the holds: what fails here must not keep anybody held.
     let resumed = parallel::resume_all(&ledger::paused(path)).unwrap_or_else(|error| {
         tracing::error!(%error, "those that a predecessor has paused may stay so");

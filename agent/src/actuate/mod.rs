@@ -17,6 +17,7 @@ pub mod reflex;
 pub mod requests;
 pub mod resize;
 pub mod shrink;
+pub mod squeeze;
 pub mod targets;
 mod tell;
 mod turns;

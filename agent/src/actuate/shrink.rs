@@ -3,12 +3,21 @@
 //! Writing `memory.max` below usage reclaims in the writer and then kills. So page cache is given
 //! back first, by `memory.reclaim` (Linux 5.19), which throttles nobody; then `memory.high` keeps a
 //! reader from filling it again at once, close to usage by then, so that nobody sleeps for it. Before
-//! 5.19 `memory.high` does both. This may block for as long as reclaim takes and must not run on the
+//! 5.19 `memory.high` does both, and in a cgroup whose brake is not ours only for as long as it takes. This may block for as long as reclaim takes and must not run on the
 //! reflex thread; it changes no limit.
+
+use std::path::Path;
 
 use bellows_core::{Bytes, Policy, Thresholds};
 
-use crate::cgroup::{Cgroup, CgroupError, Limit};
+use super::squeeze::squeeze;
+use crate::{
+    cgroup::{Cgroup, CgroupError, Limit},
+    explain::LEDGER,
+    originals::Records,
+};
+
+const RECLAIM: &str = "memory.reclaim";
 
 /// A limit that is fuller than this is not set: more may be charged while it is.
 const FULL_PER_MILLE: u64 = 970;
@@ -55,7 +64,11 @@ pub fn make_room_in(cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
     }
     let excess = stat.usage.minus(target);
     if excess > Bytes::ZERO {
-        reclaim(cgroup, excess);
+        if cgroup.has(RECLAIM) {
+            reclaim(cgroup, excess);
+        } else {
+            squeeze(cgroup, target, &Records::squeezed(Path::new(LEDGER)))?;
+        }
     }
     Ok(cgroup.usage()? <= target)
 }
@@ -72,8 +85,8 @@ pub fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, CgroupError> {
 
 fn reclaim(cgroup: &Cgroup, excess: Bytes) {
     // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
-    if cgroup.has("memory.reclaim")
-        && let Err(error) = cgroup.write("memory.reclaim", &excess.0.to_string())
+    if cgroup.has(RECLAIM)
+        && let Err(error) = cgroup.write(RECLAIM, &excess.0.to_string())
     {
         tracing::debug!(%error, "reclaimed less than asked for");
     }
