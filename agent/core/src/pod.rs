@@ -141,6 +141,9 @@ pub struct Pod {
     pub labels: BTreeMap<String, String>,
     /// Its containers in the order of the spec.
     pub containers: Vec<Container>,
+    /// The runtime's ids of containers without a memory limit of their own that run, init containers too: the kubelet gives
+    /// them the pod's.
+    pub heirs: Vec<String>,
     /// `spec.resources.limits.memory` as written.
     pub memory_limit: Option<String>,
     /// The field manager that has set it to what it is.

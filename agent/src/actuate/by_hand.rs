@@ -343,7 +343,7 @@ impl ByHands {
                 is_any_left = true;
                 continue;
             }
-            let lowered = match Cgroup::open(&path).and_then(Cgroup::with_heirs) {
+            let lowered = match Cgroup::open(&path).and_then(Cgroup::with_likely_heirs) {
                 Ok(cgroup) => self.lower(&cgroup, before, || !is_cared_for(&path)),
                 Err(error) => Err(error),
             };

@@ -78,6 +78,7 @@ pub(super) struct Container {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct InitContainer {
+    pub(super) name: String,
     pub(super) resources: Option<Resources>,
     /// `Always` for one that runs beside the others.
     pub(super) restart_policy: Option<String>,
@@ -157,6 +158,7 @@ pub(super) struct Status {
     pub(super) phase: Option<String>,
     pub(super) qos_class: Option<String>,
     pub(super) container_statuses: Option<Vec<ContainerStatus>>,
+    pub(super) init_container_statuses: Option<Vec<ContainerStatus>>,
     pub(super) conditions: Option<Vec<Condition>>,
     /// Whatever they are.
     pub(super) resources: Option<serde::de::IgnoredAny>,

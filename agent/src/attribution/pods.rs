@@ -99,6 +99,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
         misread,
         labels: pod.labels().clone(),
         containers: containers.collect(),
+        heirs: heirs(pod),
         memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),
         has_memory_request: pod
@@ -131,6 +132,33 @@ pub fn convert(pod: &api::Pod) -> Pod {
         is_static: pod.annotations().contains_key(MIRROR),
         ending: ended || pod.metadata.deletion_timestamp.is_some(),
     }
+}
+
+/// Running containers that have no memory limit of their own.
+fn heirs(pod: &api::Pod) -> Vec<String> {
+    let (Some(spec), Some(status)) = (&pod.spec, &pod.status) else {
+        return Vec::new();
+    };
+    let has_none = |resources: &Option<api::Resources>| {
+        let limit = resources.as_ref().and_then(api::Resources::memory_limit);
+        limit.is_none()
+    };
+    let own = spec.containers.iter();
+    let own = own.map(|container| (&container.name, has_none(&container.resources)));
+    let init = spec.init_containers.iter().flatten();
+    let init = init.map(|container| (&container.name, has_none(&container.resources)));
+    let without: Vec<&String> = own
+        .chain(init)
+        .filter_map(|(name, has_none)| has_none.then_some(name))
+        .collect();
+    let statuses = [&status.container_statuses, &status.init_container_statuses];
+    let statuses = statuses.into_iter().flatten().flatten();
+    let running = statuses.filter(|status| {
+        let state = status.state.as_ref();
+        without.contains(&&status.name) && state.is_some_and(|state| state.running.is_some())
+    });
+    let ids = running.filter_map(|status| status.container_id.as_deref());
+    ids.map(|id| container_id(id).to_owned()).collect()
 }
 
 /// What a scheduler counts of a pod's memory (`PodRequests`, k8s.io/component-helpers/resource/helpers.go). What does not
@@ -343,10 +371,16 @@ mod tests {
                     },
                     { "name": "side", "containerID": "containerd://def", "state": { "waiting": {} } },
                 ],
+                "initContainerStatuses": [
+                    { "name": "proxy", "containerID": "containerd://123", "state": { "running": {} } },
+                    { "name": "once", "containerID": "containerd://456", "state": { "terminated": {} } },
+                ],
             },
         }))
         .unwrap();
         let seen = convert(&pod);
+        // What waits or has ended has no cgroup.
+        assert_eq!(seen.heirs, ["123"]);
         assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
         assert!(seen.has_resources && seen.reports_resources);
         assert_eq!(seen.requested, Bytes::mib(32 + 8 + 1));

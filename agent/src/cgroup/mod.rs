@@ -182,29 +182,42 @@ impl Cgroup {
         }
     }
 
-    /// The same with the cgroups below that have inherited its limit. The kubelet gives the limit of a pod to
-    /// its containers without one, and moves it for them after the pod: until then a container stands at
+    /// The same with the cgroups below that have inherited its limit: those that `inherits` says. The kubelet gives the limit
+    /// of a pod to its containers without one, and moves it for them after the pod: until then a container stands at
     /// the old limit, whatever its pod has. So does the second cgroup that its runtime has made for it ([`Self::inner`]).
     ///
-    /// # Errors
-    ///
-    /// [`CgroupError`] when the limit cannot be read.
-    pub fn with_heirs(mut self) -> Result<Self, CgroupError> {
-        let limit = self.limit("memory.max")?;
-        // A cgroup that cannot be read is gone, or hands out no memory.
-        let inherits =
-            |cgroup: &Self| limit != Limit::Max && cgroup.limit("memory.max").ok() == Some(limit);
+    /// A container whose own limit happens to be its pod's inherits nothing, and must not be raised past it.
+    #[must_use]
+    pub fn with_heirs(mut self, inherits: impl Fn(&Path) -> bool) -> Self {
         self.heirs = self
             .children()
             .filter_map(Result::ok)
-            .filter(inherits)
+            .filter(|child| inherits(&child.path))
             .flat_map(|heir| {
-                let inner = heir.inner().filter(inherits);
+                // A cgroup that cannot be read is gone, or hands out no memory.
+                let limit = heir.limit("memory.max").ok();
+                let follows = |inner: &Self| inner.limit("memory.max").ok() == limit;
+                let inner = heir.inner().filter(follows);
                 [Some(heir), inner].into_iter().flatten()
             })
             .map(|cgroup| cgroup.path.to_path_buf())
             .collect();
-        Ok(self)
+        self
+    }
+
+    /// The same where nothing but the limits is known, for one that was raised beyond what the spec says: no container may
+    /// have as much of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`CgroupError`] when the limit cannot be read.
+    pub fn with_likely_heirs(self) -> Result<Self, CgroupError> {
+        let limit = self.limit("memory.max")?;
+        let inherits = |path: &Path| {
+            let of = Self::open(path).and_then(|child| child.limit("memory.max"));
+            limit != Limit::Max && of.ok() == Some(limit)
+        };
+        Ok(self.with_heirs(inherits))
     }
 
     /// The same with the cgroup below in which its runtime keeps the container's processes, and sets the same limits: by
@@ -642,6 +655,26 @@ pub fn own(content: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
+    /// What is not said to inherit may have the same limit by its own spec.
+    #[test]
+    fn a_container_with_a_limit_of_its_own_does_not_follow_its_pods() {
+        let name = format!("bellows-own-limit-{}", std::process::id());
+        let pod = std::env::temp_dir().join(name);
+        let path = |of: &str| pod.join(of).join("memory.max");
+        for of in ["", "own", "without"] {
+            fs::create_dir_all(pod.join(of)).unwrap();
+            fs::write(path(of), Bytes::mib(96).0.to_string()).unwrap();
+        }
+        let cgroup = Cgroup::open(&pod).unwrap();
+        let cgroup = cgroup.with_heirs(|path| path.ends_with("without"));
+        for to in [256, 96] {
+            cgroup.set_limit_and_heirs(Bytes::mib(to)).unwrap();
+            let now = ["", "own", "without"].map(|of| fs::read_to_string(path(of)).unwrap());
+            assert_eq!(now, [to, 96, to].map(|mib| Bytes::mib(mib).0.to_string()));
+        }
+        fs::remove_dir_all(&pod).unwrap();
+    }
+
     /// A pod with containers of crun's: one without a limit of its own, and one with; and one of whose cgroups only the
     /// outer follows.
     #[test]
@@ -664,7 +697,7 @@ mod tests {
         }
         let now =
             || paths.map(|path| fs::read_to_string(pod.join(path).join("memory.max")).unwrap());
-        let cgroup = Cgroup::open(&pod).unwrap().with_heirs().unwrap();
+        let cgroup = Cgroup::open(&pod).unwrap().with_likely_heirs().unwrap();
         cgroup.set_limit_and_heirs(Bytes::mib(256)).unwrap();
         assert_eq!(now(), limits([256, 256, 256, 32, 32, 256, 64]));
         // What the innermost has is what is in force.

@@ -29,6 +29,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             restarts_on_resize: false,
             probes: Vec::new(),
         }],
+        heirs: Vec::new(),
         memory_limit: None,
         limit_manager: None,
         has_memory_request: false,

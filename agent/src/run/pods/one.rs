@@ -398,13 +398,20 @@ pub(super) fn find(uid: &str, level: Level, id: Option<&str>) -> Option<PathBuf>
     }
 }
 
+/// Whether a cgroup of a pod is that of a container without a limit of its own.
+fn inherits(seen: &pod::Pod, cgroup: &Path) -> bool {
+    let name = cgroup.file_name().unwrap_or_default().to_string_lossy();
+    let mut ids = seen.heirs.iter();
+    ids.any(|id| attribution::is_container(&name, id))
+}
+
 /// The cgroup whose limit is meant.
 fn cgroup(seen: &pod::Pod, wish: &Wish) -> Result<Cgroup, String> {
     let path = find(&seen.uid, wish.level, wish.id.as_deref());
     let path = path.ok_or_else(|| format!("`{}` has no cgroup yet", wish.container))?;
     let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
     match wish.level {
-        Level::Pod => cgroup.with_heirs().map_err(|error| error.to_string()),
+        Level::Pod => Ok(cgroup.with_heirs(|path| inherits(seen, path))),
         Level::Container(_) => Ok(cgroup.with_inner()),
     }
 }
