@@ -6,6 +6,12 @@
 //! spec says, with no regard to usage, and kills. So the spec must come to say it as soon as it can, or the limit must come
 //! down again. Until one of both is done a record in `/run/bellows` says that it is ours, and what was before.
 //!
+//! The runtime sets what it remembers, too, where it is told anything else: the kubelet's static CPU manager tells it new CPUs
+//! for each container of the shared pool when a pod with whole CPUs comes or goes (`updateContainerCPUSet`,
+//! pkg/kubelet/cm/cpumanager), and containerd then sets all of its own spec (`updateContainerResources`,
+//! internal/cri/server/container_update_resources.go). So nothing is raised by hand where somebody says on which CPUs a
+//! container runs.
+//!
 //! A pod's own limit follows its containers'. Whatever was before, it is never set below the sum of what they have: the
 //! kubelet may have moved both meanwhile. A limit that the spec has at the pod's own level is not moved for a container.
 //!
@@ -25,6 +31,9 @@ use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
     originals::{Recorded, Records, key_of},
 };
+
+/// Why none is written by hand there.
+pub const PINNED: &str = "this node's kubelet says on which CPUs the container runs (static CPU manager): whenever it says so anew, the container's runtime sets the memory limit that it remembers";
 
 /// A limit that was written by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +134,9 @@ impl ByHands {
         before: Bytes,
         with_pod: bool,
     ) -> Result<(), String> {
+        if cgroup.is_pinned() {
+            return Err(PINNED.to_owned());
+        }
         let _one_at_a_time = self.turn();
         let pod = if with_pod {
             pod_of(cgroup.path())?
@@ -610,6 +622,23 @@ mod tests {
         // One without a limit has room.
         fs::write(bed.pod.join("memory.max"), "max\n").unwrap();
         assert_eq!(bed.by_hands.make_whole(&app), Ok(false));
+    }
+
+    #[test]
+    fn nothing_is_raised_where_the_kubelet_says_on_which_cpus_to_run() {
+        let bed = Bed::new("pinned");
+        fs::write(bed.pod.join("app/cpuset.cpus"), "1-3\n").unwrap();
+        let (app, to) = (bed.cgroup("app"), Bytes::mib(256));
+        let raised = bed.by_hands.raise(&app, to, Bytes::mib(64), true);
+        assert_eq!(raised, Err(PINNED.to_owned()));
+        assert_eq!(bed.limits(), [96, 64, 32]);
+        assert_eq!(bed.by_hands.all(), []);
+        // What was raised before the kubelet was told so comes down.
+        fs::write(bed.pod.join("app/cpuset.cpus"), "\n").unwrap();
+        bed.raise("app", 64, 256);
+        fs::write(bed.pod.join("app/cpuset.cpus"), "1-3\n").unwrap();
+        assert!(bed.lower("app", 64));
+        assert_eq!(bed.limits(), [96, 64, 32]);
     }
 
     /// An agent that ends between writing down and writing.

@@ -81,6 +81,25 @@ fn above(root: &Path, text: &str, container_id: &str) -> Option<PathBuf> {
     Some(root.join(found))
 }
 
+/// The cgroup directories in those of all pods: containers, and what else runtimes keep there.
+#[must_use]
+pub fn in_pods(root: &Path) -> Vec<PathBuf> {
+    in_pods_below(root, DEPTH)
+}
+
+fn in_pods_below(directory: &Path, depth: u32) -> Vec<PathBuf> {
+    if is_a_pod(&name(directory)) {
+        return directories(directory);
+    }
+    let Some(depth) = depth.checked_sub(1) else {
+        return Vec::new();
+    };
+    let entries = directories(directory).into_iter();
+    entries
+        .flat_map(|path| in_pods_below(&path, depth))
+        .collect()
+}
+
 /// The cgroup directory of a container whose pod is not known: ids are unique.
 #[must_use]
 pub fn find_container(root: &Path, container_id: &str) -> Option<PathBuf> {
@@ -187,6 +206,8 @@ mod tests {
             fs::create_dir_all(path.with_file_name("crio-conmon-abcdef0123.scope")).unwrap();
             fs::create_dir_all(path.with_file_name("other")).unwrap();
             assert_eq!(find(&root, UID, ID), Some(path.clone()));
+            assert!(in_pods(&root).contains(&path));
+            assert_eq!(in_pods(&root).len(), 3);
             assert_eq!(find_container(&root, ID), Some(path));
             assert_eq!(find_container(&root, "fff"), None);
             assert_eq!(find(&root, UID, "fff"), None);

@@ -363,6 +363,19 @@ impl Cgroup {
         Ok(of_heirs.fold(own, Bytes::min))
     }
 
+    /// Whether somebody says on which CPUs it runs, or one of its heirs: by that a container of a kubelet with the static CPU
+    /// manager is known.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        let heirs = self.heirs.iter().map(PathBuf::as_path);
+        let mut paths = heirs.chain([&*self.path]);
+        paths.any(|path| {
+            // Without the controller nobody does.
+            let cpus = fs::read_to_string(path.join("cpuset.cpus"));
+            cpus.is_ok_and(|cpus| !cpus.trim().is_empty())
+        })
+    }
+
     /// Sets a limit file such as `memory.max`.
     ///
     /// # Errors
@@ -708,6 +721,25 @@ mod tests {
         assert_eq!(now(), limits([256, 256, 128, 32, 32, 256, 64]));
         cgroup.set_limit_and_heirs(Bytes::mib(96)).unwrap();
         assert_eq!(now(), limits([96, 96, 96, 32, 32, 96, 64]));
+        fs::remove_dir_all(&pod).unwrap();
+    }
+
+    #[test]
+    fn who_is_told_on_which_cpus_to_run_is_pinned() {
+        let name = format!("bellows-pinned-{}", std::process::id());
+        let pod = std::env::temp_dir().join(name);
+        fs::create_dir_all(pod.join("app")).unwrap();
+        let is_pinned = |cpus: &str| {
+            fs::write(pod.join("app/cpuset.cpus"), cpus).unwrap();
+            let of = |path: &Path| Cgroup::open(path).unwrap();
+            let own = of(&pod.join("app")).is_pinned();
+            assert_eq!(of(&pod).with_heirs(|_| true).is_pinned(), own);
+            assert!(!of(&pod).is_pinned());
+            own
+        };
+        assert!(is_pinned("1-3\n") && !is_pinned("\n"));
+        fs::remove_file(pod.join("app/cpuset.cpus")).unwrap();
+        assert!(!Cgroup::open(&pod.join("app")).unwrap().is_pinned());
         fs::remove_dir_all(&pod).unwrap();
     }
 

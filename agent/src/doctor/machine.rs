@@ -6,7 +6,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
 use crate::{
-    attribution::CGROUP_ROOT,
+    attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, CgroupError},
     cri,
     exec::place::Place,
@@ -17,6 +17,7 @@ pub(super) fn findings() -> Vec<Finding> {
     let mut findings = vec![kernel(), user(), cgroups()];
     findings.extend(memory_controller());
     findings.extend(plugins());
+    findings.extend(pinned(Path::new(CGROUP_ROOT)));
     findings.extend([
         lru(),
         huge_pages(),
@@ -79,6 +80,21 @@ fn plugins() -> Option<Finding> {
             format!("no {} beside {}", nri::SOCKET, runtime.display()),
             "memory.heap of policies: a JVM that starts while its limit is raised sizes its heap by that",
             nri::REMEDY,
+        )
+    })
+}
+
+/// Whether a kubelet here says on which CPUs containers run; nothing where none does.
+fn pinned(root: &Path) -> Option<Finding> {
+    let containers = attribution::in_pods(root).into_iter();
+    let pinned = containers.filter(|path| Cgroup::open(path).is_ok_and(|it| it.is_pinned()));
+    let count = pinned.count();
+    (count > 0).then(|| {
+        Finding::limited(
+            "static CPU manager",
+            format!("{count} containers are told on which CPUs to run"),
+            "nothing is raised on the node in them, past the API: their runtime would undo it",
+            "use Kubernetes 1.34 or later, whose API resizes; or cpuManagerPolicy: none",
         )
     })
 }
@@ -246,5 +262,27 @@ fn locking() -> Finding {
             "the reflex may wait for its own pages when memory is short",
             "give it CAP_IPC_LOCK, or LimitMEMLOCK=infinity",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, process};
+
+    use super::*;
+
+    #[test]
+    fn a_node_whose_containers_are_told_their_cpus_is_told_of() {
+        let root = env::temp_dir().join(format!("bellows-doctor-{}", process::id()));
+        let app = root.join("kubepods/burstable/pod0f8c-11aa/abc");
+        fs::create_dir_all(&app).unwrap();
+        let found = |cpus: &str| {
+            fs::write(app.join("cpuset.cpus"), cpus).unwrap();
+            pinned(&root).map(|finding| finding.found)
+        };
+        assert_eq!(found("\n"), None);
+        let told = "1 containers are told on which CPUs to run".to_owned();
+        assert_eq!(found("0-2\n"), Some(told));
+        fs::remove_dir_all(&root).unwrap();
     }
 }

@@ -21,7 +21,8 @@
 //! On the node means: in the cgroups of container and pod, and the API is not told. No kubelet puts back what it did not
 //! set itself: before 1.33 it compares the spec with what the runtime says, which knows nothing of it, and since then
 //! with what it has set last. It sets what the spec says with the next resize that somebody else asks for, and when the
-//! container is started again.
+//! container is started again. A kubelet with the static CPU manager has the runtime set it without knowing: there nothing is
+//! moved on the node (the agent's `by_hand`).
 //!
 //! It must not patch a pod whose kubelet has the gate off: before 1.31 that one would restart the container.
 

@@ -656,10 +656,13 @@ impl Requester for Resizer {
     }
 
     fn by_hand(&self, cgroup: CgroupId, to: Bytes) -> ByHand {
-        let may = self
-            .targets
-            .of(cgroup, |target| target.may_be_raised_by_hand(to));
-        may.unwrap_or_default()
+        let may = self.targets.of(cgroup, |target| {
+            (target.may_be_raised_by_hand(to), target.cgroup.clone())
+        });
+        match may {
+            Some((may, cgroup)) if may == ByHand::No || !cgroup.is_pinned() => may,
+            Some(_) | None => ByHand::No,
+        }
     }
 
     fn raise_by_hand(&mut self, cgroup: &Cgroup, to: Bytes) -> Result<(), String> {
@@ -725,19 +728,46 @@ impl Requester for Resizer {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::mpsc::sync_channel};
+    use std::{env, fs, path::Path, process, sync::mpsc::sync_channel};
 
     use super::*;
     use crate::actuate::resize::target::tests::target;
 
-    /// The API server is not there: what is asked of it fails otherwise.
-    #[tokio::test]
-    async fn nothing_of_a_pod_is_resized_while_a_limit_is_raised_on_the_node_alone() {
+    /// Of an API server that is not there.
+    fn resizer() -> Resizer {
         let nowhere = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
         let (inputs, _controller) = sync_channel(1);
         let (observed, _watch) = tokio::sync::mpsc::unbounded_channel();
         let client = Client::try_from(nowhere).unwrap();
-        let resizer = Resizer::new(client, Handle::current(), inputs, observed);
+        Resizer::new(client, Handle::current(), inputs, observed)
+    }
+
+    #[tokio::test]
+    async fn nothing_is_raised_by_hand_that_a_runtime_would_undo() {
+        let directory = env::temp_dir().join(format!("bellows-may-{}", process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let resizer = resizer();
+        let target = Target {
+            cgroup: Cgroup::open(&directory).unwrap(),
+            ..target()
+        };
+        resizer
+            .targets
+            .with(|targets| targets.insert(CgroupId(1), target));
+        let may = |cpus: &str| {
+            fs::write(directory.join("cpuset.cpus"), cpus).unwrap();
+            resizer.by_hand(CgroupId(1), Bytes::mib(128))
+        };
+        assert_eq!(may("\n"), ByHand::Yes);
+        assert_eq!(may("0-2\n"), ByHand::No);
+        assert_eq!(resizer.by_hand(CgroupId(2), Bytes::mib(128)), ByHand::No);
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    /// What is asked of the API server fails otherwise.
+    #[tokio::test]
+    async fn nothing_of_a_pod_is_resized_while_a_limit_is_raised_on_the_node_alone() {
+        let resizer = resizer();
         let asked = async |change: &dyn Fn(&mut Target)| {
             let mut first = target();
             change(&mut first);

@@ -17,7 +17,10 @@ use serde_json::json;
 
 use super::{Context, Key, Known, Watch, Watched};
 use crate::{
-    actuate::resize::{Change, Order, Probed, TIMEOUT, Target, parameters},
+    actuate::{
+        by_hand::PINNED,
+        resize::{Change, Order, Probed, TIMEOUT, Target, parameters},
+    },
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
     guard::{Input, Named, Watching},
@@ -84,6 +87,14 @@ impl Watch {
             }
         };
         let cgroup = cgroup(seen, wish)?;
+        if way == Way::Node && cgroup.is_pinned() {
+            let why = format!(
+                "container {}: its limit could be raised on the node only, and is not: {PINNED}; use Kubernetes 1.34 or later, whose API resizes",
+                wish.container
+            );
+            self.refuse(key, pod, "StaticCpuManager", why);
+            return Ok(());
+        }
         if !wish.recorded {
             self.record_memory(seen, wish).await?;
         }
