@@ -49,6 +49,9 @@ pub trait Owner: Send + 'static {
     ///
     /// Why not, for people. The quota is as it was.
     fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String>;
+
+    /// A container was seen at rest, and nothing is lent to it: its owner is not told of what was asked for before.
+    fn rests(&self, cgroup: &Cgroup, at_rest: Cpu);
 }
 
 /// When a CPU quota was first moved away from what its owner knows, and when that was told of one last.

@@ -11,7 +11,10 @@
 //!
 //! It must not tell the API of a limit before what it was is recorded on the pod.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bellows_core::{
     CgroupId, Cpu, Reason,
@@ -42,6 +45,7 @@ use crate::{
     },
     cgroup::{Cgroup, quota::Quota},
     originals::{Original, Records},
+    quota::Quotas,
 };
 
 /// How soon it is looked again whether a container runs.
@@ -111,6 +115,8 @@ pub struct CpuResizer {
     tasks: Handle,
     containers: Containers<CpuTarget>,
     memory: Resizer,
+    /// Who decides, once it runs.
+    quotas: Arc<OnceLock<Quotas>>,
 }
 
 impl std::fmt::Debug for CpuResizer {
@@ -151,6 +157,17 @@ impl Owner for CpuResizer {
         self.tell(cgroup.id());
         Ok(())
     }
+
+    fn rests(&self, cgroup: &Cgroup, at_rest: Cpu) {
+        if !self.containers.rests(cgroup.id(), at_rest) {
+            return;
+        }
+        if let Some((uid, container)) = self.key(cgroup.id()) {
+            let allowances = self.memory.allowances();
+            allowances.lowered((&uid, &container), What::CpuLimit, at_rest.0);
+        }
+        self.tell(cgroup.id());
+    }
 }
 
 impl CpuResizer {
@@ -162,6 +179,14 @@ impl CpuResizer {
             tasks,
             containers: Containers::new(Records::in_pods()),
             memory,
+            quotas: Arc::default(),
+        }
+    }
+
+    /// Who decides is told when there is something to look at.
+    pub fn tells(&self, quotas: Quotas) {
+        if self.quotas.set(quotas).is_err() {
+            tracing::error!("somebody else decides of CPU quotas already");
         }
     }
 
@@ -239,7 +264,16 @@ impl CpuResizer {
         };
         drop(turn);
         match told {
-            Ok(()) => self.containers.quota_is_told(cgroup, quota, true),
+            Ok(()) => {
+                self.containers.quota_is_told(cgroup, quota, true);
+                let known = target.original.quota.as_ref();
+                // The kubelet sets it, even if it has come to rest meanwhile.
+                if known.is_none_or(|known| known.cpu.at_rest != quota.cpu)
+                    && let Some(quotas) = self.quotas.get()
+                {
+                    quotas.look(cgroup);
+                }
+            }
             Err((why, is_certain)) => {
                 tracing::warn!(pod.namespace = target.namespace, pod.name = target.name, cpu = %quota.cpu, why, "the API does not know a CPU limit yet");
                 if is_certain {

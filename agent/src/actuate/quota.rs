@@ -16,7 +16,10 @@ use super::{
     containers::{Containers, Moved, QuotaTimes},
     pod::{May, Pod},
 };
-use crate::cgroup::{Cgroup, quota::Quota};
+use crate::{
+    cgroup::{Cgroup, quota::Quota},
+    originals::MovedQuota,
+};
 
 impl<T: Moved> Containers<T> {
     /// Sets the quota of a container at once. Whoever owns it is to be told.
@@ -53,6 +56,29 @@ impl<T: Moved> Containers<T> {
             target.times().moved.get_or_insert_with(Instant::now);
         });
         Ok(())
+    }
+
+    /// A container was seen at rest, and nothing is lent to it. What was asked for before is over, and would be told for
+    /// ever: whoever has set the quota anew has undone it. Returns whether there was any.
+    pub fn rests(&self, cgroup: CgroupId, at_rest: Cpu) -> bool {
+        let is_over = |quota: &MovedQuota| {
+            quota.cpu.at_rest == at_rest && quota.latest().cpu != quota.cpu.at_rest
+        };
+        let is_any = self.targets().of(cgroup, |target| {
+            target.original().quota.as_ref().is_some_and(is_over)
+        });
+        if is_any != Some(true) {
+            return false;
+        }
+        let noted = self.change(cgroup, |original| {
+            if let Some(quota) = original.quota.as_mut().filter(|quota| is_over(quota)) {
+                quota.cpu.ask(at_rest, at_rest);
+            }
+        });
+        if let Err(why) = &noted {
+            tracing::debug!(why, "it is not noted that a CPU quota is at rest");
+        }
+        noted.is_ok()
     }
 
     /// Sees to it that the pod of a container holds what that has.
@@ -129,4 +155,113 @@ impl<T: Moved> Containers<T> {
 #[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
 fn text(error: impl ToString) -> String {
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs, process, sync::Arc};
+
+    use bellows_core::boost::Boosts;
+
+    use super::*;
+    use crate::originals::{Original, Records};
+
+    struct One {
+        cgroup: Cgroup,
+        original: Original,
+        times: QuotaTimes,
+    }
+
+    impl Moved for One {
+        fn cgroup(&self) -> &Cgroup {
+            &self.cgroup
+        }
+
+        fn original(&self) -> &Original {
+            &self.original
+        }
+
+        fn original_mut(&mut self) -> &mut Original {
+            &mut self.original
+        }
+
+        fn pod(&self) -> Option<&Arc<Pod>> {
+            None
+        }
+
+        fn times(&mut self) -> &mut QuotaTimes {
+            &mut self.times
+        }
+    }
+
+    const ID: CgroupId = CgroupId(7);
+    const REST: Cpu = Cpu::millis(250);
+
+    /// One container in a directory that looks like a cgroup.
+    struct Bed {
+        containers: Containers<One>,
+        cgroup: Cgroup,
+    }
+
+    impl Bed {
+        fn new(name: &str) -> Self {
+            let path = env::temp_dir().join(format!("bellows-moved-{name}-{}", process::id()));
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("cpu.max"), "25000 100000\n").unwrap();
+            let cgroup = Cgroup::stand_in(&path, ID);
+            let containers = Containers::new(Records::at(path.join("records")));
+            let one = One {
+                cgroup: cgroup.clone(),
+                original: Original {
+                    id: "one".to_owned(),
+                    name: "one".to_owned(),
+                    limit: None,
+                    quota: Some(MovedQuota::new(Quota {
+                        cpu: REST,
+                        period: 100_000,
+                    })),
+                    boosts: Boosts::none(),
+                    has_begun: false,
+                    path,
+                },
+                times: QuotaTimes::default(),
+            };
+            containers.targets().with(|all| drop(all.insert(ID, one)));
+            Self { containers, cgroup }
+        }
+
+        fn set(&self, millis: u64) {
+            let set =
+                self.containers
+                    .set_quota(&self.cgroup, Cpu::millis(millis), Reason::Throttled);
+            set.unwrap();
+        }
+
+        fn is_due(&self) -> bool {
+            let due = |one: &mut One| one.times.due(one.original.quota.as_ref()).is_some();
+            self.containers.targets().of(ID, due).unwrap()
+        }
+    }
+
+    impl Drop for Bed {
+        fn drop(&mut self) {
+            drop(fs::remove_dir_all(self.cgroup.path()));
+        }
+    }
+
+    #[test]
+    fn a_raise_that_somebody_has_undone_is_not_told_any_more() {
+        let bed = Bed::new("undone");
+        bed.set(4000);
+        assert!(bed.is_due());
+        fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+        assert!(bed.containers.rests(ID, REST));
+        assert!(!bed.is_due() && !bed.containers.rests(ID, REST));
+        // One that its owner knows is told of all the same, or it would come back for ever.
+        bed.set(4000);
+        let told = bed.containers.quota_to_tell(ID).unwrap();
+        bed.containers.quota_is_told(ID, told, true);
+        assert!(!bed.is_due());
+        assert!(bed.containers.rests(ID, REST) && bed.is_due());
+    }
 }

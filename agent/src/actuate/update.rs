@@ -103,6 +103,15 @@ impl Owner for Updater {
         let woken = self.wake(cgroup.id(), |_| {});
         woken.map_err(|refused| refused.why)
     }
+
+    fn rests(&self, cgroup: &Cgroup, at_rest: Cpu) {
+        // Whoever tells finds that there is nothing to tell any more, or that the runtime knows another.
+        if self.containers.rests(cgroup.id(), at_rest)
+            && let Err(refused) = self.wake(cgroup.id(), |_| {})
+        {
+            tracing::debug!(why = refused.why, "the runtime is not told of a CPU quota");
+        }
+    }
 }
 
 impl Target {

@@ -65,6 +65,10 @@ pub trait Setter: Send + 'static {
     /// Why not, for people. The quota is as it was.
     fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String>;
 
+    /// A cgroup was seen with this quota, which is the one at rest, and nothing is lent to it: whatever was asked for is
+    /// over. Must not block.
+    fn rests(&self, cgroup: &Cgroup, at_rest: Cpu);
+
     /// Sees to it that the pod of a cgroup holds what that has. Must not block.
     ///
     /// # Errors
@@ -88,6 +92,7 @@ pub trait Setter: Send + 'static {
 enum Command {
     Watch(Box<Watched>),
     Rules(CgroupId, Rules),
+    Look(CgroupId),
     Forget(CgroupId),
     Stop,
 }
@@ -194,6 +199,11 @@ impl Quotas {
         self.send(Command::Rules(cgroup, rules));
     }
 
+    /// Looks at it: somebody else may have set its quota, or is about to.
+    pub fn look(&self, cgroup: CgroupId) {
+        self.send(Command::Look(cgroup));
+    }
+
     /// Leaves it alone; its quota stays.
     pub fn forget(&self, cgroup: CgroupId) {
         self.send(Command::Forget(cgroup));
@@ -261,6 +271,7 @@ impl<S: Setter> Worker<S> {
                         self.look_at(cgroup, false);
                     }
                 }
+                Ok(Command::Look(cgroup)) => self.look_at(cgroup, false),
                 Ok(Command::Forget(cgroup)) => self.forget(cgroup),
                 Ok(Command::Stop) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -433,6 +444,9 @@ impl<S: Setter> Worker<S> {
         row.ask(&self.wake);
         row.note(&self.setter);
         Self::tell_of(row, self.throttles.as_mut(), self.starts.as_mut());
+        if let Some(at_rest) = row.rests() {
+            self.setter.rests(&row.cgroup, at_rest);
+        }
         let Some((to, reason)) = row.decide(at, is_throttled, self.idle.look(at)) else {
             return;
         };

@@ -113,6 +113,14 @@ impl Row {
         row
     }
 
+    /// Its quota, if that is the one at rest and nothing is lent to it.
+    pub(super) fn rests(&self) -> Option<Cpu> {
+        let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);
+        let is_lent = self.boosts.cpu().is_some();
+        self.quota
+            .filter(|_| self.quota == at_rest && !is_lent && !self.is_expected)
+    }
+
     /// Whether it must be looked at from time to time.
     pub(super) fn is_active(&self) -> bool {
         let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);

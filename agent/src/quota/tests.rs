@@ -24,6 +24,7 @@ struct Did {
     is_full: AtomicBool,
     noted: Mutex<Vec<Boosts>>,
     set: Mutex<Vec<Cpu>>,
+    rested: Mutex<Vec<Cpu>>,
 }
 
 fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -36,6 +37,10 @@ impl Setter for Hands {
         cgroup.set_quota(quota.with(to)).unwrap();
         locked(&self.0.set).push(to);
         Ok(())
+    }
+
+    fn rests(&self, _cgroup: &Cgroup, at_rest: Cpu) {
+        locked(&self.0.rested).push(at_rest);
     }
 
     fn settle(&self, _cgroup: &Cgroup) -> Result<(), String> {
@@ -58,7 +63,7 @@ struct Bed {
     worker: Worker<Hands>,
     hands: Hands,
     cgroup: Cgroup,
-    _commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Command>,
 }
 
 const REST: Cpu = Cpu::millis(250);
@@ -115,7 +120,7 @@ impl Bed {
             },
             hands,
             cgroup: Cgroup::stand_in(&path, CgroupId(7)),
-            _commands: sender,
+            commands: sender,
         }
     }
 
@@ -144,6 +149,14 @@ impl Bed {
     /// What was noted last is lent.
     fn noted(&self) -> Option<Option<Cpu>> {
         locked(&self.hands.0.noted).last().map(Boosts::cpu)
+    }
+
+    fn write(&self, quota: &str) {
+        fs::write(self.cgroup.path().join("cpu.max"), quota).unwrap();
+    }
+
+    fn rested(&self) -> usize {
+        locked(&self.hands.0.rested).len()
     }
 
     fn quota(&self) -> Cpu {
@@ -189,16 +202,16 @@ fn an_end_that_cannot_be_written_down_is_written_down_later() {
 #[test]
 fn a_start_begins_with_its_limits_and_not_before() {
     let mut bed = Bed::new("start");
-    fs::write(bed.cgroup.path().join("cpu.max"), "max 100000\n").unwrap();
+    bed.write("max 100000\n");
     bed.watch(rules(&[boost(Trigger::Start)], true, true), true);
     bed.look();
     assert_eq!(bed.noted(), None);
     assert!(bed.row().is_active() && bed.row().needs_programs());
-    fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+    bed.write("25000 100000\n");
     bed.look();
     assert_eq!((bed.quota(), bed.noted()), (LENT, Some(Some(LENT))));
     // Its runtime sets them once more.
-    fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+    bed.write("25000 100000\n");
     bed.look();
     assert_eq!(bed.quota(), LENT);
 }
@@ -276,4 +289,25 @@ fn a_raise_goes_as_far_as_is_allowed_and_a_lowering_always() {
         assert_eq!(of(2000, cpu(250), cpu(most)), None);
     }
     assert_eq!(of(250, cpu(2000), cpu(100)), cpu(250));
+}
+
+#[test]
+fn what_is_seen_at_rest_is_told_unless_something_is_lent_to_it() {
+    let mut bed = Bed::new("rests");
+    bed.watch(rules(&[], false, true), false);
+    assert_eq!(bed.rested(), 1);
+    // Raised, and somebody else undoes it; the one who is told looks anew.
+    bed.write("400000 100000\n");
+    bed.look();
+    bed.write("25000 100000\n");
+    let before = bed.rested();
+    bed.commands.send(Command::Look(bed.cgroup.id())).unwrap();
+    bed.worker.wake.give();
+    assert!(bed.worker.take_commands());
+    assert_eq!(bed.rested(), before + 1);
+    let mut bed = Bed::new("lent-at-rest");
+    bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
+    bed.write("25000 100000\n");
+    bed.look();
+    assert_eq!((bed.quota(), bed.rested()), (LENT, 0));
 }

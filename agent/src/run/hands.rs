@@ -59,6 +59,10 @@ impl<O: Owner> Setter for Hands<O> {
         self.owner.most(cgroup)
     }
 
+    fn rests(&self, cgroup: &Cgroup, at_rest: Cpu) {
+        self.owner.rests(cgroup, at_rest);
+    }
+
     fn settle(&self, cgroup: &Cgroup) -> Result<(), String> {
         self.owner.containers().settle_pod_of(cgroup)
     }

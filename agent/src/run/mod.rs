@@ -329,6 +329,7 @@ impl Fast {
             lent: Arc::default(),
         };
         let quotas = fast.start_quotas(hands)?;
+        cpus.tells(quotas.clone());
         let movers = Movers {
             quotas: quotas.clone(),
             cpus: cpus.clone(),

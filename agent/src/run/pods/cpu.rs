@@ -312,21 +312,24 @@ impl Watch {
             is_old
         });
         let quota = cgroup.quota().map_err(|error| error.to_string())?;
-        self.containers().change(id, |original| {
-            let Some(known) = &mut original.quota else {
-                return;
-            };
+        let at_rest = self.containers().change(id, |original| {
+            let known = original.quota.as_mut()?;
             if !is_near(known.cpu.at_rest, wish.original.max(LEAST), known.period) {
                 let quota = quota.unwrap_or(Quota {
                     cpu: wish.limit,
                     period: known.period,
                 });
                 tracing::info!(pod.name = seen.name, cpu = %wish.original, "the CPU limit was changed by somebody else, which is the new original");
-                *known = quota_of(wish, quota);
+                *known = taken_over(wish, quota);
             } else if is_old == Some(false) && known.telling.is_none() {
                 known.told = told_as(wish, known.cpu.at_rest, known.period);
             }
+            Some(known.cpu.at_rest)
         })?;
+        // The kubelet may have set what nobody needs any more.
+        if quota.is_some_and(|quota| Some(quota.cpu) != at_rest) {
+            self.context.quotas.look(id);
+        }
         // Whatever a predecessor has not told.
         self.context.cpus.tell(id);
         Ok(())
@@ -421,10 +424,9 @@ impl Watch {
             is_starting: false,
             is_ready: Some(false),
         };
-        if let Some(known) = self.cpus.get_mut(key)
-            && known.rules.as_ref() != Some(&rules)
-        {
+        if let Some(known) = self.cpus.get_mut(key) {
             known.rules = Some(rules.clone());
+            // The same once more, too: somebody may have set another quota since.
             self.context.quotas.rules(cgroup.id(), rules);
         }
         false
@@ -505,6 +507,17 @@ fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
         told: told_as(wish, at_rest, quota.period),
         telling: None,
     }
+}
+
+/// The same of what somebody else has changed. What stands raised stays so while it is needed, but they are not told of it
+/// for that: their own is about to come into force.
+fn taken_over(wish: &CpuWish, quota: Quota) -> MovedQuota {
+    let mut moved = quota_of(wish, quota);
+    let at_rest = moved.cpu.at_rest;
+    if moved.told == at_rest && quota.cpu != at_rest {
+        moved.cpu.ask(at_rest, quota.cpu);
+    }
+    moved
 }
 
 /// The least quota that the kernel takes, which the kubelet makes of any less (`MinMilliCPU` of 10 in a period of 100 ms).
@@ -606,5 +619,22 @@ mod tests {
         assert!(moved.is_ours(quota) && !moved.is_settled(quota));
         assert_eq!(moved.cpu.at_rest, Cpu::millis(250));
         assert_eq!(moved.told, Cpu::millis(2000));
+    }
+
+    #[test]
+    fn what_somebody_has_just_set_is_not_overwritten_by_what_stands_raised() {
+        let raised = set(2000, 100_000);
+        let moved = taken_over(&wish(500, 500), raised);
+        assert!(moved.is_ours(raised) && moved.is_ours(set(500, 100_000)));
+        assert_eq!(
+            (moved.latest().cpu, moved.told),
+            (Cpu::millis(500), Cpu::millis(500))
+        );
+        // But what was told of it already must be taken back.
+        let moved = taken_over(&wish(500, 2000), raised);
+        assert_eq!(
+            (moved.latest().cpu, moved.told),
+            (Cpu::millis(2000), Cpu::millis(2000))
+        );
     }
 }
