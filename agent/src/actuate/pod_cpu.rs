@@ -190,6 +190,11 @@ impl CpuResizer {
         }
     }
 
+    /// Waits until the API may be asked to note what a limit was.
+    pub async fn may_record(&self) {
+        self.memory.may_ask(Urgency::Later).await;
+    }
+
     /// The pod's uid and the container's name.
     fn key(&self, cgroup: CgroupId) -> Option<(String, String)> {
         let targets = self.containers.targets();
@@ -220,8 +225,9 @@ impl CpuResizer {
                 return;
             };
             sleep_until(due).await;
-            // Until it runs it is not known whether its kubelet resizes.
-            let is_starting = |target: &mut CpuTarget| target.is_reported.is_none();
+            // Until it runs it is not known whether its kubelet resizes; and what it was must be recorded first.
+            let is_starting =
+                |target: &mut CpuTarget| target.is_reported.is_none() || !target.is_recorded;
             if self.containers.targets().of(cgroup, is_starting) == Some(true) {
                 sleep(STARTS).await;
                 continue;

@@ -55,6 +55,16 @@ impl CpuWish {
     pub fn has_rules(&self) -> bool {
         self.rules.is_some() || !self.boosts.is_empty()
     }
+
+    /// The same at rest.
+    #[must_use]
+    pub fn without_rules(&self) -> Self {
+        Self {
+            rules: None,
+            boosts: Vec::new(),
+            ..self.clone()
+        }
+    }
 }
 
 /// Why a container does not get what a policy says of CPU.

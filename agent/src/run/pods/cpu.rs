@@ -1,25 +1,13 @@
 //! The CPU limits of a pod's containers: taken over when somebody else sets them, moved by a policy's rules, brought to rest
 //! without any.
 //!
-//! What is lent to a start must be there before that counts its CPUs, and the API says which cgroup a container has only a
-//! second after it runs. So the kernel's word of each cgroup that is made is taken, and whose it is told from the limits
-//! that it is given (`starting` in core). Where several containers of a pod have the same limits that cannot be told, and
-//! the boost begins when the API says that the container runs.
+//! What it was is written onto the pod beside that ([`super::recordings`]): a start does not wait for the API, and the API is
+//! told of no limit before.
 
 use std::{
-    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
-
-use bellows_core::{
-    Bytes, Cpu,
-    boost::{BoostRules, Boosts, Trigger},
-    cpu::CpuPolicy,
-    moved::MovedLimit,
-    pod::{self, CpuWish, CpuWishes, Level, ORIGINAL_CPU},
-};
-use tokio::time::sleep;
 
 use super::{
     Key, Watch,
@@ -32,16 +20,20 @@ use crate::{
         pod_cpu::CpuTarget,
         resize::Order,
     },
-    attribution::{self, CGROUP_ROOT, api::Pod, places::id_in},
-    cgroup::{Cgroup, Limit, quota::Quota},
+    attribution::{self, api::Pod, places::id_in},
+    cgroup::{Cgroup, quota::Quota},
     originals::{MovedQuota, Original, Records, key_of},
     quota::{Rules, Watched},
     run::is_young,
 };
+use bellows_core::{
+    Cpu,
+    boost::{BoostRules, Boosts, Trigger},
+    cpu::CpuPolicy,
+    moved::MovedLimit,
+    pod::{self, CpuWish, CpuWishes, Level},
+};
 
-/// How often a cgroup that was made is looked at for its limits, and for how long.
-const LOOK: Duration = Duration::from_millis(5);
-const LOOKS: u32 = 1000;
 /// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
 const PERIOD: u64 = 100_000;
 
@@ -51,100 +43,16 @@ pub(super) struct KnownCpu {
     rules: Option<Rules>,
 }
 
-/// A cgroup that was made in a pod, with the limits that it was given.
-#[derive(Debug)]
-pub(super) struct Begun {
-    uid: String,
-    path: PathBuf,
-    cpu: Cpu,
-    memory: Option<Bytes>,
-}
-
 impl Watch {
-    /// A cgroup was made: if it can be that of a container whose start is boosted, its limits are waited for.
-    pub(super) fn made(&self, path: &str) {
-        if self.context.only_observes {
-            return;
-        }
-        let path = Path::new(CGROUP_ROOT).join(path.trim_start_matches('/'));
-        let parent = path.parent().and_then(Path::file_name);
-        let parent = parent.unwrap_or_default().to_string_lossy();
-        if !attribution::is_a_pod(&parent) {
-            return;
-        }
-        let mut pods = self.pods.iter();
-        let Some((uid, pod)) = pods.find(|(uid, _)| attribution::is_pod(&parent, uid)) else {
-            return;
-        };
-        let seen = self.seen(pod);
-        let wishes = self.cpu_wishes(pod, &seen);
-        let mut wishes = wishes.values().flatten();
-        if !wishes.any(|wish| !wish.boosts.is_empty()) {
-            return;
-        }
-        let (begun, uid) = (self.begun.clone(), uid.clone());
-        drop(tokio::spawn(async move {
-            for _ in 0..LOOKS {
-                match limits(&path) {
-                    Ok(Some((cpu, memory))) => {
-                        let told = Begun {
-                            uid,
-                            path,
-                            cpu,
-                            memory,
-                        };
-                        // A watch that has ended boosts nobody.
-                        return drop(begun.send(told));
-                    }
-                    Ok(None) => sleep(LOOK).await,
-                    // It is gone again.
-                    Err(()) => return,
-                }
-            }
-        }));
-    }
-
-    /// A cgroup that was made has its limits.
-    pub(super) async fn begin(&mut self, begun: Begun) {
-        let Begun {
-            uid,
-            path,
-            cpu,
-            memory,
-        } = begun;
-        let Some(pod) = self.pods.get(&uid).cloned() else {
-            return;
-        };
-        let id = path.to_str().and_then(id_in).unwrap_or_default();
-        let mut seen = self.seen(&pod);
-        if !self.policies.are_known(&seen.namespace) {
-            return;
-        }
-        let wishes = self.cpu_wishes(&pod, &seen);
-        let Some(name) = pod::starting(&seen, &wishes, id, cpu, memory) else {
-            return;
-        };
-        let key = (uid, name.to_owned());
-        let Some(Ok(wish)) = wishes.get(name) else {
-            return;
-        };
-        let wish = wish.clone();
-        self.starting.insert(key.clone(), path);
-        if let Err(error) = self.follow_one(&key, &pod, &mut seen, &wish).await {
-            tracing::warn!(container = key.1, %error, "a start is not boosted");
-            self.pending.insert(key.0);
-        }
-    }
-
     /// What the containers of a pod may have of CPU: by policies, and as far as no autoscaler sets it.
-    fn cpu_wishes(&self, pod: &Pod, seen: &pod::Pod) -> CpuWishes {
+    pub(super) fn cpu_wishes(&self, pod: &Pod, seen: &pod::Pod) -> CpuWishes {
         let mut wishes = pod::cpu_wishes(seen, self.policies.all());
         pod::yield_cpu(&mut wishes, |container| self.claims(pod, container));
         wishes
     }
 
     /// Follows what policies say of the CPU of a pod's containers.
-    pub(super) async fn follow_cpu(&mut self, pod: &Pod, seen: &mut pod::Pod) {
+    pub(super) fn follow_cpu(&mut self, pod: &Pod, seen: &pod::Pod) {
         let uid = seen.uid.clone();
         let wishes = self.cpu_wishes(pod, seen);
         let known = self.cpus.range((uid.clone(), String::new())..);
@@ -164,7 +72,7 @@ impl Watch {
             let key = (uid.clone(), name);
             match wish {
                 Ok(wish) => {
-                    if let Err(error) = self.follow_one(&key, pod, seen, &wish).await {
+                    if let Err(error) = self.follow_one(&key, pod, seen, &wish) {
                         tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container's CPU limit is not followed");
                         self.pending.insert(uid.clone());
                     }
@@ -177,20 +85,30 @@ impl Watch {
     }
 
     /// Tells why a container does not get what is asked for it, once.
-    fn refuse_cpu(&mut self, key: &Key, pod: &Pod, reason: &str, why: String) {
-        if self.cpu_refused.get(key) != Some(&why) {
+    pub(super) fn refuse_cpu(&mut self, key: &Key, pod: &Pod, reason: &'static str, why: String) {
+        let told = self.cpu_refused.entry((key.clone(), reason)).or_default();
+        if *told != why {
             self.events.refused(pod, reason, why.clone());
-            self.cpu_refused.insert(key.clone(), why);
+            *told = why;
         }
     }
 
-    async fn follow_one(
+    pub(super) fn follow_one(
         &mut self,
         key: &Key,
         pod: &Pod,
-        seen: &mut pod::Pod,
+        seen: &pod::Pod,
         wish: &CpuWish,
     ) -> Result<(), String> {
+        let asked = wish;
+        let without_rules;
+        let wish = if self.recordings.is_refused(key) && !wish.recorded {
+            // Nobody may come to find it raised who does not find what it was.
+            without_rules = wish.without_rules();
+            &without_rules
+        } else {
+            wish
+        };
         if let Some(why) = lost(seen, wish) {
             self.refuse_cpu(key, pod, "BoostPartlySupported", why.to_owned());
         }
@@ -222,13 +140,8 @@ impl Watch {
         }
         self.update_cpu(seen, wish, &cgroup)?;
         self.give_rules(key, seen, wish, &cgroup, is_starting);
-        // Only now: what starts must not wait for the API.
-        if !wish.recorded && wish.has_rules() {
-            let (name, text) = (key.1.clone(), wish.original_text.clone());
-            self.record_original(seen, ORIGINAL_CPU, &name, &text)
-                .await?;
-            let targets = self.context.cpus.containers().targets();
-            targets.of(cgroup.id(), |target| target.is_recorded = true);
+        if !asked.recorded && asked.has_rules() {
+            self.record_cpu(key, pod, seen, &asked.original_text);
         }
         Ok(())
     }
@@ -555,20 +468,6 @@ fn told(wish: &CpuWish) -> String {
     let lent = lent.map(|cpu| format!("lent {cpu} for a time"));
     let parts: Vec<String> = most.into_iter().chain(lent).collect();
     parts.join(", ")
-}
-
-/// The limits that a cgroup has; `None` while it has no quota.
-fn limits(path: &Path) -> Result<Option<(Cpu, Option<Bytes>)>, ()> {
-    let cgroup = Cgroup::open(path).map_err(drop)?;
-    // The controller may not be enabled yet.
-    let Ok(Some(quota)) = cgroup.quota() else {
-        return Ok(None);
-    };
-    let memory = match cgroup.limit("memory.max") {
-        Ok(Limit::At(limit)) => Some(limit),
-        Ok(Limit::Max) | Err(_) => None,
-    };
-    Ok(Some((quota.cpu, memory)))
 }
 
 #[cfg(test)]

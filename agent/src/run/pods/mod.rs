@@ -14,7 +14,9 @@ mod give_back;
 mod node;
 mod one;
 mod policies;
+mod recordings;
 mod requests;
+mod starts;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -71,10 +73,12 @@ use crate::{
 use allowances::{Allowed, News};
 use autoscalers::Autoscalers;
 use conditions::Conditions;
-use cpu::{Begun, KnownCpu};
+use cpu::KnownCpu;
 use node::Teller;
 use policies::Policies;
+use recordings::Recordings;
 use requests::Requests;
+use starts::{Begun, Early};
 
 /// What the watch needs.
 pub(super) struct Context {
@@ -153,6 +157,7 @@ pub(super) async fn watch(context: Context) {
     let mut scaling = autoscalers::watch(&context.client, acts);
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
+    let (recorded, mut recorded_here) = tokio::sync::mpsc::unbounded_channel();
     let conditions = Conditions::new(context.client.clone(), context.node.clone());
     let owed = Arc::new(AtomicU64::new(0));
     let teller = Teller {
@@ -184,6 +189,8 @@ pub(super) async fn watch(context: Context) {
         is_listed: false,
         begun,
         starting: BTreeMap::new(),
+        early: Early::default(),
+        recordings: Recordings::new(recorded),
         cpus: BTreeMap::new(),
         cpu_refused: BTreeMap::new(),
         requests: Requests::new(Path::new(LEDGER), changed, owed),
@@ -203,7 +210,11 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             Some(begun) = begun_here.recv() => {
-                watch.begin(begun).await;
+                watch.begin(begun);
+                continue;
+            }
+            Some(recorded) = recorded_here.recv() => {
+                watch.recorded(recorded);
                 continue;
             }
             Some(path) = watch.context.made.recv() => {
@@ -217,6 +228,7 @@ pub(super) async fn watch(context: Context) {
             }
             event = rules.try_next() => {
                 if watch.policies.take(event, &watch.events) {
+                    watch.recordings.try_again();
                     watch.tell_of_heaps();
                     watch.apply_all().await;
                 }
@@ -307,9 +319,13 @@ struct Watch {
     begun: UnboundedSender<Begun>,
     /// Their paths, until the API says whose they are.
     starting: BTreeMap<Key, PathBuf>,
+    /// Cgroups of pods that the API has not told of yet.
+    early: Early,
+    /// What CPU limits were, on its way onto their pods.
+    recordings: Recordings,
     cpus: BTreeMap<Key, KnownCpu>,
-    /// Why a container does not get what a policy says of CPU, as it was told.
-    cpu_refused: BTreeMap<Key, String>,
+    /// Why a container does not get what a policy says of CPU, as it was told, by the reason.
+    cpu_refused: BTreeMap<(Key, &'static str), String>,
     requests: Requests,
     /// Whether this node's pods were listed: until then whom they are for is not known.
     is_listed: bool,
@@ -481,10 +497,11 @@ impl Watch {
             }
         }
         if self.policies.are_known(&seen.namespace) && !self.context.only_observes {
-            self.follow_cpu(&pod, &mut seen).await;
+            self.follow_cpu(&pod, &seen);
         }
         self.follow_requests(&pod, &mut seen).await;
         self.pods.insert(uid.clone(), pod);
+        self.made_before(&uid);
         let keys: Vec<Key> = self.keys(&uid).cloned().collect();
         for key in keys {
             self.tell_of_bound(&key);
@@ -695,7 +712,8 @@ impl Watch {
             self.forget_cpu(&key);
         }
         self.starting.retain(|(own, _), _| own != uid);
-        self.cpu_refused.retain(|(own, _), _| own != uid);
+        self.cpu_refused.retain(|((own, _), _), _| own != uid);
+        self.recordings.forget(uid);
         let keys: Vec<Key> = self.keys(uid).cloned().collect();
         for key in keys {
             self.forget_cgroup(&key);

@@ -12,7 +12,7 @@ use bellows_core::{
     pod::{self, Level, ORIGINAL, Wish, way::Way},
     quantity, workload,
 };
-use kube::{Api, Resource as _, api::Patch};
+use kube::{Api, Client, Resource as _, api::Patch};
 use serde_json::json;
 
 use super::{Context, Key, Known, Watch, Watched};
@@ -332,30 +332,40 @@ impl Watch {
         original: &str,
     ) -> Result<(), NotRecorded> {
         let value = pod::with_original(seen, annotation, container, original);
-        // Another pod may have got its name.
-        let patch =
-            json!({ "metadata": { "uid": seen.uid, "annotations": { annotation: value } } });
-        let api: Api<Pod> = Api::namespaced(self.context.client.clone(), &seen.namespace);
-        let (parameters, patch) = (parameters(), Patch::Merge(patch));
-        let patched = api.patch_metadata(&seen.name, &parameters, &patch);
-        match tokio::time::timeout(TIMEOUT, patched).await {
-            Ok(Ok(_patched)) => {
-                // What is recorded next of the same pod goes beside it, and what is seen of it may be older.
-                seen.annotations.insert(annotation.to_owned(), value);
-                let key = (seen.uid.clone(), annotation, container.to_owned());
-                self.originals.insert(key, original.to_owned());
-                Ok(())
-            }
-            Ok(Err(error)) => Err(NotRecorded {
-                // 422 is how an admission policy refuses that gives no reason.
-                is_refused: matches!(&error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
-                why: format!("what it was cannot be recorded: {error}"),
-            }),
-            Err(_elapsed) => Err(NotRecorded {
-                is_refused: false,
-                why: "what it was cannot be recorded: the API does not answer".to_owned(),
-            }),
-        }
+        let named = (seen.namespace.as_str(), seen.name.as_str());
+        record(&self.context.client, named, &seen.uid, annotation, &value).await?;
+        // What is recorded next of the same pod goes beside it, and what is seen of it may be older.
+        seen.annotations.insert(annotation.to_owned(), value);
+        let key = (seen.uid.clone(), annotation, container.to_owned());
+        self.originals.insert(key, original.to_owned());
+        Ok(())
+    }
+}
+
+/// Writes an annotation with originals onto a pod.
+pub(super) async fn record(
+    client: &Client,
+    (namespace, name): (&str, &str),
+    uid: &str,
+    annotation: &str,
+    value: &str,
+) -> Result<(), NotRecorded> {
+    // Another pod may have got its name.
+    let patch = json!({ "metadata": { "uid": uid, "annotations": { annotation: value } } });
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let (parameters, patch) = (parameters(), Patch::Merge(patch));
+    let patched = api.patch_metadata(name, &parameters, &patch);
+    match tokio::time::timeout(TIMEOUT, patched).await {
+        Ok(Ok(_patched)) => Ok(()),
+        Ok(Err(error)) => Err(NotRecorded {
+            // 422 is how an admission policy refuses that gives no reason.
+            is_refused: matches!(&error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
+            why: format!("what it was cannot be recorded: {error}"),
+        }),
+        Err(_elapsed) => Err(NotRecorded {
+            is_refused: false,
+            why: "what it was cannot be recorded: the API does not answer".to_owned(),
+        }),
     }
 }
 
