@@ -68,8 +68,11 @@ impl MovedQuota {
     /// Whether a quota is one that we have set or may have set, or that the runtime has set again.
     #[must_use]
     pub fn is_ours(&self, quota: Quota) -> bool {
-        let is_told = quota.cpu == self.told || Some(quota.cpu) == self.telling;
-        quota.period == self.period && (self.cpu.is_ours(quota.cpu) || is_told)
+        let told = [self.cpu.at_rest, self.told].into_iter();
+        let mut own = told
+            .chain(self.telling)
+            .chain(self.cpu.asked.iter().copied());
+        quota.period == self.period && own.any(|own| own.is_set_as(quota.cpu, quota.period))
     }
 
     /// Whether the runtime knows that it is at rest, and nothing is under way.
@@ -350,6 +353,10 @@ mod tests {
         };
         assert!(!moved.is_ours(other_period));
         assert_eq!(moved.latest(), quota(600));
+        // As systemd has it after a daemon-reload.
+        let odd = MovedQuota::new(quota(125));
+        let ours = [120, 125, 130].map(|millis| odd.is_ours(quota(millis)));
+        assert_eq!(ours, [false, true, true]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     action::Reason,
-    units::{Amount as _, Cpu, Nanos},
+    units::{Amount as _, Cpu, Nanos, PERCENT},
 };
 
 /// A raise goes to so many times the quota: 16 times in two steps.
@@ -38,9 +38,9 @@ const CALM: Nanos = Nanos::millis(1000);
 const WINDOW_PERIODS: u64 = 100;
 /// What was counted before a pause of so long tells nothing of now.
 const STALE: Nanos = Nanos::millis(10_000);
-/// Quotas between rest and maximum are whole hundredths of a CPU: systemd rounds others up (CPUQuota= in per cent),
-/// and what is read back must be what was asked for.
-const GRAIN: u64 = 10_000;
+/// Quotas between rest and maximum are whole hundredths of a CPU: systemd rounds others up, and what is read back must be
+/// what was asked for.
+const GRAIN: u64 = PERCENT;
 
 /// The rules for one container's quota.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

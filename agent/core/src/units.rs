@@ -139,6 +139,8 @@ pub struct Cpu(pub u64);
 
 /// Millionths of a CPU in one.
 const MILLIONTHS: u64 = 1_000_000;
+/// And in a hundredth of one.
+pub const PERCENT: u64 = MILLIONTHS / 100;
 
 impl Cpu {
     /// Thousandths of a CPU, as Kubernetes counts.
@@ -168,6 +170,26 @@ impl Cpu {
         let scaled =
             (u128::from(used.0) * u128::from(MILLIONTHS)).checked_div(u128::from(window.0));
         Self(scaled.map_or(0, |rate| u64::try_from(rate).unwrap_or(u64::MAX)))
+    }
+
+    /// Rounded up to whole hundredths of a CPU, as a limit is that is handed to systemd (`CPUQuota=` in per cent; runc's
+    /// `addCPUQuota`, opencontainers/cgroups systemd/common.go). What is none is set by hand beside that, until systemd sets
+    /// its own again, as with each daemon-reload.
+    #[must_use]
+    pub const fn round_up_percent(self) -> Self {
+        match self.0.checked_next_multiple_of(PERCENT) {
+            Some(rounded) => Self(rounded),
+            None => self,
+        }
+    }
+
+    /// Whether a quota that is in force can be this one, as it was set in a period of so many microseconds: whole
+    /// microseconds, rounded up or down, or what systemd makes of it.
+    #[must_use]
+    pub fn is_set_as(self, in_force: Self, period: u64) -> bool {
+        let is_near =
+            |own: Self| own.quota(period).abs_diff(in_force.quota(period)) <= 1;
+        is_near(self) || is_near(self.round_up_percent())
     }
 
     /// `self` times `numerator / denominator`, rounded down. A zero denominator gives zero.
@@ -243,6 +265,24 @@ pub struct CgroupId(pub u64);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_is_known_again_however_others_have_rounded_it() {
+        let millis = Cpu::millis;
+        for (limit, in_force, period) in [
+            (millis(250), millis(250), 100_000),
+            (millis(125), millis(130), 100_000),
+            (millis(333), millis(340), 100_000),
+            // Rounded down, by a kubelet.
+            (millis(255), Cpu::of_quota(8499, 33_333).unwrap(), 33_333),
+        ] {
+            assert!(limit.is_set_as(in_force, period), "{limit} as {in_force}");
+        }
+        for (limit, in_force) in [(125, 120), (125, 126), (130, 140), (250, 260)] {
+            assert!(!millis(limit).is_set_as(millis(in_force), 100_000), "{limit} as {in_force}");
+        }
+        assert_eq!(Cpu(u64::MAX).round_up_percent(), Cpu(u64::MAX));
+    }
 
     #[test]
     fn every_quota_is_itself_again() {

@@ -140,6 +140,9 @@ impl CpuRefusal {
     }
 }
 
+/// The least quota that the kernel takes, which the kubelet makes of any less (`MinMilliCPU` of 10 in a period of 100 ms).
+pub const LEAST: Cpu = Cpu::millis(10);
+
 /// By container; `Err` for one that a policy means and that cannot have it.
 pub type CpuWishes = BTreeMap<String, Result<CpuWish, CpuRefusal>>;
 
@@ -250,14 +253,15 @@ pub fn starting<'a>(
     pod: &'a Pod,
     wishes: &CpuWishes,
     id: &str,
-    cpu: Cpu,
+    (cpu, period): (Cpu, u64),
     memory: Option<crate::Bytes>,
 ) -> Option<&'a str> {
     let has_limits = |container: &&Container| {
         let own_cpu = container.cpu_limit.as_deref().map(quantity::parse_cpu);
         let own_memory = container.memory_limit.as_deref().map(quantity::parse);
         let own_memory = own_memory.map(|limit| limit.map(crate::Bytes::page_floor));
-        own_cpu == Some(Ok(cpu))
+        let is_own = |own: Cpu| own.max(LEAST).is_set_as(cpu, period);
+        own_cpu.is_some_and(|own| own.is_ok_and(is_own))
             && own_memory.transpose().ok() == Some(memory)
             && container.id.as_deref().is_none_or(|own| own != id)
     };
@@ -395,7 +399,7 @@ mod tests {
         pod.containers.push(side);
         let find = |pod: &Pod, cpu, mib| {
             let wishes = cpu_wishes(pod, &policies);
-            let found = starting(pod, &wishes, "new", cpu, Some(Bytes::mib(mib)));
+            let found = starting(pod, &wishes, "new", (cpu, 100_000), Some(Bytes::mib(mib)));
             found.map(str::to_owned)
         };
         let quarter = Cpu::millis(250);
@@ -403,6 +407,11 @@ mod tests {
         assert_eq!(find(&pod, quarter, 32).as_deref(), Some("side"));
         assert_eq!(find(&pod, quarter, 16), None);
         assert_eq!(find(&pod, Cpu::millis(300), 64), None);
+        // As systemd has it after a daemon-reload.
+        pod.containers[0].cpu_limit = Some("125m".to_owned());
+        assert_eq!(find(&pod, Cpu::millis(130), 64).as_deref(), Some("app"));
+        assert_eq!(find(&pod, Cpu::millis(120), 64), None);
+        pod.containers[0].cpu_limit = Some("250m".to_owned());
         pod.containers[1].memory_limit = Some("64Mi".to_owned());
         assert_eq!(find(&pod, quarter, 64), None, "it could be either");
     }

@@ -31,7 +31,7 @@ use bellows_core::{
     boost::{BoostRules, Boosts, Trigger},
     cpu::CpuPolicy,
     moved::MovedLimit,
-    pod::{self, CpuWish, CpuWishes, Level},
+    pod::{self, CpuWish, CpuWishes, LEAST_CPU, Level},
 };
 
 /// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
@@ -169,8 +169,13 @@ impl Watch {
             path: cgroup.path().to_owned(),
         });
         let quota = cgroup.quota().map_err(|error| error.to_string())?;
-        let is_same =
-            |known: &MovedQuota| is_near(known.cpu.at_rest, wish.original.max(LEAST), known.period);
+        let is_same = |known: &MovedQuota| {
+            is_near(
+                known.cpu.at_rest,
+                wish.original.max(LEAST_CPU),
+                known.period,
+            )
+        };
         original.quota = original.quota.filter(is_same).or_else(|| {
             let quota = quota.unwrap_or(Quota {
                 cpu: wish.limit,
@@ -227,7 +232,7 @@ impl Watch {
         let quota = cgroup.quota().map_err(|error| error.to_string())?;
         let at_rest = self.containers().change(id, |original| {
             let known = original.quota.as_mut()?;
-            if !is_near(known.cpu.at_rest, wish.original.max(LEAST), known.period) {
+            if !is_near(known.cpu.at_rest, wish.original.max(LEAST_CPU), known.period) {
                 let quota = quota.unwrap_or(Quota {
                     cpu: wish.limit,
                     period: known.period,
@@ -411,7 +416,7 @@ fn asks_for_arguments(boost: &BoostRules) -> bool {
 fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
     let at_rest = at_rest(wish, quota);
     let mut cpu = MovedLimit::new(at_rest);
-    if quota.cpu != at_rest {
+    if !at_rest.is_set_as(quota.cpu, quota.period) {
         cpu.ask(quota.cpu, at_rest);
     }
     MovedQuota {
@@ -433,22 +438,19 @@ fn taken_over(wish: &CpuWish, quota: Quota) -> MovedQuota {
     moved
 }
 
-/// The least quota that the kernel takes, which the kubelet makes of any less (`MinMilliCPU` of 10 in a period of 100 ms).
-const LEAST: Cpu = Cpu::millis(10);
-
 /// The limit that was, as it is read back: of periods that a thousandth of a CPU does not divide others round differently.
 fn at_rest(wish: &CpuWish, quota: Quota) -> Cpu {
-    let original = wish.original.max(LEAST);
+    let original = wish.original.max(LEAST_CPU);
     if is_near(quota.cpu, original, quota.period) {
         quota.cpu
     } else {
-        original
+        quota.with(original).cpu
     }
 }
 
 /// What the API says, as the quota that it stands for.
 fn told_as(wish: &CpuWish, at_rest: Cpu, period: u64) -> Cpu {
-    let limit = wish.limit.max(LEAST);
+    let limit = wish.limit.max(LEAST_CPU);
     if is_near(limit, at_rest, period) {
         at_rest
     } else {
@@ -509,6 +511,16 @@ mod tests {
             let moved = quota_of(&wish(millis, millis), quota);
             assert!(moved.is_settled(quota), "{millis}m in {period}: {moved:?}");
         }
+    }
+
+    #[test]
+    fn what_systemd_has_rounded_up_is_no_raise() {
+        let moved = quota_of(&wish(125, 125), set(130, 100_000));
+        assert_eq!(
+            (moved.cpu.at_rest, moved.latest().cpu),
+            (Cpu::millis(125), moved.told)
+        );
+        assert!(moved.is_ours(set(130, 100_000)));
     }
 
     #[test]

@@ -13,13 +13,13 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Bytes, Cpu, pod};
+use bellows_core::{Bytes, pod};
 use tokio::time::{Instant, sleep};
 
 use super::Watch;
 use crate::{
     attribution::{self, CGROUP_ROOT, places::id_in},
-    cgroup::{Cgroup, Limit},
+    cgroup::{Cgroup, Limit, quota::Quota},
 };
 
 /// How often a cgroup that was made is looked at for its limits, and for how long.
@@ -35,7 +35,7 @@ const MOST_KEPT: usize = 1024;
 pub(super) struct Begun {
     uid: String,
     path: PathBuf,
-    cpu: Cpu,
+    quota: Quota,
     memory: Option<Bytes>,
 }
 
@@ -109,11 +109,11 @@ impl Watch {
         drop(tokio::spawn(async move {
             for _ in 0..LOOKS {
                 match limits(&path) {
-                    Ok(Some((cpu, memory))) => {
+                    Ok(Some((quota, memory))) => {
                         let told = Begun {
                             uid,
                             path,
-                            cpu,
+                            quota,
                             memory,
                         };
                         // A watch that has ended boosts nobody.
@@ -132,7 +132,7 @@ impl Watch {
         let Begun {
             uid,
             path,
-            cpu,
+            quota,
             memory,
         } = begun;
         let Some(pod) = self.pods.get(&uid).cloned() else {
@@ -144,7 +144,8 @@ impl Watch {
             return;
         }
         let wishes = self.cpu_wishes(&pod, &seen);
-        let Some(name) = pod::starting(&seen, &wishes, id, cpu, memory) else {
+        let Some(name) = pod::starting(&seen, &wishes, id, (quota.cpu, quota.period), memory)
+        else {
             return;
         };
         let key = (uid, name.to_owned());
@@ -161,7 +162,7 @@ impl Watch {
 }
 
 /// The limits that a cgroup has; `None` while it has no quota.
-fn limits(path: &Path) -> Result<Option<(Cpu, Option<Bytes>)>, ()> {
+fn limits(path: &Path) -> Result<Option<(Quota, Option<Bytes>)>, ()> {
     let cgroup = Cgroup::open(path).map_err(drop)?;
     // The controller may not be enabled yet.
     let Ok(Some(quota)) = cgroup.quota() else {
@@ -171,7 +172,7 @@ fn limits(path: &Path) -> Result<Option<(Cpu, Option<Bytes>)>, ()> {
         Ok(Limit::At(limit)) => Some(limit),
         Ok(Limit::Max) | Err(_) => None,
     };
-    Ok(Some((quota.cpu, memory)))
+    Ok(Some((quota, memory)))
 }
 
 #[cfg(test)]
