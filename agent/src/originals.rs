@@ -83,6 +83,24 @@ impl MovedQuota {
             && self.latest().cpu == self.cpu.at_rest
     }
 
+    /// Whether its owner knows what it is meant to be now. One who counts in thousandths knows it so.
+    #[must_use]
+    pub fn is_told(&self) -> bool {
+        let latest = self.latest().cpu;
+        let is_known = latest == self.told || self.as_text(latest) == self.told;
+        is_known && self.telling.is_none()
+    }
+
+    /// A quota as it is read from a text in thousandths; the one at rest has its own.
+    #[must_use]
+    pub fn as_text(&self, cpu: Cpu) -> Cpu {
+        if cpu == self.cpu.at_rest {
+            cpu
+        } else {
+            cpu.round_millis()
+        }
+    }
+
     /// What it is meant to be now.
     #[must_use]
     pub fn latest(&self) -> Quota {
@@ -357,6 +375,29 @@ mod tests {
         let odd = MovedQuota::new(quota(125));
         let ours = [120, 125, 130].map(|millis| odd.is_ours(quota(millis)));
         assert_eq!(ours, [false, true, true]);
+    }
+
+    #[test]
+    fn who_counts_in_thousandths_is_told_once() {
+        let mut moved = MovedQuota::new(Quota {
+            cpu: Cpu::millis(250),
+            period: 33_333,
+        });
+        let raised = Quota {
+            period: 33_333,
+            ..moved.latest()
+        };
+        let raised = raised.with(Cpu::millis(2001));
+        assert_ne!(raised.cpu, Cpu::millis(2001));
+        moved.cpu.ask(raised.cpu, moved.cpu.at_rest);
+        assert!(!moved.is_told());
+        moved.told = moved.as_text(raised.cpu);
+        assert!(moved.is_told());
+        // What comes of it is ours, rounded the other way.
+        let set = Cpu::of_quota(2001 * 33_333 / 1000, 33_333).unwrap();
+        assert!(moved.is_ours(Quota { cpu: set, ..raised }));
+        moved.telling = Some(moved.told);
+        assert!(!moved.is_told());
     }
 
     #[test]

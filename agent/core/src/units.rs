@@ -183,6 +183,18 @@ impl Cpu {
         }
     }
 
+    /// The same rounded down.
+    #[must_use]
+    pub const fn round_down_percent(self) -> Self {
+        Self(self.0 - self.0 % PERCENT)
+    }
+
+    /// Rounded to whole thousandths of a CPU, as it is displayed, and written into a pod.
+    #[must_use]
+    pub const fn round_millis(self) -> Self {
+        Self::millis(self.0.saturating_add(500) / 1000)
+    }
+
     /// Whether a quota that is in force can be this one, as it was set in a period of so many microseconds: whole
     /// microseconds, rounded up or down, or what systemd makes of it.
     #[must_use]
@@ -220,7 +232,7 @@ impl Amount for Cpu {
 impl fmt::Display for Cpu {
     /// Thousandths, rounded: `250m`.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}m", self.0.saturating_add(500) / 1000)
+        write!(formatter, "{}m", self.round_millis().0 / 1000)
     }
 }
 

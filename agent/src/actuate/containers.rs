@@ -68,7 +68,7 @@ impl QuotaTimes {
     #[must_use]
     pub fn due(self, quota: Option<&MovedQuota>) -> Option<Instant> {
         let quota = quota?;
-        if quota.latest().cpu == quota.told && quota.telling.is_none() {
+        if quota.is_told() {
             return None;
         }
         let moved = self.moved.unwrap_or_else(Instant::now) + QUOTA_AFTER;

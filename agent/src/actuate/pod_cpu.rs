@@ -259,7 +259,7 @@ impl CpuResizer {
         if !target.is_recorded {
             return;
         }
-        let Some(quota) = self.containers.quota_to_tell(cgroup) else {
+        let Some(quota) = self.containers.quota_to_write(cgroup) else {
             return;
         };
         let told = match self.way(&target, is_reported).await {

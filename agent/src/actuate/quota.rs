@@ -121,11 +121,21 @@ impl<T: Moved> Containers<T> {
 
     /// The quota of which its owner is told with whatever it is asked for; that it may set it is written down.
     pub(super) fn quota_to_tell(&self, id: CgroupId) -> Option<Quota> {
+        self.to_tell(id, |_, latest| latest)
+    }
+
+    /// The same of an owner that is told by a text.
+    pub(super) fn quota_to_write(&self, id: CgroupId) -> Option<Quota> {
+        self.to_tell(id, MovedQuota::as_text)
+    }
+
+    fn to_tell(&self, id: CgroupId, told: impl Fn(&MovedQuota, Cpu) -> Cpu) -> Option<Quota> {
         let noted = self.change(id, |original| {
             let quota = original.quota.as_mut()?;
             let latest = quota.latest();
-            quota.telling = Some(latest.cpu);
-            Some(latest)
+            let cpu = told(quota, latest.cpu);
+            quota.telling = Some(cpu);
+            Some(Quota { cpu, ..latest })
         });
         noted.ok().flatten()
     }

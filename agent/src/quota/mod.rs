@@ -464,10 +464,12 @@ impl<S: Setter> Worker<S> {
     }
 }
 
-/// As much of a raise as is allowed; `None` where that is none of it. Who is lowered is not kept from it.
+/// As much of a raise as is allowed, in whole hundredths; `None` where that is none of it. Who is lowered is not kept from
+/// it.
 fn allowed(to: Cpu, before: Option<Cpu>, most: Option<Cpu>) -> Option<Cpu> {
     let is_raise = before.is_none_or(|before| to > before);
     let most = most.filter(|most| is_raise && *most < to);
+    let most = most.map(Cpu::round_down_percent);
     match (most, before) {
         (Some(most), Some(before)) => (most > before).then_some(most),
         (Some(most), None) => Some(most),

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     attribution::{self, CGROUP_ROOT},
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError, quota::Quota},
     wake::Wake,
 };
 
@@ -157,13 +157,26 @@ impl Row {
     pub(super) fn look(&mut self, at: Nanos) -> Result<bool, CgroupError> {
         let counters = self.cgroup.cpu_counters()?;
         self.history.look(at, counters);
-        self.quota = self.cgroup.quota()?.map(|quota| quota.cpu);
+        self.quota = self.cgroup.quota()?.map(|quota| self.meant(quota));
         if !self.boosts.is_empty() {
             self.look_at_waiting(at);
             self.look_at_trees(at);
         }
         let before = std::mem::replace(&mut self.throttled, counters.throttled);
         Ok(counters.throttled > before)
+    }
+
+    /// A quota as it was meant: whole microseconds of its period are not always what was asked for, and what is the same
+    /// would be set again with each look.
+    fn meant(&self, quota: Quota) -> Cpu {
+        let cpu = self.rules.cpu;
+        let own = [
+            cpu.map(|cpu| cpu.at_rest),
+            cpu.map(|cpu| cpu.max),
+            self.boosts.cpu(),
+        ];
+        let is_it = |own: &Cpu| own.quota(quota.period) == quota.cpu.quota(quota.period);
+        own.into_iter().flatten().find(is_it).unwrap_or(quota.cpu)
     }
 
     fn look_at_trees(&mut self, at: Nanos) {

@@ -285,6 +285,9 @@ fn a_raise_goes_as_far_as_is_allowed_and_a_lowering_always() {
     assert_eq!(of(2000, cpu(250), cpu(3000)), cpu(2000));
     assert_eq!(of(2000, cpu(250), cpu(500)), cpu(500));
     assert_eq!(of(2000, None, cpu(500)), cpu(500));
+    // What is read back must be what was asked for, whoever rounds.
+    assert_eq!(of(2000, cpu(250), Some(Cpu(333_333))), cpu(330));
+    assert_eq!(of(2000, cpu(250), Some(Cpu(259_999))), None);
     for most in [250, 100] {
         assert_eq!(of(2000, cpu(250), cpu(most)), None);
     }
@@ -310,4 +313,16 @@ fn what_is_seen_at_rest_is_told_unless_something_is_lent_to_it() {
     bed.write("25000 100000\n");
     bed.look();
     assert_eq!((bed.quota(), bed.rested()), (LENT, 0));
+}
+
+#[test]
+fn a_quota_that_its_period_does_not_divide_is_set_once() {
+    let mut bed = Bed::new("period");
+    bed.write("8334 33333\n");
+    let mut odd = boost(Trigger::Start);
+    odd.cpu = Some(Cpu::millis(2001));
+    bed.watch(rules(&[odd], false, true), true);
+    bed.look();
+    bed.look();
+    assert_eq!(*locked(&bed.hands.0.set), [Cpu::millis(2001)]);
 }
