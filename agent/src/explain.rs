@@ -228,6 +228,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::Throttled => "was throttled",
         Reason::Unused => "does not use its quota",
         Reason::BelowRest => "has less than at rest",
+        Reason::Refused => "the raise was refused",
         Reason::Boosted => "is lent more than at rest",
         Reason::Ended => "the guard ends",
     };

@@ -38,6 +38,8 @@ pub enum Reason {
     Unused,
     /// A CPU quota is below the one at rest.
     BelowRest,
+    /// Whoever owns a CPU quota will not have it raised.
+    Refused,
     /// A start or a program is lent more than at rest.
     Boosted,
     /// The guard ends.

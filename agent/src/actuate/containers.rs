@@ -10,6 +10,7 @@ use super::{pod::Pod, targets::Targets};
 use crate::{
     cgroup::Cgroup,
     originals::{MovedQuota, Original, Records},
+    quota::Most,
 };
 
 /// How long a CPU quota must have been moved before its owner is told of it, and how often that is at most.
@@ -39,7 +40,7 @@ pub trait Owner: Send + 'static {
     fn containers(&self) -> &Containers<Self::Target>;
 
     /// The most that its quota may become now, beside what its policy says; `None` where nothing bounds it.
-    fn most(&self, _cgroup: CgroupId) -> Option<Cpu> {
+    fn most(&self, _cgroup: CgroupId) -> Option<Most> {
         None
     }
 

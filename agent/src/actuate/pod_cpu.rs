@@ -27,7 +27,7 @@ use bellows_core::{
     quantity,
     units::Amount as _,
 };
-use kube::{Api, Client};
+use kube::{Api, Client, core::Status};
 use tokio::{
     runtime::Handle,
     time::{Instant, sleep, sleep_until, timeout},
@@ -45,7 +45,7 @@ use crate::{
     },
     cgroup::{Cgroup, quota::Quota},
     originals::{Original, Records},
-    quota::Quotas,
+    quota::{Most, Quotas},
 };
 
 /// How soon it is looked again whether a container runs.
@@ -84,6 +84,16 @@ pub struct CpuTarget {
     pub times: QuotaTimes,
     /// Whether a task tells the API.
     pub is_telling: bool,
+    /// The limit in the spec when the API refused a raise of it: it is not asked again while it is that.
+    pub refused: Option<String>,
+}
+
+impl CpuTarget {
+    /// The limit in the spec, and whether more was refused.
+    fn in_spec(&mut self) -> (Option<Cpu>, bool) {
+        let limit = quantity::parse_cpu(&self.limit).ok();
+        (limit, self.refused.as_ref() == Some(&self.limit))
+    }
 }
 
 impl Moved for CpuTarget {
@@ -132,10 +142,17 @@ impl Owner for CpuResizer {
         &self.containers
     }
 
-    fn most(&self, cgroup: CgroupId) -> Option<Cpu> {
+    fn most(&self, cgroup: CgroupId) -> Option<Most> {
         let (uid, container) = self.key(cgroup)?;
-        let bound = self.memory.allowances().cpu((&uid, &container))?;
-        Some(Cpu(bound.most))
+        let allowances = self.memory.allowances();
+        let bound = allowances.cpu((&uid, &container));
+        let bound = bound.map(|bound| Cpu(bound.most));
+        let in_spec = self.containers.targets().of(cgroup, CpuTarget::in_spec);
+        let (in_spec, is_refused) = in_spec?;
+        // What is in the spec the API has allowed.
+        let allowed = in_spec.filter(|_| is_refused || !allowances.are_known());
+        let cpu = bound.into_iter().chain(allowed).min()?;
+        Some(Most { cpu, is_refused })
     }
 
     fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
@@ -180,6 +197,24 @@ impl CpuResizer {
             containers: Containers::new(Records::in_pods()),
             memory,
             quotas: Arc::default(),
+        }
+    }
+
+    /// What namespaces allow has changed: what was refused may be allowed now.
+    pub fn bounds_changed(&self) {
+        let refused = self.containers.targets().with(|targets| {
+            let refused = targets.iter_mut();
+            let refused = refused.filter_map(|(&id, target)| target.refused.take().map(|_| id));
+            refused.collect::<Vec<CgroupId>>()
+        });
+        for cgroup in refused {
+            self.look(cgroup);
+        }
+    }
+
+    fn look(&self, cgroup: CgroupId) {
+        if let Some(quotas) = self.quotas.get() {
+            quotas.look(cgroup);
         }
     }
 
@@ -266,7 +301,11 @@ impl CpuResizer {
             // Nobody asks, and nobody is told.
             Ok(Way::Node) => Ok(()),
             Ok(way) => self.patch(&target, way, quota).await,
-            Err(why) => Err((why, true)),
+            Err(why) => Err(Untold {
+                why,
+                is_certain: true,
+                is_refused: false,
+            }),
         };
         drop(turn);
         match told {
@@ -274,16 +313,22 @@ impl CpuResizer {
                 self.containers.quota_is_told(cgroup, quota, true);
                 let known = target.original.quota.as_ref();
                 // The kubelet sets it, even if it has come to rest meanwhile.
-                if known.is_none_or(|known| known.cpu.at_rest != quota.cpu)
-                    && let Some(quotas) = self.quotas.get()
-                {
-                    quotas.look(cgroup);
+                if known.is_none_or(|known| known.cpu.at_rest != quota.cpu) {
+                    self.look(cgroup);
                 }
             }
-            Err((why, is_certain)) => {
+            Err(Untold {
+                why,
+                is_certain,
+                is_refused,
+            }) => {
                 tracing::warn!(pod.namespace = target.namespace, pod.name = target.name, cpu = %quota.cpu, why, "the API does not know a CPU limit yet");
                 if is_certain {
                     self.containers.quota_is_told(cgroup, quota, false);
+                }
+                if is_refused {
+                    targets.of(cgroup, |target| target.refused = Some(target.limit.clone()));
+                    self.look(cgroup);
                 }
             }
         }
@@ -303,13 +348,7 @@ impl CpuResizer {
         self.memory.ways().of(&probed).await
     }
 
-    /// The error comes with whether it is certain that nothing was changed.
-    async fn patch(
-        &self,
-        target: &CpuTarget,
-        way: Way,
-        quota: Quota,
-    ) -> Result<(), (String, bool)> {
+    async fn patch(&self, target: &CpuTarget, way: Way, quota: Quota) -> Result<(), Untold> {
         let id = target.cgroup.id();
         let at_rest = target.original.quota.as_ref();
         let is_at_rest = at_rest.is_some_and(|known| known.cpu.at_rest == quota.cpu);
@@ -333,13 +372,28 @@ impl CpuResizer {
                 Ok(())
             }
             Ok(Err(kube::Error::Api(status))) => {
-                if status.code == 422 {
+                let is_refused = is_refusal(&status);
+                if status.code == 422 && !is_refused {
                     self.catch_up(id, target).await;
                 }
-                Err((status.to_string(), !is_uncertain))
+                let in_spec = quantity::parse_cpu(&target.limit);
+                Err(Untold {
+                    why: status.to_string(),
+                    is_certain: !is_uncertain,
+                    // What comes down needs no leave, and is tried again.
+                    is_refused: is_refused && in_spec.is_ok_and(|in_spec| quota.cpu > in_spec),
+                })
             }
-            Ok(Err(error)) => Err((error.to_string(), !is_uncertain)),
-            Err(_elapsed) => Err(("no answer in time".to_owned(), false)),
+            Ok(Err(error)) => Err(Untold {
+                why: error.to_string(),
+                is_certain: !is_uncertain,
+                is_refused: false,
+            }),
+            Err(_elapsed) => Err(Untold {
+                why: "no answer in time".to_owned(),
+                is_certain: false,
+                is_refused: false,
+            }),
         }
     }
 
@@ -363,6 +417,26 @@ impl CpuResizer {
     }
 }
 
+/// Why the API does not know a limit.
+struct Untold {
+    why: String,
+    /// Whether it is certain that nothing was changed.
+    is_certain: bool,
+    /// Whether it will not have the limit raised.
+    is_refused: bool,
+}
+
+/// Whether the API will not have a change as such, rather than that the spec is not what the patch says it was: that is
+/// answered without a word on the pod (`NewGenericServerResponse`, k8s.io/apimachinery/pkg/api/errors/errors.go).
+fn is_refusal(status: &Status) -> bool {
+    const TEST_FAILED: &str = "the server rejected our request due to an error in our request";
+    match status.code {
+        403 => true,
+        422 => !status.message.contains(TEST_FAILED),
+        _ => false,
+    }
+}
+
 /// Any other limit than a container has: no lower one, which might be below its request.
 fn other_than(limit: &str) -> Result<String, String> {
     let limit = quantity::parse_cpu(limit)?;
@@ -372,6 +446,27 @@ fn other_than(limit: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_is_told_from_a_patch_of_what_was() {
+        let of = |code, message: &str| {
+            is_refusal(&Status {
+                code,
+                message: message.to_owned(),
+                ..Status::default()
+            })
+        };
+        assert!(of(403, "pods \"web\" is forbidden: exceeded quota: all"));
+        assert!(of(
+            422,
+            "Pod \"web\" is invalid: spec.containers[0].resources"
+        ));
+        assert!(!of(
+            422,
+            "the server rejected our request due to an error in our request"
+        ));
+        assert!(!of(409, "conflict") && !of(500, "internal"));
+    }
 
     /// "must be less than or equal to cpu limit" would say nothing of whether limits can be changed.
     #[test]

@@ -54,7 +54,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 /// Sets quotas that somebody else owns.
 pub trait Setter: Send + 'static {
     /// The most that a quota may become now, beside what its policy says.
-    fn most(&self, _cgroup: CgroupId) -> Option<Cpu> {
+    fn most(&self, _cgroup: CgroupId) -> Option<Most> {
         None
     }
 
@@ -85,6 +85,15 @@ pub trait Setter: Send + 'static {
 
     /// A cgroup was made, at this path below the root of the hierarchy. Must not block.
     fn created(&self, path: String);
+}
+
+/// The most that a quota may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Most {
+    /// So much.
+    pub cpu: Cpu,
+    /// Whether more than that was refused: what has more comes down to it. Else it keeps what it has.
+    pub is_refused: bool,
 }
 
 /// What the thread is told.
@@ -447,10 +456,12 @@ impl<S: Setter> Worker<S> {
         if let Some(at_rest) = row.rests() {
             self.setter.rests(&row.cgroup, at_rest);
         }
-        let Some((to, reason)) = row.decide(at, is_throttled, self.idle.look(at)) else {
+        let decided = row.decide(at, is_throttled, self.idle.look(at));
+        let (Some(policy), true) = (row.rules.cpu, decided.is_some() || row.is_raised()) else {
             return;
         };
-        let Some(to) = allowed(to, row.quota, self.setter.most(id)) else {
+        let most = self.setter.most(id);
+        let Some((to, reason)) = allowed(decided, policy.at_rest, row.quota, most) else {
             return;
         };
         let set = self.setter.set(&row.cgroup, to, reason);
@@ -465,16 +476,30 @@ impl<S: Setter> Worker<S> {
 }
 
 /// As much of a raise as is allowed, in whole hundredths; `None` where that is none of it. Who is lowered is not kept from
-/// it.
-fn allowed(to: Cpu, before: Option<Cpu>, most: Option<Cpu>) -> Option<Cpu> {
-    let is_raise = before.is_none_or(|before| to > before);
-    let most = most.filter(|most| is_raise && *most < to);
-    let most = most.map(Cpu::round_down_percent);
-    match (most, before) {
-        (Some(most), Some(before)) => (most > before).then_some(most),
-        (Some(most), None) => Some(most),
-        (None, _) => Some(to),
+/// it, and who has what was refused is lowered.
+fn allowed(
+    decided: Option<(Cpu, Reason)>,
+    at_rest: Cpu,
+    before: Option<Cpu>,
+    most: Option<Most>,
+) -> Option<(Cpu, Reason)> {
+    let Some(Most { cpu, is_refused }) = most else {
+        return decided;
+    };
+    let wanted = decided.map(|(to, _)| to).or(before)?;
+    let refused = cpu.max(at_rest);
+    if is_refused && refused < wanted && before.is_some_and(|before| refused < before) {
+        return Some((refused, Reason::Refused));
     }
+    let (to, reason) = decided?;
+    let is_raise = before.is_none_or(|before| to > before);
+    if !is_raise || to <= cpu {
+        return decided;
+    }
+    let to = cpu.round_down_percent();
+    before
+        .is_none_or(|before| to > before)
+        .then_some((to, reason))
 }
 
 fn nanos(duration: Duration) -> u64 {

@@ -121,6 +121,12 @@ impl Row {
             .filter(|_| self.quota == at_rest && !is_lent && !self.is_expected)
     }
 
+    /// Whether its quota is above the one at rest.
+    pub(super) fn is_raised(&self) -> bool {
+        let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);
+        self.quota > at_rest
+    }
+
     /// Whether it must be looked at from time to time.
     pub(super) fn is_active(&self) -> bool {
         let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);

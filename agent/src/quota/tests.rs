@@ -25,6 +25,7 @@ struct Did {
     noted: Mutex<Vec<Boosts>>,
     set: Mutex<Vec<Cpu>>,
     rested: Mutex<Vec<Cpu>>,
+    most: Mutex<Option<Most>>,
 }
 
 fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -37,6 +38,10 @@ impl Setter for Hands {
         cgroup.set_quota(quota.with(to)).unwrap();
         locked(&self.0.set).push(to);
         Ok(())
+    }
+
+    fn most(&self, _cgroup: CgroupId) -> Option<Most> {
+        *locked(&self.0.most)
     }
 
     fn rests(&self, _cgroup: &Cgroup, at_rest: Cpu) {
@@ -153,6 +158,10 @@ impl Bed {
 
     fn write(&self, quota: &str) {
         fs::write(self.cgroup.path().join("cpu.max"), quota).unwrap();
+    }
+
+    fn most(&self, most: Option<Most>) {
+        *locked(&self.hands.0.most) = most;
     }
 
     fn rested(&self) -> usize {
@@ -280,7 +289,12 @@ fn where_somebody_else_says_that_it_is_ready_nobody_is_asked() {
 #[test]
 fn a_raise_goes_as_far_as_is_allowed_and_a_lowering_always() {
     let cpu = |millis| Some(Cpu::millis(millis));
-    let of = |to, before, most| allowed(Cpu::millis(to), before, most);
+    let of = |to, before, most: Option<Cpu>| {
+        let decided = Some((Cpu::millis(to), Reason::Throttled));
+        let is_refused = false;
+        let most = most.map(|cpu| Most { cpu, is_refused });
+        allowed(decided, REST, before, most).map(|(to, _)| to)
+    };
     assert_eq!(of(2000, cpu(250), None), cpu(2000));
     assert_eq!(of(2000, cpu(250), cpu(3000)), cpu(2000));
     assert_eq!(of(2000, cpu(250), cpu(500)), cpu(500));
@@ -292,6 +306,32 @@ fn a_raise_goes_as_far_as_is_allowed_and_a_lowering_always() {
         assert_eq!(of(2000, cpu(250), cpu(most)), None);
     }
     assert_eq!(of(250, cpu(2000), cpu(100)), cpu(250));
+}
+
+#[test]
+fn what_was_refused_comes_down_and_is_not_raised_again() {
+    let mut bed = Bed::new("refused");
+    bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
+    assert_eq!(bed.quota(), LENT);
+    let refused = |cpu| Most {
+        cpu,
+        is_refused: true,
+    };
+    bed.most(Some(refused(REST)));
+    bed.look();
+    assert_eq!(bed.quota(), REST);
+    bed.look();
+    assert_eq!(locked(&bed.hands.0.set).len(), 2);
+    // It is still lent, and may be had again.
+    bed.most(None);
+    bed.look();
+    assert_eq!(bed.quota(), LENT);
+    // Never below what it has at rest.
+    bed.most(Some(refused(Cpu::millis(100))));
+    bed.look();
+    assert_eq!(bed.quota(), REST);
+    bed.look();
+    assert_eq!(locked(&bed.hands.0.set).len(), 4);
 }
 
 #[test]

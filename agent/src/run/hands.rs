@@ -8,7 +8,11 @@ use std::{
 use bellows_core::{CgroupId, Cpu, Reason, boost::Boosts};
 use tokio::sync::{Notify, mpsc};
 
-use crate::{actuate::containers::Owner, cgroup::Cgroup, quota::Setter};
+use crate::{
+    actuate::containers::Owner,
+    cgroup::Cgroup,
+    quota::{Most, Setter},
+};
 
 /// Cgroups that were made and not looked at yet, at most.
 pub(super) const MADE: usize = 4096;
@@ -55,7 +59,7 @@ impl<O: Owner> Setter for Hands<O> {
         self.owner.set_quota(cgroup, to, reason)
     }
 
-    fn most(&self, cgroup: CgroupId) -> Option<Cpu> {
+    fn most(&self, cgroup: CgroupId) -> Option<Most> {
         self.owner.most(cgroup)
     }
 

@@ -200,6 +200,7 @@ impl Watch {
             order,
             times: QuotaTimes::default(),
             is_telling: false,
+            refused: None,
         };
         let targets = self.containers().targets();
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));

@@ -621,6 +621,7 @@ impl Watch {
 
     fn bounds_changed(&mut self) {
         self.send(Input::Bounds);
+        self.context.cpus.bounds_changed();
         let keys: Vec<Key> = self.known.keys().cloned().collect();
         for key in keys {
             self.tell_of_bound(&key);
