@@ -122,6 +122,19 @@ pub struct Container {
     pub probes: Vec<Probe>,
 }
 
+/// An init container, or a sidecar: nobody moves its limits, but its cgroup may be taken for another's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InitContainer {
+    /// The runtime's id while it runs.
+    pub id: Option<String>,
+    /// `resources.limits.memory` as written.
+    pub memory_limit: Option<String>,
+    /// `resources.limits.cpu` as written.
+    pub cpu_limit: Option<String>,
+    /// Whether it has done what it was for, and is not started again.
+    pub is_done: bool,
+}
+
 /// A pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
@@ -144,6 +157,8 @@ pub struct Pod {
     /// The runtime's ids of containers without a memory limit of their own that run, init containers too: the kubelet gives
     /// them the pod's.
     pub heirs: Vec<String>,
+    /// Its init containers, sidecars among them.
+    pub init_containers: Vec<InitContainer>,
     /// `spec.resources.limits.memory` as written.
     pub memory_limit: Option<String>,
     /// The field manager that has set it to what it is.

@@ -78,6 +78,7 @@ pub(super) struct Container {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct InitContainer {
+    #[serde(default)]
     pub(super) name: String,
     pub(super) resources: Option<Resources>,
     /// `Always` for one that runs beside the others.
@@ -193,6 +194,13 @@ pub(super) struct ContainerStatus {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct State {
     pub(super) running: Option<Running>,
+    pub(super) terminated: Option<Terminated>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Terminated {
+    pub(super) exit_code: Option<i32>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

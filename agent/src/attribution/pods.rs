@@ -3,7 +3,7 @@
 use bellows_core::{
     Bytes, Nanos,
     patience::{Probe, ProbeKind},
-    pod::{Container, Level, MANAGER, Pod, PutOff, QosClass, WHOLE_POD},
+    pod::{Container, InitContainer, Level, MANAGER, Pod, PutOff, QosClass, WHOLE_POD},
     quantity,
     workload::Owner,
 };
@@ -100,6 +100,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
         labels: pod.labels().clone(),
         containers: containers.collect(),
         heirs: heirs(pod),
+        init_containers: init_containers(pod),
         memory_limit: limit_at(pod, Level::Pod),
         limit_manager: limit_manager(pod, WHOLE_POD),
         has_memory_request: pod
@@ -159,6 +160,33 @@ fn heirs(pod: &api::Pod) -> Vec<String> {
     });
     let ids = running.filter_map(|status| status.container_id.as_deref());
     ids.map(|id| container_id(id).to_owned()).collect()
+}
+
+fn init_containers(pod: &api::Pod) -> Vec<InitContainer> {
+    let status = pod.status.as_ref();
+    let statuses = status.and_then(|status| status.init_container_statuses.as_deref());
+    let spec = pod.spec.as_ref();
+    let containers = spec.and_then(|spec| spec.init_containers.as_deref());
+    let containers = containers.unwrap_or_default().iter();
+    let containers = containers.map(|container| {
+        let mut statuses = statuses.unwrap_or_default().iter();
+        let status = statuses.find(|status| status.name == container.name);
+        let state = status.and_then(|status| status.state.as_ref());
+        let is_running = state.is_some_and(|state| state.running.is_some());
+        let ended = state.and_then(|state| state.terminated.as_ref());
+        let has_ended = ended.is_some_and(|ended| ended.exit_code == Some(0));
+        let id = status.and_then(|status| status.container_id.as_deref());
+        let resources = container.resources.as_ref();
+        InitContainer {
+            id: id
+                .filter(|_| is_running)
+                .map(|id| container_id(id).to_owned()),
+            memory_limit: resources.and_then(api::Resources::memory_limit),
+            cpu_limit: resources.and_then(api::Resources::cpu_limit),
+            is_done: has_ended && container.restart_policy.as_deref() != Some("Always"),
+        }
+    });
+    containers.collect()
 }
 
 /// What a scheduler counts of a pod's memory (`PodRequests`, k8s.io/component-helpers/resource/helpers.go). What does not
@@ -342,7 +370,7 @@ mod tests {
                 "overhead": { "memory": "1Mi", "cpu": "1m" },
                 "initContainers": [
                     { "name": "proxy", "restartPolicy": "Always", "resources": { "requests": { "memory": "8Mi" } } },
-                    { "name": "once", "resources": { "requests": { "memory": "16Mi" } } },
+                    { "name": "once", "resources": { "requests": { "memory": "16Mi" }, "limits": { "cpu": "1" } } },
                 ],
                 "volumes": [{ "name": "token", "projected": { "sources": [{}] } }],
                 "resources": { "limits": { "memory": "2Gi", "cpu": 2 } },
@@ -364,6 +392,10 @@ mod tests {
                     "type": "PodResizePending", "status": "True", "reason": "Deferred",
                     "message": "no room", "observedGeneration": 2,
                 }],
+                "initContainerStatuses": [
+                    { "name": "proxy", "containerID": "containerd://ghi", "state": { "running": {} } },
+                    { "name": "once", "containerID": "containerd://jkl", "state": { "terminated": { "exitCode": 0 } } },
+                ],
                 "containerStatuses": [
                     {
                         "name": "app", "containerID": "containerd://abc", "state": { "running": { "startedAt": null } },
@@ -392,6 +424,12 @@ mod tests {
             is_current: true,
         };
         assert_eq!(seen.put_off, Some(put_off));
+        let [proxy, once] = &seen.init_containers[..] else {
+            panic!("{seen:?}")
+        };
+        assert_eq!((proxy.id.as_deref(), proxy.is_done), (Some("ghi"), false));
+        assert_eq!((once.id.as_deref(), once.is_done), (None, true));
+        assert_eq!(once.cpu_limit.as_deref(), Some("1"));
         let [app, side] = &seen.containers[..] else {
             panic!("{seen:?}")
         };

@@ -256,16 +256,27 @@ pub fn starting<'a>(
     (cpu, period): (Cpu, u64),
     memory: Option<crate::Bytes>,
 ) -> Option<&'a str> {
-    let has_limits = |container: &&Container| {
-        let own_cpu = container.cpu_limit.as_deref().map(quantity::parse_cpu);
-        let own_memory = container.memory_limit.as_deref().map(quantity::parse);
+    let has_limits = |own_cpu: &Option<String>, own_memory: &Option<String>| {
+        let own_cpu = own_cpu.as_deref().map(quantity::parse_cpu);
+        let own_memory = own_memory.as_deref().map(quantity::parse);
         let own_memory = own_memory.map(|limit| limit.map(crate::Bytes::page_floor));
         let is_own = |own: Cpu| own.max(LEAST).is_set_as(cpu, period);
-        own_cpu.is_some_and(|own| own.is_ok_and(is_own))
-            && own_memory.transpose().ok() == Some(memory)
-            && container.id.as_deref().is_none_or(|own| own != id)
+        own_cpu.is_some_and(|own| own.is_ok_and(is_own)) && own_memory.transpose().ok() == Some(memory)
     };
-    let mut meant = pod.containers.iter().filter(has_limits);
+    let (containers, before) = (&pod.containers, &pod.init_containers);
+    let mut ids = containers.iter().map(|container| &container.id);
+    let mut ids = ids.by_ref().chain(before.iter().map(|init| &init.id));
+    if ids.any(|own| own.as_deref() == Some(id)) {
+        // The API has said meanwhile whose it is.
+        return None;
+    }
+    let mut before = before.iter().filter(|init| !init.is_done);
+    if before.any(|init| has_limits(&init.cpu_limit, &init.memory_limit)) {
+        return None;
+    }
+    let has_limits =
+        |container: &&Container| has_limits(&container.cpu_limit, &container.memory_limit);
+    let mut meant = containers.iter().filter(has_limits);
     let (only, other) = (meant.next()?, meant.next());
     let is_meant = matches!(wishes.get(&only.name), Some(Ok(wish)) if !wish.boosts.is_empty());
     (other.is_none() && is_meant).then_some(only.name.as_str())
@@ -278,7 +289,7 @@ mod tests {
         Bytes, Nanos,
         boost::{Trigger, Until},
         elastic::{ContainerRules, Selector},
-        pod::{MANAGER, MODE, tests::pod},
+        pod::{InitContainer, MANAGER, MODE, tests::pod},
     };
 
     fn policy(cpu: Option<Cpu>, boost: Option<Cpu>) -> ElasticPolicy {
@@ -412,6 +423,24 @@ mod tests {
         assert_eq!(find(&pod, Cpu::millis(130), 64).as_deref(), Some("app"));
         assert_eq!(find(&pod, Cpu::millis(120), 64), None);
         pod.containers[0].cpu_limit = Some("250m".to_owned());
+        // A sidecar, or what runs before, may have the same.
+        let init = |is_done| InitContainer {
+            id: None,
+            memory_limit: Some("64Mi".to_owned()),
+            cpu_limit: Some("250m".to_owned()),
+            is_done,
+        };
+        pod.init_containers = vec![init(true)];
+        assert_eq!(find(&pod, quarter, 64).as_deref(), Some("app"));
+        pod.init_containers.push(init(false));
+        assert_eq!(find(&pod, quarter, 64), None, "it could be the sidecar");
+        assert_eq!(find(&pod, quarter, 32).as_deref(), Some("side"));
+        pod.init_containers[1].id = Some("new".to_owned());
+        assert_eq!(find(&pod, quarter, 32), None, "it is the sidecar");
+        pod.init_containers.clear();
+        pod.containers[1].id = Some("new".to_owned());
+        assert_eq!(find(&pod, quarter, 64), None, "it is another's");
+        pod.containers[1].id = None;
         pod.containers[1].memory_limit = Some("64Mi".to_owned());
         assert_eq!(find(&pod, quarter, 64), None, "it could be either");
     }

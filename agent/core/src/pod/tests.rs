@@ -30,6 +30,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             probes: Vec::new(),
         }],
         heirs: Vec::new(),
+        init_containers: Vec::new(),
         memory_limit: None,
         limit_manager: None,
         has_memory_request: false,

@@ -28,6 +28,7 @@ use crate::{
 };
 use bellows_core::{
     Cpu,
+    allowance::What,
     boost::{BoostRules, Boosts, Trigger},
     cpu::CpuPolicy,
     moved::MovedLimit,
@@ -128,7 +129,7 @@ impl Watch {
         let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
         let known = self.cpus.get(key).map(|known| known.cgroup.id());
         if known != Some(cgroup.id()) {
-            self.forget_cpu(key);
+            self.replace_cpu(key);
             self.adopt_cpu(key, seen, wish, &cgroup)?;
             let note = format!(
                 "container {}: CPU limit {}, {}",
@@ -352,15 +353,45 @@ impl Watch {
     }
 
     pub(super) fn forget_cpu(&mut self, key: &Key) {
-        if let Some(known) = self.cpus.remove(key) {
-            self.is_any_left.store(true, Ordering::Relaxed);
-            let id = known.cgroup.id();
-            self.context.quotas.forget(id);
-            self.containers().forget(id);
-            self.containers()
-                .records()
-                .remove(key_of(known.cgroup.path()));
+        if let Some(cgroup) = self.leave_cpu(key) {
+            let records = self.containers().records();
+            records.remove(key_of(cgroup.path()));
         }
+    }
+
+    /// The container has another cgroup now. If the one before lives, and what we have raised there stands, it was
+    /// somebody else's: what is written down of it stays, and brings it down (`quotas_in_pods_back`).
+    fn replace_cpu(&mut self, key: &Key) {
+        let Some(cgroup) = self.leave_cpu(key) else {
+            return;
+        };
+        let records = self.containers().records();
+        let id = key_of(cgroup.path());
+        let known = records.read(id).and_then(|original| original.quota);
+        let in_force = cgroup.quota().ok().flatten();
+        if !is_left_raised(known.as_ref(), in_force) {
+            records.remove(id);
+        }
+    }
+
+    /// Nobody is responsible for a container any more; returns its cgroup.
+    fn leave_cpu(&mut self, key: &Key) -> Option<Cgroup> {
+        let cgroup = self.cpus.remove(key)?.cgroup;
+        self.is_any_left.store(true, Ordering::Relaxed);
+        let id = cgroup.id();
+        self.context.quotas.forget(id);
+        let targets = self.containers().targets();
+        let at_rest = targets.of(id, |target| {
+            let quota = target.original.quota.as_ref()?;
+            Some(quota.cpu.at_rest)
+        });
+        self.containers().forget(id);
+        // What it had asked for comes no more.
+        if let Some(at_rest) = at_rest.flatten() {
+            let allowances = self.context.resizer.allowances();
+            allowances.lowered((&key.0, &key.1), What::CpuLimit, at_rest.0);
+        }
+        Some(cgroup)
     }
 
     /// A container's pod, one for all of its containers: each moves its quota.
@@ -383,6 +414,14 @@ impl Watch {
             Some(Arc::new(PodCgroup::new(cgroup, records)))
         })
     }
+}
+
+/// Whether a quota that was moved is so still, and by us.
+fn is_left_raised(known: Option<&MovedQuota>, in_force: Option<Quota>) -> bool {
+    let (Some(known), Some(in_force)) = (known, in_force) else {
+        return false;
+    };
+    in_force.cpu != known.cpu.at_rest && known.is_ours(in_force)
 }
 
 /// What of a boost cannot be had for a pod, for people.
@@ -512,6 +551,15 @@ mod tests {
             let moved = quota_of(&wish(millis, millis), quota);
             assert!(moved.is_settled(quota), "{millis}m in {period}: {moved:?}");
         }
+    }
+
+    #[test]
+    fn what_another_container_was_given_by_mistake_is_brought_down() {
+        let mut moved = quota_of(&wish(250, 250), set(250, 100_000));
+        moved.cpu.ask(Cpu::millis(2000), moved.cpu.at_rest);
+        let of = |millis| is_left_raised(Some(&moved), Some(set(millis, 100_000)));
+        assert!(of(2000) && !of(250) && !of(1000));
+        assert!(!is_left_raised(Some(&moved), None), "it is gone");
     }
 
     #[test]
