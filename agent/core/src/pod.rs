@@ -106,6 +106,8 @@ pub struct Container {
     pub cpu_limit: Option<String>,
     /// The field manager that has set it to what it is.
     pub cpu_limit_manager: Option<String>,
+    /// `resources.requests.cpu` as written: no limit may be below it.
+    pub cpu_request: Option<String>,
     /// Whether `resizePolicy` restarts it when CPU changes.
     pub restarts_on_cpu_resize: bool,
     /// `resources.requests.memory` as written: no limit may be below it.

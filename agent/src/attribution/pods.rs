@@ -66,6 +66,10 @@ pub fn convert(pod: &api::Pod) -> Pod {
                 .resources
                 .as_ref()
                 .and_then(api::Resources::cpu_limit),
+            cpu_request: container
+                .resources
+                .as_ref()
+                .and_then(api::Resources::cpu_request),
             cpu_limit_manager: manager_of(pod, &container.name, ["f:limits", "f:cpu"]),
             restarts_on_resize: restarts_on("memory"),
             restarts_on_cpu_resize: restarts_on("cpu"),

@@ -27,11 +27,18 @@ pub fn yield_cpu(wishes: &mut CpuWishes, claims: impl Fn(&str) -> Claims) {
         if wish.as_ref().is_ok_and(CpuWish::has_rules)
             && let Some(claimant) = claims(container).cpu_limit
         {
-            let container = container.clone();
-            *wish = Err(CpuRefusal::Claimed {
-                container,
+            let refusal = CpuRefusal::Claimed {
+                container: container.clone(),
                 claimant,
-            });
+            };
+            *wish = match wish.as_ref() {
+                // A predecessor may have raised it.
+                Ok(left) if left.is_left() => Ok(CpuWish {
+                    refusal: Some(refusal),
+                    ..left.without_rules()
+                }),
+                _ => Err(refusal),
+            };
         }
     }
 }
@@ -73,7 +80,7 @@ mod tests {
         autoscalers::Claimant,
         elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Selector},
         pod::{
-            MANAGER, ORIGINAL_REQUESTS, Pod, cpu_wishes, only_observe, request_wishes,
+            MANAGER, ORIGINAL_CPU, ORIGINAL_REQUESTS, Pod, cpu_wishes, only_observe, request_wishes,
             wishes as wishes_of,
         },
         requests::RequestRules,
@@ -163,6 +170,16 @@ mod tests {
             cpu["app"].as_ref().unwrap_err().reason(),
             "VerticalPodAutoscalerInCharge"
         );
+        // What was raised before comes to rest, and it is told why.
+        let mut raised = of(&[(ORIGINAL_CPU, "app=250m")]);
+        raised.containers[0].cpu_limit = Some("2".to_owned());
+        raised.containers[0].cpu_limit_manager = Some(MANAGER.to_owned());
+        let mut cpu = cpu_wishes(&raised, &policies());
+        yield_cpu(&mut cpu, all(&claims));
+        let left = cpu["app"].as_ref().unwrap();
+        assert!(!left.has_rules());
+        let told = left.refusal.as_ref().map(CpuRefusal::reason);
+        assert_eq!(told, Some("VerticalPodAutoscalerInCharge"));
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub struct CpuWish {
     pub recorded: bool,
     /// Whether somebody else has changed the limit since the original was recorded.
     pub foreign: bool,
+    /// Why it is only brought to rest although a policy means it.
+    pub refusal: Option<CpuRefusal>,
 }
 
 impl CpuWish {
@@ -56,19 +58,25 @@ impl CpuWish {
         self.rules.is_some() || !self.boosts.is_empty()
     }
 
-    /// The same at rest.
+    /// Whether we have raised it in the spec: what somebody else has set is the original.
+    pub(super) fn is_left(&self) -> bool {
+        self.limit != self.original
+    }
+
+    /// The same at rest, for which nothing needs to be recorded.
     #[must_use]
     pub fn without_rules(&self) -> Self {
         Self {
             rules: None,
             boosts: Vec::new(),
+            recorded: true,
             ..self.clone()
         }
     }
 }
 
 /// Why a container does not get what a policy says of CPU.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum CpuRefusal {
     /// A size does not parse.
     #[error("container `{container}`: its CPU limit is no amount of CPU: {why}")]
@@ -124,6 +132,11 @@ pub enum CpuRefusal {
 }
 
 impl CpuRefusal {
+    /// Whether a limit may be lowered all the same that we have raised before.
+    const fn may_rest(&self) -> bool {
+        !matches!(self, Self::Static | Self::RestartsOnResize(_))
+    }
+
     /// The reason of the Event.
     #[must_use]
     pub const fn reason(&self) -> &'static str {
@@ -185,24 +198,28 @@ fn wish(
     let recorded = recorded.map(|original| Ok((size(original)?, original)));
     let recorded: Option<(Cpu, &str)> = recorded.transpose()?;
     let manager = container.cpu_limit_manager.as_deref();
-    let original = Original::of((limit, text), manager, recorded);
+    let mut original = Original::of((limit, text), manager, recorded);
+    // No limit may be below its request, which somebody may have raised since.
+    if let Some(request) = container.cpu_request.as_deref()
+        && let Ok(least) = size(request)
+        && original.value < least
+    {
+        original.value = least;
+        original.text = request;
+        // What is only brought to rest needs no record of it.
+        original.is_recorded &= asked.is_none();
+    }
     if asked.is_none() && (original.is_foreign || original.value == limit) {
         return Ok(None);
     }
     let (policy, rules, boosts) = asked.unwrap_or_default();
-    if let Some(refusal) = refusal(pod, container) {
-        return Err(refusal);
-    }
-    if let Some(CpuRules { max, .. }) = rules
-        && max < original.value
-    {
-        return Err(CpuRefusal::MaximumBelowLimit {
-            policy,
-            max,
-            limit: original.value,
-        });
-    }
-    Ok(Some(CpuWish {
+    let too_low = rules.filter(|rules| rules.max < original.value);
+    let too_low = too_low.map(|rules| CpuRefusal::MaximumBelowLimit {
+        policy,
+        max: rules.max,
+        limit: original.value,
+    });
+    let wish = CpuWish {
         index,
         id: container.id.clone(),
         limit_text: text.to_owned(),
@@ -213,7 +230,17 @@ fn wish(
         boosts,
         recorded: original.is_recorded,
         foreign: original.is_foreign,
-    }))
+        refusal: None,
+    };
+    match refusal(pod, container).or(too_low) {
+        None => Ok(Some(wish)),
+        // A predecessor may have raised it.
+        Some(refusal) if wish.is_left() && refusal.may_rest() => Ok(Some(CpuWish {
+            refusal: Some(refusal),
+            ..wish.without_rules()
+        })),
+        Some(refusal) => Err(refusal),
+    }
 }
 
 /// The policy that means a container, and what it says of CPU.
@@ -372,6 +399,50 @@ mod tests {
         assert_eq!(wish.original_text, "500m");
         let ours = only(&limited("2", MANAGER, &was), &policies);
         assert_eq!(ours.unwrap().unwrap().original_text, "250m");
+    }
+
+    #[test]
+    fn what_a_predecessor_has_raised_comes_to_rest_although_it_is_refused() {
+        let was = [(ORIGINAL_CPU, "app=250m")];
+        let policies = [policy(Some(Cpu::millis(200)), None)];
+        let raised = limited("2", MANAGER, &was);
+        let left = only(&raised, &policies).unwrap().unwrap();
+        assert!(!left.has_rules());
+        let refusal = left.refusal.unwrap();
+        assert_eq!((refusal.reason(), left.original), ("InvalidLimit", Cpu::millis(250)));
+        // A request that was raised meanwhile changes nothing about that.
+        let mut requests = raised.clone();
+        requests.containers[0].cpu_request = Some("500m".to_owned());
+        let left = only(&requests, &policies).unwrap().unwrap();
+        assert_eq!((left.original, left.recorded), (Cpu::millis(500), true));
+        // Then it is only refused, and so is what is somebody else's.
+        let at_rest = limited("250m", MANAGER, &was);
+        only(&at_rest, &policies).unwrap().unwrap_err();
+        let theirs = limited("2", "kubectl", &was);
+        only(&theirs, &policies).unwrap().unwrap_err();
+        // Nobody is restarted for it.
+        let mut restarts = raised;
+        restarts.containers[0].restarts_on_cpu_resize = true;
+        only(&restarts, &policies).unwrap().unwrap_err();
+    }
+
+    #[test]
+    fn a_request_that_was_raised_meanwhile_is_the_least() {
+        let was = [(ORIGINAL_CPU, "app=250m")];
+        let mut raised = limited("2", MANAGER, &was);
+        raised.containers[0].cpu_request = Some("500m".to_owned());
+        let policies = [policy(Some(Cpu::millis(4000)), None)];
+        let wish = only(&raised, &policies).unwrap().unwrap();
+        assert_eq!((wish.original, wish.original_text.as_str()), (Cpu::millis(500), "500m"));
+        assert!(!wish.recorded && !wish.foreign, "it is the new original");
+        // Without a policy it comes down to that, and no further.
+        let left = only(&raised, &[]).unwrap().unwrap();
+        assert_eq!((left.original, left.recorded), (Cpu::millis(500), true));
+        raised.containers[0].cpu_limit = Some("500m".to_owned());
+        assert_eq!(only(&raised, &[]), None);
+        raised.containers[0].cpu_request = Some("100m".to_owned());
+        let wish = only(&raised, &policies).unwrap().unwrap();
+        assert_eq!((wish.original, wish.recorded), (Cpu::millis(250), true));
     }
 
     #[test]

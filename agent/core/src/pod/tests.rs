@@ -23,6 +23,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             started_at: None,
             cpu_limit: None,
             cpu_limit_manager: None,
+            cpu_request: None,
             reports_resources: true,
             restarts_on_cpu_resize: false,
             limit_manager: Some("kubectl".to_owned()),

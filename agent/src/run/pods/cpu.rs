@@ -73,6 +73,9 @@ impl Watch {
             let key = (uid.clone(), name);
             match wish {
                 Ok(wish) => {
+                    if let Some(refusal) = &wish.refusal {
+                        self.refuse_cpu(&key, pod, refusal.reason(), refusal.to_string());
+                    }
                     if let Err(error) = self.follow_one(&key, pod, seen, &wish) {
                         tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container's CPU limit is not followed");
                         self.pending.insert(uid.clone());
@@ -528,6 +531,7 @@ mod tests {
             boosts: Vec::new(),
             recorded: true,
             foreign: false,
+            refusal: None,
         }
     }
 
