@@ -47,6 +47,8 @@ use row::{Executed, Row};
 const TICK: Duration = Duration::from_millis(100);
 /// How often quotas at rest are looked at where the kernel does not tell.
 const WITHOUT_WORD: Duration = Duration::from_millis(250);
+/// How long who is throttled and not raised for it is left alone: it is throttled in each of its periods, on each CPU.
+const IDLE_FOR: Nanos = Nanos::millis(50);
 /// Programs and cgroups that are taken before others have their turn.
 const STARTS_AT_ONCE: usize = 256;
 const NEVER: Duration = Duration::from_secs(3600);
@@ -297,21 +299,26 @@ impl<S: Setter> Worker<S> {
     }
 
     fn forget(&mut self, id: CgroupId) {
-        let Some(row) = self.table.remove(&id) else {
-            return;
-        };
-        if let (Some(starts), true) = (&mut self.starts, row.are_programs_told) {
+        self.tell_no_more_of(id);
+        let row = self.table.remove(&id);
+        let are_told = row.is_some_and(|row| row.are_programs_told);
+        if let (Some(starts), true) = (&mut self.starts, are_told) {
             starts.forget(id);
         }
-        let Some(throttles) = &mut self.throttles else {
+    }
+
+    /// Has the kernel tell no more of a cgroup's throttling.
+    fn tell_no_more_of(&mut self, id: CgroupId) {
+        let Some(row) = self.table.get_mut(&id) else {
             return;
         };
-        for id in [Some(id), row.inner].into_iter().flatten() {
-            throttles.forget(id);
-        }
-        let is_shared = self.table.values().any(|other| other.pod == row.pod);
-        if let Some(pod) = row.pod.filter(|_| !is_shared) {
-            throttles.forget(pod);
+        let mut told = row.take_told();
+        let pod = row.pod.filter(|_| !told.is_empty());
+        let mut others = self.table.values();
+        let is_shared = others.any(|other| other.pod == pod && other.is_throttle_told);
+        told.extend(pod.filter(|_| !is_shared));
+        if let Some(throttles) = &mut self.throttles {
+            told.into_iter().for_each(|id| throttles.forget(id));
         }
     }
 
@@ -322,7 +329,11 @@ impl<S: Setter> Worker<S> {
         starts: Option<&mut Told<Begun>>,
     ) {
         let id = row.cgroup.id();
-        let untold = row.untold();
+        let untold = if row.needs_throttles() {
+            row.untold()
+        } else {
+            Vec::new()
+        };
         let path = row.cgroup.path().display();
         if let Some(throttles) = throttles {
             for id in untold {
@@ -397,6 +408,11 @@ impl<S: Setter> Worker<S> {
         while let Some(Throttled { cgroup, at }) = self.throttles.as_mut().and_then(Told::take) {
             throttled.insert(cgroup, at);
         }
+        self.are_throttled(&throttled);
+    }
+
+    /// These cgroups are throttled.
+    fn are_throttled(&mut self, throttled: &BTreeMap<CgroupId, Nanos>) {
         let meant = self.table.iter().filter_map(|(&id, row)| {
             let inner = row.inner.and_then(|inner| throttled.get(&inner));
             let own = throttled.get(&id).or(inner);
@@ -407,6 +423,9 @@ impl<S: Setter> Worker<S> {
         for (id, at, by_pod) in meant {
             if let Some(row) = self.table.get_mut(&id) {
                 row.history.throttled(at);
+                if at < row.idle_until {
+                    continue;
+                }
                 // systemd may have set its own again.
                 if by_pod {
                     row.went(self.setter.settle(&row.cgroup));
@@ -453,6 +472,15 @@ impl<S: Setter> Worker<S> {
         row.ask(&self.wake);
         row.note(&self.setter);
         Self::tell_of(row, self.throttles.as_mut(), self.starts.as_mut());
+        if !row.needs_throttles() {
+            self.tell_no_more_of(id);
+        }
+        let Some(row) = self.table.get_mut(&id) else {
+            return;
+        };
+        if is_throttled {
+            row.idle_until = Nanos(at.0.saturating_add(IDLE_FOR.0));
+        }
         if let Some(at_rest) = row.rests() {
             self.setter.rests(&row.cgroup, at_rest);
         }
@@ -470,6 +498,7 @@ impl<S: Setter> Worker<S> {
             METRICS.moved("cpu", is_raise);
             self.idle.give(row.quota.unwrap_or(to), to);
             row.quota = Some(to);
+            row.idle_until = Nanos(0);
         }
         row.went(set);
     }

@@ -55,7 +55,9 @@ pub(super) struct Row {
     noted: Boosts,
     /// Whether its start is still to come.
     is_expected: bool,
-    is_throttle_told: bool,
+    pub(super) is_throttle_told: bool,
+    /// Until then nothing is done about its being throttled.
+    pub(super) idle_until: Nanos,
     pub(super) are_programs_told: bool,
     /// Time for which its threads had waited for a CPU, and when that was looked at.
     waited: Option<(Nanos, Nanos)>,
@@ -95,6 +97,7 @@ impl Row {
             boosts,
             is_expected,
             is_throttle_told: false,
+            idle_until: Nanos(0),
             are_programs_told: false,
             waited: None,
             is_waiting: false,
@@ -135,11 +138,28 @@ impl Row {
         self.is_expected || is_lent || is_moved
     }
 
-    /// Cgroups of whose throttling the kernel must be told, each once. The inner one is made while it starts.
-    pub(super) fn untold(&mut self) -> Vec<CgroupId> {
-        if self.rules.cpu.is_none() {
+    /// Whether it matters that it is throttled: it may be raised, or others may have written over what it is lent. Who is
+    /// throttled all the time by what it was promised would wake for nothing.
+    pub(super) fn needs_throttles(&self) -> bool {
+        let may_rise = self.rules.cpu.map(|cpu| cpu.max > cpu.at_rest);
+        let is_lent = self.is_expected || !self.boosts.is_empty();
+        may_rise.is_some_and(|may_rise| may_rise || is_lent || self.is_raised())
+    }
+
+    /// Cgroups of whose throttling the kernel tells and need not any more.
+    pub(super) fn take_told(&mut self) -> Vec<CgroupId> {
+        if !std::mem::replace(&mut self.is_throttle_told, false) {
             return Vec::new();
         }
+        let inner = self.inner.take();
+        [Some(self.cgroup.id()), inner]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// Cgroups of whose throttling the kernel must be told, each once. The inner one is made while it starts.
+    pub(super) fn untold(&mut self) -> Vec<CgroupId> {
         let mut untold = Vec::new();
         if !std::mem::replace(&mut self.is_throttle_told, true) {
             untold.push(self.cgroup.id());

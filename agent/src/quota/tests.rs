@@ -366,3 +366,45 @@ fn a_quota_that_its_period_does_not_divide_is_set_once() {
     bed.look();
     assert_eq!(*locked(&bed.hands.0.set), [Cpu::millis(2001)]);
 }
+
+#[test]
+fn who_may_not_be_raised_is_not_looked_at_for_being_throttled() {
+    let mut bed = Bed::new("throttled");
+    bed.watch(rules(&[], false, true), false);
+    assert!(!bed.row().needs_throttles());
+    // One that may be, for now by nobody.
+    let mut raised = rules(&[], false, true);
+    raised.cpu.as_mut().unwrap().max = LENT;
+    bed.row().rules = raised;
+    assert!(bed.row().needs_throttles());
+    bed.most(Some(Most {
+        cpu: REST,
+        is_refused: false,
+    }));
+    let throttled = |bed: &mut Bed, at| {
+        let id = bed.cgroup.id();
+        bed.worker.are_throttled(&[(id, at)].into());
+        bed.rested()
+    };
+    let (first, at) = (bed.rested(), now());
+    assert_eq!(throttled(&mut bed, at), first + 1);
+    assert_eq!(
+        throttled(&mut bed, at),
+        first + 1,
+        "it was looked at just now"
+    );
+    let later = Nanos(now().0 + IDLE_FOR.0);
+    assert_eq!(throttled(&mut bed, later), first + 2);
+    // A raise is followed by the next at once.
+    bed.most(None);
+    let at = Nanos(later.0 + IDLE_FOR.0);
+    throttled(&mut bed, at);
+    let raised = bed.quota();
+    assert!(raised > REST);
+    throttled(&mut bed, at);
+    assert!(bed.quota() > raised);
+    // What is lent is put right when somebody writes over it.
+    let mut lent = Bed::new("lent-throttled");
+    lent.watch(rules(&[boost(Trigger::Start)], false, true), true);
+    assert!(lent.row().needs_throttles());
+}
