@@ -33,10 +33,7 @@ pub fn yield_cpu(wishes: &mut CpuWishes, claims: impl Fn(&str) -> Claims) {
             };
             *wish = match wish.as_ref() {
                 // A predecessor may have raised it.
-                Ok(left) if left.is_left() => Ok(CpuWish {
-                    refusal: Some(refusal),
-                    ..left.without_rules()
-                }),
+                Ok(left) if left.is_left() => Ok(left.refused(refusal)),
                 _ => Err(refusal),
             };
         }

@@ -63,14 +63,22 @@ impl CpuWish {
         self.limit != self.original
     }
 
-    /// The same at rest, for which nothing needs to be recorded.
+    /// The same at rest.
     #[must_use]
     pub fn without_rules(&self) -> Self {
         Self {
             rules: None,
             boosts: Vec::new(),
-            recorded: true,
             ..self.clone()
+        }
+    }
+
+    /// The same, brought to rest because it is refused. It needs no record of what it was: that stands there, or its request.
+    pub(super) fn refused(&self, refusal: CpuRefusal) -> Self {
+        Self {
+            recorded: true,
+            refusal: Some(refusal),
+            ..self.without_rules()
         }
     }
 }
@@ -235,10 +243,7 @@ fn wish(
     match refusal(pod, container).or(too_low) {
         None => Ok(Some(wish)),
         // A predecessor may have raised it.
-        Some(refusal) if wish.is_left() && refusal.may_rest() => Ok(Some(CpuWish {
-            refusal: Some(refusal),
-            ..wish.without_rules()
-        })),
+        Some(refusal) if wish.is_left() && refusal.may_rest() => Ok(Some(wish.refused(refusal))),
         Some(refusal) => Err(refusal),
     }
 }

@@ -9,6 +9,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bellows_core::{
+    Cpu,
+    allowance::What,
+    boost::{BoostRules, Boosts, Trigger},
+    cpu::CpuPolicy,
+    moved::MovedLimit,
+    pod::{self, CpuWish, CpuWishes, LEAST_CPU, Level},
+};
+
 use super::{
     Key, Watch,
     one::{self, OLD},
@@ -25,14 +34,6 @@ use crate::{
     originals::{MovedQuota, Original, Records, key_of},
     quota::{Rules, Watched},
     run::is_young,
-};
-use bellows_core::{
-    Cpu,
-    allowance::What,
-    boost::{BoostRules, Boosts, Trigger},
-    cpu::CpuPolicy,
-    moved::MovedLimit,
-    pod::{self, CpuWish, CpuWishes, LEAST_CPU, Level},
 };
 
 /// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
