@@ -29,7 +29,9 @@ use crate::{
 };
 
 pub use claimed::{yield_cpu, yield_limits, yield_requests};
-pub use cpu::{CpuRefusal, CpuWish, CpuWishes, LEAST as LEAST_CPU, ORIGINAL_CPU, cpu_wishes, starting};
+pub use cpu::{
+    CpuRefusal, CpuWish, CpuWishes, LEAST as LEAST_CPU, ORIGINAL_CPU, cpu_wishes, starting,
+};
 pub use original::with_original;
 pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
 

@@ -199,8 +199,7 @@ impl Cpu {
     /// microseconds, rounded up or down, or what systemd makes of it.
     #[must_use]
     pub fn is_set_as(self, in_force: Self, period: u64) -> bool {
-        let is_near =
-            |own: Self| own.quota(period).abs_diff(in_force.quota(period)) <= 1;
+        let is_near = |own: Self| own.quota(period).abs_diff(in_force.quota(period)) <= 1;
         is_near(self) || is_near(self.round_up_percent())
     }
 
@@ -291,7 +290,10 @@ mod tests {
             assert!(limit.is_set_as(in_force, period), "{limit} as {in_force}");
         }
         for (limit, in_force) in [(125, 120), (125, 126), (130, 140), (250, 260)] {
-            assert!(!millis(limit).is_set_as(millis(in_force), 100_000), "{limit} as {in_force}");
+            assert!(
+                !millis(limit).is_set_as(millis(in_force), 100_000),
+                "{limit} as {in_force}"
+            );
         }
         assert_eq!(Cpu(u64::MAX).round_up_percent(), Cpu(u64::MAX));
     }

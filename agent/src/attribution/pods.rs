@@ -407,16 +407,12 @@ mod tests {
                     },
                     { "name": "side", "containerID": "containerd://def", "state": { "waiting": {} } },
                 ],
-                "initContainerStatuses": [
-                    { "name": "proxy", "containerID": "containerd://123", "state": { "running": {} } },
-                    { "name": "once", "containerID": "containerd://456", "state": { "terminated": {} } },
-                ],
             },
         }))
         .unwrap();
         let seen = convert(&pod);
         // What waits or has ended has no cgroup.
-        assert_eq!(seen.heirs, ["123"]);
+        assert_eq!(seen.heirs, ["ghi"]);
         assert_eq!(seen.memory_limit.as_deref(), Some("2Gi"));
         assert!(seen.has_resources && seen.reports_resources);
         assert_eq!(seen.requested, Bytes::mib(32 + 8 + 1));

@@ -77,8 +77,8 @@ mod tests {
         autoscalers::Claimant,
         elastic::{ContainerRules, CpuRules, ElasticPolicy, MemoryRules, Selector},
         pod::{
-            MANAGER, ORIGINAL_CPU, ORIGINAL_REQUESTS, Pod, cpu_wishes, only_observe, request_wishes,
-            wishes as wishes_of,
+            MANAGER, ORIGINAL_CPU, ORIGINAL_REQUESTS, Pod, cpu_wishes, only_observe,
+            request_wishes, wishes as wishes_of,
         },
         requests::RequestRules,
         units::{Bytes, Cpu, Nanos},

@@ -293,7 +293,8 @@ pub fn starting<'a>(
         let own_memory = own_memory.as_deref().map(quantity::parse);
         let own_memory = own_memory.map(|limit| limit.map(crate::Bytes::page_floor));
         let is_own = |own: Cpu| own.max(LEAST).is_set_as(cpu, period);
-        own_cpu.is_some_and(|own| own.is_ok_and(is_own)) && own_memory.transpose().ok() == Some(memory)
+        own_cpu.is_some_and(|own| own.is_ok_and(is_own))
+            && own_memory.transpose().ok() == Some(memory)
     };
     let (containers, before) = (&pod.containers, &pod.init_containers);
     let mut ids = containers.iter().map(|container| &container.id);
@@ -414,7 +415,10 @@ mod tests {
         let left = only(&raised, &policies).unwrap().unwrap();
         assert!(!left.has_rules());
         let refusal = left.refusal.unwrap();
-        assert_eq!((refusal.reason(), left.original), ("InvalidLimit", Cpu::millis(250)));
+        assert_eq!(
+            (refusal.reason(), left.original),
+            ("InvalidLimit", Cpu::millis(250))
+        );
         // A request that was raised meanwhile changes nothing about that.
         let mut requests = raised.clone();
         requests.containers[0].cpu_request = Some("500m".to_owned());
@@ -438,7 +442,10 @@ mod tests {
         raised.containers[0].cpu_request = Some("500m".to_owned());
         let policies = [policy(Some(Cpu::millis(4000)), None)];
         let wish = only(&raised, &policies).unwrap().unwrap();
-        assert_eq!((wish.original, wish.original_text.as_str()), (Cpu::millis(500), "500m"));
+        assert_eq!(
+            (wish.original, wish.original_text.as_str()),
+            (Cpu::millis(500), "500m")
+        );
         assert!(!wish.recorded && !wish.foreign, "it is the new original");
         // Without a policy it comes down to that, and no further.
         let left = only(&raised, &[]).unwrap().unwrap();
