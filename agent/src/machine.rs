@@ -34,14 +34,12 @@ pub fn online_cpus() -> u64 {
 
 /// How many numbers a list such as `0-3,8` has; `None` if it is no list.
 fn cpus_in(list: &str) -> Option<u64> {
-    let ranges = list.trim().split(',').map(|range| {
+    let mut ranges = list.trim().split(',').map(|range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
         last.checked_sub(first)?.checked_add(1)
     });
-    ranges
-        .into_iter()
-        .try_fold(0_u64, |sum, count| sum.checked_add(count?))
+    ranges.try_fold(0_u64, |sum, count| sum.checked_add(count?))
 }
 
 #[cfg(test)]

@@ -525,7 +525,9 @@ impl Resizer {
                 }
                 Ok(true)
             }
-            Ok(Ok(false)) => Err(refused("usage has grown meanwhile".to_owned())),
+            Ok(Ok(false)) => Err(refused(
+                "usage has grown meanwhile, or the limit was raised again".to_owned(),
+            )),
             Ok(Err(why)) => Err(refused(why)),
             Err(error) => Err(refused(error.to_string())),
         }
