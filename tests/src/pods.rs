@@ -366,7 +366,7 @@ impl Cluster {
         self.apply(json!({
             "apiVersion": "bellows.dev/v1alpha1",
             "kind": "ElasticPolicy",
-            "metadata": { "name": "labelled", "namespace": NAMESPACE },
+            "metadata": { "name": label, "namespace": NAMESPACE },
             "spec": {
                 "selector": { "matchLabels": { "guard": label } },
                 "mode": "Act",

@@ -130,7 +130,7 @@ fn observe(
     let lowered = requests(cluster, resting)?;
     let harm = Harm::to(cluster, resting)?;
     late.end(cluster)?;
-    cluster.remove("bellows.dev/v1alpha1", "ElasticPolicy", "labelled")?;
+    cluster.remove("bellows.dev/v1alpha1", "ElasticPolicy", GUARDED)?;
     let restored = wait("requests are what they were", PLACED, || {
         // What the spec says and the kubelet does not carry out is not there.
         let all = resting.iter().map(|own| {
