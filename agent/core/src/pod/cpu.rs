@@ -140,9 +140,12 @@ pub enum CpuRefusal {
 }
 
 impl CpuRefusal {
-    /// Whether a limit may be lowered all the same that we have raised before.
+    /// Whether a limit may be lowered all the same that we have raised before: the API takes that, and restarts nobody.
     const fn may_rest(&self) -> bool {
-        !matches!(self, Self::Static | Self::RestartsOnResize(_))
+        !matches!(
+            self,
+            Self::Static | Self::Guaranteed | Self::RestartsOnResize(_)
+        )
     }
 
     /// The reason of the Event.
@@ -211,6 +214,7 @@ fn wish(
     if let Some(request) = container.cpu_request.as_deref()
         && let Ok(least) = size(request)
         && original.value < least
+        && least <= limit
     {
         original.value = least;
         original.text = request;
