@@ -104,7 +104,7 @@ pub struct MemoryRules {
     pub max: Bytes,
     /// The limit at rest where it is to be below the container's own.
     pub floor: Option<Bytes>,
-    /// Time without growth after which a raised limit is lowered.
+    /// Time without growth after which a raised limit is lowered; longer for what has paused for longer before, and gone on.
     pub shrink_after: Nanos,
     /// In which order it is raised where the Kubernetes API owns it.
     pub order: Order,

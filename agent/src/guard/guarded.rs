@@ -315,6 +315,15 @@ impl Guarded {
             learnt: self.policy.learnt,
             ..policy
         };
+        if self.limit <= self.policy.original {
+            (self.raised_since, self.pause) = (None, Nanos(0));
+        }
+    }
+
+    /// A hold has ended: that it did not grow meanwhile is no pause of its own.
+    pub(super) fn resumed(&mut self, at: Nanos) {
+        self.history.resumed(at);
+        self.grown = self.history.last_growth;
     }
 
     /// Looks at a brake that is somebody else's; returns whether that changes the rules.
@@ -343,7 +352,11 @@ impl Guarded {
     }
 
     /// For how long nothing must come before what it has more than at rest is taken from it. It has paused before, and went on.
+    /// What no policy allows any more is not kept for that.
     pub(super) fn quiet(&self) -> Nanos {
+        if self.policy.ceiling <= self.policy.original {
+            return Nanos(0);
+        }
         quiet_after(self.learnt_pause.max(self.pause))
     }
 
@@ -640,6 +653,29 @@ mod tests {
         run.recall("make".to_owned());
         assert_eq!(run.policy.learnt, Some(Bytes::mib(414)));
         assert_eq!(run.quiet(), Nanos::millis(10_500));
+        run.policy.ceiling = run.policy.original;
+        assert_eq!(run.quiet(), Nanos(0));
+    }
+
+    #[test]
+    fn a_hold_is_no_pause() {
+        let mut held = guarded(Bytes::mib(512), 0);
+        let at = |seconds: u64| Nanos::millis(seconds * 1000);
+        held.limit_is(at(1), Bytes::mib(512));
+        held.history.observe(at(2), Bytes::mib(300));
+        held.look_at_burst(at(2));
+        held.resumed(at(22));
+        held.history.observe(at(23), Bytes::mib(400));
+        held.look_at_burst(at(23));
+        assert_eq!(held.quiet(), Nanos::millis(1500 * 2));
+        // Nor is what somebody else has made its rest.
+        held.follow(Policy {
+            original: Bytes::mib(512),
+            ..held.policy
+        });
+        held.history.observe(at(5000), Bytes::mib(500));
+        held.look_at_burst(at(5000));
+        assert_eq!(held.quiet(), Nanos(0));
     }
 
     #[test]

@@ -441,7 +441,7 @@ impl<R: Requester> Controller<R> {
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
             Verdict::Released { cgroup, error } => self.update(cgroup, |guarded| {
                 if let Some(since) = guarded.held_since.take() {
-                    guarded.history.resumed(at);
+                    guarded.resumed(at);
                     let held = at.since(since);
                     METRICS.held_seconds.inc_by(seconds(held));
                     guarded.report.held = Nanos(guarded.report.held.0 + held.0);
@@ -715,7 +715,8 @@ impl<R: Requester> Controller<R> {
 
     fn decide_once(&mut self, id: CgroupId) {
         self.take_bound(id);
-        let somebody_waits = self.guards.values().any(|own| own.waiting.is_some());
+        let is_short = |own: &Guarded| own.waiting.is_some() || own.told_bound.is_some();
+        let somebody_waits = self.guards.values().any(is_short);
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
