@@ -41,6 +41,8 @@ use watched::Watched;
 
 /// So long is slept while nothing is to be looked at; whoever has something to tell wakes it.
 const LONG: Duration = Duration::from_secs(3600);
+/// After all looks of one round it rests for so many times as long as they took.
+const AT_REST: u32 = 2;
 /// At its end the guard tries so often, and waits so long in between, to resume whom it could not.
 const LAST_ATTEMPTS: usize = 10;
 const LAST_INTERVAL: Duration = Duration::from_millis(50);
@@ -91,6 +93,7 @@ impl Parallel {
                 signal,
             },
             watched: BTreeMap::new(),
+            rests_until: Instant::now(),
         };
         let thread = thread::Builder::new()
             .name("parallel".to_owned())
@@ -167,6 +170,8 @@ struct Lender {
     wake: Wake,
     state: State,
     watched: BTreeMap<CgroupId, Watched>,
+    /// Nobody is looked at before: with its priority it must leave the CPU to others, however many they are.
+    rests_until: Instant,
 }
 
 impl Lender {
@@ -176,6 +181,7 @@ impl Lender {
         }
         loop {
             let due = self.watched.values().filter_map(Watched::due).min();
+            let due = due.map(|due| due.max(self.rests_until));
             let rest = due.map_or(LONG, |due| due.saturating_duration_since(Instant::now()));
             let mut sources = self.watched.values().filter_map(Watched::source);
             self.wake.wait([sources.next(), sources.next()], rest);
@@ -248,11 +254,15 @@ impl Lender {
 
     fn look(&mut self) {
         let now = Instant::now();
+        if now < self.rests_until {
+            return;
+        }
         for watched in self.watched.values_mut() {
             if watched.due().is_some_and(|due| due <= now) {
                 watched.look(&mut self.state);
             }
         }
+        self.rests_until = Instant::now() + now.elapsed() * AT_REST;
         self.watched.retain(|_, watched| !watched.is_over());
         if self.state.ledger.is_full().unwrap_or(false) {
             let standing = self.watched.values().flat_map(Watched::standing);
@@ -707,6 +717,7 @@ mod tests {
                 signal: process::signal,
             },
             watched: [(CgroupId(7), watched)].into(),
+            rests_until: Instant::now(),
         };
         let thread = thread::spawn(move || lender.run());
         for (token, expected) in [(b"a", "a"), (b"b", "ab")] {

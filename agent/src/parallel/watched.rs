@@ -32,8 +32,6 @@ const BETWEEN: Duration = Duration::from_millis(50);
 const FAR: Duration = Duration::from_millis(100);
 /// A job that begins has become its program within this time.
 const BEGUN: Duration = Duration::from_millis(10);
-/// Between two looks it rests for so many times as long as the last one took.
-const AT_REST: u32 = 2;
 /// Below this share of what it may have nobody is looked at.
 const QUARTER_PER_MILLE: u64 = 250;
 /// How often it is read how much of its usage is page cache.
@@ -138,7 +136,6 @@ impl Watched {
         if self.is_forgotten {
             return self.forget(state);
         }
-        let begun = Instant::now();
         let pause = match self.look_at_jobs(state) {
             Ok(pause) => pause,
             Err(error) if error.is_gone() => return self.forget(state),
@@ -148,8 +145,6 @@ impl Watched {
                 FAR
             }
         };
-        // With its priority it must leave the CPU to others, however many processes there are.
-        let pause = pause.max(begun.elapsed() * AT_REST);
         self.due = Some(Instant::now() + pause);
     }
 
