@@ -119,7 +119,7 @@ impl Updater {
             // Whatever grew is raised again.
             return Told::Untold(to);
         }
-        let delivered = self.deliver(target, Some(to), WHATEVER_IT_TAKES, || Ok(()));
+        let delivered = self.deliver(target, Some(to), WHATEVER_IT_TAKES, || Ok(()), || Ok(()));
         match delivered.await {
             Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
             Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
@@ -133,11 +133,11 @@ impl Updater {
     async fn tell_quota(&self, target: &Target) -> Told {
         let told = match target.cgroup.limit("memory.max") {
             Ok(Limit::At(limit)) => {
-                self.deliver(target, Some(limit), WHATEVER_IT_TAKES, || Ok(()))
+                self.deliver(target, Some(limit), WHATEVER_IT_TAKES, || Ok(()), || Ok(()))
                     .await
             }
             Ok(Limit::Max) if self.has_no_limit(target).await => {
-                self.deliver(target, None, WHATEVER_IT_TAKES, || Ok(()))
+                self.deliver(target, None, WHATEVER_IT_TAKES, || Ok(()), || Ok(()))
                     .await
             }
             // Somebody has lifted a limit behind the runtime's back, which it would set again.
@@ -159,13 +159,14 @@ impl Updater {
         said.is_ok_and(|said| memory_limit(&said).is_none())
     }
 
-    /// Asks the runtime, and waits for its answer: for as long as `longest`, and once it is late, after `late`, only
+    /// Asks the runtime, if it still may when it has its turn, and waits for its answer: for as long as `longest`, and once it is late, after `late`, only
     /// until something else is asked for.
     pub(super) async fn deliver(
         &self,
         target: &Target,
         memory: Option<Bytes>,
         longest: Duration,
+        may_go: impl Fn() -> Result<(), Refused>,
         late: impl FnOnce() -> Result<(), Refused>,
     ) -> Result<Delivered, Refused> {
         let patience = if self.is_late.load(Ordering::Relaxed) {
@@ -178,7 +179,14 @@ impl Updater {
                 return Ok(Delivered::Overtaken);
             }
             select! {
-                turn = target.turns.next() => break turn,
+                turn = target.turns.next() => {
+                    // Both may have come at once, and it may have grown meanwhile.
+                    if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {
+                        return Ok(Delivered::Overtaken);
+                    }
+                    may_go()?;
+                    break turn;
+                }
                 () = target.changed.notified() => {}
             }
         };

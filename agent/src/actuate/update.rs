@@ -323,7 +323,13 @@ impl Updater {
     }
 
     async fn lower(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
-        match self.deliver(target, Some(to), LOWERING, || Ok(())).await? {
+        let still_fits = || {
+            let fits = shrink::fits(&target.cgroup, to).map_err(text)?;
+            let grew = || refused("usage has grown meanwhile", false);
+            fits.then_some(()).ok_or_else(grew)
+        };
+        let delivered = self.deliver(target, Some(to), LOWERING, still_fits, || Ok(()));
+        match delivered.await? {
             Delivered::Answered(Ok(())) => Ok(Told::Known),
             Delivered::Answered(Err(error)) => {
                 self.failed(target, &error)?;
@@ -345,7 +351,10 @@ impl Updater {
             }
             Ok(())
         };
-        let error = match self.deliver(target, Some(to), RAISE, by_hand).await? {
+        let error = match self
+            .deliver(target, Some(to), RAISE, || Ok(()), by_hand)
+            .await?
+        {
             Delivered::Answered(Ok(())) => return Ok(Told::Known),
             Delivered::Overtaken => return Ok(Told::Overtaken),
             Delivered::Silent => return Ok(Told::Untold(to)),
