@@ -84,15 +84,38 @@ pub struct CpuTarget {
     pub times: QuotaTimes,
     /// Whether a task tells the API.
     pub is_telling: bool,
-    /// The limit in the spec when the API refused a raise of it: it is not asked again while it is that.
-    pub refused: Option<String>,
+    /// A raise that the API has refused: it is not asked again while the spec says the same.
+    pub refused: Option<Refused>,
+    /// Whether the kubelet says what resources the pod has, if that has some of its own.
+    pub of_pod: Option<bool>,
+}
+
+/// A raise that the API has refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The limit in the spec then.
+    in_spec: String,
+    /// What the namespace allowed then.
+    most: Option<u64>,
+}
+
+impl Refused {
+    /// Whether the namespace allows more now than when it was refused. What else may have refused it tells nobody when it
+    /// does not any more.
+    fn is_over(&self, most: Option<u64>) -> bool {
+        match (self.most, most) {
+            (Some(then), Some(now)) => now > then,
+            (then, now) => then.is_some() && now.is_none(),
+        }
+    }
 }
 
 impl CpuTarget {
     /// The limit in the spec, and whether more was refused.
     fn in_spec(&mut self) -> (Option<Cpu>, bool) {
         let limit = quantity::parse_cpu(&self.limit).ok();
-        (limit, self.refused.as_ref() == Some(&self.limit))
+        let mut refused = self.refused.iter();
+        (limit, refused.any(|refused| refused.in_spec == self.limit))
     }
 }
 
@@ -202,14 +225,29 @@ impl CpuResizer {
 
     /// What namespaces allow has changed: what was refused may be allowed now.
     pub fn bounds_changed(&self) {
-        let refused = self.containers.targets().with(|targets| {
-            let refused = targets.iter_mut();
-            let refused = refused.filter_map(|(&id, target)| target.refused.take().map(|_| id));
-            refused.collect::<Vec<CgroupId>>()
+        let targets = self.containers.targets();
+        let refused: Vec<CgroupId> = targets.with(|targets| {
+            let refused = targets.iter();
+            let refused = refused.filter(|(_, target)| target.refused.is_some());
+            refused.map(|(&id, _)| id).collect()
         });
         for cgroup in refused {
-            self.look(cgroup);
+            let most = self.allowed(cgroup);
+            let is_over = targets.of(cgroup, |target| {
+                let over = target.refused.take_if(|refused| refused.is_over(most));
+                over.is_some()
+            });
+            if is_over == Some(true) {
+                self.look(cgroup);
+            }
         }
+    }
+
+    /// What its namespace allows it.
+    fn allowed(&self, cgroup: CgroupId) -> Option<u64> {
+        let (uid, container) = self.key(cgroup)?;
+        let bound = self.memory.allowances().cpu((&uid, &container));
+        bound.map(|bound| bound.most)
     }
 
     fn look(&self, cgroup: CgroupId) {
@@ -327,7 +365,11 @@ impl CpuResizer {
                     self.containers.quota_is_told(cgroup, quota, false);
                 }
                 if is_refused {
-                    targets.of(cgroup, |target| target.refused = Some(target.limit.clone()));
+                    let most = self.allowed(cgroup);
+                    targets.of(cgroup, |target| {
+                        let in_spec = target.limit.clone();
+                        target.refused = Some(Refused { in_spec, most });
+                    });
                     self.look(cgroup);
                 }
             }
@@ -341,8 +383,12 @@ impl CpuResizer {
             namespace: &target.namespace,
             name: &target.name,
             uid: &target.uid,
-            whose: Whose::Container,
-            is_reported,
+            whose: if target.of_pod.is_some() {
+                Whose::Pod
+            } else {
+                Whose::Container
+            },
+            is_reported: is_reported && target.of_pod.unwrap_or(true),
             change: Change::cpu(level, same, other),
         };
         self.memory.ways().of(&probed).await
@@ -360,6 +406,7 @@ impl CpuResizer {
         let level = Level::Container(target.index);
         let own = Change::cpu(level, target.limit.clone(), to);
         let named = (target.namespace.as_str(), target.name.as_str());
+        let carries = self.memory.carries(&target.uid);
         let patched = self.memory.patch_beside(&target.uid, way, named, own);
         let (patched, is_uncertain) = patched.await;
         // One that was taken is not refused any more.
@@ -380,8 +427,10 @@ impl CpuResizer {
                 Err(Untold {
                     why: status.to_string(),
                     is_certain: !is_uncertain,
-                    // What comes down needs no leave, and is tried again.
-                    is_refused: is_refused && in_spec.is_ok_and(|in_spec| quota.cpu > in_spec),
+                    // What comes down needs no leave, and is tried again; so is what memory beside it may have been refused for.
+                    is_refused: is_refused
+                        && !carries
+                        && in_spec.is_ok_and(|in_spec| quota.cpu > in_spec),
                 })
             }
             Ok(Err(error)) => Err(Untold {
@@ -446,6 +495,18 @@ fn other_than(limit: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_is_over_when_more_is_allowed() {
+        let refused = |most| Refused {
+            in_spec: "250m".to_owned(),
+            most,
+        };
+        assert!(refused(Some(100)).is_over(Some(101)) && refused(Some(100)).is_over(None));
+        assert!(!refused(Some(100)).is_over(Some(100)) && !refused(Some(100)).is_over(Some(7)));
+        // By something else than LimitRanges and quotas.
+        assert!(!refused(None).is_over(None) && !refused(None).is_over(Some(100)));
+    }
 
     #[test]
     fn a_refusal_is_told_from_a_patch_of_what_was() {

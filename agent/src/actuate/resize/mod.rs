@@ -445,6 +445,11 @@ impl Resizer {
         (patched, is_uncertain)
     }
 
+    /// Whether a patch of something else in a pod carries what was raised by hand: what refuses it may be that.
+    pub(super) fn carries(&self, uid: &str) -> bool {
+        !self.by_hand_in(uid, |_| false).is_empty()
+    }
+
     /// It has ended.
     fn ends_in(&self, begun: Vec<(CgroupId, Bytes)>, is_uncertain: bool) {
         for (cgroup, comes) in begun {

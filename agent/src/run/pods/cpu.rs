@@ -206,6 +206,7 @@ impl Watch {
             times: QuotaTimes::default(),
             is_telling: false,
             refused: None,
+            of_pod: of_pod(seen),
         };
         let targets = self.containers().targets();
         targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
@@ -229,6 +230,7 @@ impl Watch {
             let container = seen.containers.get(wish.index);
             let running = container.filter(|container| container.id.is_some());
             target.is_reported = running.map(|container| container.reports_resources);
+            target.of_pod = of_pod(seen);
             if !is_old || wish.foreign {
                 target.limit.clone_from(&wish.limit_text);
                 target.original_text.clone_from(&wish.original_text);
@@ -418,6 +420,12 @@ impl Watch {
             Some(Arc::new(PodCgroup::new(cgroup, records)))
         })
     }
+}
+
+/// A pod with resources of its own is resized as such or not at all, its containers, too (`ValidatePodResize`,
+/// pkg/apis/core/validation/validation.go).
+fn of_pod(seen: &pod::Pod) -> Option<bool> {
+    seen.has_resources.then_some(seen.reports_resources)
 }
 
 /// Whether a quota that was moved is so still, and by us.
