@@ -68,11 +68,18 @@ impl MovedQuota {
     /// Whether a quota is one that we have set or may have set, or that the runtime has set again.
     #[must_use]
     pub fn is_ours(&self, quota: Quota) -> bool {
+        self.meant_by(quota).is_some()
+    }
+
+    /// Which of those a quota is, however the kernel or systemd has rounded it.
+    #[must_use]
+    pub fn meant_by(&self, quota: Quota) -> Option<Cpu> {
         let told = [self.cpu.at_rest, self.told].into_iter();
         let mut own = told
             .chain(self.telling)
-            .chain(self.cpu.asked.iter().copied());
-        quota.period == self.period && own.any(|own| own.is_set_as(quota.cpu, quota.period))
+            .chain(self.cpu.asked.iter().copied())
+            .filter(|_| quota.period == self.period);
+        own.find(|own| own.is_set_as(quota.cpu, quota.period))
     }
 
     /// Whether the runtime knows that it is at rest, and nothing is under way.

@@ -259,10 +259,12 @@ impl Pod {
             return Ok(());
         };
         let quota = known.get_or_insert_with(|| MovedQuota::new(in_force));
-        if quota.period != in_force.period || !quota.cpu.is_ours(in_force.cpu) {
+        // systemd rounds what it sets.
+        let own = quota.meant_by(in_force).unwrap_or_else(|| {
             *quota = MovedQuota::new(in_force);
-        }
-        let to = match pod_step(&quota.cpu, in_force.cpu, raised()) {
+            in_force.cpu
+        });
+        let to = match pod_step(&quota.cpu, own, raised()) {
             PodStep::Raise(to) => to,
             PodStep::Lower(to) if may == May::Fall => to,
             PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => return Ok(()),
