@@ -179,7 +179,7 @@ impl Updater {
                 return Ok(Delivered::Overtaken);
             }
             select! {
-                turn = target.turns.next() => {
+                turn = self.turn(target) => {
                     // Both may have come at once, and it may have grown meanwhile.
                     if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {
                         return Ok(Delivered::Overtaken);

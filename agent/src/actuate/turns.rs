@@ -52,6 +52,11 @@ impl Turns {
         }
     }
 
+    /// Whether a call is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.turn.try_lock().is_err()
+    }
+
     /// A call was begun by whoever has its turn.
     pub(super) fn began(&self, call: AbortHandle) {
         let begun = Instant::now();

@@ -27,7 +27,7 @@ use super::{
     shrink,
     targets::Targets,
     tell::{Delivered, Told},
-    turns::Turns,
+    turns::{Turn, Turns},
 };
 use crate::{
     cgroup::Cgroup,
@@ -164,6 +164,9 @@ pub struct Updater {
     pub(super) tasks: Handle,
     containers: Containers<Target>,
     inputs: SyncSender<Input>,
+    /// Calls that are under way for containers that were let go: they may be adopted again, as when the runtime loses sight of
+    /// them while it is started.
+    left: Targets<Turns>,
     /// Whether the runtime was late when it was asked last.
     pub(super) is_late: Arc<AtomicBool>,
 }
@@ -182,6 +185,7 @@ impl Updater {
             tasks,
             containers: Containers::new(records),
             inputs,
+            left: Targets::default(),
             is_late: Arc::default(),
         }
     }
@@ -217,7 +221,22 @@ impl Updater {
 
     /// Forgets a container: what is under way for it is not written down any more.
     pub fn forget(&self, cgroup: CgroupId) {
+        let turns = self.targets().of(cgroup, |target| target.turns.clone());
+        self.left.with(|left| {
+            left.extend(turns.map(|turns| (cgroup, turns)));
+            left.retain(|_, turns| turns.is_busy());
+        });
         self.containers.forget(cgroup);
+    }
+
+    /// Waits until no call is under way for a container, from before it was adopted neither.
+    pub(super) async fn turn(&self, target: &Target) -> Turn {
+        let id = target.cgroup.id();
+        if let Some(before) = self.left.of(id, |turns| turns.clone()) {
+            drop(before.next().await);
+            self.left.with(|left| drop(left.remove(&id)));
+        }
+        target.turns.next().await
     }
 
     /// Where originals are kept.
