@@ -3,13 +3,14 @@
 //! | Kubernetes | in-place resize | a container's limits | a pod's own |
 //! | --- | --- | --- | --- |
 //! | up to 1.31 | alpha, off | patch of the pod, where the gate is on | on the node |
-//! | 1.32 | alpha, off | `pods/resize`, where the gate is on | on the node |
+//! | 1.32 | alpha, off | on the node: the API forgets whose a limit is | on the node |
 //! | 1.33 | beta, on | on the node: the API takes no lower memory limit | on the node |
 //! | 1.34, 1.35 | beta, on; GA | `pods/resize` | on the node |
 //! | 1.36 and later | GA | `pods/resize` | `pods/resize` |
 //!
 //! (KEP-1287 and KEP-5419; 1.33: `ValidatePodResize`, pkg/apis/core/validation/validation.go, "memory limits cannot be
-//! decreased unless resizePolicy is RestartContainer".) With the gate off nothing is resized through the API.
+//! decreased unless resizePolicy is RestartContainer"; 1.32: `dropPodUpdates`, pkg/registry/core/pod/strategy.go, keeps the
+//! managed fields of the old pod, so what we have raised there looks as if somebody else had set it.) With the gate off nothing is resized through the API.
 //!
 //! A kubelet may be three minors older than its API server, and have the gate off where that has it on. What tells is
 //! whether it says in a pod's status what resources the running containers have: the API server refuses to resize a pod
@@ -62,8 +63,6 @@ pub enum Whose {
 
 /// The first that lets a memory limit be lowered without a restart, and has in-place resize on.
 const LOWERS: u32 = 34;
-/// The first with in-place resize on.
-const BETA: u32 = 33;
 /// The first with `pods/resize`.
 const SUBRESOURCE: u32 = 32;
 /// The first with in-place resize at all.
@@ -86,15 +85,8 @@ impl Server {
         if resizes && self.has_resize {
             return Some(Way::Resize);
         }
-        if whose != Whose::Container || self.minor >= BETA || self.minor < ALPHA {
+        if whose != Whose::Container || self.minor >= SUBRESOURCE || self.minor < ALPHA {
             return Some(Way::Node);
-        }
-        if self.minor >= SUBRESOURCE {
-            return Some(if self.has_resize {
-                Way::Resize
-            } else {
-                Way::Node
-            });
         }
         let taken = self.takes_patch?;
         Some(if taken { Way::Patch } else { Way::Node })
@@ -131,8 +123,9 @@ mod tests {
             );
         }
         let resize = Some(Way::Resize);
-        assert_eq!(of(32, true, None), [resize, node]);
-        assert_eq!(of(32, false, None), [node, node]);
+        for has_resize in [true, false] {
+            assert_eq!(of(32, has_resize, None), [node, node]);
+        }
         assert_eq!(of(33, true, None), [node, node]);
         for minor in 34..=35 {
             assert_eq!(of(minor, true, None), [resize, node], "{minor}");
