@@ -308,6 +308,12 @@ impl Cluster {
         Ok(statuses.and_then(|statuses| statuses.into_iter().next()))
     }
 
+    /// How often its container was started again.
+    pub(crate) fn restarts(&self, name: &str) -> Result<i32> {
+        let status = self.status(name)?;
+        Ok(status.map_or(0, |status| status.restart_count))
+    }
+
     /// Whether it has not ended.
     pub(crate) fn is_running(&self, name: &str) -> Result<bool> {
         Ok(!matches!(

@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    pod_bursts::ledger_of,
+    pod_bursts::{is_guarded, ledger_of},
     record::{Records, parsed, percentile, rounded},
     storm::node_kills,
 };
@@ -311,12 +311,8 @@ impl Bench {
 
     fn wait_guarded(&self) -> Result<()> {
         wait("all are guarded", Duration::from_secs(120), || {
-            let is_guarded = |started: &Started| {
-                let ledger = ledger_of(started.cgroup.id());
-                let adopts = |record: &LedgerRecord| matches!(record, LedgerRecord::Adopt { .. });
-                ledger.iter().any(adopts)
-            };
-            Ok(self.containers.iter().all(is_guarded))
+            let mut containers = self.containers.iter();
+            Ok(containers.all(|started| is_guarded(&started.cgroup)))
         })
     }
 

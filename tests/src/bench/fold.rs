@@ -17,7 +17,6 @@ use anyhow::{Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
-    ledger::Record as LedgerRecord,
 };
 use bellows_core::{Bytes, Cpu};
 use clap::Args;
@@ -26,7 +25,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{log_uniform, mib},
-    pod_bursts::{ledger_of, results},
+    pod_bursts::{is_guarded, results},
     pod_faults::bursting,
     pod_path::Looking,
     record::{Records, parsed, percentile, rounded},
@@ -176,9 +175,7 @@ impl Bench {
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
         wait("it is guarded", Duration::from_secs(30), || {
-            let ledger = ledger_of(cgroup.id());
-            let adopts = |record: &LedgerRecord| matches!(record, LedgerRecord::Adopt { .. });
-            Ok(ledger.iter().any(adopts))
+            Ok(is_guarded(&cgroup))
         })?;
         let looking = Looking::start(&name, case.limit);
         if case.whose == Whose::Ours {
@@ -213,7 +210,6 @@ impl Bench {
         let track = sampler.finish();
         let in_spec = looking.finish()?;
         let is_later = in_spec.is_none_or(|in_spec| in_spec > resized_at);
-        let status = self.cluster.status(&name)?;
         let record = Record {
             case,
             is_live: raised.is_ok() && is_later && in_force > case.limit,
@@ -222,7 +218,7 @@ impl Bench {
             window_ms: in_spec.map(|in_spec| in_spec.since(raised_at).as_millis()),
             is_resized: is_resized.is_ok(),
             oom_kill: track.oom_kill,
-            restarts: status.map_or(0, |status| status.restart_count),
+            restarts: self.cluster.restarts(&name)?,
             phase: self.cluster.phase(&name)?,
             said: results(&self.cluster, &name)?,
         };

@@ -121,9 +121,7 @@ impl Outcome {
 
     /// Whether the agent adopted it.
     pub(super) fn was_guarded(&self) -> bool {
-        self.ledger
-            .iter()
-            .any(|record| matches!(record, LedgerRecord::Adopt { .. }))
+        is_adopted(&self.ledger)
     }
 
     pub(super) fn raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
@@ -155,6 +153,16 @@ impl Outcome {
     fn api_times(&self) -> Vec<u64> {
         answers(self.first_raises(), &self.samples)
     }
+}
+
+fn is_adopted(ledger: &[LedgerRecord]) -> bool {
+    let adopts = |record: &LedgerRecord| matches!(record, LedgerRecord::Adopt { .. });
+    ledger.iter().any(adopts)
+}
+
+/// Whether the agent has adopted a cgroup.
+pub(super) fn is_guarded(cgroup: &Cgroup) -> bool {
+    is_adopted(&ledger_of(cgroup.id()))
 }
 
 /// The raises in a ledger, and when they were asked for.

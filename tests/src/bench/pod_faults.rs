@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib},
-    pod_bursts::{ledger_of, results},
+    pod_bursts::{is_guarded, ledger_of, results},
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -219,12 +219,9 @@ impl Bench {
         let began = now();
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
-        let is_guarded = || {
-            ledger_of(cgroup.id())
-                .iter()
-                .any(|record| matches!(record, LedgerRecord::Adopt { .. }))
-        };
-        let guarded = wait("it is guarded", Duration::from_secs(8), || Ok(is_guarded()));
+        let guarded = wait("it is guarded", Duration::from_secs(8), || {
+            Ok(is_guarded(&cgroup))
+        });
         // A moment before it bursts.
         let rest = Nanos::millis(REST_MS - BEFORE_MS).since(now().since(began));
         thread::sleep(Duration::from_nanos(rest.0));
@@ -249,7 +246,6 @@ impl Bench {
         let restored_ms = self.wait_for(&name, over_at, RESTORED, |limits| limits == [rest; 3])?;
         let pod_limit = pod.limit("memory.max").map(Limit::bytes);
         let is_pod_restored = pod_limit.is_ok_and(|limit| limit == case.limit);
-        let status = self.cluster.status(&name)?;
         let track = sampler.finish();
         let ledger = ledger_of(cgroup.id());
         let by_hand = |record: &&LedgerRecord| {
@@ -267,7 +263,7 @@ impl Bench {
             fault_at: fault_at.0,
             over_at: over_at.0,
             oom_kill: track.oom_kill,
-            restarts: status.map_or(0, |status| status.restart_count),
+            restarts: self.cluster.restarts(&name)?,
             phase: self.cluster.phase(&name)?,
             said: results(&self.cluster, &name)?,
             by_hand: ledger.iter().filter(by_hand).count(),

@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{log_uniform, mib},
-    pod_bursts::{ledger_of, raises},
+    pod_bursts::{is_guarded, ledger_of, raises},
     pod_faults::bursting,
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
@@ -190,10 +190,7 @@ impl Bench {
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
         wait("it is guarded", Duration::from_secs(8), || {
-            let ledger = ledger_of(cgroup.id());
-            Ok(ledger
-                .iter()
-                .any(|record| matches!(record, LedgerRecord::Adopt { .. })))
+            Ok(is_guarded(&cgroup))
         })?;
         // What comes of its start has come, and it does not burst yet.
         thread::sleep(SETTLES);
@@ -232,7 +229,7 @@ impl Bench {
             events,
             raises: raises(&ledger).count(),
             oom_kill: track.oom_kill,
-            restarts: self.restarts(&name)?,
+            restarts: self.cluster.restarts(&name)?,
             is_restored: restored.is_ok(),
         };
         self.cluster.delete(&name)?;
@@ -283,16 +280,11 @@ impl Bench {
             events: Vec::new(),
             raises: 0,
             oom_kill: cgroup.events()?.oom_kill,
-            restarts: self.restarts(&name)?,
+            restarts: self.cluster.restarts(&name)?,
             is_restored: true,
         };
         self.cluster.delete(&name)?;
         Ok(record)
-    }
-
-    fn restarts(&self, name: &str) -> Result<i32> {
-        let status = self.cluster.status(name)?;
-        Ok(status.map_or(0, |status| status.restart_count))
     }
 }
 
