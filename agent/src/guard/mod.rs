@@ -716,7 +716,10 @@ impl<R: Requester> Controller<R> {
     fn decide_once(&mut self, id: CgroupId) {
         self.take_bound(id);
         let is_short = |own: &Guarded| own.waiting.is_some() || own.told_bound.is_some();
-        let somebody_waits = self.guards.values().any(is_short);
+        // Who has nothing to give back keeps nothing from anybody.
+        let is_raised = |own: &Guarded| own.limit > own.policy.original;
+        let somebody_waits =
+            self.guards.get(&id).is_some_and(is_raised) && self.guards.values().any(is_short);
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };
