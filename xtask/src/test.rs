@@ -271,7 +271,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         checks,
         binaries,
         "the growth hook is cheap in a tracked cgroup and below it",
-        &of(Name::HookCost, 1, 1),
+        // An allocator makes 263 calls. One or two find out anew whose counter it is, ten times as dear,
+        // and a tick of the clock may fall into another: of one allocator that is more than the 99th
+        // percentile has room for.
+        &of(Name::HookCost, 4, 1),
         |summary| {
             at_most(summary, "calls_per_mib", 8.0)?;
             at_most(summary, "insns_per_call", 300.0)?;
