@@ -251,6 +251,17 @@ impl KnownRequest {
         Some(used.max(self.recent.peak()))
     }
 
+    /// What the kubelet has allotted to it, where it says that.
+    fn allotted(&self) -> Option<Bytes> {
+        quantity::parse(self.wish.allotted.as_deref()?).ok()
+    }
+
+    /// Whether a change of ours is under way.
+    fn is_moved_by_us(&self) -> bool {
+        let is_taken = self.allotted().is_none_or(|own| own == self.wish.request);
+        self.asked.is_some() || self.wish.is_ours && !is_taken
+    }
+
     /// Its request: what the spec says, or will say.
     fn request(&self) -> Bytes {
         self.asked.map_or(self.wish.request, |asked| asked.to)

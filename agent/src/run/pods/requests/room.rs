@@ -5,14 +5,21 @@
 //! soon as another pod of the node has come down, those that come down first, then by priority (`sortPendingResizes`,
 //! pkg/kubelet/allocation/allocation_manager.go, 1.37).
 //!
+//! It takes its time for that word, 0.1 to 2.9 s after a resize is asked for. What the node has for pods is known from an
+//! earlier one, and what each has from the API, so room is made before it. What it says then is what counts: where it had
+//! room, or it is CPU that is short, what was lent is given back.
+//!
 //! Until then the scheduler counts what the waiting pod wants, so what is lowered for it is not free to others. What it gives
 //! up later is: whoever has lent it asks for it at the same moment as the scheduler places a pod there. What that has taken
 //! is owed.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use bellows_core::{
-    Bytes, quantity,
+    Bytes,
     requests::{Change, Lender, Lowered, RequestWhy, Shortage, give_back, make_room, shortage},
 };
 use tokio::time::Instant;
@@ -59,6 +66,40 @@ impl Loan {
     }
 }
 
+impl Summary {
+    /// Whether its containers ask for more than the kubelet has allotted to them, of which it has not said anything yet.
+    fn is_not_judged(&self) -> bool {
+        let is_judged = self.put_off.as_ref().is_some_and(|said| said.is_current);
+        !is_judged && self.own > self.allotted
+    }
+
+    /// What the kubelet counts of it: what it has allotted, and what is no container's.
+    fn counted(&self) -> Bytes {
+        if self.requested == Bytes::ZERO {
+            return Bytes::ZERO;
+        }
+        self.requested.minus(self.own).plus(self.allotted)
+    }
+}
+
+/// What the kubelet will say of a pod that it has not judged yet; `None` where it has room, and where the whole node has less.
+fn expected(
+    pods: &BTreeMap<String, Summary>,
+    uid: &str,
+    capacity: Option<Bytes>,
+) -> Option<Shortage> {
+    let pod = pods.get(uid).filter(|pod| pod.is_not_judged())?;
+    let others = pods.iter().filter(|(other, _)| *other != uid);
+    let used = others.map(|(_, pod)| pod.counted());
+    let shortage = Shortage {
+        requested: pod.requested,
+        used: used.fold(Bytes::ZERO, Bytes::plus),
+        capacity: capacity?,
+    };
+    let is_possible = shortage.requested <= shortage.capacity;
+    (is_possible && shortage.short() > Bytes::ZERO).then_some(shortage)
+}
+
 /// What was made of a kubelet's word.
 pub(super) struct Served {
     message: String,
@@ -88,6 +129,19 @@ pub(super) struct Waiting {
     message: String,
     shortage: Shortage,
     before: Bytes,
+}
+
+impl Waiting {
+    fn of(uid: &str, pod: &Summary, message: String, shortage: Shortage) -> Self {
+        Self {
+            uid: uid.to_owned(),
+            name: pod.name.clone(),
+            priority: pod.priority,
+            message,
+            shortage,
+            before: pod.allotted,
+        }
+    }
 }
 
 /// What was lent by each container, by its name, and is not given back: it may have been started again since.
@@ -143,41 +197,48 @@ pub(super) fn capacity(records: &[Record]) -> Option<Bytes> {
 }
 
 impl Watch {
-    /// Pods whose resize finds no room for memory, the highest priority first.
+    /// Pods whose resize finds no room for memory, or will find none, the highest priority first.
     pub(super) fn waiting(&mut self) -> Vec<Waiting> {
         let Requests { pods, served, .. } = &mut self.requests;
-        let waits = |uid: &String| pods.get(uid).is_some_and(|pod| pod.put_off.is_some());
-        served.retain(|uid, _| waits(uid));
-        let pods = pods.iter();
-        let waiting = pods.filter_map(|(uid, pod)| {
+        let waits = |pod: &Summary| pod.put_off.is_some() || pod.is_not_judged();
+        served.retain(|uid, _| pods.get(uid).is_some_and(waits));
+        let told = self.requests.pods.iter().filter_map(|(uid, pod)| {
             let put_off = pod.put_off.as_ref()?;
-            let shortage = shortage(&put_off.message)?;
-            (put_off.is_current && !put_off.is_infeasible).then(|| Waiting {
-                uid: uid.clone(),
-                name: pod.name.clone(),
-                priority: pod.priority,
-                message: put_off.message.clone(),
-                shortage,
-                before: pod.allotted,
-            })
+            let is_meant = put_off.is_current && !put_off.is_infeasible;
+            let shortage = shortage(&put_off.message).filter(|_| is_meant)?;
+            Some(Waiting::of(uid, pod, put_off.message.clone(), shortage))
         });
-        let mut waiting: Vec<Waiting> = waiting.collect();
-        waiting.sort_by(|a, b| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
-        if let Some(waits) = waiting.first() {
+        let mut waiting: Vec<Waiting> = told.collect();
+        if let Some(waits) = waiting.iter().max_by_key(|waits| waits.priority) {
             self.requests.capacity = Some(waits.shortage.capacity);
         }
+        let Requests {
+            pods,
+            known,
+            capacity,
+            ..
+        } = &self.requests;
+        // What is given back by us waits for nobody.
+        let ours = known.iter().filter(|(_, known)| known.is_moved_by_us());
+        let ours: BTreeSet<&String> = ours.map(|((uid, _), _)| uid).collect();
+        let others = pods.iter().filter(|(uid, _)| !ours.contains(uid));
+        waiting.extend(others.filter_map(|(uid, pod)| {
+            let shortage = expected(pods, uid, *capacity)?;
+            Some(Waiting::of(uid, pod, String::new(), shortage))
+        }));
+        waiting.sort_by(|a, b| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
         waiting
     }
 
     /// Has others come down for one that waits, unless that is under way.
     pub(super) fn make_room_for(&mut self, waits: &Waiting) {
         let served = self.requests.served.get(&waits.uid);
+        let is_told = served.is_some_and(|served| served.message == waits.message);
         let in_vain =
             |served: &Served| served.lent == Bytes::ZERO && served.at.elapsed() < LOOK_AGAIN;
-        if served.is_some_and(in_vain) {
+        if is_told && served.is_some_and(in_vain) {
             return;
         }
-        let is_told = served.is_some_and(|served| served.message == waits.message);
         let coming_down = self.coming_down();
         let short = Served::left(served, waits.shortage.short(), coming_down, Instant::now());
         if short == Bytes::ZERO {
@@ -201,7 +262,7 @@ impl Watch {
             lent,
         };
         self.requests.served.insert(waits.uid.clone(), served);
-        if changes.is_empty() && !is_told {
+        if changes.is_empty() && !is_told && !waits.message.is_empty() {
             tracing::info!(pod = waits.name, %short, "no room can be made");
             let note = format!(
                 "its resize is short of {short}, and pods of lower priority whose policies allow it (memory.requests.makeRoom) do not have that to spare"
@@ -245,10 +306,7 @@ impl Watch {
     /// What the kubelet has not taken from those that were lowered already.
     fn coming_down(&self) -> Bytes {
         let lowered = self.requests.known.values();
-        let coming = lowered.filter_map(|known| {
-            let allotted = quantity::parse(known.wish.allotted.as_deref()?).ok()?;
-            Some(allotted.minus(known.request()))
-        });
+        let coming = lowered.filter_map(|known| Some(known.allotted()?.minus(known.request())));
         coming.fold(Bytes::ZERO, Bytes::plus)
     }
 
@@ -276,9 +334,8 @@ impl Watch {
         let known = self.requests.known.iter();
         let put_off = known.filter_map(|(key, known)| {
             let put_off = self.requests.pods.get(&key.0)?.put_off.as_ref()?;
-            let allotted = quantity::parse(known.wish.allotted.as_deref()?).ok()?;
-            let is_ours = known.wish.is_ours && known.asked.is_none() && put_off.is_current;
-            let is_put_off = is_ours && allotted != known.wish.request;
+            let allotted = known.allotted()?;
+            let is_put_off = known.asked.is_none() && put_off.is_current && known.is_moved_by_us();
             is_put_off.then(|| (key.clone(), allotted, shortage(&put_off.message)))
         });
         for (key, allotted, shortage) in put_off.collect::<Vec<_>>() {
@@ -450,7 +507,7 @@ impl KnownRequest {
 mod tests {
     use std::fs;
 
-    use bellows_core::{CgroupId, Nanos};
+    use bellows_core::{CgroupId, Nanos, pod::PutOff};
 
     use super::*;
     use crate::{ledger, run::pods::requests::tests::known};
@@ -536,6 +593,59 @@ mod tests {
         };
         assert!(loan.is_had_by(&borrower(128)));
         assert!(!loan.is_had_by(&borrower(64)));
+    }
+
+    fn pod(requested: u64, allotted: u64) -> Summary {
+        Summary {
+            name: "dev/pod".to_owned(),
+            priority: 0,
+            // With 32 MiB of overhead.
+            requested: Bytes::mib(requested + 32),
+            own: Bytes::mib(requested),
+            allotted: Bytes::mib(allotted),
+            put_off: None,
+            arrived: Instant::now(),
+        }
+    }
+
+    /// What the kubelet will say is what it says.
+    #[test]
+    fn what_is_short_is_known_before_the_kubelet_says_it() {
+        let mut pods: BTreeMap<String, Summary> = [
+            ("db".to_owned(), pod(600, 100)),
+            // Comes down, which the kubelet has not taken.
+            ("lender".to_owned(), pod(200, 400)),
+            ("other".to_owned(), pod(500, 500)),
+        ]
+        .into();
+        let short = |pods: &_, mib| {
+            let expected = expected(pods, "db", Some(Bytes::mib(mib)))?;
+            Some(expected.short())
+        };
+        assert_eq!(short(&pods, 1500), Some(Bytes::mib(96)));
+        assert_eq!(short(&pods, 1596), None);
+        // As much is not on the whole node.
+        assert_eq!(short(&pods, 631), None);
+        assert_eq!(expected(&pods, "db", None), None);
+        // Whoever has ended has nothing.
+        let ended = Summary {
+            requested: Bytes::ZERO,
+            ..pod(500, 500)
+        };
+        pods.insert("ended".to_owned(), ended);
+        assert_eq!(short(&pods, 1500), Some(Bytes::mib(96)));
+        let word = |is_current| PutOff {
+            message: String::new(),
+            is_infeasible: false,
+            is_current,
+        };
+        pods.get_mut("db").unwrap().put_off = Some(word(false));
+        assert_eq!(short(&pods, 1500), Some(Bytes::mib(96)));
+        pods.get_mut("db").unwrap().put_off = Some(word(true));
+        assert_eq!(short(&pods, 1500), None);
+        // It has what it wants.
+        pods.insert("db".to_owned(), pod(600, 600));
+        assert_eq!(short(&pods, 1500), None);
     }
 
     /// Whom no policy means any more gets back what there is room for, whoever waits.
