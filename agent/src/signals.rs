@@ -3,9 +3,12 @@
 //! A signal from the terminal (Ctrl-C) reaches the whole foreground process group, the child
 //! included, by itself: passing it on would deliver it twice. A signal from another process was
 //! meant for the child and is passed on. Either way the parent stays until the child has ended.
+//!
+//! What this process was told to ignore (by `nohup`, by a shell of what it runs in the background) stays
+//! ignored: a handler of ours would make the child, which is begun without handlers, die of it.
 
 use std::{
-    io,
+    fs, io,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -33,7 +36,9 @@ pub(crate) struct Forwarder {
 
 impl Forwarder {
     pub(crate) fn start() -> io::Result<Self> {
-        let mut signals = SignalsInfo::<WithOrigin>::new(FORWARDED)?;
+        let ignored = ignored(&fs::read_to_string("/proc/self/status")?);
+        let forwarded = FORWARDED.iter().filter(|&&signal| !has(ignored, signal));
+        let mut signals = SignalsInfo::<WithOrigin>::new(forwarded)?;
         let target = Arc::new(AtomicU32::new(0));
         let shared = Arc::clone(&target);
         let handle = thread::Builder::new()
@@ -61,11 +66,36 @@ impl Forwarder {
     }
 }
 
+/// The signals that are ignored, by a process's `status`: a bit for each, the lowest for the first.
+fn ignored(status: &str) -> u64 {
+    let lines = status.lines();
+    let mask = lines.filter_map(|line| line.strip_prefix("SigIgn:")).next();
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+const fn has(mask: u64, signal: i32) -> bool {
+    mask & 1 << (signal - 1) != 0
+}
+
 fn pass_on(process: u32, signal: i32) {
     let process = i32::try_from(process).ok().and_then(Pid::from_raw);
     if let (Some(process), Some(signal)) = (process, Signal::from_named_raw(signal))
         && let Err(errno) = kill_process(process, signal)
     {
         tracing::debug!(%errno, "the child has ended before the signal reached it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ignored_is_known() {
+        // Of a process under `nohup`: SIGHUP, and SIGPIPE as of any program in Rust.
+        let mask = ignored("Name:\tx\nSigBlk:\tffffffffffffffff\nSigIgn:\t0000000000001001\n");
+        assert!(has(mask, SIGHUP) && !has(mask, SIGTERM) && !has(mask, SIGINT));
+        assert_eq!((ignored(""), ignored("SigIgn:\tx")), (0, 0));
     }
 }
