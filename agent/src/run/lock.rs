@@ -33,6 +33,8 @@ const LOCK: &str = "/run/bellows/run.lock";
 /// How long an agent waits for its predecessor's end, or for a releaser at work.
 const PATIENCE: Duration = Duration::from_secs(5);
 const TRY_AGAIN: Duration = Duration::from_millis(20);
+/// Who keeps the lock for so long after a death is no dying agent.
+const OTHERS: Duration = Duration::from_millis(500);
 /// Above every other descriptor of the agent, below every usual limit.
 pub(super) const HIGH: i32 = 900;
 /// How often the releaser looks whether an agent has come.
@@ -67,6 +69,20 @@ impl AgentLock {
 pub(super) fn last(file: &impl AsFd) -> io::Result<File> {
     let high = rustix::io::fcntl_dupfd_cloexec(file, HIGH)?;
     Ok(File::from(high))
+}
+
+/// Takes the lock after the death of who has held it; `None` where somebody else keeps it: who does that has released all
+/// that was left, or is at it, and writes ledgers of its own.
+pub(super) fn after_death() -> io::Result<Option<File>> {
+    let file = open()?;
+    let start = Instant::now();
+    while !try_lock(&file)? {
+        if start.elapsed() >= OTHERS {
+            return Ok(None);
+        }
+        thread::sleep(TRY_AGAIN);
+    }
+    Ok(Some(file))
 }
 
 fn open() -> io::Result<File> {

@@ -7,6 +7,9 @@
 //! That it has *ended* it learns from a pipe: a parent is told of it only after the kernel has taken every
 //! program off its function, which takes a second together.
 //!
+//! What it lifts is what the ledgers say, and it does that under the agent's lock: without it they may be those of a
+//! successor, or of another agent because of which this one has ended. A stopped agent keeps the lock, and writes nothing.
+//!
 //! It must not guard, decide or talk to anybody. If the parent dies, the child is told to end
 //! (`PR_SET_PDEATHSIG`) and releases by itself; if both die at once (their container's end), the
 //! releaser beside them or the next agent does.
@@ -25,8 +28,15 @@ use std::{
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 
-use super::{RunError, lock::HIGH};
-use crate::{explain::LEDGER, recover::release_all, signals::Forwarder};
+use super::{
+    RunError,
+    lock::{self, HIGH},
+};
+use crate::{
+    explain::LEDGER,
+    recover::{Recovered, release_all},
+    signals::Forwarder,
+};
 
 /// Set in the child.
 const AGENT_VARIABLE: &str = "BELLOWS_RUN_AGENT";
@@ -73,7 +83,17 @@ pub fn supervise() -> Result<u8, RunError> {
     drop(command);
     forwarder.forward_to(agent.id());
     let was_stopped = wait_for_end(agent.id(), File::from(alive));
-    let recovered = release_all(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?;
+    let lock = if was_stopped {
+        None
+    } else {
+        lock::after_death().map_err(failed("cannot use the agent's lock"))?
+    };
+    let recovered = if was_stopped || lock.is_some() {
+        release_all(Path::new(LEDGER)).map_err(failed("cannot read the ledger"))?
+    } else {
+        Recovered::default()
+    };
+    drop(lock);
     if was_stopped {
         tracing::error!("the agent was stopped, which is as good as dead: it is ended");
         // It has ended if this fails.
