@@ -211,13 +211,22 @@ struct Known {
 #[derive(Clone, Debug, Default)]
 pub struct Jobs {
     known: BTreeMap<ProcessId, Known>,
-    /// What those needed that ended, the latest last, by program.
-    ended: BTreeMap<String, VecDeque<Bytes>>,
+    /// What those needed that ended, by program.
+    ended: BTreeMap<String, Ends>,
     went_on: Nanos,
     somebody_ended: Nanos,
     /// CPU time used since it went on.
     used_since: Nanos,
     told: Option<(Nanos, u64)>,
+}
+
+/// What those of one program needed that ended.
+#[derive(Clone, Debug, Default)]
+struct Ends {
+    /// The latest last.
+    peaks: VecDeque<Bytes>,
+    /// When the last one did.
+    at: Nanos,
 }
 
 /// A job on its way through one look.
@@ -270,7 +279,7 @@ impl Jobs {
             };
             // Who was killed while it was paused has not shown what it needs.
             if known.is_job && !matches!(known.state, State::Paused { .. }) {
-                self.learn(known.program, known.peak);
+                self.learn(known.program, known.peak, look.now);
                 (self.somebody_ended, self.went_on) = (look.now, look.now);
                 self.used_since = Nanos(0);
             }
@@ -315,14 +324,19 @@ impl Jobs {
         }
     }
 
-    fn learn(&mut self, program: String, peak: Bytes) {
+    /// One more program takes the place of the one of which nobody has ended for longest: the names of test programs are
+    /// others each time.
+    fn learn(&mut self, program: String, peak: Bytes, now: Nanos) {
         if self.ended.len() >= PROGRAMS && !self.ended.contains_key(&program) {
-            return;
+            let oldest = self.ended.iter().min_by_key(|(_, ends)| ends.at);
+            let oldest = oldest.map(|(program, _)| program.clone());
+            oldest.map(|program| self.ended.remove(&program));
         }
         let ends = self.ended.entry(program).or_default();
-        ends.push_back(peak);
-        if ends.len() > ENDS {
-            ends.pop_front();
+        ends.at = now;
+        ends.peaks.push_back(peak);
+        if ends.peaks.len() > ENDS {
+            ends.peaks.pop_front();
         }
     }
 
@@ -332,10 +346,14 @@ impl Jobs {
             let Some(known) = self.known.get_mut(&seen.id) else {
                 continue;
             };
-            let State::Paused { since } = known.state else {
+            let State::Paused { since } = &mut known.state else {
                 continue;
             };
-            let is_late = look.now.since(since) >= STOPS_WITHIN && !look.is_held;
+            if look.is_held {
+                // Whoever is frozen takes no signal: its time begins when it is let go.
+                *since = look.now;
+            }
+            let is_late = look.now.since(*since) >= STOPS_WITHIN;
             if is_late && !seen.is_stopped {
                 orders.resume.push((seen.id, Resumed::NotStopped));
                 known.state = State::Pinned;
@@ -389,10 +407,12 @@ impl Jobs {
     fn projected(&self, known: &Known, memory: Bytes, largest: Bytes) -> Bytes {
         let peak = known.peak.max(memory);
         let ended = self.ended.get(&known.program);
-        let projected = match ended.and_then(|ends| ends.iter().max().copied()) {
+        let projected = match ended.and_then(|ends| ends.peaks.iter().max().copied()) {
             Some(learnt) if learnt >= peak => {
                 // The fewer have ended, the more the next may differ.
-                let ends = ended.map_or(0, |ends| u64::try_from(ends.len()).unwrap_or(u64::MAX));
+                let ends = ended.map_or(0, |ends| {
+                    u64::try_from(ends.peaks.len()).unwrap_or(u64::MAX)
+                });
                 learnt.plus(learnt.scaled(1, UNLIKE.saturating_mul(ends)))
             }
             Some(_) => peak.per_mille(BEYOND_PER_MILLE),

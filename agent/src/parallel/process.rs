@@ -42,8 +42,21 @@ const NEEDED: [&str; 17] = [
     "tmux: server",
     "zsh",
 ];
+/// What the runtime has begun beside the first process and has one leaf alone is taken for a probe for so long, in seconds:
+/// while that waits the kubelet takes the container for dead. Whoever builds by such a command has more leaves than one.
+const PROBE_S: u64 = 30;
 /// A clock tick of `/proc` (`USER_HZ` is 100 wherever the kernel programs run).
 pub(crate) const TICK: Nanos = Nanos::millis(10);
+/// So many are a second.
+const TICKS: u64 = 100;
+
+/// The time since boot, by which `/proc` tells when a process began, in clock ticks.
+pub(super) fn since_boot() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let ticks = u64::try_from(time.tv_nsec).unwrap_or(0) / TICK.0;
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(TICKS).saturating_add(ticks)
+}
 
 /// One line of `/proc/PID/stat`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -179,13 +192,32 @@ impl Tree {
         ancestors
     }
 
-    /// What core is told of them.
-    pub(super) fn seen(&self) -> Vec<Seen> {
-        let parents: BTreeSet<i32> = self
-            .processes
-            .values()
-            .map(|process| process.parent)
-            .collect();
+    /// Leaves that are alone below what the runtime has begun beside the first process, a moment ago.
+    fn of_probes(&self, now: u64) -> BTreeSet<ProcessId> {
+        let parents = self.parents();
+        let first = self.processes.values().map(|process| process.id).min();
+        let mut leaves: BTreeMap<ProcessId, Vec<ProcessId>> = BTreeMap::new();
+        let all = self.processes.values().map(|process| process.id);
+        for leaf in all.filter(|id| !parents.contains(&id.pid)) {
+            let root = self.ancestors(leaf).last().map_or(leaf, |root| root.id);
+            leaves.entry(root).or_default().push(leaf);
+        }
+        let is_young = |root: ProcessId| now.saturating_sub(root.began) < PROBE_S * TICKS;
+        let probes = leaves
+            .into_iter()
+            .filter(|(root, own)| Some(*root) != first && own.len() == 1 && is_young(*root));
+        probes.flat_map(|(_, own)| own).collect()
+    }
+
+    fn parents(&self) -> BTreeSet<i32> {
+        let processes = self.processes.values();
+        processes.map(|process| process.parent).collect()
+    }
+
+    /// What core is told of them, at a time since boot in clock ticks.
+    pub(super) fn seen(&self, now: u64) -> Vec<Seen> {
+        let of_probes = self.of_probes(now);
+        let parents = self.parents();
         let seen = self.processes.values().filter_map(|process| {
             let is_leaf = !parents.contains(&process.id.pid);
             let is_root = !self.processes.contains_key(&process.parent);
@@ -195,6 +227,7 @@ impl Tree {
                 && !is_root
                 && !is_traced
                 && !process.leads_on_terminal
+                && !of_probes.contains(&process.id)
                 && !NEEDED.contains(&&*process.program);
             // What others have is not theirs to give up.
             let memory = if may_pause {
@@ -340,6 +373,35 @@ mod tests {
         }
         assert_eq!(parse_statm("100 30 10 1 0 5 0"), Some(machine::pages(20)));
         assert_eq!(parse_statm("100"), None);
+    }
+
+    /// A probe's command is no job, a build that was begun in the same way is.
+    #[test]
+    fn what_a_probe_has_begun_is_not_paused() {
+        let process = |pid: i32, parent: i32, began: u64| {
+            let text = format!(
+                "{pid} (java) S {parent} {pid} 9 0 -1 0 1 2 3 4 1 1 1 2 20 0 1 0 {began} 1000 20"
+            );
+            (pid, parse_stat(&text).unwrap())
+        };
+        let tree = |processes: Vec<(i32, Process)>| Tree {
+            processes: processes.into_iter().collect(),
+            is_unseen: false,
+        };
+        let exempt = |tree: &Tree, now: u64| -> Vec<i32> {
+            tree.of_probes(now).into_iter().map(|id| id.pid).collect()
+        };
+        // The container's own, and what it runs; a probe, and what that runs.
+        let mut all = vec![
+            process(10, 1, 100),
+            process(11, 10, 200),
+            process(30, 1, 9000),
+            process(31, 30, 9001),
+        ];
+        assert_eq!(exempt(&tree(all.clone()), 9500), [31]);
+        assert!(exempt(&tree(all.clone()), 12_000).is_empty());
+        all.push(process(32, 30, 9002));
+        assert!(exempt(&tree(all), 9500).is_empty());
     }
 
     /// For want of descriptors or memory nobody has ended.

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use super::{
     State,
     jobserver::{Jobserver, MOST},
-    process::{Tree, is_server},
+    process::{Tree, is_server, since_boot},
 };
 use crate::{
     cgroup::{Cgroup, CgroupError},
@@ -40,6 +40,7 @@ const CACHE_INTERVAL: Duration = Duration::from_millis(250);
 pub(super) struct Watched {
     cgroup: Cgroup,
     granted: Bytes,
+    is_bursting: bool,
     due: Option<Instant>,
     jobs: Jobs,
     /// Who was stopped, until it has been resumed or has ended: whatever a look at them shows.
@@ -65,6 +66,7 @@ impl Watched {
         Self {
             cgroup,
             granted: Bytes(u64::MAX),
+            is_bursting: false,
             due: None,
             jobs: Jobs::default(),
             stopped: BTreeSet::new(),
@@ -84,7 +86,7 @@ impl Watched {
     }
 
     pub(super) fn may_have(&mut self, granted: Bytes, is_bursting: bool) {
-        self.granted = granted;
+        (self.granted, self.is_bursting) = (granted, is_bursting);
         if is_bursting {
             self.due = Some(Instant::now());
         } else if !self.is_lending() {
@@ -146,6 +148,9 @@ impl Watched {
             }
         };
         self.due = Some(Instant::now() + pause);
+        if !self.is_bursting && !self.is_lending() {
+            (self.due, self.is_waiting) = (None, false);
+        }
     }
 
     /// Looks, acts, and returns when to look again.
@@ -165,7 +170,7 @@ impl Watched {
             self.is_told_unseen = true;
             tracing::warn!(path = %self.cgroup.path().display(), "its processes are not seen from here, so its jobs do not wait for memory: set elasticParallelism, or hostPID");
         }
-        let processes = tree.seen();
+        let processes = tree.seen(since_boot());
         let used = self.used(&processes)?;
         let is_held = self.is_lending() && self.cgroup.read("cgroup.freeze")?.trim() == "1";
         let look = Look {

@@ -583,5 +583,54 @@ fn a_process_under_an_old_number_is_another() {
     drop(jobs.look(&look(1, 50, 50)));
     drop(jobs.look(&look(2, 3, 75)));
     assert_eq!(jobs.known.len(), 1);
-    assert_eq!(jobs.ended["cc1"], [Bytes::mib(50)]);
+    assert_eq!(jobs.ended["cc1"].peaks, [Bytes::mib(50)]);
+}
+
+/// Test programs have other names each time.
+#[test]
+fn a_new_program_is_learnt_however_many_there_were() {
+    let mut jobs = Jobs::default();
+    for number in 0..=PROGRAMS as u64 {
+        // Each second end is of the program that is always there.
+        jobs.learn("cc1".to_owned(), Bytes::mib(50), Nanos(2 * number));
+        jobs.learn(
+            format!("test-{number}"),
+            Bytes::mib(9),
+            Nanos(2 * number + 1),
+        );
+    }
+    assert_eq!(jobs.ended.len(), PROGRAMS);
+    let last = format!("test-{PROGRAMS}");
+    assert!(jobs.ended.contains_key("cc1") && jobs.ended.contains_key(&last));
+    assert!(!jobs.ended.contains_key("test-0"));
+}
+
+/// Who is frozen stops when it is let go, and not before.
+#[test]
+fn who_was_held_has_its_time_to_stop_afterwards() {
+    let mut world = World::new(compilers(8, Bytes::mib(128), 8000));
+    world.ignores_stops = true;
+    world.start(8);
+    for running in &mut world.running {
+        running.used = Nanos::millis(900);
+    }
+    let mut known = Jobs::default();
+    let mut look = |millis: u64, is_held| {
+        let look = Look {
+            now: Nanos::millis(millis),
+            is_held,
+            ..world.look(Bytes::mib(300))
+        };
+        let orders = known.look(&look);
+        let given_up = orders.resume.iter();
+        let given_up = given_up.filter(|(_, why)| *why == Resumed::NotStopped);
+        (orders.pause.len(), given_up.count())
+    };
+    let paused: usize = (0..4).map(|turn| look(1000 + 25 * turn, false).0).sum();
+    assert!(paused > 0);
+    for second in 2..9 {
+        assert_eq!(look(1000 * second, true).1, 0);
+    }
+    assert_eq!(look(8500, false).1, 0);
+    assert!(look(9100, false).1 > 0);
 }
