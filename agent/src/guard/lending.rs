@@ -26,6 +26,11 @@ impl Guarded {
         self.policy.usable(most)
     }
 
+    /// Whether its jobs are looked at: what they may have changes with time alone, where a raise was refused.
+    pub(super) fn is_lending(&self) -> bool {
+        self.may_have.is_some_and(|(_, is_bursting)| is_bursting)
+    }
+
     /// Whether its jobs are to be looked at: it is raised, or cannot be.
     fn is_bursting(&self, at: Nanos) -> bool {
         self.active() || self.may_have(at) <= self.policy.usable(self.policy.original)

@@ -621,7 +621,10 @@ impl<R: Requester> Controller<R> {
         let active: Vec<CgroupId> = self
             .guards
             .iter()
-            .filter(|(id, guarded)| guarded.active() || exited.contains(id) || written.contains(id))
+            .filter(|(id, guarded)| {
+                let is_told = exited.contains(id) || written.contains(id);
+                guarded.active() || guarded.is_lending() || is_told
+            })
             .map(|(&id, _)| id)
             .collect();
         for id in active {
