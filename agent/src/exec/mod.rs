@@ -13,7 +13,7 @@ pub mod releaser;
 
 use std::{
     ffi::OsString,
-    io,
+    io::{self, Write as _},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
@@ -140,11 +140,16 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
     // What went wrong first is what to tell.
     let (status, report, end) = outcome?;
     cleared?;
-    eprintln!("bellows: {}", summary(options, &report, &end));
     if let Some(path) = &options.report {
         write_report(path, &report, &end)
             .map_err(|error| ExecError::System("cannot write the report", error))?;
     }
+    // Who reads it may be gone; the command has ended as it has.
+    drop(writeln!(
+        io::stderr(),
+        "bellows: {}",
+        summary(options, &report, &end)
+    ));
     Ok(exit_code(status))
 }
 
