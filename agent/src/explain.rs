@@ -294,6 +294,7 @@ mod tests {
             Record::Request {
                 at,
                 cgroup,
+                uid: String::new(),
                 name: name.clone(),
                 from,
                 to,

@@ -190,6 +190,8 @@ pub enum Record {
         at: Nanos,
         /// The container's cgroup.
         cgroup: CgroupId,
+        /// Its pod's uid: another pod may have the same name later.
+        uid: String,
         /// What it is, for people.
         name: String,
         /// The request.

@@ -170,8 +170,10 @@ pub struct Range {
     pub measure: Measure,
     /// Whether of a pod's sum; else of each container.
     pub is_of_pod: bool,
-    /// `max`.
+    /// `max`, of what is requested and of limits.
     pub max: Option<u64>,
+    /// `min`, of what is requested.
+    pub min: Option<u64>,
     /// `maxLimitRequestRatio`, in thousandths.
     pub ratio_per_mille: Option<u64>,
 }
@@ -477,7 +479,7 @@ impl Allowances {
         ranges.chain(quotas).min_by_key(|bound| bound.most)
     }
 
-    /// The least that a memory request may become, so that a limit of this much is still allowed beside it.
+    /// The least that a memory request may become, so that its own limit and one of this much are still allowed beside it.
     #[must_use]
     pub fn least_request(&self, (uid, container): (&str, &str), limit: u64) -> u64 {
         let Some(pod) = self.pods.get(uid) else {
@@ -486,20 +488,23 @@ impl Allowances {
         let Some(own) = pod.containers.get(container) else {
             return 0;
         };
+        let limit = limit.max(own.memory_limit.unwrap_or_default());
         let all = in_namespace(&self.ranges, &pod.namespace);
         let memory = all.flat_map(|(_, ranges)| ranges);
         let memory = memory.filter(|range| range.measure == Measure::Memory);
-        let least = memory.filter_map(|range| {
-            let per_mille = u128::from(range.ratio_per_mille?);
+        let least = memory.map(|range| {
             let of = |limit: u64| {
-                let least = (u128::from(limit) * 1000).checked_div(per_mille);
-                // Rounded up; a ratio of nothing is reached by no request.
-                least.map_or(u64::MAX, |least| {
-                    u64::try_from(least + 1).unwrap_or(u64::MAX)
-                })
+                let by_ratio = range.ratio_per_mille.map_or(0, |per_mille| {
+                    let least = (u128::from(limit) * 1000).checked_div(u128::from(per_mille));
+                    // Rounded up; a ratio of nothing is reached by no request.
+                    least.map_or(u64::MAX, |least| {
+                        u64::try_from(least + 1).unwrap_or(u64::MAX)
+                    })
+                });
+                by_ratio.max(range.min.unwrap_or_default())
             };
             if !range.is_of_pod {
-                return Some(of(limit));
+                return of(limit);
             }
             let beside = |all: Option<u64>, own: Option<u64>| {
                 let all = all.unwrap_or_default();
@@ -507,7 +512,7 @@ impl Allowances {
             };
             let limits = beside(pod.together.memory_limit, own.memory_limit);
             let requests = beside(pod.together.memory_request, own.memory_request);
-            Some(of(limits.saturating_add(limit)).saturating_sub(requests))
+            of(limits.saturating_add(limit)).saturating_sub(requests)
         });
         least.max().unwrap_or_default()
     }

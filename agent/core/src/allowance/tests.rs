@@ -39,6 +39,7 @@ fn range(is_of_pod: bool, max: Option<u64>, ratio_per_mille: Option<u64>) -> Ran
         measure: Measure::Memory,
         is_of_pod,
         max,
+        min: None,
         ratio_per_mille,
     }
 }
@@ -143,6 +144,18 @@ fn a_request_is_kept_as_large_as_its_limit_needs_it() {
     all.pod(lowered);
     assert!(most(&all, "a", "app") >= Some(200));
     assert_eq!(all.least_request(("gone", "app"), 200), 0);
+    // What it has now it must be able to keep.
+    all.pod(pod("a", &[("app", 64), ("side", 36)]));
+    assert_eq!(least(&all, 0), 25 - 18 + 1);
+    let at_least = |is_of_pod| Range {
+        min: Some(30),
+        ..range(is_of_pod, None, None)
+    };
+    all.range("dev", "r", Some(vec![at_least(false)]));
+    assert_eq!(least(&all, 200), 30);
+    // The other one has 18.
+    all.range("dev", "r", Some(vec![at_least(true)]));
+    assert_eq!(least(&all, 200), 12);
 }
 
 #[test]

@@ -200,12 +200,17 @@ fn range(item: &LimitRangeItem, measure: Measure, name: &str) -> Option<Range> {
         _ => return None,
     };
     let max = item.max.as_ref().and_then(|max| max.get(name));
+    // A request is compared with it, and no limit is ever set below its own.
+    let min = item.min.as_ref().and_then(|min| min.get(name));
+    let min = min.filter(|_| measure == Measure::Memory);
     let ratio = item.max_limit_request_ratio.as_ref();
     let ratio = ratio.and_then(|ratio| ratio.get(name));
-    (max.is_some() || ratio.is_some()).then(|| Range {
+    (max.is_some() || min.is_some() || ratio.is_some()).then(|| Range {
         measure,
         is_of_pod,
         max: max.map(|max| amount(measure, max).unwrap_or(0)),
+        // One that cannot be read may be any: nothing is lowered.
+        min: min.map(|min| amount(measure, min).unwrap_or(u64::MAX)),
         ratio_per_mille: ratio.map(|ratio| per_mille(ratio).unwrap_or(0)),
     })
 }
@@ -356,18 +361,19 @@ mod tests {
             { "type": "Pod", "maxLimitRequestRatio": { "memory": "2.5" } },
             { "type": "PersistentVolumeClaim", "max": { "storage": "1Gi" } },
         ] } });
-        let range = |measure, is_of_pod, max, ratio_per_mille| Range {
+        let range = |measure, is_of_pod, max, min, ratio_per_mille| Range {
             measure,
             is_of_pod,
             max,
+            min,
             ratio_per_mille,
         };
         assert_eq!(
             ranges(&serde_json::from_value(object).unwrap()),
             [
-                range(Measure::Memory, false, Some(1 << 30), None),
-                range(Measure::Cpu, false, Some(1_500_000), None),
-                range(Measure::Memory, true, None, Some(2500)),
+                range(Measure::Memory, false, Some(1 << 30), Some(1 << 20), None),
+                range(Measure::Cpu, false, Some(1_500_000), None, None),
+                range(Measure::Memory, true, None, None, Some(2500)),
             ]
         );
     }

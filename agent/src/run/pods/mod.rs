@@ -221,9 +221,8 @@ pub(super) async fn watch(context: Context) {
                 watch.made(&path);
                 continue;
             }
-            Some(changed) = requests_changed.recv() => {
-                watch.request_changed(changed);
-                watch.step_requests();
+            Some(news) = requests_changed.recv() => {
+                watch.take_request_news(news);
                 continue;
             }
             event = rules.try_next() => {
@@ -257,7 +256,6 @@ pub(super) async fn watch(context: Context) {
             event = pods.try_next() => event,
             _ = sample.tick(), if watch.requests.is_any() => {
                 watch.requests.sample();
-                watch.step_requests();
                 continue;
             }
             _ = retry.tick(), if watch.is_anything_left() => {

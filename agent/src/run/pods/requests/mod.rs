@@ -25,7 +25,7 @@ use std::{
 };
 
 use bellows_core::{
-    Bytes, Nanos,
+    Bytes, CgroupId, Nanos,
     allowance::What,
     bucket::Urgency,
     pod::{self, Level, ORIGINAL_REQUESTS, PutOff, RequestWish, RequestWishes},
@@ -48,7 +48,7 @@ use crate::{
     ledger::{self, Ledger, Record},
 };
 use recent::Recent;
-use room::{Loan, Served, capacity, loans, unsettled};
+use room::{Loan, Owner, Served, capacity, loans, unsettled};
 
 /// How often it is looked what containers use.
 pub(super) const SAMPLE: Duration = Duration::from_secs(5);
@@ -76,9 +76,11 @@ pub(super) struct Requests {
     served: BTreeMap<String, Served>,
     /// What the node has for pods, as the kubelet has said.
     capacity: Option<Bytes>,
-    /// What was lent before this agent began, by the container's name.
-    before: BTreeMap<String, Vec<Loan>>,
-    done: UnboundedSender<Done>,
+    /// What was lent before this agent began.
+    before: BTreeMap<Owner, Vec<Loan>>,
+    /// While it is looked what containers use.
+    is_sampling: bool,
+    done: UnboundedSender<News>,
     /// What all are owed, bytes.
     all_owed: Arc<AtomicU64>,
 }
@@ -133,6 +135,14 @@ struct Asked {
     taken: Option<Instant>,
 }
 
+/// What was begun beside the watch has come to an end.
+pub(super) enum News {
+    /// A change.
+    Changed(Done),
+    /// A look at what containers use, by their cgroups.
+    Used(Vec<(Key, CgroupId, Bytes)>),
+}
+
 /// A change has ended.
 pub(super) struct Done {
     key: Key,
@@ -144,7 +154,7 @@ pub(super) struct Done {
 impl Requests {
     pub(super) fn new(
         ledger: &Path,
-        done: UnboundedSender<Done>,
+        done: UnboundedSender<News>,
         all_owed: Arc<AtomicU64>,
     ) -> Self {
         let path = ledger::requests(ledger);
@@ -158,6 +168,7 @@ impl Requests {
             capacity: capacity(&records),
             before: loans(&records),
             path,
+            is_sampling: false,
             done,
             all_owed,
         }
@@ -200,10 +211,35 @@ impl Requests {
         }
     }
 
-    /// Looks what containers use.
+    /// Has it looked what containers use, beside the watch: the kernel sums up all that all CPUs have charged to answer
+    /// (`cgroup_rstat_flush` under `memory.stat`), which takes milliseconds each on a large node.
     pub(super) fn sample(&mut self) {
-        for known in self.known.values_mut() {
-            known.sample();
+        if self.is_sampling {
+            return;
+        }
+        self.is_sampling = true;
+        let known = self.known.iter();
+        let known: Vec<(Key, Cgroup)> = known
+            .map(|(key, known)| (key.clone(), known.cgroup.clone()))
+            .collect();
+        let done = self.done.clone();
+        drop(tokio::task::spawn_blocking(move || {
+            // Nothing is known of one that is gone or about to be started again.
+            let used = known.into_iter().filter_map(|(key, cgroup)| {
+                let used = cgroup.working_set().ok()?;
+                Some((key, cgroup.id(), used))
+            });
+            drop(done.send(News::Used(used.collect())));
+        }));
+    }
+
+    fn sampled(&mut self, used: Vec<(Key, CgroupId, Bytes)>) {
+        self.is_sampling = false;
+        for (key, cgroup, used) in used {
+            let known = self.known.get_mut(&key);
+            if let Some(known) = known.filter(|known| known.cgroup.id() == cgroup) {
+                known.saw(used);
+            }
         }
     }
 
@@ -230,9 +266,10 @@ impl Requests {
 
     /// What a new ledger begins with: what is not given back, of containers that are there.
     fn unsettled(&self) -> Vec<Record> {
-        let known = self.known.values().map(|known| &known.name);
-        let names: BTreeSet<&String> = known.chain(self.before.keys()).collect();
-        unsettled(&read(&self.path), |name| names.contains(name))
+        let known = self.known.iter();
+        let known = known.map(|((uid, _), known)| (uid.clone(), known.name.clone()));
+        let owners: BTreeSet<Owner> = known.chain(self.before.keys().cloned()).collect();
+        unsettled(&read(&self.path), |owner| owners.contains(owner))
     }
 }
 
@@ -240,9 +277,13 @@ impl KnownRequest {
     /// Nothing is known of one that is gone or about to be started again.
     fn sample(&mut self) {
         if let Ok(used) = self.cgroup.working_set() {
-            self.peak = self.peak.max(used);
-            self.recent.saw(used);
+            self.saw(used);
         }
+    }
+
+    fn saw(&mut self, used: Bytes) {
+        self.peak = self.peak.max(used);
+        self.recent.saw(used);
     }
 
     /// What it uses, or has used of late; `None` of one that is gone or about to be started again.
@@ -296,8 +337,12 @@ impl KnownRequest {
 
     /// Whether it may be asked for a change now.
     fn is_free(&self) -> bool {
-        let is_too_soon = self.not_before.is_some_and(|at| Instant::now() < at);
-        self.wish.recorded && self.asked.is_none() && !is_too_soon
+        self.wish.recorded && self.asked.is_none() && !self.is_too_soon()
+    }
+
+    /// Whether it was refused a moment ago.
+    fn is_too_soon(&self) -> bool {
+        self.not_before.is_some_and(|at| Instant::now() < at)
     }
 
     fn text(&self, to: Bytes) -> String {
@@ -364,17 +409,16 @@ impl Watch {
         pod::request_wishes(seen, &[])
     }
 
-    /// A LimitRange may allow a limit so many times the request: that is not lowered beyond what the limit may come to need.
-    fn keep_ratio(&self, key: &Key, wish: &mut RequestWish) {
+    /// A LimitRange may allow no smaller request, or a limit so many times the request: that is not lowered beyond what the
+    /// limit may come to need.
+    fn keep_allowed(&self, key: &Key, wish: &mut RequestWish) {
         let Some(rules) = &mut wish.rules else {
             return;
         };
         let policy = self.known.get(key).and_then(|known| known.policy);
-        let Some(policy) = policy else {
-            return;
-        };
+        let ceiling = policy.map_or(Bytes::ZERO, |policy| policy.ceiling);
         let allowances = self.context.resizer.allowances();
-        let least = allowances.least_request((&key.0, &key.1), policy.ceiling);
+        let least = allowances.least_request((&key.0, &key.1), ceiling);
         rules.floor = rules.floor.max(least);
     }
 
@@ -427,7 +471,7 @@ impl Watch {
         if wish.id.is_none() {
             return Ok(());
         }
-        self.keep_ratio(key, &mut wish);
+        self.keep_allowed(key, &mut wish);
         if !wish.recorded && wish.rules.is_some() {
             if !self.record_request(key, pod, seen, &wish).await? {
                 return Ok(());
@@ -493,7 +537,7 @@ impl Watch {
             known.is_started_again(wish, cgroup, is_reported);
             return Ok(());
         }
-        let loans = self.requests.before.remove(&name);
+        let loans = self.requests.before.remove(&(key.0.clone(), name.clone()));
         let mut known = KnownRequest {
             name,
             namespace: seen.namespace.clone(),
@@ -561,6 +605,7 @@ impl Watch {
         let record = Record::Request {
             at: now(),
             cgroup: known.cgroup.id(),
+            uid: key.0.clone(),
             name: known.name.clone(),
             from: known.wish.request,
             to,
@@ -599,17 +644,26 @@ impl Watch {
         drop(tokio::spawn(async move {
             let result = resizer.change(change).await;
             // A watch that has ended asks for nothing more.
-            drop(done.send(Done {
+            drop(done.send(News::Changed(Done {
                 key,
                 to,
                 why,
                 result,
-            }));
+            })));
         }));
     }
 
+    /// Takes what has come of what was begun.
+    pub(super) fn take_request_news(&mut self, news: News) {
+        match news {
+            News::Changed(done) => self.request_changed(done),
+            News::Used(used) => self.requests.sampled(used),
+        }
+        self.step_requests();
+    }
+
     /// A change has ended.
-    pub(super) fn request_changed(&mut self, done: Done) {
+    fn request_changed(&mut self, done: Done) {
         // Of one that is not known any more, too.
         done.settle(self.context.resizer.allowances());
         let Done {

@@ -144,23 +144,28 @@ impl Waiting {
     }
 }
 
-/// What was lent by each container, by its name, and is not given back: it may have been started again since.
-pub(super) fn loans(records: &[Record]) -> BTreeMap<String, Vec<Loan>> {
-    let mut loans: BTreeMap<String, Vec<Loan>> = BTreeMap::new();
+/// A container of a pod, by that one's uid and its own name: it may have been started again since.
+pub(super) type Owner = (String, String);
+
+/// What was lent by each container and is not given back.
+pub(super) fn loans(records: &[Record]) -> BTreeMap<Owner, Vec<Loan>> {
+    let mut loans: BTreeMap<Owner, Vec<Loan>> = BTreeMap::new();
     for record in unsettled(records, |_| true) {
-        if let Record::Request { name, why, .. } = record {
-            loans.entry(name).or_default().extend(Loan::of(&why, None));
+        if let Record::Request { uid, name, why, .. } = record {
+            let own = loans.entry((uid, name)).or_default();
+            own.extend(Loan::of(&why, None));
         }
     }
     loans
 }
 
-/// The records by which it is known what is not given back, of containers with such names: what each had, and what it has
-/// lent since it last had that.
-pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&String) -> bool) -> Vec<Record> {
-    let mut left: BTreeMap<&String, (Bytes, Vec<&Record>)> = BTreeMap::new();
+/// The records by which it is known what is not given back, of these containers: what each had, and what it has lent since
+/// it last had that.
+pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&Owner) -> bool) -> Vec<Record> {
+    let mut left: BTreeMap<Owner, (Bytes, Vec<&Record>)> = BTreeMap::new();
     for record in records {
         let Record::Request {
+            uid,
             name,
             from,
             to,
@@ -170,7 +175,7 @@ pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&String) -> bool) 
         else {
             continue;
         };
-        let (whole, own) = left.entry(name).or_default();
+        let (whole, own) = left.entry((uid.clone(), name.clone())).or_default();
         if own.is_empty() || from > whole || matches!(why, RequestWhy::Lent { .. }) {
             own.push(record);
         }
@@ -179,7 +184,7 @@ pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&String) -> bool) 
             own.clear();
         }
     }
-    let left = left.into_iter().filter(|(name, _)| is_meant(name));
+    let left = left.into_iter().filter(|(owner, _)| is_meant(owner));
     left.flat_map(|(_, (_, own))| own.into_iter().cloned())
         .collect()
 }
@@ -336,7 +341,9 @@ impl Watch {
             let put_off = self.requests.pods.get(&key.0)?.put_off.as_ref()?;
             let allotted = known.allotted()?;
             let is_put_off = known.asked.is_none() && put_off.is_current && known.is_moved_by_us();
-            is_put_off.then(|| (key.clone(), allotted, shortage(&put_off.message)))
+            // Refused a moment ago, it would be again, and each time take what others need to ask.
+            (is_put_off && !known.is_too_soon())
+                .then(|| (key.clone(), allotted, shortage(&put_off.message)))
         });
         for (key, allotted, shortage) in put_off.collect::<Vec<_>>() {
             if let Some(shortage) = shortage {
@@ -516,11 +523,16 @@ mod tests {
         Record::Request {
             at: Nanos(1),
             cgroup: CgroupId(7),
+            uid: "filler".to_owned(),
             name: "dev/filler/app".to_owned(),
             from: Bytes::mib(from),
             to: Bytes::mib(to),
             why,
         }
+    }
+
+    fn filler() -> Owner {
+        ("filler".to_owned(), "dev/filler/app".to_owned())
     }
 
     fn lent(uid: &str) -> RequestWhy {
@@ -537,7 +549,7 @@ mod tests {
     #[test]
     fn what_was_lent_outlives_the_agent() {
         let borrowers = |records: &[Record]| {
-            let own = loans(records).remove("dev/filler/app").unwrap_or_default();
+            let own = loans(records).remove(&filler()).unwrap_or_default();
             own.into_iter().map(|loan| loan.uid).collect::<Vec<_>>()
         };
         let first = request(400, 300, lent("a"));
@@ -687,8 +699,26 @@ mod tests {
             .concat()
             .iter()
             .for_each(|file| fs::remove_file(file).unwrap());
-        assert_eq!(last.before["dev/filler/app"].len(), 1);
+        assert_eq!(last.before[&filler()].len(), 1);
         assert_eq!(last.capacity, Some(Bytes::mib(2048)));
+    }
+
+    /// A StatefulSet makes another pod of the same name.
+    #[test]
+    fn who_has_its_predecessors_name_has_lent_nothing() {
+        let mut records = vec![request(400, 300, lent("a"))];
+        let mut again = request(400, 300, RequestWhy::RightSized { peak: Bytes::ZERO });
+        if let Record::Request { uid, .. } = &mut again {
+            "filler-again".clone_into(uid);
+        }
+        records.push(again);
+        let loans = loans(&records);
+        let lent: Vec<&Owner> = loans
+            .iter()
+            .filter(|(_, own)| !own.is_empty())
+            .map(|(owner, _)| owner)
+            .collect();
+        assert_eq!(lent, [&filler()]);
     }
 
     #[test]
@@ -705,7 +735,7 @@ mod tests {
             let left = unsettled(&records[..end], |_| true);
             assert_eq!(unsettled(&left, |_| true), left);
             let uids = |records: &[Record]| {
-                let own = loans(records).remove("dev/filler/app").unwrap_or_default();
+                let own = loans(records).remove(&filler()).unwrap_or_default();
                 own.into_iter().map(|loan| loan.uid).collect::<Vec<_>>()
             };
             assert_eq!(uids(&left), uids(&records[..end]));
