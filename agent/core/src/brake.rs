@@ -13,8 +13,8 @@
 
 use crate::units::{Bytes, Nanos};
 
-/// What the kernel charges at once (`MEMCG_CHARGE_BATCH` pages).
-const BATCH: Bytes = Bytes(64 * 4096);
+/// So many pages the kernel charges at once (`MEMCG_CHARGE_BATCH`).
+const BATCH: u64 = 64;
 /// The kernel's sleep for one batch at an overage of 1.
 const UNIT: Nanos = Nanos::millis(64_000);
 /// The kernel's longest sleep.
@@ -33,6 +33,14 @@ pub struct Growing {
     pub charge: Bytes,
     /// Threads that may be growing at once.
     pub growers: u64,
+    /// What a page of this kernel's has.
+    pub page: Bytes,
+}
+
+impl Growing {
+    fn batch(self) -> Bytes {
+        self.page.scaled(BATCH, 1)
+    }
 }
 
 /// Where `memory.high` must stand so that the room left lasts for `time`.
@@ -43,29 +51,35 @@ pub fn high(growing: Growing, time: Nanos) -> Bytes {
         limit,
         charge,
         growers,
+        page,
     } = growing;
-    let charge = charge.max(BATCH);
+    let batch = growing.batch();
+    let charge = charge.max(batch);
     let charges_left = (limit.minus(usage).0 / charge.0).max(1);
     let sleep = u128::from(time.0) * u128::from(growers.max(1)) / u128::from(charges_left);
     let sleep = sleep.min(u128::from(LONGEST_SLEEP.0));
-    let batches = u128::from(charge.0 / BATCH.0);
+    let batches = u128::from(charge.0 / batch.0.max(1));
     // r², scaled by the square of ONE.
     let square = sleep * u128::from(ONE) * u128::from(ONE) / (u128::from(UNIT.0) * batches);
     let overage = u64::try_from(square.isqrt()).unwrap_or(ONE);
-    usage.scaled(ONE, ONE.saturating_add(overage)).page_floor()
+    let high = usage.scaled(ONE, ONE.saturating_add(overage));
+    high.floor_to(page)
 }
 
 /// Whether the room may be used up before anybody sleeps: each thread is charged for up to two batches first
 /// (`memcg_nr_pages_over_high > MEMCG_CHARGE_BATCH`, `try_charge_memcg`, mm/memcontrol.c, 5.18 to 7.3).
 #[must_use]
 pub fn is_scarce(growing: Growing) -> bool {
-    let before_sleep = BATCH.scaled(2, 1).scaled(growing.growers, 1);
+    let before_sleep = growing.batch().scaled(2, 1).scaled(growing.growers, 1);
     growing.limit.minus(growing.usage) <= before_sleep
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PAGE: Bytes = Bytes(4096);
+    const BATCH: Bytes = Bytes(64 * 4096);
 
     /// The kernel's sleep for one charge (`calculate_high_delay` and its caller).
     fn kernel_sleep(usage: Bytes, high: Bytes, charge: Bytes) -> Nanos {
@@ -91,6 +105,7 @@ mod tests {
                             limit,
                             charge,
                             growers,
+                            page: PAGE,
                         };
                         let left = Nanos(time.0.saturating_sub(lasted));
                         let high = high(growing, left);
@@ -114,6 +129,7 @@ mod tests {
             limit: Bytes::mib(64),
             charge: BATCH,
             growers: 3,
+            page: PAGE,
         };
         assert!(!is_scarce(growing));
         assert!(is_scarce(Growing {
@@ -130,8 +146,15 @@ mod tests {
                 limit: Bytes(usage),
                 charge: Bytes(0),
                 growers: 0,
+                page: PAGE,
             };
             assert!(high(growing, Nanos(u64::MAX)).0 <= usage);
+            // As the kernel reads it back.
+            let large = Growing {
+                page: Bytes(65_536),
+                ..growing
+            };
+            assert_eq!(high(large, Nanos::millis(600)).0 % 65_536, 0);
         }
     }
 }

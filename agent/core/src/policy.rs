@@ -131,13 +131,13 @@ impl Policy {
         self.allowance().per_mille(PATIENT_PER_MILLE)
     }
 
-    /// Checks that the limits are possible, and rounds them down to pages as the kernel will.
+    /// Checks that the limits are possible, and rounds them down to pages as the kernel will, whose pages have this size.
     ///
     /// # Errors
     ///
     /// [`PolicyError`] when the ceiling is below the limit, or the limit below 1 MiB.
-    pub const fn validate(self) -> Result<Self, PolicyError> {
-        let (original, ceiling) = (self.original.page_floor(), self.ceiling.page_floor());
+    pub const fn validate(self, page: Bytes) -> Result<Self, PolicyError> {
+        let (original, ceiling) = (self.original.floor_to(page), self.ceiling.floor_to(page));
         if original.0 < Bytes::mib(1).0 {
             return Err(PolicyError::TooSmall { original });
         }
@@ -182,7 +182,9 @@ mod tests {
         let policy = Policy::direct(Bytes(100_000_000), Bytes(4_000_000_001));
         let Policy {
             original, ceiling, ..
-        } = policy.validate().unwrap();
+        } = policy.validate(Bytes(4096)).unwrap();
         assert_eq!((original.0, ceiling.0), (99_999_744, 3_999_997_952));
+        let policy = policy.validate(Bytes(65_536)).unwrap();
+        assert_eq!(policy.original.0, 99_942_400);
     }
 }

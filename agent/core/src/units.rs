@@ -69,7 +69,16 @@ impl Bytes {
     /// mm/page_counter.c); a limit that is not is read back as another.
     #[must_use]
     pub const fn page_floor(self) -> Self {
-        Self(self.0 - self.0 % PAGE)
+        self.floor_to(Self(PAGE))
+    }
+
+    /// Rounded down to a multiple of `unit`; one of nothing leaves it.
+    #[must_use]
+    pub const fn floor_to(self, unit: Self) -> Self {
+        match self.0.checked_rem(unit.0) {
+            Some(rest) => Self(self.0 - rest),
+            None => self,
+        }
     }
 
     /// Rounded up to whole mebibytes, so that a limit reads well in a pod and in `kubectl`.

@@ -15,7 +15,10 @@ use bellows_core::Bytes;
 use thiserror::Error;
 use tokio::{process::Command, task::spawn_blocking, time::timeout};
 
-use crate::cgroup::{Cgroup, CgroupError, Limit};
+use crate::{
+    cgroup::{Cgroup, CgroupError, Limit},
+    machine,
+};
 
 /// How long systemd may take: a `daemon-reload` of a large machine takes a few seconds, in which it answers nobody.
 const SYSTEMD: Duration = Duration::from_secs(10);
@@ -94,7 +97,7 @@ pub async fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError>
         spawn_blocking(move || pod.set_limit("memory.max", Limit::At(limit))).await??;
     }
     let found = pod.limit("memory.max")?.bytes();
-    if found == limit.page_floor() {
+    if found == machine::page_floor(limit) {
         Ok(())
     } else {
         Err(PodCgroupError::NotKept {

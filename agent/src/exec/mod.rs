@@ -34,7 +34,7 @@ use crate::{
     doctor::swap_devices,
     guard::{self, Controller, GuardError, Input, Named, Refused, Report, Requester, told_balance},
     ledger::{self, Ledger, Record},
-    machine::online_cpus,
+    machine::{self, online_cpus},
     signal::{
         files::Files,
         programs::{Kernel, LoadError, Purpose},
@@ -174,7 +174,7 @@ fn policy(options: &Options) -> Result<Policy, PolicyError> {
         parallelism: options.parallelism,
         learnt: None,
     }
-    .validate()
+    .validate(machine::pages(1))
 }
 
 fn signals(options: &Options) -> Result<(Option<Kernel>, Source), ExecError> {

@@ -6,12 +6,14 @@
 use bellows_core::{Action, Bytes, CgroupId, Policy, Snapshot, allowance::Bound, decide::decide};
 
 use super::{Controller, Guarded, Requester};
-use crate::{clock::now, ledger::Record, metrics::METRICS};
+use crate::{clock::now, ledger::Record, machine, metrics::METRICS};
 
 impl Guarded {
     /// Takes over what bounds it now; returns whether its ceiling is another.
     pub(super) fn take_bound(&mut self, bound: Option<Bound>) -> bool {
-        let most = bound.as_ref().map(|bound| Bytes(bound.most).page_floor());
+        let most = bound
+            .as_ref()
+            .map(|bound| machine::page_floor(Bytes(bound.most)));
         // What is in force was granted: below it nobody would look at the container any more.
         let most = most.map(|most| most.max(self.limit));
         let ceiling = most.map_or(self.asked_ceiling, |most| most.min(self.asked_ceiling));

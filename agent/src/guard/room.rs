@@ -34,6 +34,7 @@ use crate::{
     cgroup::{Cgroup, Limit},
     clock::now,
     ledger::Record,
+    machine,
     metrics::METRICS,
 };
 
@@ -226,7 +227,7 @@ impl<R: Requester> Controller<R> {
                 Verdict::Waits(_, why @ Why::NoRoom(_, least))
                 | Verdict::Refused(why @ (Why::NoRoom(_, least) | Why::KeptForBursts(_, least))),
             ) if least > from.per_mille(WORTH_PER_MILLE) => {
-                let granted = least.page_floor().min(to);
+                let granted = machine::page_floor(least).min(to);
                 guarded.reserved = Some(granted);
                 (Some(granted), Some(why))
             }
@@ -337,7 +338,7 @@ fn whole(rooms: &Rooms, claim: &Claim) -> Bytes {
     let above = claim.ancestors.iter();
     let above = above.filter_map(|&index| rooms.ancestors.get(index));
     let sizes = above.map(|room| room.size);
-    sizes.fold(rooms.node.size, Bytes::min).page_floor()
+    machine::page_floor(sizes.fold(rooms.node.size, Bytes::min))
 }
 
 /// `None` for one without a limit, or that is gone.

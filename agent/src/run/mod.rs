@@ -347,7 +347,6 @@ impl Fast {
             node: node.to_owned(),
             inputs: inputs.clone(),
             resizer: resizer.clone(),
-            online_cpus: fast.cpus,
             cpus,
             quotas,
             made: receiver,
@@ -398,7 +397,6 @@ impl Fast {
             actuation: Actuation::Requested {
                 p95: ASSUMED_UPDATE_P95,
             },
-            cpus: fast.cpus,
             signals: fast.signals,
             pods: PodRecords {
                 limits: Records::pods(),

@@ -23,7 +23,7 @@ use bellows::{
     cgroup::{Cgroup, Control, Limit},
     clock::now,
     ledger::Ledger,
-    priority,
+    machine, priority,
     signal::{
         programs::{Kernel, Purpose, Reflexes, memory_event},
         source::Source,
@@ -138,7 +138,7 @@ fn policy() -> Result<Policy> {
         parallelism: bellows_core::elastic::Parallelism::Unchanged,
         learnt: None,
     };
-    Ok(policy.validate()?)
+    Ok(policy.validate(machine::pages(1))?)
 }
 
 /// A cgroup that is filled nearly to its watermark.

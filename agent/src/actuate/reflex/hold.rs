@@ -25,7 +25,7 @@ use super::{
     Means, Verdict,
     row::{Row, text},
 };
-use crate::{cgroup::Limit, clock::now, ledger::Ledger};
+use crate::{cgroup::Limit, clock::now, ledger::Ledger, machine};
 
 /// How long a page fault that was under way may still charge after a freeze, where it cannot be told from a
 /// system call.
@@ -180,6 +180,7 @@ impl Row {
             limit: self.limit,
             charge,
             growers: self.controls.growers(self.policy.cpus),
+            page: machine::pages(1),
         }
     }
 

@@ -13,6 +13,7 @@ use crate::{
     cgroup::{Cgroup, Limit},
     cri::{memory_limit, resources},
     guard::{Input, Named},
+    machine,
 };
 
 /// Quiet time before a limit is lowered that no policy allows any more.
@@ -128,7 +129,7 @@ impl Watch {
         }
         let (status, _) = self.runtime().status(id).await.map_err(text)?;
         let said = memory_limit(&resources(status));
-        if said.map(Bytes::page_floor) != Some(limit) {
+        if said.map(machine::page_floor) != Some(limit) {
             tracing::warn!(id, %limit, ?said, "a predecessor has not told the runtime of this limit: it is told now");
             self.context.updater.send(cgroup.id(), limit);
         }
@@ -152,7 +153,7 @@ impl Watch {
         let moved = target.original.limit.as_ref();
         let is_ours = |said: Bytes| moved.is_some_and(|moved| moved.is_ours(said));
         let said = target.said.as_ref().and_then(memory_limit);
-        if let Some(said) = said.filter(|said| !is_ours(said.page_floor())) {
+        if let Some(said) = said.filter(|said| !is_ours(machine::page_floor(*said))) {
             let container = &target.original.name;
             tracing::warn!(container, %said, %limit, "its runtime has another limit than its cgroup");
         }
@@ -210,10 +211,7 @@ impl Watch {
         boost: Option<Bytes>,
     ) -> Result<Policy, String> {
         let Context {
-            actuation,
-            cpus,
-            signals,
-            ..
+            actuation, signals, ..
         } = &self.context;
         let memory = memory.unwrap_or(MemoryRules {
             max: original,
@@ -236,7 +234,7 @@ impl Watch {
             actuation: *actuation,
             signals: *signals,
             patience: Patience::UNPROBED,
-            cpus: *cpus,
+            cpus: machine::online_cpus(),
             shrink_after: memory.shrink_after,
             usable_per_mille: WHOLE,
             by_hand_after: None,
@@ -244,6 +242,6 @@ impl Watch {
             parallelism: memory.parallelism,
             learnt: None,
         };
-        policy.validate().map_err(text)
+        policy.validate(machine::pages(1)).map_err(text)
     }
 }

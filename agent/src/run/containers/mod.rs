@@ -63,7 +63,6 @@ pub(super) struct Context {
     pub(super) policies: PathBuf,
     pub(super) inputs: SyncSender<Input>,
     pub(super) actuation: Actuation,
-    pub(super) cpus: u64,
     pub(super) signals: Signals,
     pub(super) quotas: Quotas,
     pub(super) pods: PodRecords,

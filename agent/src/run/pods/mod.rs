@@ -86,7 +86,6 @@ pub(super) struct Context {
     pub(super) node: String,
     pub(super) inputs: SyncSender<Input>,
     pub(super) resizer: Resizer,
-    pub(super) online_cpus: u64,
     pub(super) cpus: CpuResizer,
     pub(super) requests: RequestResizer,
     pub(super) quotas: Quotas,

@@ -24,6 +24,7 @@ use crate::{
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
     guard::{Input, Named, Watching},
+    machine,
 };
 
 /// What the API says within this time of our own change may be older than that.
@@ -34,7 +35,6 @@ const BY_HAND_AFTER: Nanos = Nanos::millis(2000);
 impl Watch {
     fn policy(&self, wish: &Wish) -> Result<Policy, String> {
         let Context {
-            online_cpus,
             actuation,
             signals,
             shrink_after,
@@ -47,7 +47,7 @@ impl Watch {
             actuation: *actuation,
             signals: *signals,
             patience: wish.patience,
-            cpus: *online_cpus,
+            cpus: machine::online_cpus(),
             shrink_after: wish.shrink_after.unwrap_or(*shrink_after),
             usable_per_mille: WHOLE,
             priority: wish.priority,
@@ -59,7 +59,9 @@ impl Watch {
                 RaiseOrder::RaiseFirst | RaiseOrder::PatchFirst => BY_HAND_AFTER,
             }),
         };
-        policy.validate().map_err(|error| error.to_string())
+        policy
+            .validate(machine::pages(1))
+            .map_err(|error| error.to_string())
     }
 
     pub(super) async fn guard(
