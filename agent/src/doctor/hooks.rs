@@ -57,20 +57,24 @@ pub(super) fn findings() -> Vec<Finding> {
 
 fn refused(error: &LoadError) -> Finding {
     const CHECK: &str = "kernel programs";
-    if matches!(error, LoadError::Pages(_)) {
-        return Finding::limited(
-            CHECK,
-            error.to_string(),
-            "the agent looks at cgroup files instead: containers are braked at 90 % of their limit, and a burst that is faster than a look is killed",
-            "boot a kernel with pages of 4 KiB; `bellows exec` needs --without-bpf meanwhile",
-        );
-    }
-    Finding::missing(
-        CHECK,
-        error.to_string(),
-        "nothing is seen before the kill",
-        "see there",
-    )
+    let lost = "the agent looks at cgroup files instead: containers are braked at 90 % of their limit, and a burst that is faster than a look is killed";
+    let remedy = match error {
+        LoadError::NotBuilt => {
+            let lost = "nothing is seen before the kill";
+            return Finding::missing(CHECK, error.to_string(), lost, "see there");
+        }
+        LoadError::Pages(_) => {
+            "boot a kernel with pages of 4 KiB; `bellows exec` needs --without-bpf meanwhile"
+        }
+        LoadError::Growth { .. } | LoadError::Object(_) => {
+            "do not boot with lockdown=confidentiality, and on arm64 use a kernel that can attach programs to functions (6.4 or newer); `bellows exec` needs --without-bpf meanwhile"
+        }
+        LoadError::NoBtf(_)
+        | LoadError::Btf(_)
+        | LoadError::Permission(_)
+        | LoadError::Map { .. } => "see there; `bellows exec` needs --without-bpf meanwhile",
+    };
+    Finding::limited(CHECK, error.to_string(), lost, remedy)
 }
 
 /// Touches memory in a cgroup of its own and counts what the growth hook saw of it.
@@ -185,6 +189,8 @@ mod tests {
         let finding = refused(&LoadError::Pages(65_536));
         assert_eq!(finding.verdict, Verdict::Limited);
         assert!(finding.found.contains("65536") && finding.remedy.is_some());
+        let no_types = LoadError::NoBtf(io::ErrorKind::NotFound.into());
+        assert_eq!(refused(&no_types).verdict, Verdict::Limited);
         assert_eq!(refused(&LoadError::NotBuilt).verdict, Verdict::Missing);
     }
 }

@@ -229,7 +229,7 @@ fn pressure() -> Finding {
         Finding::limited(
             "pressure (PSI)",
             "not there",
-            "cache thrash is not seen",
+            "who only reads a large file once is taken for one whose cache does not fit: up to four times its limit for a minute, and then less and less often",
             "boot with psi=1",
         )
     }

@@ -8,7 +8,10 @@ use aya::{
     programs::{BtfTracePoint, FEntry, FExit, Program, ProgramError},
 };
 
-use super::offsets::{ABSENT, Offsets};
+use super::{
+    btf::Btf as Types,
+    offsets::{ABSENT, Offsets},
+};
 
 /// How a program is attached.
 #[derive(Clone, Copy)]
@@ -57,6 +60,14 @@ const NO_LIFE: &str =
 const NO_WRITES: &str =
     "a limit or brake that somebody else moves is not put right before the next raise";
 const NO_RECLAIM: &str = "page cache that does not fit its limit is not seen to thrash";
+/// The programs that are called where nobody may sleep: under a runqueue's lock, or by a tracepoint.
+const ATOMIC: [&str; 5] = [
+    THROTTLED_PROGRAM,
+    "exec",
+    "exit",
+    "cgroup_created",
+    "cgroup_removed",
+];
 /// The programs that tell of what begins.
 pub(super) const START_PROGRAMS: [&str; 2] = ["exec", "cgroup_created"];
 pub(super) const THROTTLED_PROGRAM: &str = "throttled";
@@ -128,15 +139,32 @@ pub(super) fn without_offsets(offsets: &Offsets) -> Option<Missing> {
     })
 }
 
+/// Whether a program that puts a record into a ring buffer may sleep there: with PREEMPT_RT a lock does that unless it is a
+/// raw one, which that of a ring buffer has become late (`struct bpf_ringbuf`, kernel/bpf/ringbuf.c; read, not tried).
+pub(super) fn rings_sleep(types: &Types<'_>) -> bool {
+    // A raw lock has no such member, nor has one that does not sleep.
+    types.field("bpf_ringbuf", "spinlock.lock").is_ok()
+}
+
 /// Attaches programs; returns those that could not be. Fails only for the growth program, without which
 /// nothing can be guarded.
 pub(super) fn attach_all(
     programs: &mut Ebpf,
     specs: &[Spec],
     btf: &Btf,
+    rings_sleep: bool,
 ) -> Result<Vec<Missing>, ProgramError> {
     let mut missing = Vec::new();
     for spec in specs {
+        if rings_sleep && ATOMIC.contains(&spec.program) {
+            missing.push(Missing {
+                program: spec.program,
+                functions: spec.functions,
+                lost: spec.lost,
+                why: "it would sleep where nobody may: this kernel is PREEMPT_RT, and its BPF ring buffers do not have raw locks yet".to_owned(),
+            });
+            continue;
+        }
         if let Err(error) = attach_any(programs, spec, btf) {
             if spec.functions == [GROWTH_FUNCTION] {
                 return Err(error);

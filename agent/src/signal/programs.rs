@@ -22,7 +22,7 @@ use zerocopy::FromBytes as _;
 use super::{
     attach::{
         GROWTH_FUNCTION, GUARD_PROGRAMS, HOLD_PROGRAMS, Missing, START_PROGRAMS, THROTTLED_PROGRAM,
-        attach_all, without_offsets,
+        attach_all, rings_sleep, without_offsets,
     },
     btf::{Btf, BtfError},
     guards::Guards,
@@ -154,7 +154,9 @@ impl Kernel {
         }
         count_alike(rustix::param::page_size())?;
         let vmlinux = fs::read(VMLINUX).map_err(LoadError::NoBtf)?;
-        let offsets = Offsets::resolve(&Btf::parse(&vmlinux)?, nodes())?;
+        let types = Btf::parse(&vmlinux)?;
+        let offsets = Offsets::resolve(&types, nodes())?;
+        let rings_sleep = rings_sleep(&types);
         let btf = AyaBtf::parse(&vmlinux, aya::Endianness::default())
             .map_err(|error| LoadError::Object(EbpfError::BtfError(error)))?;
         drop(vmlinux);
@@ -195,7 +197,7 @@ impl Kernel {
                     source,
                 },
             };
-            missing.extend(attach_all(&mut programs, specs, &btf).map_err(failed)?);
+            missing.extend(attach_all(&mut programs, specs, &btf, rings_sleep).map_err(failed)?);
         }
         missing.extend(without_offsets(&offsets));
         Self::with_maps(programs, logger, missing)
