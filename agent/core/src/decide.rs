@@ -74,6 +74,9 @@ pub struct Snapshot {
     pub by_hand: ByHand,
     /// For how long demand must not have grown before the limit comes down, if longer than by the rules.
     pub quiet: Nanos,
+    /// What of the demand are the kernel's own caches, of names and inodes: they may be given back when the limit comes
+    /// down. How many are in use nobody knows, so a burst that grows beside them is as large as it looks.
+    pub slab: Bytes,
 }
 
 /// Whether a raise that was asked for may be written by hand.
@@ -269,6 +272,7 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         refused_shrink,
         thrash,
         quiet,
+        slab,
         ..
     } = snapshot;
     let quiet = policy.shrink_after.max(*quiet);
@@ -282,8 +286,11 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if refused {
         return None;
     }
+    // What was not given back when it was asked for is in use.
+    let unused = slab.scaled(u64::from(refused_shrink.is_none()), 1);
+    let needed = history.demand.minus(unused);
     let to = policy
-        .limit_for(history.demand.per_mille(SHRINK_MARGIN_PER_MILLE))
+        .limit_for(needed.per_mille(SHRINK_MARGIN_PER_MILLE))
         .round_up_mib()
         .max(policy.original);
     // The original is always worth it: what is near to it would otherwise stay raised for ever.
@@ -316,7 +323,31 @@ mod tests {
             request_failed: false,
             by_hand: ByHand::No,
             quiet: Nanos(0),
+            slab: Bytes::ZERO,
         }
+    }
+
+    /// Who has walked many files has the kernel remember their names.
+    #[test]
+    fn what_the_kernel_can_give_back_keeps_no_limit_up() {
+        let mut walked = snapshot(REQUESTED);
+        walked.limit = Bytes::mib(1024);
+        walked.history.demand = Bytes::mib(400);
+        walked.history.last_growth = Nanos(0);
+        let to = |snapshot: &Snapshot| match decide(snapshot).actions[..] {
+            [(Action::Shrink { to, .. }, _)] => Some(to),
+            _ => None,
+        };
+        assert_eq!(to(&walked), Some(Bytes::mib(500)));
+        walked.slab = Bytes::mib(300);
+        assert_eq!(to(&walked), Some(Bytes::mib(125)));
+        walked.refused_shrink = Some((Bytes::mib(400), Nanos(0)));
+        walked.now = SHRINK_REFUSED_FOR;
+        assert_eq!(to(&walked), Some(Bytes::mib(500)));
+        // It may be in use: what grows beside it is raised all the same.
+        walked.limit = Bytes::mib(400);
+        let is_raise = |(action, _): &(Action, Reason)| matches!(action, Action::Raise { .. });
+        assert!(decide(&walked).actions.iter().any(is_raise));
     }
 
     #[test]

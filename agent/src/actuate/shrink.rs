@@ -1,7 +1,7 @@
 //! Making room for a lower limit without killing or braking what lives under it.
 //!
-//! Writing `memory.max` below usage reclaims in the writer and then kills. So page cache is given
-//! back first, by `memory.reclaim` (Linux 5.19), which throttles nobody; then `memory.high` keeps a
+//! Writing `memory.max` below usage reclaims in the writer and then kills. So page cache and the kernel's caches of
+//! names and inodes are given back first, by `memory.reclaim` (Linux 5.19), which throttles nobody; then `memory.high` keeps a
 //! reader from filling it again at once, close to usage by then, so that nobody sleeps for it. Before
 //! 5.19 `memory.high` does both, and in a cgroup whose brake is not ours only for as long as it takes. This may block for as long as reclaim takes and must not run on the
 //! reflex thread; it changes no limit.
@@ -37,12 +37,17 @@ pub fn make_room(
 ) -> Result<bool, CgroupError> {
     let target = Thresholds::under(policy, to);
     let stat = cgroup.stat()?;
-    if stat.demand() > target.watermark {
+    if stat.least() > target.watermark {
         return Ok(false);
     }
     let excess = stat.usage.minus(target.watermark);
     if excess > Bytes::ZERO {
         reclaim(cgroup, excess);
+        // Dirty pages may not be given back so soon, and the next burst may have begun meanwhile: far above it everybody
+        // would sleep for two seconds with each charge.
+        if cgroup.has(RECLAIM) && cgroup.usage()? > target.watermark {
+            return Ok(false);
+        }
         if !foreign_brake {
             cgroup.set_limit("memory.high", Limit::At(target.high))?;
         }
@@ -59,7 +64,7 @@ pub fn make_room(
 pub fn make_room_in(cgroup: &Cgroup, to: Bytes) -> Result<bool, CgroupError> {
     let target = to.per_mille(FULL_PER_MILLE);
     let stat = cgroup.stat()?;
-    if stat.demand() > target {
+    if stat.least() > target {
         return Ok(false);
     }
     let excess = stat.usage.minus(target);
@@ -83,11 +88,19 @@ pub fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, CgroupError> {
     Ok(cgroup.usage()? <= limit.per_mille(FULL_PER_MILLE))
 }
 
+/// Gives page cache back, and no memory that is in use: what is swapped out is not missed at once, and the limit would follow
+/// it down to where its owner can only swap. Older kernels do not know the word, and reclaim as they do.
 fn reclaim(cgroup: &Cgroup, excess: Bytes) {
+    if !cgroup.has(RECLAIM) {
+        return;
+    }
+    let asked = cgroup.write(RECLAIM, &format!("{} swappiness=0", excess.0));
+    let asked = match asked {
+        Err(error) if error.is_invalid() => cgroup.write(RECLAIM, &excess.0.to_string()),
+        asked => asked,
+    };
     // EAGAIN says that less was reclaimed than asked for, which the look at usage shows.
-    if cgroup.has(RECLAIM)
-        && let Err(error) = cgroup.write(RECLAIM, &excess.0.to_string())
-    {
+    if let Err(error) = asked {
         tracing::debug!(%error, "reclaimed less than asked for");
     }
 }

@@ -74,6 +74,15 @@ impl CgroupError {
             Self::Parse { .. } | Self::NotV2 { .. } => false,
         }
     }
+
+    /// Whether the kernel does not take what was written, such as a word that it does not know.
+    #[must_use]
+    pub fn is_invalid(&self) -> bool {
+        let Self::Io { source, .. } = self else {
+            return false;
+        };
+        source.raw_os_error() == Some(libc::EINVAL)
+    }
 }
 
 /// A limit file's value.
@@ -123,6 +132,8 @@ pub struct MemoryStat {
     pub usage: Bytes,
     /// Page cache on the LRU lists, which reclaim can give back.
     pub file: Bytes,
+    /// Caches of names and inodes (`slab_reclaimable`), which it gives back where nobody uses them.
+    pub slab: Bytes,
 }
 
 impl MemoryStat {
@@ -130,6 +141,12 @@ impl MemoryStat {
     #[must_use]
     pub const fn demand(self) -> Bytes {
         self.usage.minus(self.file)
+    }
+
+    /// What is left if all is given back that may be.
+    #[must_use]
+    pub const fn least(self) -> Bytes {
+        self.demand().minus(self.slab)
     }
 }
 
@@ -447,6 +464,7 @@ impl Cgroup {
         Ok(MemoryStat {
             usage: self.usage()?,
             file,
+            slab: Bytes(field("slab_reclaimable")),
         })
     }
 

@@ -110,6 +110,8 @@ pub(super) struct Guarded {
     pub(super) requested: Option<(Bytes, Nanos)>,
     /// A lower limit that was asked for and may come into force at any moment.
     pub(super) lowering: Option<Bytes>,
+    /// What of its demand are the kernel's own caches, by the last look.
+    pub(super) slab: Bytes,
     /// Lowerings that got lost since the limit moved last.
     pub(super) lost_lowerings: u32,
     /// Whether page cache is being given back for a lower limit.
@@ -223,6 +225,7 @@ impl Guarded {
             limit,
             requested: None,
             lowering: None,
+            slab: Bytes::ZERO,
             lost_lowerings: 0,
             is_making_room: false,
             held_since: None,
@@ -375,6 +378,7 @@ impl Guarded {
             request_failed: self.request_failed,
             by_hand,
             quiet: Nanos(0),
+            slab: self.slab,
         }
     }
 

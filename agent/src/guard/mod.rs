@@ -668,6 +668,7 @@ impl<R: Requester> Controller<R> {
         match (guarded.cgroup.stat(), guarded.cgroup.limit_in_force()) {
             (Ok(stat), Ok(limit)) => {
                 guarded.history.observe(at, stat.demand());
+                guarded.slab = stat.slab;
                 let is_new_brake = match guarded.look_at_brake(at) {
                     Ok(is_new) => is_new,
                     Err(error) => {

@@ -56,7 +56,7 @@ pub(crate) fn events(bytes: &[u8]) {
         parallelism: bellows_core::elastic::Parallelism::Unchanged,
         learnt: input.flag().then(|| Bytes(input.long())),
     };
-    let Ok(policy) = policy.validate() else {
+    let Ok(policy) = policy.validate(Bytes(4096)) else {
         return;
     };
     let mut history = History::default();
@@ -87,6 +87,7 @@ pub(crate) fn events(bytes: &[u8]) {
             by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
                 [usize::from(input.flag()) + usize::from(input.flag())],
             quiet: Nanos(0),
+            slab: Bytes::ZERO,
         };
         limit = judged(&snapshot);
     }
@@ -108,6 +109,7 @@ pub(crate) fn events(bytes: &[u8]) {
             request_failed: false,
             by_hand: ByHand::No,
             quiet: Nanos(0),
+            slab: Bytes::ZERO,
         };
         let shrinks = decide(&snapshot)
             .actions
