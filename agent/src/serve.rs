@@ -7,11 +7,19 @@
 //! A predecessor that was killed keeps its socket for as long as the kernel takes its programs off their functions,
 //! which is longer than its lock, and a network may come up later than the agent. Nobody must be left unguarded for
 //! that: the address is waited for beside all else.
+//!
+//! Whoever reaches the port may open connections and say nothing. The kubelet must not wait for them, since it kills an
+//! agent that it gets no answer from: the oldest that has not asked yet makes room for who comes.
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
-    net::SocketAddr,
-    sync::{Arc, mpsc::SyncSender},
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::SyncSender,
+    },
     time::Duration,
 };
 
@@ -24,15 +32,17 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::io::Errno;
 use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, oneshot},
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep, timeout},
 };
 
 use crate::{guard::Input, metrics::METRICS};
 
-/// Connections at once: whoever opens more waits.
+/// Connections at once.
 const CONNECTIONS: usize = 16;
 /// How long one may last. Whoever scrapes asks once.
 const LONGEST: Duration = Duration::from_secs(30);
@@ -66,11 +76,13 @@ impl Served {
 
 /// Answers for ever. Whatever is wrong with the address is told, and tried again: a node must not be left alone for it.
 pub async fn serve(address: SocketAddr, served: Served) -> Infallible {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
     let listener = listener(address, served.path()).await;
+    answers(&listener, &served).await
+}
+
+async fn answers(listener: &TcpListener, served: &Served) -> Infallible {
+    let mut connections = Connections::default();
     loop {
-        // Nobody closes it.
-        let room = Arc::clone(&room).acquire_owned().await.ok();
         let stream = match listener.accept().await {
             Ok((stream, _from)) => stream,
             Err(error) => {
@@ -80,18 +92,77 @@ pub async fn serve(address: SocketAddr, served: Served) -> Infallible {
                 continue;
             }
         };
-        let served = served.clone();
-        tokio::spawn(async move {
-            let answer = service_fn(|request| answer(&served, request));
+        connections.make_room().await;
+        connections.take(stream, served.clone());
+    }
+}
+
+/// Those that are open.
+#[derive(Default)]
+struct Connections {
+    tasks: JoinSet<()>,
+    /// The oldest first, and whether each has asked.
+    all: VecDeque<(AbortHandle, Arc<AtomicBool>)>,
+}
+
+impl Connections {
+    /// Until there is room for one more. Those that have asked are answered first: there are never more questions under way
+    /// than connections, however many come.
+    async fn make_room(&mut self) {
+        loop {
+            while self.tasks.try_join_next().is_some() {}
+            self.all.retain(|(task, _)| !task.is_finished());
+            if self.tasks.len() < CONNECTIONS {
+                return;
+            }
+            let is_silent =
+                |(_, has_asked): &(_, Arc<AtomicBool>)| !has_asked.load(Ordering::Relaxed);
+            let silent = self.all.iter().position(is_silent);
+            if let Some((task, _)) = silent.and_then(|oldest| self.all.remove(oldest)) {
+                task.abort();
+            }
+            self.tasks.join_next().await;
+        }
+    }
+
+    /// One question is answered, and the connection closed.
+    fn take(&mut self, stream: TcpStream, served: Served) {
+        let has_asked = Arc::<AtomicBool>::default();
+        let asks = Arc::clone(&has_asked);
+        let task = self.tasks.spawn(async move {
+            let answer = service_fn(|request| {
+                asks.store(true, Ordering::Relaxed);
+                answer(&served, request)
+            });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
+                .keep_alive(false)
                 .header_read_timeout(HEADERS)
                 .serve_connection(TokioIo::new(stream), answer);
             if let Ok(Err(error)) = timeout(LONGEST, connection).await {
                 tracing::debug!(%error, "a connection has failed");
             }
-            drop(room);
         });
+        self.all.push_back((task, has_asked));
+    }
+}
+
+/// Every address of IPv4, where `address` is every one of IPv6 and the kernel has no IPv6 (`ipv6.disable=1`). Where it has, a
+/// socket of IPv6 is one of IPv4, too (`net.ipv6.bindv6only`, 0 in every new network namespace).
+fn without_ipv6(address: SocketAddr, error: &std::io::Error) -> Option<SocketAddr> {
+    let is_without = [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL].map(Some);
+    let is_without = is_without.contains(&Errno::from_io_error(error));
+    let is_every = address.is_ipv6() && address.ip().is_unspecified();
+    (is_without && is_every).then(|| (Ipv4Addr::UNSPECIFIED, address.port()).into())
+}
+
+async fn bound(address: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) => match without_ipv6(address, &error) {
+            Some(address) => TcpListener::bind(address).await,
+            None => Err(error),
+        },
+        bound => bound,
     }
 }
 
@@ -99,7 +170,7 @@ async fn listener(address: SocketAddr, path: &str) -> TcpListener {
     let begun = Instant::now();
     let mut is_told = false;
     loop {
-        match TcpListener::bind(address).await {
+        match bound(address).await {
             Ok(listener) => return listener,
             Err(error) if !is_told && begun.elapsed() >= TOLD_AFTER => {
                 is_told = true;
@@ -159,7 +230,10 @@ mod tests {
     use std::{fs, sync::mpsc, thread};
 
     use bellows_core::{Bytes, CgroupId};
-    use tokio::runtime;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        runtime,
+    };
 
     use super::*;
     use crate::{
@@ -206,6 +280,70 @@ mod tests {
         drop(running.join().unwrap());
         assert!(!asked(&inputs, PATIENCE));
         fs::remove_dir_all(directory).unwrap();
+    }
+
+    async fn answered(port: u16) -> String {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+            .await
+            .unwrap();
+        let question = b"GET /metrics HTTP/1.1\r\nHost: agent\r\n\r\n";
+        stream.write_all(question).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    /// The kubelet waits for 10 s.
+    #[tokio::test]
+    async fn whoever_says_nothing_keeps_nobody_from_an_answer() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let serving = tokio::spawn(async move { answers(&listener, &Served::Metrics).await });
+        let mut silent = Vec::new();
+        for _ in 0..4 * CONNECTIONS {
+            silent.push(
+                TcpStream::connect((Ipv4Addr::LOCALHOST, port))
+                    .await
+                    .unwrap(),
+            );
+        }
+        let answer = timeout(Duration::from_secs(3), answered(port)).await;
+        let answer = answer.expect("it waits for those that say nothing");
+        assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+        // The oldest has made room, the latest is still waited for.
+        let mut byte = [0];
+        let mut read = async |stream: &mut TcpStream| {
+            let read = stream.read(&mut byte);
+            timeout(Duration::from_millis(200), read).await.is_ok()
+        };
+        assert!(read(&mut silent[0]).await);
+        let latest = silent.last_mut().unwrap();
+        assert!(!read(latest).await);
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn every_address_is_one_of_ipv4_too() {
+        let every: SocketAddr = "[::]:0".parse().unwrap();
+        let listener = bound(every).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let serving = tokio::spawn(async move { answers(&listener, &Served::Metrics).await });
+        assert!(answered(port).await.starts_with("HTTP/1.1 200 OK"));
+        serving.abort();
+    }
+
+    #[test]
+    fn a_kernel_without_ipv6_has_every_address_of_ipv4() {
+        let wanted = |address: &str, error: Errno| {
+            without_ipv6(address.parse().unwrap(), &error.into()).map(|other| other.to_string())
+        };
+        for error in [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL] {
+            assert_eq!(wanted("[::]:9465", error), Some("0.0.0.0:9465".to_owned()));
+            // What names one is a mistake, or not there yet.
+            assert_eq!(wanted("[::1]:9465", error), None);
+            assert_eq!(wanted("10.0.0.7:9465", error), None);
+        }
+        assert_eq!(wanted("[::]:9465", Errno::ADDRINUSE), None);
     }
 
     #[test]
