@@ -121,7 +121,7 @@ pub struct Run {
     /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9464 [default: none are served].
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
-    /// Serve /healthz at this address, such as 0.0.0.0:9465, for whoever starts an agent again that hangs.
+    /// Serve /healthz at this address, such as [::]:9465, for whoever starts an agent again that hangs.
     #[arg(long, value_name = "ADDRESS:PORT")]
     health: Option<SocketAddr>,
     /// Change nothing, whatever policies and annotations say: mode Act counts as Observe.
@@ -244,7 +244,7 @@ mod tests {
         let commands: Vec<Command> = commands.collect();
         assert!(matches!(commands[..], [Command::Run(_), Command::Releaser]));
         // Where nothing may be changed, and at the end.
-        let only_observes = parsed(&["run", "--observe", "--health", "0.0.0.0:9465"]).unwrap();
+        let only_observes = parsed(&["run", "--observe", "--health", "[::]:9465"]).unwrap();
         let Command::Run(run) = only_observes else {
             panic!("{only_observes:?}");
         };

@@ -40,10 +40,14 @@ pub(crate) fn tier(checks: &mut Checks) -> Result<()> {
 }
 
 /// Values that the chart is rendered with.
-const VALUES: [(&str, Option<&str>); 4] = [
+const VALUES: [(&str, Option<&str>); 5] = [
     ("default", None),
     ("act", Some("deploy/chart/ci/act.yaml")),
     ("all options", Some("deploy/chart/ci/all.yaml")),
+    (
+        "words that YAML takes for something else",
+        Some("deploy/chart/ci/words.yaml"),
+    ),
     ("as in deploy/bellows.yaml", Some(RENDERED)),
 ];
 
@@ -139,6 +143,11 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         ensure!(context["readOnlyRootFilesystem"] == true);
         ensure!(container["resources"]["limits"]["memory"].is_string());
         ensure!(container["image"] == image(&values));
+        let mut env = container["env"].as_array().into_iter().flatten();
+        let log = env.find(|own| own["name"] == "BELLOWS_LOG");
+        let log = log.map(|log| &log["value"]);
+        let wanted = values["log"].as_str().unwrap_or("info");
+        ensure!(log.is_some_and(|log| log == wanted), "{log:?}");
     }
     let is_privileged = values["privileged"] == true;
     ensure!(agent["securityContext"]["privileged"] == is_privileged);
@@ -153,6 +162,10 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         (spec["hostPID"] == true)
             == (values["hostPID"] == true || values["elasticParallelism"] == true)
     );
+    let class = values["priorityClassName"].as_str();
+    let class = class.unwrap_or("system-node-critical");
+    let own = spec["priorityClassName"].as_str().unwrap_or_default();
+    ensure!(own == class, "{}", spec["priorityClassName"]);
     for field in ["hostNetwork", "hostIPC"] {
         ensure!(spec[field].is_null(), "{field}");
     }
@@ -171,6 +184,15 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
     }
     ensure!(has(&agent["args"], "--nri") == is_plugin);
     ensure!(paths == expected.iter().collect::<Vec<_>>(), "{paths:?}");
+    // At whatever address the kubelet asks: pods may have none of IPv4.
+    let args = agent["args"].as_array().into_iter().flatten();
+    let mut args = args.filter_map(Value::as_str);
+    let address = args.find(|word| *word == "--health").and(args.next());
+    let port = values["health"]["port"].as_u64().unwrap_or(9465);
+    ensure!(
+        address == Some(format!("[::]:{port}").as_str()),
+        "{address:?}"
+    );
     for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
         ensure!(agent[probe]["httpGet"]["port"] == "health", "{probe}");
     }
