@@ -6,6 +6,7 @@
 //! those that are to be guarded are handed to the controller. The controller lives on a thread of its own and never
 //! waits for the API or the runtime.
 
+mod api;
 mod containers;
 mod events;
 mod hands;
@@ -202,7 +203,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
             daemon_set,
         } => {
             let client = runtime.block_on(async {
-                let config = kube::Config::infer().await.map_err(RunError::Config)?;
+                let config = api::config().await?;
                 Ok::<_, RunError>(Client::try_from(config)?)
             })?;
             let node = Fast::start(options, &ledger_path)?.of_node(

@@ -26,6 +26,8 @@ use tokio::{
     time::sleep,
 };
 
+use crate::run::api::watched;
+
 /// How often a resource is looked for that is not there.
 const LOOK: Duration = Duration::from_secs(300);
 /// How soon it is looked for again if the API did not say whether it is.
@@ -72,8 +74,7 @@ pub(super) fn watch(client: &Client, acts: bool) -> Receiver<(Kind, Event)> {
                 sleep(wait).await;
             }
             let api = Api::all_with(client, &resource);
-            let config = watcher::Config::default();
-            let mut all = pin!(watcher(api, config).default_backoff());
+            let mut all = pin!(watcher(api, watched()).default_backoff());
             loop {
                 let event = match all.try_next().await {
                     Ok(None) => return,

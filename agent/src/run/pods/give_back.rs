@@ -32,7 +32,7 @@ use crate::{
     attribution::{api::Pod, pods::convert},
     cgroup::Cgroup,
     quota::Quotas,
-    run::{RunError, restore::by_hand_back},
+    run::{RunError, api, restore::by_hand_back},
 };
 
 /// For how long an agent that ends for good gives back: less than the kubelet lets it live (`terminationGracePeriod` in
@@ -223,7 +223,7 @@ impl Leaving {
 ///
 /// When the API cannot be asked.
 pub async fn uninstall(daemon_set: &str) -> Result<bool, RunError> {
-    let config = kube::Config::infer().await.map_err(RunError::Config)?;
+    let config = api::config().await?;
     let api: Api<DaemonSet> = Api::default_namespaced(Client::try_from(config)?);
     // It is there until its pods have ended.
     match api.delete(daemon_set, &DeleteParams::foreground()).await {

@@ -56,7 +56,7 @@ use tokio::{
 pub use give_back::uninstall;
 pub(super) use give_back::{Leaving, Movers};
 
-use super::{events::Events, restore::quotas_in_pods_back};
+use super::{api::watched, events::Events, restore::quotas_in_pods_back};
 use crate::{
     actuate::{
         containers::Owner as _,
@@ -142,17 +142,15 @@ struct Watched {
 /// Watches for ever; broken connections are taken up again with a backoff.
 pub(super) async fn watch(context: Context) {
     let api: Api<Pod> = Api::all(context.client.clone());
-    let config = watcher::Config::default().fields(&format!("spec.nodeName={}", context.node));
+    let config = watched().fields(&format!("spec.nodeName={}", context.node));
     let mut pods = pin!(watcher(api, config).default_backoff());
-    let config = watcher::Config::default();
-    let mut rules = pin!(watcher(policies::api(&context.client), config).default_backoff());
+    let mut rules = pin!(watcher(policies::api(&context.client), watched()).default_backoff());
     // Who changes nothing may not read them, and need not.
     let acts = !context.only_observes;
-    let config = watcher::Config::default();
     let ranges: Api<LimitRange> = Api::all(context.client.clone());
-    let mut ranges = pin!(watcher(ranges, config.clone()).default_backoff());
+    let mut ranges = pin!(watcher(ranges, watched()).default_backoff());
     let quotas: Api<ResourceQuota> = Api::all(context.client.clone());
-    let mut quotas = pin!(watcher(quotas, config).default_backoff());
+    let mut quotas = pin!(watcher(quotas, watched()).default_backoff());
     let mut scaling = autoscalers::watch(&context.client, acts);
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
