@@ -5,6 +5,10 @@
 //! it writes. Agents of two builds that disagree, while one replaces the other, must not take turns: each writes of one
 //! generation of a policy once.
 //!
+//! Whoever has written that a policy cannot be read publishes the Event of that, too, and the others do not: a thousand nodes
+//! would make a thousand Events of one typing error, and again with each new agent. Where conditions must not be written
+//! (rights of before), nobody knows of another, and each tells.
+//!
 //! What differs between nodes (how many containers a policy guards) is none of it: that is told per node.
 
 use std::{
@@ -16,18 +20,22 @@ use std::{
 
 use bellows_core::pod::MANAGER;
 use k8s_openapi::{
+    api::core::v1::ObjectReference,
     apimachinery::pkg::apis::meta::v1::{Condition, Time},
     jiff::Timestamp,
 };
 use kube::{
-    Api, Client, ResourceExt as _,
+    Api, Client, Resource as _, ResourceExt as _,
     api::{DynamicObject, Patch, PatchParams},
 };
 use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 use super::policies::resource;
-use crate::{actuate::resize::TIMEOUT, run::events::fitting};
+use crate::{
+    actuate::resize::TIMEOUT,
+    run::events::{Events, fitting},
+};
 
 const ACCEPTED: &str = "Accepted";
 /// All agents have written within this time, or seen that another has.
@@ -43,6 +51,7 @@ const LATER: Duration = Duration::from_secs(300);
 pub(super) struct Conditions {
     client: Client,
     node: String,
+    events: Arc<Events>,
     seen: Arc<Mutex<BTreeMap<Key, Seen>>>,
 }
 
@@ -107,6 +116,7 @@ fn turn(node: &str, key: &Key) -> Duration {
 impl Conditions {
     pub(super) fn new(client: Client, node: String) -> Self {
         Self {
+            events: Arc::new(Events::new(client.clone(), &node)),
             client,
             node,
             seen: Arc::default(),
@@ -144,7 +154,8 @@ impl Conditions {
             is_due
         });
         if is_due {
-            drop(tokio::spawn(self.clone().write(key, wanted)));
+            let policy = object.object_ref(&resource());
+            drop(tokio::spawn(self.clone().write(key, wanted, policy)));
         }
     }
 
@@ -160,9 +171,10 @@ impl Conditions {
     }
 
     /// Writes it, sooner or later: until it is said, or something else is to be.
-    async fn write(self, key: Key, wanted: Said) {
+    async fn write(self, key: Key, wanted: Said, policy: ObjectReference) {
         let uid = self.with(|all| all.get(&key)?.uid.clone());
         sleep(turn(&self.node, &key)).await;
+        let mut is_told = false;
         for tries in 1.. {
             // It may have changed, or somebody else has said it.
             let message = self.with(|all| {
@@ -174,12 +186,21 @@ impl Conditions {
             let Some(message) = message else {
                 return;
             };
-            let written = self.patch(&key, wanted, message);
+            let written = self.patch(&key, wanted, message.clone());
             let is_refused = match timeout(TIMEOUT, written).await {
-                Ok(Ok(_)) => return,
+                Ok(Ok(_)) => {
+                    if !wanted.is_accepted && !is_told {
+                        self.events.rejected(policy, message);
+                    }
+                    return;
+                }
                 // Gone, not allowed (a chart of before), or a definition without a status.
                 Ok(Err(kube::Error::Api(status))) if [403, 404, 422].contains(&status.code) => {
                     tracing::debug!(policy = key.1, %status, "a policy's condition is not written");
+                    if !wanted.is_accepted && !is_told {
+                        is_told = true;
+                        self.events.rejected(policy.clone(), message);
+                    }
                     true
                 }
                 failed => {
@@ -229,6 +250,11 @@ impl Conditions {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpListener, TcpStream},
+    };
+
     use super::*;
 
     fn object(generation: i64, said: Option<(i64, &str)>) -> DynamicObject {
@@ -294,6 +320,73 @@ mod tests {
         assert!(!conditions.with(|all| all.is_empty()));
         conditions.keep(|_, _| false);
         assert!(conditions.with(|all| all.is_empty()));
+    }
+
+    /// Takes one question, tells its method, and answers with what it was sent.
+    async fn answer(stream: &mut TcpStream, patched: u16) -> Option<String> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.ok()?);
+        }
+        let head = String::from_utf8(head).ok()?.to_lowercase();
+        let (_, length) = head.split_once("content-length: ")?;
+        let length = length.split("\r\n").next()?.parse().ok()?;
+        let mut body = vec![0; length];
+        stream.read_exact(&mut body).await.ok()?;
+        let method = head.split(' ').next()?.to_owned();
+        let code = if method == "patch" { patched } else { 201 };
+        if code == 403 {
+            body = json!({ "kind": "Status", "status": "Failure", "code": code })
+                .to_string()
+                .into();
+        }
+        let length = body.len();
+        let answer = format!("HTTP/1.1 {code} Said\r\nContent-Length: {length}\r\n\r\n");
+        stream.write_all(answer.as_bytes()).await.ok()?;
+        stream.write_all(&body).await.ok()?;
+        Some(method)
+    }
+
+    /// What two agents ask an API server that answers patches so, one after the other, of a policy that cannot be read.
+    async fn asked(patched: u16) -> Vec<String> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let (told, mut asked) = tokio::sync::mpsc::unbounded_channel();
+        let server = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let told = told.clone();
+                tokio::spawn(async move {
+                    while let Some(method) = answer(&mut stream, patched).await {
+                        drop(told.send(method));
+                    }
+                });
+            }
+        });
+        let key = ("dev".to_owned(), "p".to_owned());
+        let nodes = (0..).map(|node| format!("n{node}"));
+        let soon = nodes.filter(|node| turn(node, &key) < Duration::from_millis(10));
+        let mut all = Vec::new();
+        for (node, said) in soon.zip([None, Some((1, "False"))]) {
+            let config = kube::Config::new(address.parse().unwrap());
+            let conditions = Conditions::new(Client::try_from(config).unwrap(), node);
+            // Whatever else changes of it has it read again.
+            conditions.judged(&object(1, said), Err("wrong"));
+            conditions.judged(&object(1, said), Err("wrong"));
+            let quiet = Duration::from_millis(500);
+            while let Ok(Some(method)) = timeout(quiet, asked.recv()).await {
+                all.push(method);
+            }
+        }
+        server.abort();
+        all
+    }
+
+    #[tokio::test]
+    async fn whoever_writes_that_a_policy_cannot_be_read_tells_it_and_nobody_else() {
+        assert_eq!(asked(200).await, ["patch", "post"]);
+        // It is not tried again for minutes, and told all the same.
+        assert_eq!(asked(403).await, ["patch", "post"]);
     }
 
     #[test]

@@ -223,7 +223,7 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             event = rules.try_next() => {
-                if watch.policies.take(event, &watch.events) {
+                if watch.policies.take(event) {
                     watch.recordings.try_again();
                     watch.tell_of_heaps();
                     watch.apply_all().await;

@@ -10,13 +10,13 @@ use std::{
 
 use bellows_core::elastic::ElasticPolicy;
 use kube::{
-    Api, Client, Resource as _, ResourceExt as _,
+    Api, Client, ResourceExt as _,
     api::{ApiResource, DynamicObject},
     core::GroupVersionKind,
     runtime::watcher,
 };
 
-use super::{super::events::Events, conditions::Conditions};
+use super::conditions::Conditions;
 use crate::{metrics::METRICS, policies};
 
 const NOT_FOUND: u16 = 404;
@@ -89,13 +89,12 @@ impl Policies {
     pub(super) fn take(
         &mut self,
         event: Result<Option<watcher::Event<DynamicObject>>, watcher::Error>,
-        events: &Events,
     ) -> bool {
         let was_known = self.is_known;
         match event {
             Ok(Some(watcher::Event::Init)) => self.listing = Some(BTreeMap::new()),
             Ok(Some(watcher::Event::InitApply(object))) => {
-                let read = self.read(&object, events);
+                let read = self.read(&object);
                 if let Some(listing) = &mut self.listing {
                     listing.insert(name(&object), read);
                 }
@@ -113,7 +112,7 @@ impl Policies {
                 }
             }
             Ok(Some(watcher::Event::Apply(object))) => {
-                let read = self.read(&object, events);
+                let read = self.read(&object);
                 self.by_name.insert(name(&object), read);
             }
             Ok(Some(watcher::Event::Delete(object))) => {
@@ -132,7 +131,7 @@ impl Policies {
         is_new
     }
 
-    fn read(&self, object: &DynamicObject, events: &Events) -> Read {
+    fn read(&self, object: &DynamicObject) -> Read {
         let name = name(object);
         let namespace = object.namespace().unwrap_or_default();
         let before = self.by_name.get(&name);
@@ -157,7 +156,6 @@ impl Policies {
                 if !is_told {
                     METRICS.policies_rejected.inc();
                     tracing::error!(name, why, "a policy cannot be read; the one before holds");
-                    events.rejected(object.object_ref(&resource()), why);
                 }
                 Read {
                     namespace,
@@ -221,24 +219,19 @@ mod tests {
         json!({ "mode": "Act", "containers": [{ "memory": { "max": max } }] })
     }
 
-    /// Policies, and whether each event says that there are others now. What is published goes nowhere.
-    struct Bed(Policies, Events);
+    /// Policies, and whether each event says that there are others now.
+    #[derive(Default)]
+    struct Bed(Policies);
 
     impl Bed {
-        fn new() -> Self {
-            let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
-            let client = Client::try_from(config).unwrap();
-            Self(Policies::default(), Events::new(client, "node"))
-        }
-
         fn take(&mut self, event: watcher::Event<DynamicObject>) -> bool {
-            self.0.take(Ok(Some(event)), &self.1)
+            self.0.take(Ok(Some(event)))
         }
     }
 
-    #[tokio::test]
-    async fn a_list_counts_when_it_is_whole() {
-        let mut bed = Bed::new();
+    #[test]
+    fn a_list_counts_when_it_is_whole() {
+        let mut bed = Bed::default();
         assert!(!bed.take(watcher::Event::Init));
         assert!(!bed.take(watcher::Event::InitApply(object("a", "1", &good("1Gi")))));
         assert!(bed.0.all().is_empty() && !bed.0.are_known("dev"));
@@ -251,10 +244,10 @@ mod tests {
         assert!(bed.0.all().is_empty() && bed.0.are_known("dev"));
     }
 
-    #[tokio::test]
-    async fn what_cannot_be_read_changes_nothing_and_is_not_none() {
+    #[test]
+    fn what_cannot_be_read_changes_nothing_and_is_not_none() {
         let wrong = json!({ "containers": [{ "memory": { "maximum": "1Gi" } }] });
-        let mut bed = Bed::new();
+        let mut bed = Bed::default();
         bed.take(watcher::Event::Init);
         bed.take(watcher::Event::InitApply(object("a", "1", &wrong)));
         bed.take(watcher::Event::InitDone);
@@ -266,9 +259,9 @@ mod tests {
         assert_eq!((bed.0.all().len(), bed.0.are_known("dev")), (1, true));
     }
 
-    #[tokio::test]
-    async fn without_a_resource_definition_there_are_none() {
-        let mut bed = Bed::new();
+    #[test]
+    fn without_a_resource_definition_there_are_none() {
+        let mut bed = Bed::default();
         let status = |code: u16| {
             let status = kube::core::Status {
                 code,
@@ -276,9 +269,9 @@ mod tests {
             };
             watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status)))
         };
-        assert!(!bed.0.take(Err(status(403)), &bed.1));
+        assert!(!bed.0.take(Err(status(403))));
         assert!(!bed.0.are_known("dev"));
-        assert!(bed.0.take(Err(status(404)), &bed.1));
+        assert!(bed.0.take(Err(status(404))));
         assert!(bed.0.are_known("dev"));
     }
 }
