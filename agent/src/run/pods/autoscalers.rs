@@ -4,6 +4,10 @@
 //! and nothing is said of that.
 //!
 //! One that cannot be read in some part counts as one that owns what that part would say.
+//!
+//! Their statuses change every few seconds in every namespace, so an API server would have to tell every node of all of them.
+//! An agent asks when it has come to have a pod of which something is to be moved, and nothing of it is before it is known what is
+//! left alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bellows_core::autoscalers::{Autoscaler, Control, Scales, Updates, Workload};
+use bellows_core::{
+    autoscalers::{Autoscaler, Control, Scales, Updates, Workload},
+    elastic::Mode,
+    pod::{self, Wishes},
+};
 use futures::TryStreamExt as _;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
 use kube::{
@@ -22,10 +30,14 @@ use kube::{
 };
 use serde_json::Value;
 use tokio::{
-    sync::mpsc::{self, Receiver},
+    sync::{
+        mpsc::{self, Receiver},
+        watch,
+    },
     time::sleep,
 };
 
+use super::Watch;
 use crate::run::api::watched;
 
 /// How often a resource is looked for that is not there.
@@ -34,6 +46,8 @@ const LOOK: Duration = Duration::from_secs(300);
 const AGAIN: Duration = Duration::from_secs(5);
 /// Events that nobody has taken yet.
 const EVENTS: usize = 64;
+/// For how long nothing is moved because it is not known yet which there are.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is told that they cannot be read.
 const TOLD: Duration = Duration::from_secs(600);
 
@@ -43,6 +57,8 @@ pub(super) enum Kind {
     Vertical,
     Horizontal,
 }
+
+const KINDS: [Kind; 2] = [Kind::Vertical, Kind::Horizontal];
 
 type Event = Result<watcher::Event<DynamicObject>, watcher::Error>;
 
@@ -56,21 +72,28 @@ impl Kind {
     }
 }
 
-/// Watches both, as long as anybody takes what they say; none for who changes nothing.
-pub(super) fn watch(client: &Client, acts: bool) -> Receiver<(Kind, Event)> {
+/// Watches both from when they are wanted, as long as anybody takes what they say.
+pub(super) fn watch(client: &Client, wanted: &watch::Receiver<bool>) -> Receiver<(Kind, Event)> {
     let (events, receiver) = mpsc::channel(EVENTS);
-    if !acts {
-        return receiver;
-    }
-    for kind in [Kind::Vertical, Kind::Horizontal] {
-        let (client, events) = (client.clone(), events.clone());
+    for kind in KINDS {
+        let (client, events, mut wanted) = (client.clone(), events.clone(), wanted.clone());
         drop(tokio::spawn(async move {
+            if wanted.wait_for(|wanted| *wanted).await.is_err() {
+                return;
+            }
             let resource = kind.resource();
             loop {
                 let known = client.list_api_group_resources(&resource.api_version);
                 let Some(wait) = is_missing(known.await, &resource) else {
                     break;
                 };
+                if wait == LOOK {
+                    for event in [watcher::Event::Init, watcher::Event::InitDone] {
+                        if events.send((kind, Ok(event))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
                 sleep(wait).await;
             }
             let api = Api::all_with(client, &resource);
@@ -120,9 +143,38 @@ pub(super) struct Autoscalers {
     /// Namespaces of which something has changed that is not in `all` yet.
     changed: BTreeMap<Kind, BTreeSet<String>>,
     told: BTreeMap<Kind, Instant>,
+    /// Of which kinds the API has said which there are, or that it does not say it.
+    answered: BTreeSet<Kind>,
+    /// Since when they are.
+    since: Option<Instant>,
+    wanted: watch::Sender<bool>,
 }
 
 impl Autoscalers {
+    /// Whether they are, from when on.
+    pub(super) fn wanted(&self) -> watch::Receiver<bool> {
+        self.wanted.subscribe()
+    }
+
+    /// Whether they are.
+    pub(super) const fn are_wanted(&self) -> bool {
+        self.since.is_some()
+    }
+
+    /// Something is to be moved.
+    fn want(&mut self) {
+        if self.since.is_none() {
+            self.since = Some(Instant::now());
+            self.wanted.send_replace(true);
+        }
+    }
+
+    /// Whether it is known what is left alone, as far as it can be.
+    pub(super) fn are_known(&self) -> bool {
+        let is_late = |since: Instant| since.elapsed() >= PATIENCE;
+        self.answered.len() == KINDS.len() || self.since.is_some_and(is_late)
+    }
+
     /// Those of a namespace.
     pub(super) fn of(&self, namespace: &str) -> &[Scales] {
         self.all.get(namespace).map_or(&[], Vec::as_slice)
@@ -149,6 +201,7 @@ impl Autoscalers {
             Ok(watcher::Event::InitDone) => {
                 let listed = self.listing.remove(&kind).unwrap_or_default();
                 self.keep(kind, &listed);
+                self.answered.insert(kind);
             }
             Ok(watcher::Event::Apply(object)) => self.set(key(&object), read(kind, &object)),
             Ok(watcher::Event::Delete(object)) => self.set(key(&object), None),
@@ -206,6 +259,7 @@ impl Autoscalers {
     }
 
     fn failed(&mut self, kind: Kind, error: &watcher::Error) {
+        self.answered.insert(kind);
         let status = match error {
             watcher::Error::InitialListFailed(kube::Error::Api(status))
             | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
@@ -225,6 +279,22 @@ impl Autoscalers {
             self.told.insert(kind, Instant::now());
             tracing::warn!(?kind, %error, "autoscalers cannot be read: what they set may be moved here, too");
         }
+    }
+}
+
+impl Watch {
+    /// Whether something of a pod is to be moved, and it is not known yet what of it is left alone.
+    pub(super) fn waits_for_autoscalers(&mut self, seen: &pod::Pod, wishes: &Wishes) -> bool {
+        let policies = self.policies.all();
+        let acts = |wish: &pod::Wish| wish.mode == Mode::Act;
+        let is_moved = wishes.values().flatten().any(acts)
+            || !pod::cpu_wishes(seen, policies).is_empty()
+            || !pod::request_wishes(seen, policies).is_empty();
+        if self.context.only_observes || !is_moved {
+            return false;
+        }
+        self.autoscalers.want();
+        !self.autoscalers.are_known()
     }
 }
 
@@ -392,6 +462,41 @@ mod tests {
         let gone = watcher::Error::InitialListFailed(kube::Error::Api(Box::new(gone)));
         assert!(all.take(Kind::Vertical, Err(gone), |_| true));
         assert_eq!((all.of("dev").len(), all.of("far").len()), (1, 0));
+    }
+
+    #[test]
+    fn nothing_is_known_before_both_kinds_are_listed_or_cannot_be() {
+        let mut all = Autoscalers::default();
+        assert!(!all.are_wanted() && !all.are_known());
+        all.want();
+        for event in [watcher::Event::Init, watcher::Event::InitDone] {
+            assert!(!all.are_known());
+            all.take(Kind::Vertical, Ok(event), |_| true);
+        }
+        assert!(all.are_wanted() && !all.are_known());
+        let failed = watcher::Error::NoResourceVersion;
+        all.take(Kind::Horizontal, Err(failed), |_| true);
+        assert!(all.are_known());
+        // Nobody waits for ever.
+        let mut all = Autoscalers::default();
+        all.since = Instant::now().checked_sub(PATIENCE);
+        assert!(all.are_known());
+    }
+
+    #[tokio::test]
+    async fn the_api_is_not_asked_for_them_before_somebody_wants_to_know() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let config = kube::Config::new(address.parse().unwrap());
+        let client = Client::try_from(config).unwrap();
+        let mut all = Autoscalers::default();
+        let _events = watch(&client, &all.wanted());
+        let soon = Duration::from_millis(200);
+        let asked = tokio::time::timeout(soon, listener.accept());
+        assert!(asked.await.is_err());
+        all.want();
+        let asked = tokio::time::timeout(Duration::from_secs(10), listener.accept());
+        assert!(asked.await.is_ok());
     }
 
     #[test]

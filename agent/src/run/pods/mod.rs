@@ -145,13 +145,12 @@ pub(super) async fn watch(context: Context) {
     let config = watched().fields(&format!("spec.nodeName={}", context.node));
     let mut pods = pin!(watcher(api, config).default_backoff());
     let mut rules = pin!(watcher(policies::api(&context.client), watched()).default_backoff());
-    // Who changes nothing may not read them, and need not.
-    let acts = !context.only_observes;
     let ranges: Api<LimitRange> = Api::all(context.client.clone());
     let mut ranges = pin!(watcher(ranges, watched()).default_backoff());
     let quotas: Api<ResourceQuota> = Api::all(context.client.clone());
     let mut quotas = pin!(watcher(quotas, watched()).default_backoff());
-    let mut scaling = autoscalers::watch(&context.client, acts);
+    let autoscalers = Autoscalers::default();
+    let mut scaling = autoscalers::watch(&context.client, &autoscalers.wanted());
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let (recorded, mut recorded_here) = tokio::sync::mpsc::unbounded_channel();
@@ -171,7 +170,7 @@ pub(super) async fn watch(context: Context) {
         allowed: Allowed::new(context.resizer.allowances().clone()),
         context,
         policies: Policies::with(conditions),
-        autoscalers: Autoscalers::default(),
+        autoscalers,
         seen_horizontal: BTreeMap::new(),
         pods: BTreeMap::new(),
         known: BTreeMap::new(),
@@ -230,12 +229,13 @@ pub(super) async fn watch(context: Context) {
                 }
                 continue;
             }
-            event = ranges.try_next(), if acts => {
+            // Who changes nothing may not read these, and need not; nothing is asked of a watch that nobody takes from.
+            event = ranges.try_next(), if watch.autoscalers.are_wanted() => {
                 let news = watch.allowed.take_range(event);
                 watch.take_news(news).await;
                 continue;
             }
-            event = quotas.try_next(), if acts => {
+            event = quotas.try_next(), if watch.autoscalers.are_wanted() => {
                 let news = watch.allowed.take_quota(event);
                 watch.take_news(news).await;
                 continue;
@@ -245,7 +245,9 @@ pub(super) async fn watch(context: Context) {
                 let has_pods = |namespace: &str| {
                     pods.clone().any(|pod| pod.metadata.namespace.as_deref() == Some(namespace))
                 };
-                if watch.autoscalers.take(kind, event, has_pods) {
+                let were_known = watch.autoscalers.are_known();
+                let is_new = watch.autoscalers.take(kind, event, has_pods);
+                if is_new || watch.autoscalers.are_known() != were_known {
                     watch.apply_all().await;
                 }
                 continue;
@@ -438,6 +440,11 @@ impl Watch {
         let mut wishes = pod::wishes(&seen, self.policies.all());
         if self.context.only_observes {
             pod::only_observe(&mut wishes);
+        }
+        if self.waits_for_autoscalers(&seen, &wishes) {
+            self.pods.insert(uid.clone(), pod);
+            self.pending.insert(uid);
+            return;
         }
         pod::yield_limits(&mut wishes, |container| self.claims(&pod, container));
         self.tell_of_horizontal(&pod, &wishes);
