@@ -478,8 +478,11 @@ mod tests {
         all.take(Kind::Horizontal, Err(failed), |_| true);
         assert!(all.are_known());
         // Nobody waits for ever.
-        let mut all = Autoscalers::default();
-        all.since = Instant::now().checked_sub(PATIENCE);
+        let since = Instant::now().checked_sub(PATIENCE);
+        let all = Autoscalers {
+            since,
+            ..Autoscalers::default()
+        };
         assert!(all.are_known());
     }
 
