@@ -121,7 +121,7 @@ pub struct Run {
     /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9464 [default: none are served].
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
-    /// Serve /healthz at this address, such as [::]:9465, for whoever starts an agent again that hangs.
+    /// Serve /healthz at this address, such as [::]:9465, for whoever starts an agent again that hangs, and /readyz.
     #[arg(long, value_name = "ADDRESS:PORT")]
     health: Option<SocketAddr>,
     /// Change nothing, whatever policies and annotations say: mode Act counts as Observe.

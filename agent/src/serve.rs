@@ -1,8 +1,9 @@
-//! Answers `GET /metrics`, and at an address of its own `GET /healthz`.
+//! Answers `GET /metrics`, and at an address of its own `GET /healthz` and `GET /readyz`.
 //!
 //! Who may see the metrics and who asks for the agent's health are not the same. Healthy is an agent whose controller
 //! and reflex have gone round since they were asked: a question goes through both of them, and nobody is woken for it
-//! while nobody asks.
+//! while nobody asks. Ready is one that is healthy and has come to know its pods: one that cannot reach the API (a network
+//! policy, a right that is missing) has nobody to guard, and starting it again would not help.
 //!
 //! A predecessor that was killed keeps its socket for as long as the kernel takes its programs off their functions,
 //! which is longer than its lock, and a network may come up later than the agent. Nobody must be left unguarded for
@@ -56,21 +57,32 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// For how long an answer of the agent's threads is waited for. The controller may be at work, or without a CPU.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+const HEALTH: &str = "/healthz";
+const READY: &str = "/readyz";
+
 /// What is answered at an address.
 #[derive(Clone, Debug)]
 pub enum Served {
     /// `/metrics`.
     Metrics,
-    /// `/healthz`; the controller that is asked.
-    Health(SyncSender<Input>),
+    /// `/healthz` and `/readyz`; the controller that is asked, and whether it is known whom it is to guard.
+    Health(SyncSender<Input>, Arc<AtomicBool>),
 }
 
 impl Served {
     const fn path(&self) -> &'static str {
         match self {
             Self::Metrics => "/metrics",
-            Self::Health(_) => "/healthz",
+            Self::Health(..) => HEALTH,
         }
+    }
+
+    fn has(&self, path: &str) -> bool {
+        path == self.path() || (path == READY && matches!(self, Self::Health(..)))
+    }
+
+    fn is_ready(&self) -> bool {
+        !matches!(self, Self::Health(_, knows) if !knows.load(Ordering::Relaxed))
     }
 }
 
@@ -187,7 +199,11 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, text) = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, path) if path == served.path() => said(served).await,
+        (&Method::GET | &Method::HEAD, READY) if !served.is_ready() => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the API has not said yet which pods there are: its log says why\n".to_owned(),
+        ),
+        (&Method::GET | &Method::HEAD, path) if served.has(path) => said(served).await,
         (&Method::GET | &Method::HEAD, _) => {
             (StatusCode::NOT_FOUND, format!("see {}\n", served.path()))
         }
@@ -206,10 +222,10 @@ async fn answer(
 async fn said(served: &Served) -> (StatusCode, String) {
     match served {
         Served::Metrics => (StatusCode::OK, METRICS.text()),
-        Served::Health(inputs) if goes_round(inputs, PATIENCE).await => {
+        Served::Health(inputs, _) if goes_round(inputs, PATIENCE).await => {
             (StatusCode::OK, "ok\n".to_owned())
         }
-        Served::Health(_) => {
+        Served::Health(..) => {
             let why = "its controller or its reflex does not go round";
             tracing::error!("{why}");
             (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"))
@@ -283,11 +299,15 @@ mod tests {
     }
 
     async fn answered(port: u16) -> String {
+        answered_at(port, "/metrics").await
+    }
+
+    async fn answered_at(port: u16, path: &str) -> String {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
             .await
             .unwrap();
-        let question = b"GET /metrics HTTP/1.1\r\nHost: agent\r\n\r\n";
-        stream.write_all(question).await.unwrap();
+        let question = format!("GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n");
+        stream.write_all(question.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
@@ -320,6 +340,37 @@ mod tests {
         let latest = silent.last_mut().unwrap();
         assert!(!read(latest).await);
         serving.abort();
+    }
+
+    #[tokio::test]
+    async fn who_does_not_know_its_pods_is_healthy_and_not_ready() {
+        let (inputs, asked) = mpsc::sync_channel(8);
+        let controller = thread::spawn(move || {
+            for input in asked {
+                if let Input::Alive(answer) = input {
+                    answer.send(()).unwrap();
+                }
+            }
+        });
+        let knows = Arc::<AtomicBool>::default();
+        let served = Served::Health(inputs, Arc::clone(&knows));
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let serving = tokio::spawn(async move { answers(&listener, &served).await });
+        let said = async |path| answered_at(port, path).await.contains("200 OK");
+        assert_eq!(
+            (said("/healthz").await, said("/readyz").await),
+            (true, false)
+        );
+        knows.store(true, Ordering::Relaxed);
+        assert_eq!(
+            (said("/healthz").await, said("/readyz").await),
+            (true, true)
+        );
+        assert!(!said("/metrics").await);
+        serving.abort();
+        drop(serving.await);
+        controller.join().unwrap();
     }
 
     #[tokio::test]

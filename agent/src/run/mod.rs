@@ -24,6 +24,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, LazyLock,
+        atomic::AtomicBool,
         mpsc::{self, Receiver, SyncSender},
     },
     thread::{self, JoinHandle},
@@ -193,6 +194,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         runtime.spawn(serve(address, Served::Metrics));
     }
     let mut leaving = None;
+    let mut knows = Arc::new(AtomicBool::new(true));
     let (inputs, controller, watch) = match &options.of {
         Of::Node {
             name,
@@ -223,6 +225,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
                 daemon_set,
                 movers: node.movers,
             });
+            knows = node.knows;
             node.running
         }
         Of::Machine { policies, endpoint } => {
@@ -235,7 +238,7 @@ pub fn run(options: &Options) -> Result<(), RunError> {
         }
     };
     if let Some(address) = options.health {
-        runtime.spawn(serve(address, Served::Health(inputs.clone())));
+        runtime.spawn(serve(address, Served::Health(inputs.clone(), knows)));
     }
     let result = runtime.block_on(until_stopped(watch));
     if inputs.send(Input::Stop).is_err() || controller.join().is_err() {
@@ -252,6 +255,8 @@ type Watch = Pin<Box<dyn Future<Output = ()>>>;
 struct Node {
     running: (SyncSender<Input>, Running, Watch),
     movers: Movers,
+    /// Whether it is known which pods there are.
+    knows: Arc<AtomicBool>,
 }
 
 type Running = JoinHandle<BTreeMap<CgroupId, Report>>;
@@ -341,8 +346,10 @@ impl Fast {
             tasks.spawn(nri::serve(policies, PathBuf::from(nri::SOCKET)));
             told
         });
+        let knows = Arc::<AtomicBool>::default();
         let context = pods::Context {
             told,
+            knows: Arc::clone(&knows),
             requests: RequestResizer::new(resizer.clone()),
             client,
             node: node.to_owned(),
@@ -362,6 +369,7 @@ impl Fast {
         Ok(Node {
             running: (inputs, fast.control(resizer)?, watch),
             movers,
+            knows,
         })
     }
 

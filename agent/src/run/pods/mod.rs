@@ -98,6 +98,8 @@ pub(super) struct Context {
     pub(super) only_observes: bool,
     /// Whether memory requests may be changed where a policy asks for it.
     pub(super) moves_requests: bool,
+    /// Set once this node's pods were listed.
+    pub(super) knows: Arc<AtomicBool>,
     /// Policies, for whoever decides when containers are made; `None` where nobody does.
     pub(super) told: Option<watch::Sender<Vec<ElasticPolicy>>>,
     /// What is told of those that are only watched.
@@ -275,6 +277,7 @@ pub(super) async fn watch(context: Context) {
             Ok(Some(watcher::Event::InitDone)) => {
                 watch.keep_only(&listed);
                 watch.is_listed = true;
+                watch.context.knows.store(true, Ordering::Relaxed);
             }
             Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
             Ok(Some(watcher::Event::Delete(pod))) => {
