@@ -97,6 +97,35 @@ pub fn parse_cpu(text: &str) -> Result<Cpu, String> {
     }
 }
 
+/// Parses what a quota, a LimitRange or a pod that the API has taken says of CPU; `None` for what is no amount.
+///
+/// The API prints amounts with the largest unit that fits (`CanonicalizeBytes`, apimachinery's pkg/api/resource/amount.go):
+/// 1,000 CPUs are `1k`. And nothing keeps a quota from being finer than a thousandth, or larger than any node. So every unit
+/// is known here; what does not fit is the largest amount, which is less than it says.
+///
+/// Who writes a policy means neither: [`parse_cpu`] refuses it.
+#[must_use]
+pub fn parse_cpu_amount(text: &str) -> Option<Cpu> {
+    let trimmed = text.trim();
+    let end = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, suffix) = trimmed.split_at(end);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
+        return None;
+    }
+    let (up, down) = unit(suffix)?;
+    let millionths = up
+        .checked_mul(1_000_000)
+        .and_then(|up| scale(whole, fraction, up, down));
+    match millionths {
+        Some(millionths) => Some(Cpu(u64::try_from(millionths).unwrap_or(u64::MAX))),
+        // Many digits behind the point are not many CPUs.
+        None => (fraction.is_empty() && down == 1).then_some(Cpu(u64::MAX)),
+    }
+}
+
 /// A million CPUs.
 const LARGEST_CPU: u64 = 1_000_000_000_000;
 
@@ -190,6 +219,36 @@ mod tests {
             "99999999999999999999999",
         ] {
             assert!(parse_cpu(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn amounts_of_cpu_as_the_api_prints_them() {
+        let largest = u64::MAX;
+        for (text, millionths) in [
+            ("1k", 1_000_000_000),
+            ("2500", 2_500_000_000),
+            ("1M", 1_000_000_000_000),
+            ("2G", 2_000_000_000_000_000),
+            ("9T", 9_000_000_000_000_000_000),
+            ("1P", 1_000_000_000_000_000_000_000_u128),
+            ("250m", 250_000),
+            ("1500u", 1500),
+            ("1n", 1),
+            ("1.5", 1_500_000),
+            ("1e3", 1_000_000_000),
+            ("1Ki", 1_024_000_000),
+            ("0", 0),
+            ("9223372036854775807", u128::MAX),
+            ("9E", u128::MAX),
+            ("99999999999999999999999999999999999999999", u128::MAX),
+        ] {
+            let expected = u64::try_from(millionths).unwrap_or(largest);
+            assert_eq!(parse_cpu_amount(text), Some(Cpu(expected)), "{text}");
+        }
+        let many = format!("0.{}1", "0".repeat(50));
+        for text in ["", "k", ".", "-1", "1 k", "1kk", "1.2.3", "1e", &many] {
+            assert_eq!(parse_cpu_amount(text), None, "{text}");
         }
     }
 

@@ -63,7 +63,7 @@ fn version(pod: &api::Pod) -> Option<u64> {
 
 fn amounts(resources: Option<&api::Resources>) -> Amounts {
     let memory = |text: Option<String>| Some(quantity::parse(&text?).ok()?.0);
-    let cpu = |text: Option<String>| Some(quantity::parse_cpu(&text?).ok()?.0);
+    let cpu = |text: Option<String>| Some(quantity::parse_cpu_amount(&text?)?.0);
     resources.map_or_else(Amounts::default, |resources| Amounts {
         memory_limit: memory(resources.memory_limit()),
         memory_request: memory(resources.memory_request()),

@@ -14,6 +14,7 @@ pub(crate) fn text(bytes: &[u8]) {
         Ok(cpu) => {
             assert!(cpu.0.is_multiple_of(1000), "`{text}` is whole thousandths");
             assert_eq!(quantity::parse_cpu(&cpu.to_string()), Ok(cpu));
+            assert_eq!(quantity::parse_cpu_amount(text), Some(cpu));
         }
         Err(error) => assert!(error.contains(text)),
     }

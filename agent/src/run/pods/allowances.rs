@@ -173,13 +173,13 @@ impl Allowed {
 fn amount(measure: Measure, quantity: &Quantity) -> Option<u64> {
     match measure {
         Measure::Memory => Some(quantity::parse(&quantity.0).ok()?.0),
-        Measure::Cpu => Some(quantity::parse_cpu(&quantity.0).ok()?.0),
+        Measure::Cpu => Some(quantity::parse_cpu_amount(&quantity.0)?.0),
     }
 }
 
 /// A factor, in thousandths.
 fn per_mille(quantity: &Quantity) -> Option<u64> {
-    Some(quantity::parse_cpu(&quantity.0).ok()?.0 / 1000)
+    Some(quantity::parse_cpu_amount(&quantity.0)?.0 / 1000)
 }
 
 fn ranges(object: &LimitRange) -> Vec<Range> {
@@ -334,6 +334,29 @@ mod tests {
             Scope::Unknown,
         ];
         assert_eq!(read.scopes, scopes);
+    }
+
+    /// The API prints 1,000 CPUs as `1k`, whatever was written.
+    #[test]
+    fn a_quota_of_thousands_of_cpus_leaves_them() {
+        let hard = json!({ "limits.cpu": "2k" });
+        let read = read(&json!({
+            "spec": { "hard": hard }, "status": { "hard": hard, "used": { "limits.cpu": "1k" } },
+        }));
+        let thousand = 1_000_000_000;
+        assert_eq!(
+            read.amounts[&What::CpuLimit],
+            Amount {
+                hard: 2 * thousand,
+                used: thousand,
+            }
+        );
+        let object = json!({ "metadata": { "name": "r" }, "spec": { "limits": [
+            { "type": "Container", "max": { "cpu": "1k" }, "maxLimitRequestRatio": { "cpu": "1k" } },
+        ] } });
+        let range = &ranges(&serde_json::from_value(object).unwrap())[0];
+        assert_eq!(range.max, Some(thousand));
+        assert_eq!(range.ratio_per_mille, Some(1_000_000));
     }
 
     #[test]
