@@ -149,6 +149,12 @@ impl RuntimeError {
         }
     }
 
+    /// Whether the runtime has answered, and what is wrong is this one question or container.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Lacking { .. }) && !self.is_uncertain()
+    }
+
     /// Whether the container does not exist (any more).
     #[must_use]
     pub fn is_gone(&self) -> bool {
@@ -427,6 +433,40 @@ mod tests {
         let protocol = include_str!("../../proto/cri.proto");
         let expected = format!("{} {}", sum(protocol), sum(text));
         assert_eq!(sums, expected, "run `cargo xtask codegen`");
+    }
+
+    /// Of a container that a runtime does not know any more nothing is said of the runtime.
+    #[test]
+    fn an_error_of_one_container_is_told_from_a_runtime_that_does_not_answer() {
+        let refused = |code| RuntimeError::Refused {
+            call: "ContainerStatus",
+            path: PathBuf::new(),
+            status: Box::new(Status::new(code, "")),
+        };
+        for code in [
+            Code::NotFound,
+            Code::Unknown,
+            Code::Internal,
+            Code::InvalidArgument,
+            Code::FailedPrecondition,
+        ] {
+            assert!(refused(code).is_answer(), "{code:?}");
+        }
+        for code in [Code::Unavailable, Code::Cancelled, Code::DeadlineExceeded] {
+            assert!(!refused(code).is_answer(), "{code:?}");
+        }
+        let lacking = RuntimeError::Lacking {
+            call: "ContainerStatus",
+            path: PathBuf::new(),
+            lacking: "a status",
+        };
+        assert!(lacking.is_answer());
+        let silent = RuntimeError::Silent {
+            call: "ContainerStatus",
+            path: PathBuf::new(),
+            limit: QUESTION,
+        };
+        assert!(!silent.is_answer());
     }
 
     #[test]

@@ -309,7 +309,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Asks the runtime what it says of those that are guarded, before that is needed in a hurry.
+    /// Asks the runtime what it says of those that are guarded, before that is needed in a hurry. One of which it says
+    /// nothing is asked for again with the next look: the runtime itself is there, and so are the others.
     async fn prepare(&self) -> Result<(), RuntimeError> {
         let updater = &self.context.updater;
         let unasked: Vec<Target> = updater.targets().with(|targets| {
@@ -319,7 +320,10 @@ impl Watch {
         for target in unasked {
             match updater.said(&target).await {
                 Ok(_) => {}
-                Err(error) if error.is_gone() => {}
+                Err(error) if error.is_answer() => {
+                    let container = &target.original.name;
+                    tracing::debug!(container, %error, "what the runtime says of a container is not known beforehand");
+                }
                 Err(error) => return Err(error),
             }
         }
