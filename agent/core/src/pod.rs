@@ -10,6 +10,7 @@
 
 mod claimed;
 mod cpu;
+mod init;
 mod original;
 mod requests;
 pub mod way;
@@ -129,6 +130,10 @@ pub struct Container {
 /// An init container, or a sidecar: nobody moves its limits, but its cgroup may be taken for another's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InitContainer {
+    /// Its name.
+    pub name: String,
+    /// Whether it is a sidecar (`restartPolicy: Always`): it runs beside the others.
+    pub is_sidecar: bool,
     /// The runtime's id while it runs.
     pub id: Option<String>,
     /// `resources.limits.memory` as written.
@@ -210,7 +215,7 @@ pub struct Wish {
     pub container: String,
     /// The runtime's id of the container; `None` for the whole pod.
     pub id: Option<String>,
-    /// The runtime's ids of the running containers that the limit is for.
+    /// The runtime's ids of the running containers that the limit is for; none where nothing of it runs.
     pub running: Vec<String>,
     /// The limit in the spec, as written.
     pub limit_text: String,
@@ -281,6 +286,16 @@ pub enum Refusal {
     /// The named container does not exist.
     #[error("annotation {CONTAINER} names `{0}`, which is no container of the pod")]
     NoSuchContainer(String),
+    /// A policy names a sidecar.
+    #[error(
+        "container `{0}` is a sidecar (an init container with restartPolicy Always): its limits are not moved; make it an ordinary container, or take it out of the policy"
+    )]
+    Sidecar(String),
+    /// A policy names another init container.
+    #[error(
+        "container `{0}` is an init container: its limits are not moved; take it out of the policy"
+    )]
+    Init(String),
     /// The container has no limit to raise.
     #[error("container `{0}` has no memory limit: there is nothing to raise")]
     NoLimit(String),
@@ -345,6 +360,8 @@ impl Refusal {
             | Self::NoSuchContainer(_)
             | Self::MaximumBelowLimit { .. } => "InvalidAnnotation",
             Self::NoLimit(_) | Self::Limit { .. } => "NoMemoryLimit",
+            Self::Sidecar(_) => "SidecarNotSupported",
+            Self::Init(_) => "InitContainerNotSupported",
             Self::Guaranteed => "GuaranteedNotSupported",
             Self::Static => "StaticPodNotSupported",
             Self::Critical => "CriticalPodNotSupported",
@@ -366,12 +383,25 @@ pub fn only_observe(wishes: &mut Wishes) {
     }
 }
 
-/// Whom a pod's annotations and the policies mean; nobody if it is ending, or opts out.
+/// What is left of wishes of which something runs.
+pub fn only_running(wishes: &mut Wishes) {
+    wishes.retain(|_, wish| wish.as_ref().map_or(true, |wish| !wish.running.is_empty()));
+}
+
+/// Whom a pod's annotations and the policies mean, of what runs.
+#[must_use]
+pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
+    let mut wishes = all_wishes(pod, policies);
+    only_running(&mut wishes);
+    wishes
+}
+
+/// Whom a pod's annotations and the policies mean, whether it runs or not; nobody if it is ending, or opts out.
 ///
 /// With a size or a container in them the annotations are all that holds, but for the mode, which may be a policy's;
 /// else their mode holds in place of a policy's.
 #[must_use]
-pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
+pub fn all_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     // What concerns no container in particular stands under no name.
     let refused = |refusal| [(String::new(), Err(refusal))].into();
     let mode = match mode(pod) {
@@ -391,13 +421,14 @@ pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     let mode = mode.or_else(|| wished.next().map(|wish| wish.mode));
     match mode {
         Some(mode) if is_sized || by_policies.is_empty() => match by_annotations(pod, mode) {
-            Ok(wish) => wish
-                .into_iter()
-                .map(|wish| (wish.container.clone(), Ok(wish)))
-                .collect(),
+            Ok(wish) => [(wish.container.clone(), Ok(wish))].into(),
             Err(refusal) => refused(refusal),
         },
-        _ => by_policies,
+        _ => {
+            let mut wishes = by_policies;
+            wishes.extend(init::refused(pod, mode, policies));
+            wishes
+        }
     }
 }
 
@@ -434,7 +465,7 @@ struct Asked {
     policy: Option<String>,
 }
 
-fn by_annotations(pod: &Pod, mode: Mode) -> Result<Option<Wish>, Refusal> {
+fn by_annotations(pod: &Pod, mode: Mode) -> Result<Wish, Refusal> {
     let maximum = pod.annotations.get(MAX_MEMORY).ok_or(Refusal::NoMaximum)?;
     let ceiling = quantity::parse(maximum).map_err(|source| Refusal::Quantity {
         name: MAX_MEMORY,
@@ -472,12 +503,12 @@ fn parallelism(pod: &Pod) -> Result<Parallelism, Refusal> {
 fn meant<'a>(
     pod: &Pod,
     policies: &'a [ElasticPolicy],
-    container: &Container,
+    container: &str,
 ) -> Option<(&'a ElasticPolicy, &'a ContainerRules)> {
     let named = elastic::Subject {
         namespace: pod.namespace.clone(),
         pod: pod.name.clone(),
-        container: container.name.clone(),
+        container: container.to_owned(),
         labels: pod.labels.clone(),
     };
     elastic::rules(policies, &named)
@@ -487,7 +518,7 @@ fn meant<'a>(
 fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wishes {
     let mut wishes = Wishes::new();
     for (index, container) in pod.containers.iter().enumerate() {
-        let Some((policy, rules)) = meant(pod, policies, container) else {
+        let Some((policy, rules)) = meant(pod, policies, &container.name) else {
             continue;
         };
         let mode = mode.unwrap_or(policy.mode);
@@ -507,15 +538,12 @@ fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wis
             policy: Some(policy.name.clone()),
         };
         let subject = Subject::of(pod, index, container, text);
-        if let Some(wish) = wish(pod, subject, asked).transpose() {
-            wishes.insert(container.name.clone(), wish);
-        }
+        wishes.insert(container.name.clone(), wish(pod, subject, asked));
     }
     wishes
 }
 
-/// `None` while nothing of it runs.
-fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, Refusal> {
+fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> {
     let Asked {
         mode,
         ceiling,
@@ -595,10 +623,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         .filter(is_meant)
         .filter_map(|container| container.id.clone())
         .collect();
-    if running.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Wish {
+    Ok(Wish {
         mode,
         level,
         container: name.to_owned(),
@@ -619,7 +644,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Option<Wish>, R
         policy,
         recorded: recorded.is_some(),
         foreign,
-    }))
+    })
 }
 
 /// The least limit that a container may have: no less than its request, nor the same, which might make another QoS class

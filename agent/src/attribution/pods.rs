@@ -182,6 +182,8 @@ fn init_containers(pod: &api::Pod) -> Vec<InitContainer> {
         let id = status.and_then(|status| status.container_id.as_deref());
         let resources = container.resources.as_ref();
         InitContainer {
+            name: container.name.clone(),
+            is_sidecar: container.restart_policy.as_deref() == Some("Always"),
             id: id
                 .filter(|_| is_running)
                 .map(|id| container_id(id).to_owned()),
@@ -428,6 +430,7 @@ mod tests {
             panic!("{seen:?}")
         };
         assert_eq!((proxy.id.as_deref(), proxy.is_done), (Some("ghi"), false));
+        assert!(proxy.is_sidecar && !once.is_sidecar);
         assert_eq!((once.id.as_deref(), once.is_done), (None, true));
         assert_eq!(once.cpu_limit.as_deref(), Some("1"));
         let [app, side] = &seen.containers[..] else {

@@ -259,7 +259,7 @@ fn asked(
     container: &Container,
 ) -> Option<(String, Option<CpuRules>, Vec<BoostRules>)> {
     let own = mode(pod).ok()?;
-    let (policy, rules) = meant(pod, policies, container)?;
+    let (policy, rules) = meant(pod, policies, &container.name)?;
     let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
     let is_more = rules.cpu.is_some() || rules.boosts.iter().any(|boost| boost.cpu.is_some());
     let boosts = rules.boosts.clone();
@@ -511,7 +511,9 @@ mod tests {
         assert_eq!(find(&pod, Cpu::millis(120), 64), None);
         pod.containers[0].cpu_limit = Some("250m".to_owned());
         // A sidecar, or what runs before, may have the same.
-        let init = |is_done| InitContainer {
+        let init = |is_done: bool| InitContainer {
+            name: "init".to_owned(),
+            is_sidecar: !is_done,
             id: None,
             memory_limit: Some("64Mi".to_owned()),
             cpu_limit: Some("250m".to_owned()),

@@ -182,7 +182,7 @@ fn wish(
 /// What a policy says of a container's request.
 fn asked(pod: &Pod, policies: &[ElasticPolicy], container: &Container) -> Option<RequestRules> {
     let own = mode(pod).ok()?;
-    let (policy, rules) = meant(pod, policies, container)?;
+    let (policy, rules) = meant(pod, policies, &container.name)?;
     let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
     let requests = rules.memory.and_then(|memory| memory.requests);
     requests.filter(|rules| is_meant && (rules.right_size || rules.make_room))

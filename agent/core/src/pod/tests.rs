@@ -315,6 +315,57 @@ fn a_policy_means_every_container_that_has_a_limit() {
     assert_eq!(with_original(&three, ORIGINAL, "side", "1Gi"), "side=1Gi");
 }
 
+/// A policy for every container does not mean them; one that names one would do nothing without a word.
+#[test]
+fn a_policy_that_names_an_init_container_is_refused() {
+    let mut mesh = pod(&[]);
+    let init = |name: &str, is_sidecar| InitContainer {
+        name: name.to_owned(),
+        is_sidecar,
+        id: None,
+        memory_limit: Some("32Mi".to_owned()),
+        cpu_limit: None,
+        is_done: false,
+    };
+    mesh.init_containers = vec![init("migrate", false), init("proxy", true)];
+    let all = policy("dev/all", Mode::Act, None, 512);
+    let of = |pod: &Pod, rules: &[ContainerRules], mode| {
+        let policy = ElasticPolicy {
+            mode,
+            containers: rules.to_vec(),
+            ..all.clone()
+        };
+        let wishes = wishes(pod, &[policy]).into_iter();
+        let told = wishes.map(|(name, wish)| (name, wish.err().map(|why| why.reason())));
+        told.collect::<Vec<_>>()
+    };
+    let app = || ("app".to_owned(), None);
+    let every = all.containers.clone();
+    assert_eq!(of(&mesh, &every, Mode::Act), [app()]);
+    let mut named = every;
+    for name in ["proxy", "migrate"] {
+        named.extend(policy("", Mode::Act, Some(name), 512).containers);
+    }
+    let proxy = ("proxy".to_owned(), Some("SidecarNotSupported"));
+    let migrate = ("migrate".to_owned(), Some("InitContainerNotSupported"));
+    assert_eq!(of(&mesh, &named, Mode::Act), [app(), migrate, proxy]);
+    assert_eq!(of(&mesh, &named, Mode::Off), []);
+    // Annotations with a size are all that holds.
+    mesh.annotations = pod(&[ACT, MAX]).annotations;
+    assert_eq!(of(&mesh, &named, Mode::Act), [app()]);
+}
+
+#[test]
+fn a_policy_holds_for_a_pod_that_does_not_run_yet_and_says_its_mode_itself() {
+    let mut early = pod(&[ACT]);
+    early.containers[0].id = None;
+    let policies = [policy("dev/all", Mode::Observe, None, 512)];
+    assert_eq!(wishes(&early, &policies), Wishes::new());
+    let wishes = all_wishes(&early, &policies);
+    let wish = wishes["app"].as_ref().unwrap();
+    assert_eq!((wish.mode, wish.running.len()), (Mode::Act, 0));
+}
+
 #[test]
 fn annotations_come_before_policies_and_opting_out_before_all() {
     let policies = [policy("dev/all", Mode::Act, None, 512)];
