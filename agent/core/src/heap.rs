@@ -15,12 +15,25 @@ use crate::units::Bytes;
 /// The memory limit by which heaps are sized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Heap {
-    /// The one that the container is made with.
+    /// The one that the container is made with, or what that was before it was raised.
     Original,
     /// The most that its policy allows.
     Maximum,
     /// This.
     At(Bytes),
+}
+
+/// How far heaps in a container may go.
+///
+/// A heap that is larger than its container's limit ever becomes is a kill, sooner or later: so where it is not known that
+/// a limit is raised, the limit is all there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// What its limit is raised to at most; `None` where nobody raises it, or where that is not known.
+    pub ceiling: Option<Bytes>,
+    /// What its limit was before it was raised, where that is known: a container that is made again in the middle of a burst
+    /// is made with the raised one.
+    pub original: Option<Bytes>,
 }
 
 /// A variable that is to be set.
@@ -47,14 +60,18 @@ const NODE_SIZED: [&str; 3] = [
 ];
 
 impl Heap {
-    /// The limit that heaps are sized by, in a container that is made with `limit`; `None` where there is none.
+    /// The limit that heaps are sized by, in a container that is made with `limit`; `None` where there is none. `max` is what
+    /// its policy allows.
     #[must_use]
-    pub fn bytes(self, limit: Option<Bytes>, max: Bytes) -> Option<Bytes> {
-        match self {
-            Self::Original => limit,
-            Self::Maximum => Some(max),
-            Self::At(bytes) => Some(bytes),
-        }
+    pub fn bytes(self, limit: Option<Bytes>, max: Bytes, room: Room) -> Option<Bytes> {
+        let limit = limit.into_iter().chain(room.original).min();
+        let named = match self {
+            Self::Original => limit?,
+            Self::Maximum => max,
+            Self::At(bytes) => bytes,
+        };
+        let most = room.ceiling.or(limit);
+        Some(most.map_or(named, |most| named.min(most)))
     }
 }
 
@@ -140,11 +157,53 @@ mod tests {
     #[test]
     fn heaps_are_sized_by_what_the_policy_names() {
         let (limit, max) = (Some(Bytes::mib(256)), Bytes::mib(4096));
-        assert_eq!(Heap::Original.bytes(limit, max), limit);
-        assert_eq!(Heap::Original.bytes(None, max), None);
-        assert_eq!(Heap::Maximum.bytes(limit, max), Some(max));
+        let room = Room {
+            ceiling: Some(max),
+            original: None,
+        };
+        assert_eq!(Heap::Original.bytes(limit, max, room), limit);
+        assert_eq!(Heap::Original.bytes(None, max, room), None);
+        assert_eq!(Heap::Maximum.bytes(limit, max, room), Some(max));
         let other = Bytes::mib(512);
-        assert_eq!(Heap::At(other).bytes(limit, max), Some(other));
+        assert_eq!(Heap::At(other).bytes(limit, max, room), Some(other));
+    }
+
+    #[test]
+    fn no_heap_is_larger_than_its_limit_ever_becomes() {
+        let (limit, max) = (Some(Bytes::mib(256)), Bytes::mib(4096));
+        let all = [
+            Heap::Original,
+            Heap::Maximum,
+            Heap::At(Bytes::mib(2048)),
+            Heap::At(Bytes::mib(128)),
+        ];
+        let of = |limit, room| {
+            let mib = |heap: Heap| heap.bytes(limit, max, room).map(|bytes| bytes.0 >> 20);
+            all.map(mib)
+        };
+        let [small, none] = [Some(256), None];
+        let nobody_raises = of(limit, Room::default());
+        assert_eq!(nobody_raises, [small, small, small, Some(128)]);
+        let lower = Room {
+            ceiling: Some(Bytes::mib(1024)),
+            original: None,
+        };
+        let at_most = of(limit, lower);
+        assert_eq!(at_most, [small, Some(1024), Some(1024), Some(128)]);
+        // Made again in the middle of a burst.
+        let burst = Some(Bytes::mib(1536));
+        let original = Some(Bytes::mib(256));
+        let guarded = Room { original, ..lower };
+        let again = of(burst, guarded);
+        assert_eq!(again, [small, Some(1024), Some(1024), Some(128)]);
+        let left = Room {
+            ceiling: None,
+            original,
+        };
+        assert_eq!(of(burst, left), [small, small, small, Some(128)]);
+        // Without any limit there is none to exceed.
+        let unlimited = of(None, Room::default());
+        assert_eq!(unlimited, [none, Some(4096), Some(2048), Some(128)]);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 
 mod claimed;
 mod cpu;
+mod heap;
 mod init;
 mod original;
 mod requests;
@@ -33,6 +34,7 @@ pub use claimed::{yield_cpu, yield_limits, yield_requests};
 pub use cpu::{
     CpuRefusal, CpuWish, CpuWishes, LEAST as LEAST_CPU, ORIGINAL_CPU, cpu_wishes, starting,
 };
+pub use heap::{Rooms, rooms};
 pub use original::with_original;
 pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
 

@@ -2,13 +2,22 @@
 //! made: by which limit the runtimes in it size their heaps ([`bellows_core::heap`]).
 //!
 //! A runtime waits for each of its plugins with every container that it makes: for two seconds, then it drops the plugin
-//! and goes on (`isFatalError` and the plugin's request timeout, pkg/adaptation). So a call is answered at once, from the
-//! policies in memory, on a task that does nothing else; nothing is asked of anybody, and a plugin is only there while a
-//! policy asks for it. What it does not understand it answers with no change.
+//! and goes on (`isFatalError` and the plugin's request timeout, pkg/adaptation). So a call is answered from what is in
+//! memory, on a task that does nothing else; nothing is asked of anybody, and a plugin is only there while a policy asks for
+//! it. What it does not understand it answers with no change.
+//!
+//! A policy alone does not say how large a heap may be. Whoever is Guaranteed, an init container, claimed by an autoscaler
+//! or sized by annotations is never raised to what the policy says, and a heap of that size is a kill at the limit; and one
+//! that is made again in the middle of a burst is made with the raised limit. The runtime says little of that (annotations
+//! as they were when the sandbox was made, no requests, no original), the API all of it. So whoever watches the pods says
+//! how far heaps in each may go ([`Room`]), before anything of it runs. A container may be asked about before its pod was
+//! told of: by an API that is late, or an agent that has just started. Then a moment is waited for it, a quarter of what the
+//! runtime waits for us, as long as pods are told of at all, and after that its own limit is the most that its heaps are
+//! sized by: less than it could have, until it is made again, and no kill. With policies from a file whoever they name is
+//! raised, and nobody else is asked.
 //!
 //! It must not refuse a container, and it must not change what somebody else has set, nor anything of a static pod: no
-//! policy moves a limit of that. Of other critical pods a runtime is told nothing that names them: their priority is in
-//! the API only, which is not asked. They are left alone as long as no policy selects them.
+//! policy moves a limit of that. In other critical pods heaps are not sized beyond the limit.
 
 mod frames;
 #[expect(
@@ -29,7 +38,8 @@ use std::{
 use bellows_core::{
     Bytes,
     elastic::{self, ElasticPolicy, MemoryRules, Mode, Subject},
-    heap, pod,
+    heap::{self, Room},
+    pod::{self, Rooms},
 };
 use prost::Message as _;
 use thiserror::Error;
@@ -69,8 +79,51 @@ const UNIMPLEMENTED: i32 = 12;
 /// What to do without one, for people.
 pub const REMEDY: &str = "containerd has it from 2.0 on; in 1.7 set `disable = false` in [plugins.\"io.containerd.nri.v1.nri\"], in CRI-O `enable_nri = true`; or size heaps in the containers' own environment (JAVA_TOOL_OPTIONS)";
 
+/// How long a container waits for its pod to be told of.
+const WAIT: Duration = Duration::from_millis(500);
+
 /// Policies as they are now.
 pub type Policies = watch::Receiver<Vec<ElasticPolicy>>;
+
+/// How far heaps may go in the pods of a node, by uid.
+pub type PodRooms = BTreeMap<String, Rooms>;
+
+/// Who knows how far heaps may go.
+#[derive(Clone, Debug)]
+pub enum Known {
+    /// Whoever watches the pods of the API.
+    Pods(watch::Receiver<PodRooms>),
+    /// Policies, which are all there is.
+    Policies,
+}
+
+/// To the plugin, by whoever watches policies and pods.
+#[derive(Debug)]
+pub struct Told {
+    /// Policies.
+    pub policies: watch::Sender<Vec<ElasticPolicy>>,
+    /// What becomes of limits in pods.
+    pub pods: watch::Sender<PodRooms>,
+}
+
+impl Told {
+    /// Tells of a pod.
+    pub fn pod(&self, uid: &str, rooms: Rooms) {
+        self.pods.send_if_modified(|pods| {
+            let is_new = pods.get(uid) != Some(&rooms);
+            if is_new {
+                pods.insert(uid.to_owned(), rooms);
+            }
+            is_new
+        });
+    }
+
+    /// A pod is gone.
+    pub fn forget(&self, uid: &str) {
+        self.pods
+            .send_if_modified(|pods| pods.remove(uid).is_some());
+    }
+}
 
 /// Why there is no plugin (any more).
 #[derive(Debug, Error)]
@@ -98,7 +151,7 @@ pub fn is_wanted(policies: &[ElasticPolicy]) -> bool {
 }
 
 /// Is there for as long as policies need it, for ever; connects again when the runtime is restarted.
-pub async fn serve(mut policies: Policies, socket: PathBuf) {
+pub async fn serve(mut policies: Policies, known: Known, socket: PathBuf) {
     let mut told = None;
     let mut wait = AGAIN;
     loop {
@@ -109,7 +162,7 @@ pub async fn serve(mut policies: Policies, socket: PathBuf) {
         {
             return;
         }
-        let mut plugin = Plugin::new(policies.clone());
+        let mut plugin = Plugin::new(policies.clone(), known.clone());
         let ended = plugin.run(&socket).await;
         if plugin.is_ready {
             (told, wait) = (None, AGAIN);
@@ -131,6 +184,9 @@ pub async fn serve(mut policies: Policies, socket: PathBuf) {
 /// One connection.
 struct Plugin {
     policies: Policies,
+    known: Known,
+    /// Whether a pod was waited for in vain.
+    is_in_vain: bool,
     /// Whether the runtime has told everything that it has.
     is_ready: bool,
     /// Pods that it has told of, until then.
@@ -138,9 +194,11 @@ struct Plugin {
 }
 
 impl Plugin {
-    const fn new(policies: Policies) -> Self {
+    const fn new(policies: Policies, known: Known) -> Self {
         Self {
             policies,
+            known,
+            is_in_vain: false,
             is_ready: false,
             pods: BTreeMap::new(),
         }
@@ -175,7 +233,7 @@ impl Plugin {
         let mut policies = self.policies.clone();
         loop {
             while let Some(message) = decoder.next()? {
-                let Some(answer) = self.take(message)? else {
+                let Some(answer) = self.take(message).await? else {
                     continue;
                 };
                 match timeout(PATIENCE, stream.write_all(&answer.encoded())).await {
@@ -197,7 +255,7 @@ impl Plugin {
     }
 
     /// Takes a message; returns what is to be answered.
-    fn take(&mut self, message: Message) -> Result<Option<Message>, PluginError> {
+    async fn take(&mut self, message: Message) -> Result<Option<Message>, PluginError> {
         let Message {
             connection,
             stream,
@@ -214,7 +272,7 @@ impl Plugin {
             }
             (PLUGIN, CALL) => {
                 let call = Call::decode(&*data)?;
-                let (status, payload) = match self.called(&call.method, &call.payload)? {
+                let (status, payload) = match self.called(&call.method, &call.payload).await? {
                     Some(payload) => (None, payload),
                     None => {
                         let message = format!("{NAME} has no {}", call.method);
@@ -235,7 +293,11 @@ impl Plugin {
     }
 
     /// What is answered to a call; `None` to one that there is not.
-    fn called(&mut self, method: &str, payload: &[u8]) -> Result<Option<Vec<u8>>, PluginError> {
+    async fn called(
+        &mut self,
+        method: &str,
+        payload: &[u8],
+    ) -> Result<Option<Vec<u8>>, PluginError> {
         Ok(match method {
             "Configure" => {
                 let ConfigureRequest {
@@ -247,7 +309,7 @@ impl Plugin {
                 Some(ConfigureResponse { events: EVENTS }.encode_to_vec())
             }
             "Synchronize" => Some(self.synchronize(payload)?),
-            "CreateContainer" => Some(self.create(payload)?),
+            "CreateContainer" => Some(self.create(payload).await?),
             "Shutdown" => Some(Vec::new()),
             _ => None,
         })
@@ -283,18 +345,24 @@ impl Plugin {
         Ok(SynchronizeResponse { more }.encode_to_vec())
     }
 
-    fn create(&self, payload: &[u8]) -> Result<Vec<u8>, PluginError> {
+    async fn create(&mut self, payload: &[u8]) -> Result<Vec<u8>, PluginError> {
         let CreateContainerRequest { pod, container } = CreateContainerRequest::decode(payload)?;
-        let adjust = pod
-            .zip(container)
-            .and_then(|(pod, container)| self.adjusted(&pod, &container));
+        let adjust = match pod.zip(container) {
+            Some((pod, container)) => self.adjusted(&pod, &container).await,
+            None => None,
+        };
         Ok(CreateContainerResponse { adjust }.encode_to_vec())
     }
 
     /// What is changed of a container that is about to be made.
-    fn adjusted(&self, pod: &PodSandbox, container: &Container) -> Option<ContainerAdjustment> {
+    async fn adjusted(
+        &mut self,
+        pod: &PodSandbox,
+        container: &Container,
+    ) -> Option<ContainerAdjustment> {
         let rules = self.rules(pod, container)?;
-        let memory = rules.heap?.bytes(limit(container), rules.max)?;
+        let room = self.room(pod, container, rules.max).await;
+        let memory = rules.heap?.bytes(limit(container), rules.max, room)?;
         let variables = heap::variables(&container.env, memory);
         let name = format!("{}/{}/{}", pod.namespace, pod.name, container.name);
         if variables.is_empty() {
@@ -319,6 +387,36 @@ impl Plugin {
             });
         }
         Some(ContainerAdjustment { env })
+    }
+
+    /// How far heaps in a container may go. Of a pod that is not known yet it is waited for; where that was in vain, and
+    /// nothing was told of any pod since, the API is away, and the next one does not wait.
+    async fn room(&mut self, pod: &PodSandbox, container: &Container, max: Bytes) -> Room {
+        let Known::Pods(pods) = &mut self.known else {
+            return Room {
+                ceiling: Some(max),
+                original: None,
+            };
+        };
+        let is_told = pods.has_changed().unwrap_or(false);
+        let wait = if self.is_in_vain && !is_told {
+            Duration::ZERO
+        } else {
+            WAIT
+        };
+        let told = timeout(wait, pods.wait_for(|pods| pods.contains_key(&pod.uid))).await;
+        self.is_in_vain = !matches!(told, Ok(Ok(_)));
+        if let Ok(Ok(pods)) = told {
+            let rooms = pods.get(&pod.uid);
+            let room = rooms.and_then(|rooms| rooms.get(&container.name));
+            return room.copied().unwrap_or_default();
+        }
+        let name = format!("{}/{}/{}", pod.namespace, pod.name, container.name);
+        tracing::warn!(
+            name,
+            "its pod was not told of by the API yet: its heaps are sized by no more than its limit, until it is made again"
+        );
+        Room::default()
     }
 
     /// The rules for a container whose heaps are sized.

@@ -40,6 +40,7 @@ fn policy(mode: Mode, heap: Option<Heap>) -> ElasticPolicy {
 fn pod(namespace: &str) -> PodSandbox {
     PodSandbox {
         id: "sandbox".to_owned(),
+        uid: "uid".to_owned(),
         name: "shop".to_owned(),
         namespace: namespace.to_owned(),
         labels: BTreeMap::new(),
@@ -90,19 +91,92 @@ fn answered<T: prost::Message + Default>(message: Option<Message>, stream: u32) 
 }
 
 /// What is set in a container that is made.
-fn set(heap: Heap, mode: Mode, pod: PodSandbox, container: Container) -> Vec<String> {
-    let (_sender, policies) = watch::channel(vec![policy(mode, Some(heap))]);
-    let mut plugin = Plugin::new(policies);
+async fn made(plugin: &mut Plugin, pod: PodSandbox, container: Container) -> Vec<String> {
     let request = CreateContainerRequest {
         pod: Some(pod),
         container: Some(container),
     };
-    let answer = plugin.take(call(7, "CreateContainer", &request)).unwrap();
-    let response: CreateContainerResponse = answered(answer, 7).unwrap();
+    let called = plugin.take(call(7, "CreateContainer", &request));
+    let response: CreateContainerResponse = answered(called.await.unwrap(), 7).unwrap();
     let adjust = response.adjust.unwrap_or_default();
     let env = adjust.env.into_iter();
     env.map(|variable| format!("{}={}", variable.key, variable.value))
         .collect()
+}
+
+/// The same where policies are all there is.
+async fn set(heap: Heap, mode: Mode, pod: PodSandbox, container: Container) -> Vec<String> {
+    let (_sender, policies) = watch::channel(vec![policy(mode, Some(heap))]);
+    let mut plugin = Plugin::new(policies, Known::Policies);
+    made(&mut plugin, pod, container).await
+}
+
+/// The limit that a JVM in a container is told, in MiB, whose limit is as many.
+async fn told(plugin: &mut Plugin, name: &str, limit: i64) -> u64 {
+    let made = made(plugin, pod("dev"), container(name, limit << 20, &[])).await;
+    let (_, bytes) = made[0].rsplit_once("-XX:MaxRAM=").unwrap();
+    bytes.parse::<u64>().unwrap() >> 20
+}
+
+/// A plugin by a policy for every container, and what it is told.
+fn of_pods(heap: Heap) -> (Plugin, Told) {
+    let mut policy = policy(Mode::Act, Some(heap));
+    policy.containers[0].name = None;
+    let (policies, policies_now) = watch::channel(vec![policy]);
+    let (pods, pods_now) = watch::channel(PodRooms::new());
+    let plugin = Plugin::new(policies_now, Known::Pods(pods_now));
+    (plugin, Told { policies, pods })
+}
+
+fn rooms(ceiling: Option<u64>, original: Option<u64>) -> Rooms {
+    let room = Room {
+        ceiling: ceiling.map(Bytes::mib),
+        original: original.map(Bytes::mib),
+    };
+    [("app".to_owned(), room)].into()
+}
+
+#[tokio::test]
+async fn no_heap_is_sized_beyond_what_its_limit_becomes() {
+    let (mut plugin, all) = of_pods(Heap::Maximum);
+    all.pod("uid", rooms(Some(1024), Some(256)));
+    assert_eq!(told(&mut plugin, "app", 256).await, 1024);
+    // An init container is not among those that are raised.
+    assert_eq!(told(&mut plugin, "migrate", 256).await, 256);
+    all.pod("uid", rooms(None, None));
+    assert_eq!(told(&mut plugin, "app", 256).await, 256);
+}
+
+#[tokio::test]
+async fn who_is_made_again_in_a_burst_has_the_heap_of_before() {
+    let (mut plugin, all) = of_pods(Heap::Original);
+    all.pod("uid", rooms(Some(4096), Some(512)));
+    assert_eq!(told(&mut plugin, "app", 1536).await, 512);
+}
+
+#[tokio::test]
+async fn a_pod_is_waited_for_and_then_the_limit_is_the_most() {
+    let (mut plugin, all) = of_pods(Heap::Maximum);
+    let late = async {
+        sleep(WAIT / 2).await;
+        all.pod("uid", rooms(Some(1024), Some(256)));
+    };
+    let (told_late, ()) = tokio::join!(told(&mut plugin, "app", 256), late);
+    assert_eq!(told_late, 1024);
+    all.forget("uid");
+    let begun = tokio::time::Instant::now();
+    assert_eq!(told(&mut plugin, "app", 256).await, 256);
+    assert!(begun.elapsed() >= WAIT, "it may be told of yet");
+    // The API is away, and nobody waits for that again.
+    let begun = tokio::time::Instant::now();
+    assert_eq!(told(&mut plugin, "app", 256).await, 256);
+    assert!(begun.elapsed() < WAIT, "{:?}", begun.elapsed());
+    all.pod("other", Rooms::new());
+    let begun = tokio::time::Instant::now();
+    assert_eq!(told(&mut plugin, "app", 256).await, 256);
+    assert!(begun.elapsed() >= WAIT, "it tells of pods again");
+    all.pod("uid", rooms(Some(512), None));
+    assert_eq!(told(&mut plugin, "app", 256).await, 512);
 }
 
 #[test]
@@ -117,8 +191,8 @@ fn what_is_generated_was_not_changed_and_nor_was_its_protocol() {
     assert_eq!(sums, expected, "run `cargo xtask codegen`");
 }
 
-#[test]
-fn a_container_is_told_the_limit_that_its_policy_names() {
+#[tokio::test]
+async fn a_container_is_told_the_limit_that_its_policy_names() {
     let java = |bytes: u64| format!("JAVA_TOOL_OPTIONS=-XX:MaxRAM={bytes}");
     let act = |heap| {
         set(
@@ -130,21 +204,21 @@ fn a_container_is_told_the_limit_that_its_policy_names() {
     };
     let original = act(Heap::Original);
     let node = "NODE_OPTIONS=--max-old-space-size=128".to_owned();
-    assert_eq!(original, [java(256 << 20), node]);
-    assert_eq!(act(Heap::Maximum)[0], java(4 << 30));
-    assert_eq!(act(Heap::At(Bytes::mib(512)))[0], java(512 << 20));
+    assert_eq!(original.await, [java(256 << 20), node]);
+    assert_eq!(act(Heap::Maximum).await[0], java(4 << 30));
+    assert_eq!(act(Heap::At(Bytes::mib(512))).await[0], java(512 << 20));
 }
 
-#[test]
-fn who_is_not_meant_is_left_alone() {
+#[tokio::test]
+async fn who_is_not_meant_is_left_alone() {
     let nothing = Vec::<String>::new();
     let app = || container("app", 256 << 20, &[]);
     let original = |mode, pod, container| set(Heap::Original, mode, pod, container);
-    assert_eq!(original(Mode::Act, pod("live"), app()), nothing);
+    assert_eq!(original(Mode::Act, pod("live"), app()).await, nothing);
     let other = container("other", 256 << 20, &[]);
-    assert_eq!(original(Mode::Act, pod("dev"), other), nothing);
+    assert_eq!(original(Mode::Act, pod("dev"), other).await, nothing);
     for mode in [Mode::Off, Mode::Observe, Mode::Recommend] {
-        assert_eq!(original(mode, pod("dev"), app()), nothing);
+        assert_eq!(original(mode, pod("dev"), app()).await, nothing);
     }
     for (own, mode, is_told) in [
         ("Off", Mode::Act, false),
@@ -153,17 +227,21 @@ fn who_is_not_meant_is_left_alone() {
     ] {
         let mut pod = pod("dev");
         pod.annotations.insert(pod::MODE.to_owned(), own.to_owned());
-        assert_eq!(original(mode, pod, app()).is_empty(), !is_told, "{own}");
+        assert_eq!(
+            original(mode, pod, app()).await.is_empty(),
+            !is_told,
+            "{own}"
+        );
     }
     for no_limit in [0, -1, i64::MIN] {
         let container = container("app", no_limit, &[]);
-        assert_eq!(original(Mode::Act, pod("dev"), container), nothing);
+        assert_eq!(original(Mode::Act, pod("dev"), container).await, nothing);
     }
 }
 
 /// The API cannot resize it, and the node may depend on it.
-#[test]
-fn a_static_pod_is_left_alone_whatever_it_says_of_itself() {
+#[tokio::test]
+async fn a_static_pod_is_left_alone_whatever_it_says_of_itself() {
     for (annotations, is_told) in [
         (&[][..], true),
         (&[(SOURCE, "api")], true),
@@ -178,28 +256,30 @@ fn a_static_pod_is_left_alone_whatever_it_says_of_itself() {
             .collect();
         let said = format!("{:?}", pod.annotations);
         let app = container("app", 256 << 20, &[]);
-        let set = set(Heap::Original, Mode::Act, pod, app);
+        let set = set(Heap::Original, Mode::Act, pod, app).await;
         assert_eq!(!set.is_empty(), is_told, "{said}");
     }
 }
 
-#[test]
-fn what_others_have_set_is_kept_and_one_that_was_there_is_replaced_as_a_whole() {
+#[tokio::test]
+async fn what_others_have_set_is_kept_and_one_that_was_there_is_replaced_as_a_whole() {
     let env = [
         "JAVA_TOOL_OPTIONS=-Da=b",
         "NODE_OPTIONS=--max-old-space-size=9",
     ];
     let app = container("app", 256 << 20, &env);
-    let set = set(Heap::Original, Mode::Act, pod("dev"), app);
+    let set = set(Heap::Original, Mode::Act, pod("dev"), app).await;
     let whole = "JAVA_TOOL_OPTIONS=-Da=b -XX:MaxRAM=268435456";
     assert_eq!(set, ["-JAVA_TOOL_OPTIONS=", whole]);
 }
 
-#[test]
-fn one_event_is_asked_for_and_split_lists_are_taken() {
+#[tokio::test]
+async fn one_event_is_asked_for_and_split_lists_are_taken() {
     let (_sender, policies) = watch::channel(vec![policy(Mode::Act, Some(Heap::Original))]);
-    let mut plugin = Plugin::new(policies);
-    let answer = plugin.take(call(1, "Configure", &ConfigureRequest::default()));
+    let mut plugin = Plugin::new(policies, Known::Policies);
+    let answer = plugin
+        .take(call(1, "Configure", &ConfigureRequest::default()))
+        .await;
     let configured: ConfigureResponse = answered(answer.unwrap(), 1).unwrap();
     assert_eq!(configured.events, 8);
     let before = METRICS.heaps_missed.get();
@@ -213,19 +293,22 @@ fn one_event_is_asked_for_and_split_lists_are_taken() {
             ],
             more,
         };
-        let answer = plugin.take(call(stream, "Synchronize", &request)).unwrap();
+        let answer = plugin
+            .take(call(stream, "Synchronize", &request))
+            .await
+            .unwrap();
         let answer: SynchronizeResponse = answered(answer, stream).unwrap();
         assert_eq!((answer.more, plugin.is_ready), (more, !more));
     }
     assert_eq!(METRICS.heaps_missed.get() - before, 1);
 }
 
-#[test]
-fn what_is_not_understood_changes_nothing_and_nonsense_ends_the_connection() {
+#[tokio::test]
+async fn what_is_not_understood_changes_nothing_and_nonsense_ends_the_connection() {
     let (_sender, policies) = watch::channel(Vec::new());
-    let mut plugin = Plugin::new(policies);
+    let mut plugin = Plugin::new(policies, Known::Policies);
     let empty = ConfigureResponse::default();
-    let answer = plugin.take(call(9, "StopContainer", &empty)).unwrap();
+    let answer = plugin.take(call(9, "StopContainer", &empty)).await.unwrap();
     assert_eq!(answered::<Status>(answer, 9), Err(UNIMPLEMENTED));
     let nonsense = Message {
         connection: PLUGIN,
@@ -233,7 +316,7 @@ fn what_is_not_understood_changes_nothing_and_nonsense_ends_the_connection() {
         kind: CALL,
         data: vec![0xff; 9],
     };
-    assert!(plugin.take(nonsense.clone()).is_err());
+    assert!(plugin.take(nonsense.clone()).await.is_err());
     let refused = Answer {
         status: Some(Status {
             code: 7,
@@ -247,7 +330,7 @@ fn what_is_not_understood_changes_nothing_and_nonsense_ends_the_connection() {
         data: refused.encode_to_vec(),
         ..nonsense
     };
-    let error = plugin.take(refused).unwrap_err();
+    let error = plugin.take(refused).await.unwrap_err();
     assert!(matches!(error, PluginError::Refused(why) if why == "no"));
 }
 
@@ -274,7 +357,7 @@ async fn it_is_there_while_a_policy_needs_it_and_comes_back_when_the_runtime_doe
     listener.set_nonblocking(true).unwrap();
     let listener = UnixListener::from_std(listener).unwrap();
     let (sender, policies) = watch::channel(vec![policy(Mode::Act, None)]);
-    let served = tokio::spawn(serve(policies, socket));
+    let served = tokio::spawn(serve(policies, Known::Policies, socket));
     let early = timeout(Duration::from_millis(200), listener.accept()).await;
     assert!(early.is_err(), "nobody needs it");
     sender.send_replace(vec![policy(Mode::Act, Some(Heap::Maximum))]);

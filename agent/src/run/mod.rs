@@ -342,9 +342,11 @@ impl Fast {
             resizer: resizer.clone(),
         };
         let told = changes.sizes_heaps.then(|| {
-            let (told, policies) = tokio::sync::watch::channel(Vec::new());
-            tasks.spawn(nri::serve(policies, PathBuf::from(nri::SOCKET)));
-            told
+            let (policies, policies_now) = tokio::sync::watch::channel(Vec::new());
+            let (pods, pods_now) = tokio::sync::watch::channel(nri::PodRooms::new());
+            let known = nri::Known::Pods(pods_now);
+            tasks.spawn(nri::serve(policies_now, known, PathBuf::from(nri::SOCKET)));
+            nri::Told { policies, pods }
         });
         let knows = Arc::<AtomicBool>::default();
         let context = pods::Context {
@@ -415,7 +417,8 @@ impl Fast {
             lent,
         };
         let watch = containers::watch(context, read);
-        tasks.spawn(nri::serve(policies_now, PathBuf::from(nri::SOCKET)));
+        let known = nri::Known::Policies;
+        tasks.spawn(nri::serve(policies_now, known, PathBuf::from(nri::SOCKET)));
         Ok((inputs, fast.control(updater)?, Box::pin(watch)))
     }
 }

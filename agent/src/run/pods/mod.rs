@@ -35,7 +35,7 @@ use bellows_core::{
     Actuation, Bytes, CgroupId, Nanos, Policy, Signals,
     allowance::Reached,
     autoscalers::{Claims, claims},
-    elastic::{ElasticPolicy, Mode},
+    elastic::Mode,
     pod::{self, Raised, Refusal},
 };
 use futures::TryStreamExt as _;
@@ -45,10 +45,7 @@ use kube::{
     runtime::{WatchStreamExt as _, watcher},
 };
 use tokio::{
-    sync::{
-        mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
-        watch,
-    },
+    sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
     task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
@@ -100,8 +97,8 @@ pub(super) struct Context {
     pub(super) moves_requests: bool,
     /// Set once this node's pods were listed.
     pub(super) knows: Arc<AtomicBool>,
-    /// Policies, for whoever decides when containers are made; `None` where nobody does.
-    pub(super) told: Option<watch::Sender<Vec<ElasticPolicy>>>,
+    /// To whoever decides when containers are made; `None` where nobody does.
+    pub(super) told: Option<nri::Told>,
     /// What is told of those that are only watched.
     pub(super) observed: UnboundedReceiver<(CgroupId, Observed)>,
 }
@@ -336,12 +333,38 @@ impl Watch {
     fn tell_of_heaps(&self) {
         let policies = self.policies.all();
         match &self.context.told {
-            Some(told) => drop(told.send_replace(policies.to_vec())),
+            Some(told) => {
+                // First what they come to in each pod: a policy without that is one that raises nobody.
+                for pod in self.pods.values() {
+                    let seen = self.seen(pod);
+                    self.tell_of_rooms(&seen, &self.wished(pod, &seen));
+                }
+                told.policies.send_replace(policies.to_vec());
+            }
             None if nri::is_wanted(policies) => tracing::warn!(
                 "memory.heap of policies is not heeded: nri.enabled of the chart makes the agent a plugin of the runtime"
             ),
             None => {}
         }
+    }
+
+    /// Hands on how far heaps in a pod may go, once it is known what is asked for it.
+    fn tell_of_rooms(&self, seen: &pod::Pod, wishes: &pod::Wishes) {
+        if let Some(told) = &self.context.told
+            && self.knows(seen)
+        {
+            told.pod(&seen.uid, pod::rooms(seen, wishes));
+        }
+    }
+
+    /// What is asked for a pod, whether it runs or not, without what autoscalers claim.
+    fn wished(&self, pod: &Pod, seen: &pod::Pod) -> pod::Wishes {
+        let mut wishes = pod::all_wishes(seen, self.policies.all());
+        if self.context.only_observes {
+            pod::only_observe(&mut wishes);
+        }
+        pod::yield_limits(&mut wishes, |container| self.claims(pod, container));
+        wishes
     }
 
     fn is_anything_left(&self) -> bool {
@@ -440,16 +463,15 @@ impl Watch {
         allowances.with(|all| all.pod(counted(&pod)));
         self.pending.remove(&uid);
         let are_known = self.knows(&seen);
-        let mut wishes = pod::wishes(&seen, self.policies.all());
-        if self.context.only_observes {
-            pod::only_observe(&mut wishes);
-        }
+        let mut wishes = self.wished(&pod, &seen);
+        // Before anything is waited for: its containers may be about to be made.
+        self.tell_of_rooms(&seen, &wishes);
+        pod::only_running(&mut wishes);
         if self.waits_for_autoscalers(&seen, &wishes) {
             self.pods.insert(uid.clone(), pod);
             self.pending.insert(uid);
             return;
         }
-        pod::yield_limits(&mut wishes, |container| self.claims(&pod, container));
         self.tell_of_horizontal(&pod, &wishes);
         if !are_known {
             // A policy may yet say it.
@@ -730,6 +752,9 @@ impl Watch {
         let allowances = self.context.resizer.allowances();
         allowances.with(|all| all.forget(uid));
         self.requests.forget_pod(uid);
+        if let Some(told) = &self.context.told {
+            told.forget(uid);
+        }
         self.originals.retain(|(own, _, _), _| own != uid);
         self.orders.remove(uid);
         self.pods.remove(uid);
