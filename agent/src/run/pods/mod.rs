@@ -348,11 +348,9 @@ impl Watch {
         }
     }
 
-    /// Hands on how far heaps in a pod may go, once it is known what is asked for it.
+    /// Hands on how far heaps in a pod may go.
     fn tell_of_rooms(&self, seen: &pod::Pod, wishes: &pod::Wishes) {
-        if let Some(told) = &self.context.told
-            && self.knows(seen)
-        {
+        if let Some(told) = &self.context.told {
             told.pod(&seen.uid, pod::rooms(seen, wishes));
         }
     }
