@@ -175,7 +175,7 @@ impl Releaser {
 }
 
 fn spawn(cgroup: &Cgroup, kubeconfig: &Path) -> Result<Child> {
-    let mut command = logged(&["run", "--node-name", node::NAME, "--requests"])?;
+    let mut command = logged(&["run", "--node-name", node::NAME, "--requests", "--nri"])?;
     command.env("KUBECONFIG", kubeconfig);
     cgroup.admit(&mut command)?;
     command.spawn().context("run bellows run")

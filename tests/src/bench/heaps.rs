@@ -28,7 +28,7 @@ const LONG: Duration = Duration::from_secs(120);
 const PATIENCE: Nanos = Nanos::millis(2000);
 /// What a container takes to be made here, at most.
 const MADE: Nanos = Nanos::millis(8000);
-const CONNECTED: &str = "heaps are sized by policies";
+pub(super) const CONNECTED: &str = "heaps are sized by policies";
 
 struct Bed {
     machine: Machine,

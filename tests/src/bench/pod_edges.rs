@@ -20,15 +20,17 @@ use serde_json::{Value, json};
 use super::{
     bursts::burst_words,
     exec_cli::Record,
+    heaps,
     pod_bursts::{ledger_of, results},
     record::Records,
 };
 use crate::{
     agent::Agent,
-    node::{ApiServer, Node, log_tail, wait},
+    node::{ApiServer, Node, log_tail, log_text, wait},
     pods::{Cluster, Spec},
 };
 
+const LONG: Duration = Duration::from_secs(60);
 /// What a failure tells of the agent's log.
 const LOG_LINES: usize = 60;
 
@@ -49,7 +51,7 @@ struct Bed {
 
 type Case = (&'static str, fn(&mut Bed) -> Result<()>);
 
-const CASES: [Case; 19] = [
+const CASES: [Case; 20] = [
     (
         "a size that does not parse is an Event that names it",
         |bed| {
@@ -149,6 +151,10 @@ const CASES: [Case; 19] = [
     (
         "in a namespace with autoscalers, what they set is left alone, and Events say so",
         |bed| autoscaled(&bed.cluster),
+    ),
+    (
+        "no heap is sized beyond what the limit of its container is raised to",
+        |bed| heaps(&bed.cluster),
     ),
     ("explain names what it does not know", |_| explain_unknown()),
 ];
@@ -560,6 +566,43 @@ fn jobs_wait(cluster: &Cluster) -> Result<()> {
     ensure!(without.1 > 0, "nothing was killed without it: {without:?}");
     let with = code_of("patient", "Elastic")?;
     ensure!(with == (0, 0), "exit code and kills: {with:?}");
+    Ok(())
+}
+
+/// One policy for three pods, of which two are never raised to its maximum.
+fn heaps(cluster: &Cluster) -> Result<()> {
+    let label = "heaps";
+    let max = Bytes::mib(1024);
+    let rules = json!({ "memory": { "max": quantity::format(max), "heap": "Maximum" } });
+    cluster.guard_labelled(label, &rules)?;
+    wait("the agent is a plugin of the runtime", LONG, || {
+        Ok(log_text("bellows").contains(heaps::CONNECTED))
+    })?;
+    let told = |name: &str, annotations: Value, is_guaranteed: bool| -> Result<String> {
+        let metadata = json!({ "labels": { "guard": label }, "annotations": annotations });
+        cluster.create_as(&spec(name), &metadata, is_guaranteed)?;
+        let processes = cluster.wait_running(name)?.processes()?;
+        let process = processes.first().context("nobody runs in it")?;
+        let environment = fs::read_to_string(format!("/proc/{process}/environ"))?;
+        cluster.delete(name)?;
+        let mut variables = environment.split('\0');
+        let heap = variables.find_map(|one| one.strip_prefix("JAVA_TOOL_OPTIONS="));
+        Ok(heap.unwrap_or_default().to_owned())
+    };
+    let own = spec(label).limit;
+    let annotated = Bytes::mib(512);
+    let found = [
+        told("raised", json!({}), false)?,
+        told("guaranteed", json!({}), true)?,
+        told(
+            "annotated",
+            json!({ pod::MODE: "Act", pod::MAX_MEMORY: quantity::format(annotated) }),
+            false,
+        )?,
+    ];
+    cluster.remove("bellows.dev/v1alpha1", "ElasticPolicy", label)?;
+    let wanted = [max, own, annotated].map(|most| format!("-XX:MaxRAM={}", most.0));
+    ensure!(found == wanted, "{found:?} in place of {wanted:?}");
     Ok(())
 }
 
