@@ -18,6 +18,8 @@ use crate::{
 };
 
 const RECLAIM: &str = "memory.reclaim";
+/// So often it is reclaimed what a reader has charged meanwhile.
+const RECLAIMS: usize = 3;
 
 /// A limit that is fuller than this is not set: more may be charged while it is.
 const FULL_PER_MILLE: u64 = 970;
@@ -40,12 +42,13 @@ pub fn make_room(
     if stat.least() > target.watermark {
         return Ok(false);
     }
-    let excess = stat.usage.minus(target.watermark);
-    if excess > Bytes::ZERO {
-        reclaim(cgroup, excess);
+    if stat.usage > target.watermark {
+        for _ in 0..RECLAIMS {
+            reclaim(cgroup, cgroup.usage()?.minus(target.watermark));
+        }
         // Dirty pages may not be given back so soon, and the next burst may have begun meanwhile: far above it everybody
-        // would sleep for two seconds with each charge.
-        if cgroup.has(RECLAIM) && cgroup.usage()? > target.watermark {
+        // would sleep for two seconds with each charge. A reader has charged little since.
+        if cgroup.has(RECLAIM) && cgroup.usage()? > to {
             return Ok(false);
         }
         if !foreign_brake {
@@ -91,7 +94,7 @@ pub fn fits(cgroup: &Cgroup, limit: Bytes) -> Result<bool, CgroupError> {
 /// Gives page cache back, and no memory that is in use: what is swapped out is not missed at once, and the limit would follow
 /// it down to where its owner can only swap. Older kernels do not know the word, and reclaim as they do.
 fn reclaim(cgroup: &Cgroup, excess: Bytes) {
-    if !cgroup.has(RECLAIM) {
+    if excess == Bytes::ZERO || !cgroup.has(RECLAIM) {
         return;
     }
     let asked = cgroup.write(RECLAIM, &format!("{} swappiness=0", excess.0));

@@ -175,6 +175,11 @@ impl Autoscalers {
         self.answered.len() == KINDS.len() || self.since.is_some_and(is_late)
     }
 
+    /// Whether they are wanted, and it is not known which there are.
+    pub(super) fn are_awaited(&self) -> bool {
+        self.are_wanted() && !self.are_known()
+    }
+
     /// Those of a namespace.
     pub(super) fn of(&self, namespace: &str) -> &[Scales] {
         self.all.get(namespace).map_or(&[], Vec::as_slice)
@@ -294,7 +299,7 @@ impl Watch {
             return false;
         }
         self.autoscalers.want();
-        !self.autoscalers.are_known()
+        self.autoscalers.are_awaited()
     }
 }
 
@@ -467,8 +472,9 @@ mod tests {
     #[test]
     fn nothing_is_known_before_both_kinds_are_listed_or_cannot_be() {
         let mut all = Autoscalers::default();
-        assert!(!all.are_wanted() && !all.are_known());
+        assert!(!all.are_wanted() && !all.are_known() && !all.are_awaited());
         all.want();
+        assert!(all.are_awaited());
         for event in [watcher::Event::Init, watcher::Event::InitDone] {
             assert!(!all.are_known());
             all.take(Kind::Vertical, Ok(event), |_| true);
@@ -476,7 +482,7 @@ mod tests {
         assert!(all.are_wanted() && !all.are_known());
         let failed = watcher::Error::NoResourceVersion;
         all.take(Kind::Horizontal, Err(failed), |_| true);
-        assert!(all.are_known());
+        assert!(all.are_known() && !all.are_awaited());
         // Nobody waits for ever.
         let since = Instant::now().checked_sub(PATIENCE);
         let all = Autoscalers {

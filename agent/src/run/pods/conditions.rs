@@ -175,6 +175,8 @@ impl Conditions {
         let uid = self.with(|all| all.get(&key)?.uid.clone());
         sleep(turn(&self.node, &key)).await;
         let mut is_told = false;
+        // What nobody has answered to may be written all the same.
+        let mut unanswered = None;
         for tries in 1.. {
             // It may have changed, or somebody else has said it.
             let message = self.with(|all| {
@@ -184,8 +186,18 @@ impl Conditions {
                 is_open.then(|| seen.message.clone())
             });
             let Some(message) = message else {
+                let is_said = self.with(|all| {
+                    let seen = all.get(&key);
+                    seen.is_some_and(|seen| seen.uid == uid && seen.said == Some(wanted))
+                });
+                if let Some(message) = unanswered.filter(|_| is_said && !is_told)
+                    && !wanted.is_accepted
+                {
+                    self.events.rejected(policy, message);
+                }
                 return;
             };
+            let asked = message.clone();
             let written = self.patch(&key, wanted, message.clone());
             let is_refused = match timeout(TIMEOUT, written).await {
                 Ok(Ok(_)) => {
@@ -209,6 +221,7 @@ impl Conditions {
                         ?failed,
                         "a policy's condition is not written yet"
                     );
+                    unanswered = Some(asked);
                     false
                 }
             };

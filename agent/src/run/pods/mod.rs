@@ -330,17 +330,21 @@ struct Watch {
 
 impl Watch {
     /// Hands policies on to whoever sizes heaps, or says that nobody does.
-    fn tell_of_heaps(&self) {
+    fn tell_of_heaps(&mut self) {
+        if self.context.told.is_some() {
+            // First what they come to in each pod: a policy without that is one that raises nobody.
+            let pods: Vec<Pod> = self.pods.values().cloned().collect();
+            for pod in &pods {
+                let seen = self.seen(pod);
+                let wishes = self.wished(pod, &seen);
+                if !self.waits_for_autoscalers(&seen, &wishes) {
+                    self.tell_of_rooms(&seen, &wishes);
+                }
+            }
+        }
         let policies = self.policies.all();
         match &self.context.told {
-            Some(told) => {
-                // First what they come to in each pod: a policy without that is one that raises nobody.
-                for pod in self.pods.values() {
-                    let seen = self.seen(pod);
-                    self.tell_of_rooms(&seen, &self.wished(pod, &seen));
-                }
-                told.policies.send_replace(policies.to_vec());
-            }
+            Some(told) => drop(told.policies.send_replace(policies.to_vec())),
             None if nri::is_wanted(policies) => tracing::warn!(
                 "memory.heap of policies is not heeded: nri.enabled of the chart makes the agent a plugin of the runtime"
             ),
@@ -462,14 +466,14 @@ impl Watch {
         self.pending.remove(&uid);
         let are_known = self.knows(&seen);
         let mut wishes = self.wished(&pod, &seen);
-        // Before anything is waited for: its containers may be about to be made.
-        self.tell_of_rooms(&seen, &wishes);
-        pod::only_running(&mut wishes);
+        // As soon as it is placed here, before anything of it runs: its containers may be about to be made.
         if self.waits_for_autoscalers(&seen, &wishes) {
             self.pods.insert(uid.clone(), pod);
             self.pending.insert(uid);
             return;
         }
+        self.tell_of_rooms(&seen, &wishes);
+        pod::only_running(&mut wishes);
         self.tell_of_horizontal(&pod, &wishes);
         if !are_known {
             // A policy may yet say it.

@@ -143,6 +143,10 @@ impl Watch {
         if !self.policies.are_known(&seen.namespace) {
             return;
         }
+        if self.autoscalers.are_awaited() {
+            // Until then it may be theirs.
+            return self.early.keep(path, Instant::now());
+        }
         let wishes = self.cpu_wishes(&pod, &seen);
         let Some(name) = pod::starting(&seen, &wishes, id, (quota.cpu, quota.period), memory)
         else {

@@ -74,8 +74,8 @@ pub(super) struct Requests {
     unrecorded: BTreeMap<Key, Instant>,
     /// What was last done for each pod that waits for room, by its uid.
     served: BTreeMap<String, Served>,
-    /// What the node has for pods, as the kubelet has said.
-    capacity: Option<Bytes>,
+    /// What the node has for pods, as the kubelet has said, and when that was.
+    capacity: Option<(Bytes, Instant)>,
     /// What was lent before this agent began.
     before: BTreeMap<Owner, Vec<Loan>>,
     /// While it is looked what containers use.
@@ -96,6 +96,10 @@ struct Summary {
     /// What the kubelet has allotted to them; what they request where it does not say.
     allotted: Bytes,
     put_off: Option<PutOff>,
+    /// Whether what was allotted is a guess: it waits for more, and some of it does not run.
+    is_guessed: bool,
+    /// Whether it is on its way out: it gets nothing more.
+    is_ending: bool,
     /// When it was first seen.
     arrived: Instant,
 }
@@ -165,7 +169,7 @@ impl Requests {
             refused: BTreeMap::new(),
             unrecorded: BTreeMap::new(),
             served: BTreeMap::new(),
-            capacity: capacity(&records),
+            capacity: capacity(&records).map(|capacity| (capacity, Instant::now())),
             before: loans(&records),
             path,
             is_sampling: false,
@@ -432,6 +436,7 @@ impl Watch {
             let said = size(&container.allotted).or_else(|| size(&container.memory_request));
             said.unwrap_or_default()
         });
+        let are_all_said = seen.containers.iter().all(|own| own.allotted.is_some());
         let own = seen.containers.iter();
         let own = own.map(|container| size(&container.memory_request).unwrap_or_default());
         let before = self.requests.pods.get(&seen.uid);
@@ -442,6 +447,8 @@ impl Watch {
             own: own.fold(Bytes::ZERO, Bytes::plus),
             allotted: allotted.fold(Bytes::ZERO, Bytes::plus),
             put_off: seen.put_off.clone(),
+            is_guessed: seen.put_off.is_some() && !are_all_said,
+            is_ending: seen.ending,
             arrived: before.map_or_else(Instant::now, |before| before.arrived),
         };
         let is_less = before.is_some_and(|before| summary.requested < before.requested);

@@ -7,7 +7,7 @@
 //!
 //! It takes its time for that word, 0.1 to 2.9 s after a resize is asked for. What the node has for pods is known from an
 //! earlier one, and what each has from the API, so room is made before it. What it says then is what counts: where it had
-//! room, or it is CPU that is short, what was lent is given back.
+//! room, or it is CPU that is short, or the resize is impossible, what was lent is given back.
 //!
 //! Until then the scheduler counts what the waiting pod wants, so what is lowered for it is not free to others. What it gives
 //! up later is: whoever has lent it asks for it at the same moment as the scheduler places a pod there. What that has taken
@@ -31,6 +31,10 @@ use crate::{clock::now, explain::told_owed, ledger::Record, run::pods::Key};
 const UNDER_WAY: Duration = Duration::from_secs(10);
 /// How soon it is looked again for whom no room could be made.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// For how long the kubelet's word of what the node has is taken: it says it when it puts a resize off, which what is lent
+/// before its word keeps it from, and another configuration gives it more or less. Without, what was lent is asked back, and
+/// it says it again.
+const HOLDS: Duration = Duration::from_secs(3600);
 /// How soon what could not be had back is tried again, and how seldom at last.
 const BACKOFF: Duration = Duration::from_secs(30);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
@@ -62,7 +66,7 @@ impl Loan {
 
     /// What it had before was its containers' alone, without overhead and sidecars.
     fn is_had_by(&self, borrower: &Summary) -> bool {
-        borrower.own > self.before
+        !borrower.waits_in_vain() && borrower.own > self.before
     }
 }
 
@@ -70,7 +74,22 @@ impl Summary {
     /// Whether its containers ask for more than the kubelet has allotted to them, of which it has not said anything yet.
     fn is_not_judged(&self) -> bool {
         let is_judged = self.put_off.as_ref().is_some_and(|said| said.is_current);
-        !is_judged && self.own > self.allotted
+        !is_judged && !self.is_ending && self.own > self.allotted
+    }
+
+    /// Whether it does not get what it asks for, and it is not for memory: that is free to others meanwhile.
+    fn waits_in_vain(&self) -> bool {
+        let said = self.put_off.as_ref().filter(|said| said.is_current);
+        said.is_some_and(|said| said.is_infeasible || shortage(&said.message).is_none())
+    }
+
+    /// What nobody else can have of what the node has.
+    fn claimed(&self) -> Bytes {
+        if self.waits_in_vain() {
+            self.counted()
+        } else {
+            self.requested
+        }
     }
 
     /// What the kubelet counts of it: what it has allotted, and what is no container's.
@@ -89,6 +108,10 @@ fn expected(
     capacity: Option<Bytes>,
 ) -> Option<Shortage> {
     let pod = pods.get(uid).filter(|pod| pod.is_not_judged())?;
+    // What somebody has who waits and does not run the kubelet does not say.
+    if pods.values().any(|pod| pod.is_guessed) {
+        return None;
+    }
     let others = pods.iter().filter(|(other, _)| *other != uid);
     let used = others.map(|(_, pod)| pod.counted());
     let shortage = Shortage {
@@ -201,6 +224,18 @@ pub(super) fn capacity(records: &[Record]) -> Option<Bytes> {
     })
 }
 
+impl Requests {
+    fn capacity_is(&mut self, capacity: Bytes) {
+        self.capacity = Some((capacity, Instant::now()));
+    }
+
+    /// What the node has for pods, where the kubelet has said that of late.
+    fn capacity(&self) -> Option<Bytes> {
+        let (capacity, at) = self.capacity?;
+        (at.elapsed() < HOLDS).then_some(capacity)
+    }
+}
+
 impl Watch {
     /// Pods whose resize finds no room for memory, or will find none, the highest priority first.
     pub(super) fn waiting(&mut self) -> Vec<Waiting> {
@@ -215,20 +250,16 @@ impl Watch {
         });
         let mut waiting: Vec<Waiting> = told.collect();
         if let Some(waits) = waiting.iter().max_by_key(|waits| waits.priority) {
-            self.requests.capacity = Some(waits.shortage.capacity);
+            self.requests.capacity_is(waits.shortage.capacity);
         }
-        let Requests {
-            pods,
-            known,
-            capacity,
-            ..
-        } = &self.requests;
+        let capacity = self.requests.capacity();
+        let Requests { pods, known, .. } = &self.requests;
         // What is given back by us waits for nobody.
         let ours = known.iter().filter(|(_, known)| known.is_moved_by_us());
         let ours: BTreeSet<&String> = ours.map(|((uid, _), _)| uid).collect();
         let others = pods.iter().filter(|(uid, _)| !ours.contains(uid));
         waiting.extend(others.filter_map(|(uid, pod)| {
-            let shortage = expected(pods, uid, *capacity)?;
+            let shortage = expected(pods, uid, capacity)?;
             Some(Waiting::of(uid, pod, String::new(), shortage))
         }));
         waiting.sort_by(|a, b| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
@@ -289,7 +320,7 @@ impl Watch {
                 uid: waits.uid.clone(),
                 before: waits.before,
                 short,
-                capacity: self.requests.capacity,
+                capacity: self.requests.capacity(),
             };
             self.change_request(&key, to, why);
         }
@@ -347,7 +378,7 @@ impl Watch {
         });
         for (key, allotted, shortage) in put_off.collect::<Vec<_>>() {
             if let Some(shortage) = shortage {
-                self.requests.capacity = Some(shortage.capacity);
+                self.requests.capacity_is(shortage.capacity);
             }
             self.change_request(&key, allotted, RequestWhy::NoRoom);
         }
@@ -355,8 +386,8 @@ impl Watch {
 
     /// What the node has for pods and nobody requests, as far as it is known.
     fn free(&self) -> Option<Bytes> {
-        let capacity = self.requests.capacity?;
-        let requested = self.requests.pods.values().map(|pod| pod.requested);
+        let capacity = self.requests.capacity()?;
+        let requested = self.requests.pods.values().map(Summary::claimed);
         let requested = requested.fold(Bytes::ZERO, Bytes::plus);
         let asked = self
             .requests
@@ -601,10 +632,26 @@ mod tests {
             own: Bytes::mib(own),
             allotted: Bytes::mib(own),
             put_off: None,
+            is_guessed: false,
+            is_ending: false,
             arrived: Instant::now(),
         };
         assert!(loan.is_had_by(&borrower(128)));
         assert!(!loan.is_had_by(&borrower(64)));
+        // The kubelet has not the CPUs for it: what was lent for it is nobody's.
+        let mut in_vain = borrower(128);
+        in_vain.put_off = Some(PutOff {
+            message: "Node didn't have enough resource: cpu, requested: 2, used: 2, capacity: 3"
+                .to_owned(),
+            is_infeasible: false,
+            is_current: true,
+        });
+        assert!(!loan.is_had_by(&in_vain));
+        assert_eq!(in_vain.claimed(), Bytes::mib(128 + 32));
+        in_vain.allotted = Bytes::mib(64);
+        assert_eq!(in_vain.claimed(), Bytes::mib(64 + 32));
+        in_vain.put_off = None;
+        assert_eq!(in_vain.claimed(), Bytes::mib(128 + 32));
     }
 
     fn pod(requested: u64, allotted: u64) -> Summary {
@@ -616,6 +663,8 @@ mod tests {
             own: Bytes::mib(requested),
             allotted: Bytes::mib(allotted),
             put_off: None,
+            is_guessed: false,
+            is_ending: false,
             arrived: Instant::now(),
         }
     }
@@ -655,6 +704,14 @@ mod tests {
         assert_eq!(short(&pods, 1500), Some(Bytes::mib(96)));
         pods.get_mut("db").unwrap().put_off = Some(word(true));
         assert_eq!(short(&pods, 1500), None);
+        pods.get_mut("db").unwrap().put_off = None;
+        pods.get_mut("db").unwrap().is_ending = true;
+        assert_eq!(short(&pods, 1500), None);
+        pods.get_mut("db").unwrap().is_ending = false;
+        pods.get_mut("other").unwrap().is_guessed = true;
+        assert_eq!(short(&pods, 1500), None);
+        pods.get_mut("other").unwrap().is_guessed = false;
+        assert_eq!(short(&pods, 1500), Some(Bytes::mib(96)));
         // It has what it wants.
         pods.insert("db".to_owned(), pod(600, 600));
         assert_eq!(short(&pods, 1500), None);
@@ -700,7 +757,7 @@ mod tests {
             .iter()
             .for_each(|file| fs::remove_file(file).unwrap());
         assert_eq!(last.before[&filler()].len(), 1);
-        assert_eq!(last.capacity, Some(Bytes::mib(2048)));
+        assert_eq!(last.capacity(), Some(Bytes::mib(2048)));
     }
 
     /// A StatefulSet makes another pod of the same name.
