@@ -405,21 +405,10 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         if options.name.needs_controllers() {
             control.control(&kubernetes::controllers(release)?)?;
         }
-        if matches!(
-            options.name,
-            Name::Daemonset
-                | Name::LeastPrivilege
-                | Name::Fold
-                | Name::PodJava
-                | Name::PodThrottle
-                | Name::MakeRoom
-                | Name::RightSize
-        ) {
-            for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
-                files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
-            }
-            files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));
+        for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
+            files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
         }
+        files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));
         Some(control)
     } else {
         None
