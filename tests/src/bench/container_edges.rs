@@ -275,7 +275,8 @@ fn runtime_frozen(bed: &mut Bed) -> Result<()> {
     let started = bed.machine.run(&burst("frozen", GUARD, 6000, peak))?;
     wait_guarded(&started)?;
     bed.machine.freeze_containerd(true)?;
-    let grown = wait("it has grown", Duration::from_secs(16), || {
+    // It rests for 6 s, and a raise waits until the call before it is given up, 5 s each.
+    let grown = wait("it has grown", Duration::from_secs(40), || {
         Ok(started.cgroup.usage()? >= peak)
     });
     bed.machine.freeze_containerd(false)?;
