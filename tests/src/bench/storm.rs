@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bellows::{
     attribution::CGROUP_ROOT,
     cgroup::{Cgroup, Limit},
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::burst_words,
-    pod_bursts::ledger_of,
+    pod_bursts::{is_guarded, ledger_of},
     record::{Records, parsed, rounded},
 };
 use crate::containers::{Machine, Spec, Standalone, Started, policy_with};
@@ -42,8 +42,8 @@ const LIMIT: Bytes = Bytes::mib(48);
 const MAX: Bytes = Bytes::mib(512);
 /// Cgroups that do nothing.
 const QUIET: u64 = 180;
-/// From the first container's start to all bursts: so long do twenty take to be started and adopted.
-const PER_CONTAINER: Nanos = Nanos::millis(2500);
+/// From the first container's start to all bursts, for each: so long does one take to be started and adopted.
+const PER_CONTAINER: Nanos = Nanos::millis(5000);
 /// How long all may take.
 const LONGEST: Nanos = Nanos::millis(240_000);
 /// The exit code of what SIGKILL has ended: nobody else sends one here.
@@ -159,6 +159,17 @@ fn storm(
         };
         watched.push(Watched { started, outcome });
     }
+    // Whoever is not guarded yet when it bursts is nobody's failure but the machine's.
+    let are_guarded = || watched.iter().all(|one| is_guarded(&one.started.cgroup));
+    while now() < all_at && !are_guarded() {
+        thread::sleep(LOOK);
+    }
+    ensure!(
+        now() < all_at,
+        "this machine is too slow to start {} containers in {} s",
+        options.starts,
+        PER_CONTAINER.as_millis() * options.starts / 1000
+    );
     let mut record = Record {
         index,
         seed: options.seed,
