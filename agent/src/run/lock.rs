@@ -49,14 +49,9 @@ pub(super) struct AgentLock {
 impl AgentLock {
     /// Takes the lock; `None` if another agent keeps it.
     pub(super) fn take() -> io::Result<Option<Self>> {
-        let file = open()?;
-        let start = Instant::now();
-        while !try_lock(&file)? {
-            if start.elapsed() >= PATIENCE {
-                return Ok(None);
-            }
-            thread::sleep(TRY_AGAIN);
-        }
+        let Some(file) = taken_within(PATIENCE)? else {
+            return Ok(None);
+        };
         Ok(Some(Self {
             _file: last(&file)?,
         }))
@@ -74,10 +69,14 @@ pub(super) fn last(file: &impl AsFd) -> io::Result<File> {
 /// Takes the lock after the death of who has held it; `None` where somebody else keeps it: who does that has released all
 /// that was left, or is at it, and writes ledgers of its own.
 pub(super) fn after_death() -> io::Result<Option<File>> {
+    taken_within(OTHERS)
+}
+
+fn taken_within(patience: Duration) -> io::Result<Option<File>> {
     let file = open()?;
     let start = Instant::now();
     while !try_lock(&file)? {
-        if start.elapsed() >= OTHERS {
+        if start.elapsed() >= patience {
             return Ok(None);
         }
         thread::sleep(TRY_AGAIN);
