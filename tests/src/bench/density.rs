@@ -6,14 +6,15 @@
 //!
 //! A build is the compilation of one small unit of C and, as a test run would, a program that grows to most of
 //! the peak and keeps that for some seconds in which it sleeps: two emulated CPUs are then not the bound, which the record's
-//! `cpu_busy` tells. Each container builds once in a window, at a time by the seed; the window's duty cycle is in the record. Each
+//! `cpu_busy` tells. Each container builds once in a window, at a time by the seed, and waits without doing anything; the window's duty cycle is in the record. Each
 //! schedule is run without any limits first, and with the agent then, in the same containers: times are ratios of the two.
 //!
 //! The search begins at four times `n_peak_sized`, and goes up by `n_peak_sized` as far as `--n` allows, until one is too many;
 //! `n_bellows` is 0 if the first is. Whoever does not build in a window rests, as part of what the memory has to carry.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Write as _,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -177,6 +178,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut bench = Bench {
         machine: Machine::start()?,
         containers: Vec::new(),
+        asks: Vec::new(),
         asked: Vec::new(),
         options: options.clone(),
     };
@@ -256,6 +258,8 @@ fn compile(out: &str) -> String {
 struct Bench {
     machine: Machine,
     containers: Vec<Started>,
+    /// Where each waits to be asked for a build.
+    asks: Vec<File>,
     /// Builds of each so far.
     asked: Vec<u64>,
     options: Options,
@@ -267,9 +271,13 @@ impl Bench {
         let number = self.containers.len();
         let name = format!("{GUARDED}-{HASH}-{number:05}");
         let out = format!("/tmp/{GUARDED}-{number}-$i");
+        // Whoever looks for a file again and again costs more than its builds, thirty-two times.
+        let fifo = format!("/tmp/{GUARDED}-{number}");
+        shell(&format!("mkfifo {fifo}"))?;
+        self.asks
+            .push(File::options().read(true).write(true).open(&fifo)?);
         let script = format!(
-            "(sleep 1000000 | bellows-guest load touch {}) & i=0; while true; do \
-             while [ ! -e /tmp/{GUARDED}-{number}.$i ]; do sleep 0.5; done; s=$(date +%s%3N); \
+            "(sleep 1000000 | bellows-guest load touch {}) & i=0; while read _ < {fifo}; do s=$(date +%s%3N); \
              {} 1>&2 && bellows-guest load burst --rest 1Mi --peak {} --hold-ms {TEST_MS} 1>&2; c=$?; e=$(date +%s%3N); \
              rm -rf {out}; echo \"{{\\\"code\\\":$c,\\\"ms\\\":$((e-s))}}\"; i=$((i+1)); done",
             IDLE.0,
@@ -352,7 +360,7 @@ impl Bench {
                 let turn = self.asked[build.container];
                 let started = &self.containers[build.container];
                 if !*begun && elapsed >= build.at_ms {
-                    fs::write(format!("/tmp/{GUARDED}-{}.{turn}", build.container), "")?;
+                    writeln!(self.asks[build.container])?;
                     *begun = true;
                 } else if *begun && build.code.is_none() {
                     peak = peak.max(started.cgroup.stat()?.demand());
