@@ -106,15 +106,7 @@ pub fn parse_cpu(text: &str) -> Result<Cpu, String> {
 /// Who writes a policy means neither: [`parse_cpu`] refuses it.
 #[must_use]
 pub fn parse_cpu_amount(text: &str) -> Option<Cpu> {
-    let trimmed = text.trim();
-    let end = trimmed
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(trimmed.len());
-    let (number, suffix) = trimmed.split_at(end);
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
-        return None;
-    }
+    let (whole, fraction, suffix) = parts(text)?;
     let (up, down) = unit(suffix)?;
     let millionths = up
         .checked_mul(1_000_000)
@@ -129,6 +121,18 @@ pub fn parse_cpu_amount(text: &str) -> Option<Cpu> {
 /// A million CPUs.
 const LARGEST_CPU: u64 = 1_000_000_000_000;
 
+/// Digits before the point, digits behind it, and the unit; `None` where there is no number.
+fn parts(text: &str) -> Option<(&str, &str, &str)> {
+    let trimmed = text.trim();
+    let end = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, suffix) = trimmed.split_at(end);
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let is_none = fraction.contains('.') || (whole.is_empty() && fraction.is_empty());
+    (!is_none).then_some((whole, fraction, suffix))
+}
+
 /// Parses a memory size.
 ///
 /// # Errors
@@ -136,15 +140,8 @@ const LARGEST_CPU: u64 = 1_000_000_000_000;
 /// [`QuantityError`] names the text, what is wrong with it, and what to write instead. Negative
 /// sizes are refused.
 pub fn parse(text: &str) -> Result<Bytes, QuantityError> {
-    let trimmed = text.trim();
-    let end = trimmed
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(trimmed.len());
-    let (number, suffix) = trimmed.split_at(end);
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if fraction.contains('.') || (whole.is_empty() && fraction.is_empty()) {
-        return Err(QuantityError::NoNumber(text.to_owned()));
-    }
+    let no_number = || QuantityError::NoNumber(text.to_owned());
+    let (whole, fraction, suffix) = parts(text).ok_or_else(no_number)?;
     let unknown = || QuantityError::UnknownUnit {
         text: text.to_owned(),
         unit: suffix.to_owned(),
