@@ -287,8 +287,10 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         return None;
     }
     // What was not given back when it was asked for is in use.
-    let unused = slab.scaled(u64::from(refused_shrink.is_none()), 1);
-    let needed = history.demand.minus(unused);
+    let needed = match refused_shrink {
+        Some(_) => history.demand,
+        None => history.demand.minus(*slab),
+    };
     let to = policy
         .limit_for(needed.per_mille(SHRINK_MARGIN_PER_MILLE))
         .round_up_mib()

@@ -19,7 +19,7 @@ use super::{
     seconds,
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError, MemoryStat},
     ledger::Record,
     metrics::METRICS,
 };
@@ -380,6 +380,12 @@ impl Guarded {
             quiet: Nanos(0),
             slab: self.slab,
         }
+    }
+
+    /// Takes note of what it uses.
+    pub(super) fn saw(&mut self, at: Nanos, stat: MemoryStat) {
+        self.history.observe(at, stat.demand());
+        self.slab = stat.slab;
     }
 
     /// Takes note of what a burst uses.

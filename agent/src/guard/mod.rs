@@ -264,7 +264,7 @@ impl<R: Requester> Controller<R> {
             kernel.track(id)?;
         }
         if let Ok(stat) = guarded.cgroup.stat() {
-            guarded.history.observe(at, stat.demand());
+            guarded.saw(at, stat);
         }
         guarded.take_bound(self.requester.bound(id));
         self.arm(&guarded, Some(controls));
@@ -667,8 +667,7 @@ impl<R: Requester> Controller<R> {
         let at = now();
         match (guarded.cgroup.stat(), guarded.cgroup.limit_in_force()) {
             (Ok(stat), Ok(limit)) => {
-                guarded.history.observe(at, stat.demand());
-                guarded.slab = stat.slab;
+                guarded.saw(at, stat);
                 let is_new_brake = match guarded.look_at_brake(at) {
                     Ok(is_new) => is_new,
                     Err(error) => {

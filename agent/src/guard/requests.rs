@@ -166,8 +166,7 @@ impl<R: Requester> Controller<R> {
         let from = guarded.limit;
         // What was given back for it counts no more: a lower limit that is on its way is no reason to raise.
         if let Ok(stat) = guarded.cgroup.stat() {
-            guarded.history.observe(now(), stat.demand());
-            guarded.slab = stat.slab;
+            guarded.saw(now(), stat);
         }
         match guarded.policy.actuation {
             Actuation::Direct => self.reflex.send(Command::Lower(id, to)),
