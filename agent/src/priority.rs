@@ -8,6 +8,8 @@ use std::io;
 
 /// The reflex: above every ordinary task, below the kernel's own threads.
 pub const REFLEX: i32 = 10;
+/// Freezes: short, or asleep for a lock of the kernel's; the reflex waits for none of them, and must not keep one waiting.
+pub const FREEZER: i32 = 11;
 /// Writes that may reclaim: the reflex must be able to interrupt them.
 pub const BRAKES: i32 = 9;
 /// Who looks at jobs: eight of them grow by megabytes in the time that an ordinary thread waits for its turn.

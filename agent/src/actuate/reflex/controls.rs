@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bellows_core::{Bytes, Nanos};
 
+use super::freezer::Freeze;
 use crate::cgroup::{Cgroup, CgroupError, Control, Limit, field, parse_stalled};
 
 /// More threads than this are not taken to grow at once.
@@ -19,7 +20,7 @@ pub struct Controls {
     /// The same file, opened once more for the brakes thread: the kernel serialises the writes to one open
     /// file (`of->mutex`, fs/kernfs/file.c), and that thread's may reclaim for seconds.
     pub(super) brake: Arc<Control>,
-    pub(super) freeze: Control,
+    pub(super) freeze: Arc<Freeze>,
     events: Control,
     pub(super) current: Control,
     /// `pids.current` counts threads; not there where the controller is not enabled.
@@ -42,7 +43,7 @@ impl Controls {
             heirs: Control::open_heirs(cgroup),
             high: Control::open(cgroup, "memory.high")?,
             brake: Arc::new(Control::open(cgroup, "memory.high")?),
-            freeze: Control::open(cgroup, "cgroup.freeze")?,
+            freeze: Arc::new(Freeze::open(cgroup)?),
             events: Control::open_read(cgroup, "cgroup.events")?,
             current: Control::open_read(cgroup, "memory.current")?,
             threads: Control::open_read(cgroup, "pids.current").ok(),

@@ -23,6 +23,7 @@ use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, MemoryEvent};
 
 use super::{
     Means, Verdict,
+    freezer::Freezer,
     row::{Row, text},
 };
 use crate::{cgroup::Limit, clock::now, ledger::Ledger, machine};
@@ -32,6 +33,8 @@ use crate::{cgroup::Limit, clock::now, ledger::Ledger, machine};
 const SETTLING: Nanos = Nanos::millis(2);
 /// Of a thread that is charged for inside a system call so long after the freeze, that call is a long one.
 const LONG_CALL: Nanos = Nanos::millis(10);
+/// When a freeze must be written, or whoever grows is braked instead (see [`super::freezer`]).
+const UNWRITTEN: Nanos = Nanos::millis(2);
 /// When a freeze must be complete: a raise takes the API server, the kubelet and the runtime 0.25 s and more
 /// until runc asks.
 const FREEZING: Nanos = Nanos::millis(100);
@@ -51,7 +54,7 @@ const SHORTEST_HOLD: Nanos = Nanos::millis(50);
 /// A hold that lasts.
 #[derive(Clone, Copy)]
 pub(super) struct Held {
-    /// Since when; where it is frozen, since the freeze was asked for.
+    /// Since when: a freeze may be written later than that.
     pub(super) since: Nanos,
     /// When it expires.
     until: Nanos,
@@ -110,7 +113,7 @@ impl Row {
         }
         let until = self.patience_ends(by, now())?;
         let freeze = match by {
-            Hold::Freezer => match self.freeze(demand, means.ledger) {
+            Hold::Freezer => match self.freeze(demand, means) {
                 Ok(()) => Freeze::Begun,
                 Err(error) => return Some(Err(error)),
             },
@@ -138,9 +141,10 @@ impl Row {
         Some(Ok(Verdict::Held { cgroup, at, braked }))
     }
 
-    fn freeze(&self, demand: Bytes, ledger: &mut Ledger) -> Result<(), String> {
-        self.intend(ledger, Action::Hold, Reason::RaiseUnderWay, demand)?;
-        self.controls.freeze.set_flag(true).map_err(text)
+    fn freeze(&self, demand: Bytes, means: &mut Means<'_>) -> Result<(), String> {
+        self.intend(means.ledger, Action::Hold, Reason::RaiseUnderWay, demand)?;
+        means.freezer.freeze(&self.controls.freeze);
+        Ok(())
     }
 
     /// When a hold that begins at `at` has to end.
@@ -194,9 +198,17 @@ impl Row {
         if matches!(held.freeze, Freeze::Replaced | Freeze::Off) {
             return Some(held.freeze);
         }
+        let at = Nanos(event.at_ns);
         let is_scarce = brake::is_scarce(growing);
-        let frozen_for = Nanos(event.at_ns).since(held.since);
-        let is_after_freeze = event.at_ns > held.since.0;
+        let frozen_at = self.controls.freeze.frozen_at();
+        if frozen_at.is_none() && at.since(held.since) >= UNWRITTEN && !self.foreign_brake {
+            // It is late: the brake is not.
+            return Some(Freeze::Replaced);
+        }
+        // One that was about to be thawed is frozen for longer than it is held.
+        let frozen_for =
+            frozen_at.map_or(Nanos(0), |frozen_at| at.since(frozen_at.max(held.since)));
+        let is_after_freeze = frozen_for > Nanos(0);
         let held = Held {
             is_faults: held.is_faults && event.entry == ENTRY_FAULT,
             ..held
@@ -275,7 +287,7 @@ impl Row {
             Freeze::Begun => self.look_after_begun(at, held, means),
             // In force from the first moment of the write, however long that then reclaims.
             Freeze::Replaced if self.foreign_brake || self.is_brake_set(held) => {
-                let lifted = self.controls.freeze.set_flag(false).map_err(text);
+                let lifted = means.freezer.thaw(&self.controls.freeze).map_err(text);
                 self.set_freeze(Freeze::Off);
                 Some(Err(lifted.err()?))
             }
@@ -293,11 +305,12 @@ impl Row {
         if elapsed < LOOKED_AT {
             return None;
         }
-        if self.controls.is_frozen() {
+        let is_written = self.controls.freeze.frozen_at().is_some();
+        if is_written && self.controls.is_frozen() {
             self.set_freeze(Freeze::Complete);
             return None;
         }
-        let may_end = self.goes_on(at, held) && held.is_faults;
+        let may_end = self.goes_on(at, held) && held.is_faults && is_written;
         if elapsed < FREEZING {
             return None;
         }
@@ -356,7 +369,7 @@ impl Row {
         let limit = match self.controls.limit() {
             Ok(limit) => limit,
             Err(error) => {
-                verdicts.push(self.thaw(means.ledger, Reason::Ended));
+                verdicts.push(self.thaw(means.ledger, means.freezer, Reason::Ended));
                 let error = error.to_string();
                 return verdicts.push(Verdict::Failed { cgroup, error });
             }
@@ -370,10 +383,10 @@ impl Row {
             if let Err(error) = self.limit_is(limit, means.source) {
                 verdicts.push(Verdict::Failed { cgroup, error });
             }
-            verdicts.push(self.thaw(means.ledger, Reason::RaiseArrived));
+            verdicts.push(self.thaw(means.ledger, means.freezer, Reason::RaiseArrived));
             verdicts.push(Verdict::LimitRose { cgroup, limit });
         } else if self.held.is_some_and(|held| at >= held.until) {
-            verdicts.push(self.thaw(means.ledger, Reason::HoldExpired));
+            verdicts.push(self.thaw(means.ledger, means.freezer, Reason::HoldExpired));
         } else if let Some(verdict) = self.look_after_freeze(at, means) {
             verdicts.push(verdict.unwrap_or_else(|error| Verdict::Failed { cgroup, error }));
         }
@@ -389,7 +402,12 @@ impl Row {
     /// Lifts a hold; one that expired with its brake, which would go on where the hold ended: the
     /// kernel then decides as it would have. The writes come first: a ledger that cannot be written
     /// must not keep a container frozen.
-    pub(super) fn thaw(&mut self, ledger: &mut Ledger, reason: Reason) -> Verdict {
+    pub(super) fn thaw(
+        &mut self,
+        ledger: &mut Ledger,
+        freezer: &Freezer,
+        reason: Reason,
+    ) -> Verdict {
         let (cgroup, at) = (self.cgroup, now());
         self.epoch.next();
         let held = self.held.take();
@@ -400,7 +418,7 @@ impl Row {
         } else {
             Ok(())
         };
-        let thawed = self.controls.freeze.set_flag(false).map_err(text);
+        let thawed = freezer.thaw(&self.controls.freeze).map_err(text);
         if let Some(held) = held {
             self.spent.time = Nanos(self.spent.time.0.saturating_add(at.since(held.since).0));
             self.spent.last_end = at;

@@ -2,7 +2,7 @@
 //!
 //! From the watermark of a small limit to the OOM killer it is a millisecond or two, so this thread
 //! does nothing else: it has real-time priority where that is permitted, keeps the files open, and is
-//! the only writer of watermarks, freezes and raises, and of brakes but those below usage. Whatever it does was laid down by core
+//! the only writer of watermarks and raises, and of brakes but those below usage; it alone says who is frozen. Whatever it does was laid down by core
 //! beforehand; what it did comes back as a [`Verdict`].
 //!
 //! It must never lower a limit or a brake below usage (the kernel then reclaims in the writer): a
@@ -12,6 +12,7 @@
 
 mod brakes;
 mod controls;
+mod freezer;
 mod hold;
 mod row;
 #[cfg(test)]
@@ -42,6 +43,7 @@ use crate::{
 };
 use brakes::Brakes;
 pub use controls::Controls;
+use freezer::Freezer;
 use row::Row;
 
 /// How soon the limit of a cgroup that is held is looked at: the answer lifts the hold at once.
@@ -67,6 +69,8 @@ pub enum Command {
     Release(CgroupId, Reason),
     /// Put the brake back where the limit wants it.
     PutBack(CgroupId),
+    /// Tell that a cgroup could not be frozen or thawed.
+    NotFrozen(CgroupId, String),
     /// Only tell when demand is above this, of a cgroup that is not armed.
     Watch(CgroupId, Option<Watermark>),
     /// Tell no more of a cgroup that is not armed.
@@ -207,13 +211,18 @@ impl Reflex {
         let commands = Commands { channel, wake };
         let lost = Arc::new(AtomicU64::new(0));
         let signals = source.signals();
-        let too_late = commands.clone();
+        let (too_late, not_frozen) = (commands.clone(), commands.clone());
         let worker = Worker {
             source,
             ledger,
             commands: receiver,
             verdicts,
             brakes: Brakes::start(move |cgroup| too_late.send(Command::PutBack(cgroup)))?,
+            freezer: Freezer::start(move |cgroup, error| {
+                if !error.is_gone() {
+                    not_frozen.send(Command::NotFrozen(cgroup, error.to_string()));
+                }
+            })?,
             wake: commands.wake.clone(),
             lost: Arc::clone(&lost),
             table: BTreeMap::new(),
@@ -264,6 +273,7 @@ struct Worker {
     commands: mpsc::Receiver<Command>,
     verdicts: Sink,
     brakes: Brakes,
+    freezer: Freezer,
     wake: Wake,
     lost: Arc<AtomicU64>,
     table: BTreeMap<CgroupId, Row>,
@@ -276,6 +286,7 @@ struct Means<'a> {
     source: &'a mut Source,
     ledger: &'a mut Ledger,
     brakes: &'a Brakes,
+    freezer: &'a Freezer,
 }
 
 /// Keeps the process's pages in memory once they are there: the reflex must not wait for a page of
@@ -339,6 +350,9 @@ impl Worker {
                 Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
                 Ok(Command::PutBack(cgroup)) => self.put_back(cgroup),
+                Ok(Command::NotFrozen(cgroup, error)) => {
+                    self.tell(Verdict::Failed { cgroup, error });
+                }
                 Ok(Command::Watch(cgroup, watermark)) => self.watch(cgroup, watermark),
                 Ok(Command::Unwatch(cgroup)) if !self.table.contains_key(&cgroup) => {
                     self.source.forget(cgroup);
@@ -389,6 +403,7 @@ impl Worker {
                 source: &mut self.source,
                 ledger: &mut self.ledger,
                 brakes: &self.brakes,
+                freezer: &self.freezer,
             };
             if let Some(verdict) = row.react(event, demand, &mut means) {
                 self.tell_of(cgroup, verdict);
@@ -488,7 +503,7 @@ impl Worker {
             return;
         };
         let verdict = if row.is_held() {
-            row.thaw(&mut self.ledger, reason)
+            row.thaw(&mut self.ledger, &self.freezer, reason)
         } else {
             // Whoever asks does not know: an answer was lost.
             let left_alone = match reason {
@@ -510,13 +525,15 @@ impl Worker {
         };
         let unbraked = row.unbrake();
         if row.is_held() {
-            let verdict = row.thaw(&mut self.ledger, Reason::Ended);
+            let verdict = row.thaw(&mut self.ledger, &self.freezer, Reason::Ended);
             self.tell(verdict);
         }
-        // Only now: a successor releases whatever was not forgotten.
+        // However long that takes: a successor releases whatever was not forgotten, and nothing else.
+        let thawed = row.thaw_now();
         let forgotten = self.ledger.append(&Record::Forget { at: now(), cgroup });
         let forgotten = forgotten.map_err(|error| error.to_string());
-        for error in [unbraked, forgotten].into_iter().filter_map(Result::err) {
+        let results = [unbraked, thawed, forgotten];
+        for error in results.into_iter().filter_map(Result::err) {
             self.tell(Verdict::Failed { cgroup, error });
         }
     }
@@ -530,6 +547,7 @@ impl Worker {
             source: &mut self.source,
             ledger: &mut self.ledger,
             brakes: &self.brakes,
+            freezer: &self.freezer,
         };
         for row in self.table.values_mut().filter(|row| row.is_held()) {
             row.look_after(at, &mut means, &mut told);

@@ -69,7 +69,7 @@ impl Row {
         let actual = match before.controls.limit() {
             Ok(actual) => actual,
             Err(error) => {
-                let thawed = before.controls.freeze.set_flag(false).map_err(text);
+                let thawed = before.thaw_now();
                 return Err(before
                     .unbrake()
                     .and(thawed)
@@ -287,6 +287,14 @@ impl Row {
     pub(super) fn unbrake(&self) -> Result<(), String> {
         self.epoch.next();
         match self.set_brake(Limit::Max) {
+            Err(error) if !error.is_gone() => Err(error.to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Thaws it, and waits for that; one that is gone is frozen no more.
+    pub(super) fn thaw_now(&self) -> Result<(), String> {
+        match self.controls.freeze.release() {
             Err(error) if !error.is_gone() => Err(error.to_string()),
             _ => Ok(()),
         }

@@ -8,7 +8,7 @@ use std::{env, fs, path::PathBuf, process, thread};
 use bellows_core::{Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Reason, Signals, WHOLE};
 use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, ENTRY_UNKNOWN, KIND_WATERMARK, MemoryEvent};
 
-use super::{Arm, Brakes, Controls, Means, Verdict, row::Row};
+use super::{Arm, Brakes, Controls, Freezer, Means, Verdict, row::Row};
 use crate::{
     cgroup::Cgroup,
     clock::now,
@@ -29,6 +29,7 @@ struct Stage {
     source: Source,
     ledger: Ledger,
     brakes: Brakes,
+    freezer: Freezer,
 }
 
 impl Stage {
@@ -78,6 +79,7 @@ impl Stage {
             source: Source::Files(Files::new().unwrap()),
             ledger: Ledger::open(&directory.join("ledger")).unwrap(),
             brakes: Brakes::start(|_late| ()).unwrap(),
+            freezer: Freezer::start(|cgroup, error| panic!("{cgroup:?}: {error}")).unwrap(),
             directory,
         }
     }
@@ -104,11 +106,18 @@ impl Stage {
             source: &mut self.source,
             ledger: &mut self.ledger,
             brakes: &self.brakes,
+            freezer: &self.freezer,
         };
         let since = self.row.held.map_or_else(now, |held| held.since);
         let at = Nanos(since.0 + later.0);
         self.row.look_after(at, &mut means, &mut verdicts);
+        self.settle();
         verdicts
+    }
+
+    /// Writes what the freezer's thread is asked to write, if that has not done so yet.
+    fn settle(&self) {
+        self.row.controls.freeze.settle().unwrap();
     }
 
     /// Runc would wait for a container that is to be frozen and is not.
@@ -136,8 +145,17 @@ impl Stage {
 
     /// The same where nothing may have to be done.
     fn look(&mut self, event: &MemoryEvent) -> Option<Result<Verdict, String>> {
-        // However slow the test is.
-        let began = self.row.held.map_or_else(now, |held| held.since);
+        let verdict = self.look_at(event);
+        self.settle();
+        verdict
+    }
+
+    /// The same with a freezer that comes when it comes.
+    fn look_at(&mut self, event: &MemoryEvent) -> Option<Result<Verdict, String>> {
+        // However slow the test is, and whenever the freeze was written.
+        let held = self.row.held.map_or_else(now, |held| held.since);
+        let frozen = self.row.controls.freeze.frozen_at();
+        let began = frozen.map_or(held, |frozen| frozen.max(held));
         let event = &MemoryEvent {
             at_ns: began.0 + event.at_ns,
             ..*event
@@ -146,6 +164,7 @@ impl Stage {
             source: &mut self.source,
             ledger: &mut self.ledger,
             brakes: &self.brakes,
+            freezer: &self.freezer,
         };
         let demand = Bytes::from_pages(event.usage_pages);
         self.row.react(event, demand, &mut means)
@@ -380,6 +399,46 @@ fn what_may_be_a_system_call_is_not_waited_for() {
 }
 
 #[test]
+fn whoever_grows_while_the_freeze_is_late_is_braked() {
+    let mut stage = Stage::new("late", REQUESTED);
+    let (stuck, _queue) = Freezer::stuck();
+    stage.freezer = stuck;
+    let fault = |later| entered(ENTRY_FAULT, Nanos::millis(later));
+    let held = stage.look_at(&fault(0)).unwrap().unwrap();
+    assert!(
+        matches!(held, Verdict::Held { braked: false, .. }),
+        "{held:?}"
+    );
+    assert!(stage.look_at(&fault(1)).is_none());
+    let braked = stage.look_at(&fault(3)).unwrap().unwrap();
+    assert!(matches!(braked, Verdict::Braked { .. }), "{braked:?}");
+    let start = now();
+    while stage.content("memory.high") == "max" {
+        assert!(now().since(start) < Nanos::millis(3000), "it is not braked");
+        thread::yield_now();
+    }
+    // Runc would wait for a freeze that comes yet.
+    stage.look_after(Nanos::millis(4));
+    assert_eq!(stage.content("cgroup.freeze"), "0");
+    assert_eq!(stage.row.controls.freeze.frozen_at(), None);
+}
+
+#[test]
+fn where_the_brake_is_somebody_elses_a_late_freeze_is_waited_for() {
+    let mut stage = Stage::with_brake("foreign-late", REQUESTED, "4096");
+    let (stuck, _queue) = Freezer::stuck();
+    stage.freezer = stuck;
+    stage.look_at(&entered(ENTRY_FAULT, Nanos(0)));
+    assert!(
+        stage
+            .look_at(&entered(ENTRY_FAULT, Nanos::millis(30)))
+            .is_none()
+    );
+    stage.settle();
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+}
+
+#[test]
 fn a_complete_freeze_stays() {
     let mut stage = Stage::new("complete", REQUESTED);
     stage.react(&event_with_room(450, Nanos(0)));
@@ -419,8 +478,10 @@ fn letting_go_allocates_nothing() {
     let mut stage = Stage::held("release");
     let mut verdict = None;
     let allocated = allocation_counter::measure(|| {
-        verdict = Some(stage.row.thaw(&mut stage.ledger, Reason::RaiseArrived));
+        let (row, ledger) = (&mut stage.row, &mut stage.ledger);
+        verdict = Some(row.thaw(ledger, &stage.freezer, Reason::RaiseArrived));
     });
+    stage.settle();
     assert!(
         matches!(verdict, Some(Verdict::Released { .. })),
         "{verdict:?}"
