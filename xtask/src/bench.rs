@@ -413,6 +413,13 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     } else {
         None
     };
+    let (records, evidence) = (options.evidence("jsonl")?, options.evidence("json")?);
+    for old in [&records, &evidence] {
+        // A bench that fails must not leave a summary of another run beside its records.
+        if old.exists() {
+            fs::remove_file(old)?;
+        }
+    }
     let mut command = options.guest_command();
     if let Some(control) = &control {
         // The host's loopback, as QEMU's user network shows it to the guest.
@@ -458,7 +465,6 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             })
         },
     )?;
-    let records = options.evidence("jsonl")?;
     fs::write(&records, &ended.records)?;
     ensure!(
         ended.code == 0,
@@ -471,10 +477,11 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         "kernel": options.kernel,
         "kubernetes": control.is_some().then_some(release),
         "seed": options.seed.unwrap_or(1),
+        "command": options.guest_command(),
         "summary": summary,
     });
     fs::write(
-        options.evidence("json")?,
+        evidence,
         format!("{}\n", serde_json::to_string_pretty(&file)?),
     )?;
     Ok(file)

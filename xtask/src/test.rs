@@ -276,7 +276,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         // percentile has room for.
         &of(Name::HookCost, 4, 1),
         |summary| {
+            // One charge is 64 pages at most (MEMCG_CHARGE_BATCH, mm/memcontrol.c): four calls for each MiB.
+            at_least(summary, "calls_per_mib", 3.0)?;
             at_most(summary, "calls_per_mib", 8.0)?;
+            at_least(summary, "insns_per_call", 20.0)?;
             at_most(summary, "insns_per_call", 300.0)?;
             at_most(summary, "insns_per_call_with_helpers", 800.0)?;
             at_most(summary, "guest_insns_ratio", 1.01)?;
@@ -510,13 +513,14 @@ fn pod(checks: &mut Checks) -> Result<()> {
         |summary| {
             at_least(summary, "completed", 3.0)?;
             at_least(summary, "guarded_pods", 3.0)?;
+            at_least(summary, "peak_per_mille_of_limit_min", 940.0)?;
             for key in ["raises", "sleeps", "patches"] {
                 at_most(summary, key, 0.0)?;
             }
             Ok(())
         },
     );
-    // Every way to die, at a hold and in the burst.
+    // Every way to die, at rest and at a hold.
     let deaths = options(Name::Deaths, "6.12", Some(14), 23);
     judge(
         checks,
@@ -524,7 +528,8 @@ fn pod(checks: &mut Checks) -> Result<()> {
         "whatever ends the agent, what it holds is let go within a second",
         &deaths,
         |summary| {
-            at_least(summary, "restrained_at_death", 7.0)?;
+            at_least(summary, "restrained_at_death", 12.0)?;
+            at_least(summary, "held_at_death", 5.0)?;
             at_most(summary, "brake_release_max_s", 1.0)?;
             at_most(summary, "left_raised", 0.0)?;
             at_most(summary, "wrong_state", 0.0)

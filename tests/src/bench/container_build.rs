@@ -48,6 +48,8 @@ struct Build {
 /// What happened in a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Outcome {
+    /// Builds that were asked for.
+    asked: u64,
     limit: Bytes,
     /// In their order; the second only after the limit was at rest again, or at once.
     builds: Vec<Build>,
@@ -62,7 +64,10 @@ struct Outcome {
 
 impl Outcome {
     fn passed(&self) -> bool {
-        self.oom_kill == 0 && self.builds.iter().all(|build| build.code == 0)
+        // One that ended before its builds has passed nothing.
+        self.oom_kill == 0
+            && self.builds.len() as u64 == self.asked
+            && self.builds.iter().all(|build| build.code == 0)
     }
 }
 
@@ -161,6 +166,7 @@ impl Bench {
         let watched = started.cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
         let mut outcome = Outcome {
+            asked: times,
             limit,
             builds: Vec::new(),
             oom_kill: 0,

@@ -326,6 +326,8 @@ fn runs(bed: &Bed) -> Result<()> {
     })?;
     thread::sleep(Duration::from_secs(5));
     let log = bed.log("agent");
+    let first = "released what a predecessor held";
+    ensure!(log.contains(first), "not its log, or not whole: `{log}`");
     for sign in [
         "do not work",
         "no real-time priority",
@@ -365,6 +367,11 @@ pub(super) fn spec(name: &str, words: &[String]) -> Spec {
         restarts: false,
         raise_first: false,
     }
+}
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    let of_api = error.downcast_ref::<kube::Error>();
+    of_api.is_some_and(|error| matches!(error, kube::Error::Api(status) if status.code == 404))
 }
 
 /// Waits for the end of its burst, which it must survive, and for its limit at rest.
@@ -620,9 +627,10 @@ fn given_back(bed: &Bed) -> Result<()> {
         Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
     })?;
     ensure!(cgroup.events()?.oom_kill == 0, "it was killed");
+    let node = bed.object("ElasticNode", None, node::NAME).err();
     ensure!(
-        bed.object("ElasticNode", None, node::NAME).is_err(),
-        "its ElasticNode is left"
+        node.as_ref().is_some_and(is_not_found),
+        "its ElasticNode is left, or nobody knows: {node:?}"
     );
     // Its releaser has not kept it for all of its grace period.
     wait("it has ended", Duration::from_secs(25), || {

@@ -97,7 +97,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             Ok(adopted()? == size)
         })?;
         thread::sleep(SETTLE);
-        reads.take()?;
+        // Who adopts must read: what sees nothing of that would see nothing later.
+        ensure!(reads.take()? > 0, "reads of files are not seen");
         let before = agent_processes(&agent)?;
         let start = Instant::now();
         thread::sleep(Duration::from_secs(options.seconds));

@@ -65,6 +65,8 @@ const RESTORED: Nanos = Nanos::millis(60_000);
 /// Pages that are asked for, and those before them.
 const PAGES: u64 = 600;
 const PAGES_BEFORE: u64 = 200;
+/// What counts for a page that is not answered.
+const UNANSWERED: Nanos = Nanos::millis(10_000);
 /// How often a JVM may die before the bench fails, and the exit code of one that does.
 const MOST_CRASHES: u64 = 5;
 const ABORTED: i32 = 134;
@@ -351,7 +353,12 @@ fn has_died(machine: &Machine, started: &Started) -> Result<bool> {
     let Some(code) = machine.exit_code(started)? else {
         return Ok(false);
     };
-    let log = Machine::log(started);
+    died_of_emulator(code, &Machine::log(started))?;
+    Ok(true)
+}
+
+/// Fails if a JVM has ended in any other way than of the emulator.
+pub(super) fn died_of_emulator(code: i32, log: &str) -> Result<()> {
     ensure!(
         code == ABORTED
             && ["SIGSEGV", "SIGILL"]
@@ -359,7 +366,7 @@ fn has_died(machine: &Machine, started: &Started) -> Result<bool> {
                 .any(|signal| log.contains(signal)),
         "Tomcat has ended with {code}:\n{log}"
     );
-    Ok(true)
+    Ok(())
 }
 
 /// Whether it answers with a page.
@@ -375,15 +382,18 @@ pub(super) fn is_ready(port: u64) -> bool {
     asked().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200"))
 }
 
-/// Asks for a page every tenth of a second, and says how long each took. The first are left out: they are still being
-/// compiled.
+/// Asks for a page every tenth of a second, and says how long each took, or how long it was waited for. The first are
+/// left out: they are still being compiled.
 fn pages(port: u64) -> Vec<u64> {
     let mut took = Vec::new();
     for number in 0..PAGES_BEFORE + PAGES {
         let begun = now();
-        let is_answered = is_ready(port);
-        let time = now().since(begun);
-        if number >= PAGES_BEFORE && is_answered {
+        let time = if is_ready(port) {
+            now().since(begun)
+        } else {
+            UNANSWERED
+        };
+        if number >= PAGES_BEFORE {
             took.push(time.0 / 1000);
         }
         thread::sleep(Duration::from_millis(100).saturating_sub(Duration::from_nanos(time.0)));

@@ -19,6 +19,7 @@ use crate::{
     agent::Agent,
     node::{ApiServer, Node},
     pods::{Cluster, Spec},
+    sampler::Sample,
 };
 
 #[derive(Args, Clone, Debug)]
@@ -140,18 +141,29 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
             .unwrap_or(u64::MAX)
     };
     let completed = |record: &&Record| !record.exec.killed() && record.pod.phase == "Succeeded";
-    let reached = |samples: &[crate::sampler::Sample], limit: Bytes| {
+    let reached = |samples: &[Sample], limit: Bytes| {
         samples
             .last()
             .map_or(0, |sample| sample.peak * 1000 / limit.0)
     };
+    let reached_by = |samples: fn(&Record) -> &[Sample]| -> Vec<u64> {
+        records
+            .iter()
+            .map(|record| reached(samples(record), record.limit))
+            .collect()
+    };
+    let (exec, pod) = (
+        reached_by(|record| &record.exec.samples),
+        reached_by(|record| &record.pod.samples),
+    );
     Ok(json!({
         "limits": records.len(),
         "seconds": records.iter().map(|record| record.seconds).min(),
         "completed": records.iter().filter(completed).count(),
         "guarded_pods": records.iter().filter(|record| record.pod.was_guarded()).count(),
-        "peak_per_mille_of_limit_exec": records.iter().map(|record| reached(&record.exec.samples, record.limit)).collect::<Vec<_>>(),
-        "peak_per_mille_of_limit_pod": records.iter().map(|record| reached(&record.pod.samples, record.limit)).collect::<Vec<_>>(),
+        "peak_per_mille_of_limit_min": exec.iter().chain(&pod).min(),
+        "peak_per_mille_of_limit_exec": exec,
+        "peak_per_mille_of_limit_pod": pod,
         "raises": records.iter().map(|record| exec_raises(record).saturating_add(record.pod.raises().count() as u64)).fold(0, u64::saturating_add),
         "sleeps": records.iter().map(|record| record.exec.sleeps + record.pod.sleeps).sum::<u64>(),
         "patches": records.iter().map(|record| record.pod.patches).sum::<i64>(),

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    java::{cpus_seen, is_ready, prepare, tomcat},
+    java::{cpus_seen, died_of_emulator, is_ready, prepare, tomcat},
     record::{Records, parsed, percentile, rounded},
 };
 use crate::{
@@ -197,6 +197,8 @@ impl Bench {
             let age = begun.elapsed()?;
             ensure!(age < LONGEST, "Tomcat does not start: {}", self.log(name)?);
             if !cgroup.populated().unwrap_or(false) {
+                let code = self.exit_code(name, asked_restarts)?;
+                died_of_emulator(code, &self.log(name)?)?;
                 return Ok(None);
             }
             thread::sleep(Duration::from_millis(50));
@@ -230,6 +232,27 @@ impl Bench {
 
     fn generation(&self, name: &str) -> Result<i64> {
         Ok(self.cluster.get(name)?.metadata.generation.unwrap_or(1))
+    }
+
+    /// With what a container has ended after so many restarts.
+    fn exit_code(&self, name: &str, restarts: i32) -> Result<i32> {
+        let mut code = None;
+        wait(
+            "the kubelet says how it has ended",
+            Duration::from_secs(60),
+            || {
+                let status = self.cluster.status(name)?.unwrap_or_default();
+                // It may run again by now.
+                let state = if status.restart_count > restarts {
+                    status.last_state
+                } else {
+                    status.state
+                };
+                code = state.and_then(|state| Some(state.terminated?.exit_code));
+                Ok(code.is_some())
+            },
+        )?;
+        code.context("it has ended")
     }
 
     fn log(&self, name: &str) -> Result<String> {

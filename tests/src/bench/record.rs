@@ -41,7 +41,7 @@ pub(super) const fn fate(is_killed: bool, killed: &'static str) -> &'static str 
     if is_killed { killed } else { "alive" }
 }
 
-/// The value at a percentile (nearest rank); `NaN`-free input, 0 for none.
+/// The value at a percentile (nearest rank) of `NaN`-free input; `NaN` of none, which no check takes for a good value.
 pub(crate) fn percentile(values: &[f64], percent: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -51,7 +51,7 @@ pub(crate) fn percentile(values: &[f64], percent: f64) -> f64 {
         reason = "a rank within the slice"
     )]
     let rank = (percent / 100.0 * sorted.len() as f64).ceil().max(1.0) as usize;
-    sorted.get(rank - 1).copied().unwrap_or(0.0)
+    sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
 }
 
 /// Rounded to three decimals, for people.

@@ -13,7 +13,7 @@ use bellows::{
     clock::now,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Bytes, Nanos};
+use bellows_core::{Action, Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -71,9 +71,31 @@ impl Outcome {
 
     /// Whether it was told why it is not served.
     fn is_told(&self) -> bool {
-        let waits = |record: &&LedgerRecord| matches!(record, LedgerRecord::Waits { .. });
-        self.ledger.iter().any(|record| waits(&record))
+        self.ledger.iter().any(is_wait)
     }
+
+    /// Whether the last word on what it asked for is a grant.
+    fn is_granted(&self) -> bool {
+        let is_raise = |record: &LedgerRecord| {
+            matches!(
+                record,
+                LedgerRecord::Intend {
+                    action: Action::Raise { .. },
+                    ..
+                }
+            )
+        };
+        let mut words = self
+            .ledger
+            .iter()
+            .rev()
+            .filter(|record| is_raise(record) || is_wait(record));
+        words.next().is_some_and(is_raise)
+    }
+}
+
+const fn is_wait(record: &LedgerRecord) -> bool {
+    matches!(record, LedgerRecord::Waits { .. })
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -81,8 +103,10 @@ struct Record {
     index: u64,
     seed: u64,
     outcomes: Vec<Outcome>,
-    /// The most that was promised beyond what there was, at any look.
+    /// The most that was certainly promised beyond what there was, at any look (see [`Look`]), and how many looks
+    /// there were.
     overcommit: Bytes,
+    looks: u64,
     /// What was available when the storm began, and at least.
     available: Bytes,
     least_available: Bytes,
@@ -117,6 +141,36 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         records.write(&record)?;
     }
     Ok(())
+}
+
+/// What each container that runs may use and uses, by its number.
+///
+/// Twenty cannot be looked at in one instant, and what one grows by meanwhile is promised no more but used: what is
+/// available is read between two looks, and only what is promised in both counts, with the more that it used in either.
+/// One that has ended is promised nothing, whatever its limit still says.
+struct Look(BTreeMap<usize, [Bytes; 2]>);
+
+impl Look {
+    fn at(watched: &[Watched]) -> Self {
+        let running = watched.iter().enumerate().filter_map(|(number, one)| {
+            let cgroup = &one.started.cgroup;
+            let Limit::At(limit) = cgroup.limit("memory.max").ok()? else {
+                return None;
+            };
+            let usage = cgroup.usage().ok()?;
+            let is_raised = limit > LIMIT && cgroup.populated().unwrap_or(false);
+            is_raised.then_some((number, [limit, usage]))
+        });
+        Self(running.collect())
+    }
+
+    fn overcommit(&self, later: &Self, available: Bytes) -> Bytes {
+        let promised = self.0.iter().filter_map(|(number, [limit, usage])| {
+            let [limit_later, usage_later] = later.0.get(number)?;
+            Some(limit.min(limit_later).minus(*usage.max(usage_later)))
+        });
+        promised.fold(Bytes::ZERO, Bytes::plus).minus(available)
+    }
 }
 
 /// A container of the storm, as it is watched.
@@ -175,6 +229,7 @@ fn storm(
         seed: options.seed,
         outcomes: Vec::new(),
         overcommit: Bytes::ZERO,
+        looks: 0,
         available: available()?,
         least_available: Bytes(u64::MAX),
         global_kills: 0,
@@ -205,28 +260,31 @@ fn watch(
     record: &mut Record,
 ) -> Result<()> {
     while now().since(all_at) < LONGEST && watched.iter().any(|one| one.outcome.code.is_none()) {
-        let mut promised = Bytes::ZERO;
-        let mut alive = Vec::new();
+        let before = Look::at(watched);
+        let available = available()?;
+        let after = Look::at(watched);
+        record.least_available = record.least_available.min(available);
+        let overcommit = before.overcommit(&after, available);
+        record.overcommit = record.overcommit.max(overcommit);
+        record.looks += 1;
+        let mut ended = Vec::new();
         for (number, one) in watched.iter_mut().enumerate() {
             if one.outcome.code.is_some() {
                 continue;
             }
             let cgroup = &one.started.cgroup;
             // One that has just ended is asked for below.
-            if let (Ok(Limit::At(limit)), Ok(usage), Ok(events)) =
-                (cgroup.limit("memory.max"), cgroup.usage(), cgroup.events())
+            if let (Ok(Limit::At(limit)), Ok(events)) =
+                (cgroup.limit("memory.max"), cgroup.events())
             {
                 one.outcome.highest_limit = one.outcome.highest_limit.max(limit);
                 one.outcome.oom_kill = one.outcome.oom_kill.max(events.oom_kill);
-                if limit > LIMIT {
-                    promised = promised.plus(limit.minus(usage));
-                }
             }
             if !cgroup.populated().unwrap_or(false) {
-                alive.push(number);
+                ended.push(number);
             }
         }
-        for number in alive {
+        for number in ended {
             let one = &mut watched[number];
             if let Some(code) = machine.exit_code(&one.started)? {
                 one.outcome.code = Some(code);
@@ -235,9 +293,6 @@ fn watch(
                 one.outcome.ended_ms = Some(now().since(all_at).as_millis());
             }
         }
-        let available = available()?;
-        record.least_available = record.least_available.min(available);
-        record.overcommit = record.overcommit.max(promised.minus(available));
         thread::sleep(LOOK);
     }
     Ok(())
@@ -278,9 +333,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "bursts": all().count(),
         "served": count(&Outcome::is_served),
         "kills": count(&|outcome| outcome.oom_kill > 0),
-        "kills_granted": count(&|outcome| outcome.oom_kill > 0 && outcome.highest_limit > outcome.peak),
+        "kills_granted": count(&|outcome| outcome.oom_kill > 0 && outcome.is_granted()),
         "starved": count(&|outcome| !outcome.is_served() && !outcome.is_told()),
         "told": count(&Outcome::is_told),
+        "looks": records.iter().map(|record| record.looks).min(),
         "overcommit_bytes": records.iter().map(|record| record.overcommit.0).max(),
         "global_kills": records.iter().map(|record| record.global_kills).sum::<u64>(),
         "available_mib": records.iter().map(|record| record.available.0 >> 20).min(),
