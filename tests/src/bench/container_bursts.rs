@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
+    gate,
     pod_bursts::{answers, ledger_of, raises},
     record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
@@ -152,7 +153,6 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> {
     let mut variant = |name: &str, limit: Bytes, is_guarded: bool| {
         let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
-        // Time for the agent to adopt it.
         let rest = ["--rest-ms", "2000"].map(str::to_owned);
         let mut command: Vec<String> = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
         command.extend(words.into_iter().chain(rest));
@@ -160,6 +160,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
         if is_guarded {
             labels.push(("guard".to_owned(), GUARDED.to_owned()));
             command.extend(["--after-ms", "120000"].map(str::to_owned));
+            command.extend(gate::closed());
         }
         let spec = Spec {
             name: format!("{name}-{}", case.index),
@@ -188,6 +189,9 @@ fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) 
     let watched = started.cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
     let start = now();
+    if is_guarded {
+        gate::open_when_braked(&started.cgroup)?;
+    }
     let (exit_code, restored_after_ms) = wait_end(machine, &started, spec, is_guarded)?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();

@@ -1,6 +1,6 @@
 //! `container-edges`: what `bellows run --standalone` promises at its edges, one record a promise.
 
-use std::{fs, process::Command, thread, time::Duration};
+use std::{fs, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
@@ -15,7 +15,7 @@ use super::{
     bursts::burst_words,
     container_bursts::{is_at_rest, said},
     exec_cli::Record,
-    observe_edges,
+    gate, observe_edges,
     record::Records,
     throttle::has_cpu,
 };
@@ -111,9 +111,16 @@ pub(super) fn keep(records: &mut Records, name: &str, outcome: Result<()>) -> Re
 }
 
 impl Bed {
-    /// A container that grows to [`PEAK`] after a rest, and then stays.
-    pub(super) fn burst(&mut self, name: &str, guard: &str, rest_ms: u64) -> Result<Started> {
-        self.machine.run(&burst(name, guard, rest_ms, PEAK))
+    /// A container that grows to [`PEAK`] when its gate is opened, if it is, and then stays.
+    pub(super) fn burst(&mut self, name: &str, guard: &str) -> Result<Started> {
+        self.machine.run(&burst(name, guard, PEAK))
+    }
+
+    /// The same, which grows as soon as it is guarded.
+    pub(super) fn guarded_burst(&mut self, name: &str) -> Result<Started> {
+        let started = self.burst(name, GUARD)?;
+        gate::open_when_braked(&started.cgroup)?;
+        Ok(started)
     }
 
     /// Waits for the end of its burst, which it must survive.
@@ -140,12 +147,11 @@ impl Bed {
     }
 }
 
-fn burst(name: &str, guard: &str, rest_ms: u64, peak: Bytes) -> Spec {
+fn burst(name: &str, guard: &str, peak: Bytes) -> Spec {
     let words = burst_words(LIMIT.per_mille(500), peak, 2).to_vec();
-    let rest = rest_ms.to_string();
-    let more = ["--rest-ms", &rest, "--after-ms", "300000"].map(str::to_owned);
+    let more = ["--after-ms", "300000"].map(str::to_owned);
     let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
-    command.extend(words.into_iter().chain(more));
+    command.extend(words.into_iter().chain(gate::closed()).chain(more));
     Spec {
         name: name.to_owned(),
         container: None,
@@ -178,8 +184,9 @@ pub(super) fn wait_guarded(started: &Started) -> Result<()> {
 
 fn earlier(bed: &mut Bed) -> Result<()> {
     bed.agent = None;
-    let started = bed.burst("earlier", GUARD, 8000)?;
+    let started = bed.burst("earlier", GUARD)?;
     bed.start_agent()?;
+    gate::open_when_braked(&started.cgroup)?;
     bed.survives(&started)?;
     ensure!(is_raised(&started)?, "it was not raised");
     bed.rests(&started, LIMIT)?;
@@ -187,7 +194,7 @@ fn earlier(bed: &mut Bed) -> Result<()> {
 }
 
 fn foreign(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("foreign", GUARD, 30_000)?;
+    let started = bed.burst("foreign", GUARD)?;
     wait_guarded(&started)?;
     let theirs = Bytes::mib(96);
     started.pod.set_limit("memory.max", Limit::At(theirs))?;
@@ -196,6 +203,7 @@ fn foreign(bed: &mut Bed) -> Result<()> {
         Ok(recorded(&started)
             .is_some_and(|original| original.limit.is_some_and(|limit| limit.at_rest == theirs)))
     })?;
+    gate::open_when_braked(&started.cgroup)?;
     bed.survives(&started)?;
     bed.rests(&started, theirs)?;
     // More than the policy allows: there is nothing to guard.
@@ -212,8 +220,11 @@ fn foreign(bed: &mut Bed) -> Result<()> {
 }
 
 fn followed(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("followed", "late", 1_000_000)?;
-    thread::sleep(Duration::from_secs(12));
+    let started = bed.burst("followed", "late")?;
+    // Whoever finds one that is younger has looked at this one.
+    let younger = bed.burst("younger", GUARD)?;
+    wait_guarded(&younger)?;
+    bed.machine.remove(&younger)?;
     ensure!(
         recorded(&started).is_none(),
         "it is guarded without a policy"
@@ -222,13 +233,10 @@ fn followed(bed: &mut Bed) -> Result<()> {
     fs::write(POLICIES, &late)?;
     wait_guarded(&started)?;
     fs::write(POLICIES, late.replace("max:", "maximum:"))?;
-    thread::sleep(Duration::from_secs(12));
+    wait("the mistake is told", LOOKED, || {
+        Ok(log_tail("bellows", LOG_LINES).contains("did you mean `max`"))
+    })?;
     ensure!(recorded(&started).is_some(), "wrong policies were followed");
-    let log = log_tail("bellows", LOG_LINES);
-    ensure!(
-        log.contains("did you mean `max`"),
-        "the mistake is not told"
-    );
     fs::write(POLICIES, policy(GUARD, MAX))?;
     wait("it is guarded no more", LOOKED, || {
         Ok(recorded(&started).is_none())
@@ -237,13 +245,13 @@ fn followed(bed: &mut Bed) -> Result<()> {
 }
 
 fn vanished(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("vanished", GUARD, 3000)?;
+    let started = bed.guarded_burst("vanished")?;
     wait_raised(&started)?;
     bed.machine.remove(&started)?;
     wait("its record is removed", LOOKED, || {
         Ok(recorded(&started).is_none())
     })?;
-    let next = bed.burst("next", GUARD, 3000)?;
+    let next = bed.guarded_burst("next")?;
     bed.survives(&next)?;
     bed.agent.as_mut().context("no agent")?.check()?;
     bed.machine.remove(&next)
@@ -272,12 +280,14 @@ fn without_limit(bed: &mut Bed) -> Result<()> {
 /// Three raises are needed, and none is answered.
 fn runtime_frozen(bed: &mut Bed) -> Result<()> {
     let peak = MAX.per_mille(800);
-    let started = bed.machine.run(&burst("frozen", GUARD, 6000, peak))?;
-    wait_guarded(&started)?;
+    let started = bed.machine.run(&burst("frozen", GUARD, peak))?;
+    gate::wait_braked(&started.cgroup)?;
     bed.machine.freeze_containerd(true)?;
-    // It rests for 6 s, and a raise waits until the call before it is given up, 5 s each.
-    let grown = wait("it has grown", Duration::from_secs(40), || {
-        Ok(started.cgroup.usage()? >= peak)
+    // A raise waits until the call before it is given up, 5 s each.
+    let grown = gate::open(&started.cgroup).and_then(|()| {
+        wait("it has grown", Duration::from_secs(40), || {
+            Ok(started.cgroup.usage()? >= peak)
+        })
     });
     bed.machine.freeze_containerd(false)?;
     grown?;
@@ -289,13 +299,16 @@ fn runtime_frozen(bed: &mut Bed) -> Result<()> {
 /// One ends while it is raised, and the agent dies.
 fn side_by_side(bed: &mut Bed) -> Result<()> {
     let pod_limit = LIMIT.plus(LIMIT);
-    let mut ending = burst("ending", GUARD, 4000, PEAK);
+    let mut ending = burst("ending", GUARD, PEAK);
     ending.pod_limit = Some(pod_limit);
     ending.command.truncate(ending.command.len() - 2);
     let ending = bed.machine.run(&ending)?;
     let other = bed
         .machine
-        .run_beside(&ending, &burst("other", GUARD, 2000, PEAK))?;
+        .run_beside(&ending, &burst("other", GUARD, PEAK))?;
+    gate::wait_braked(&ending.cgroup)?;
+    gate::open_when_braked(&other.cgroup)?;
+    gate::open(&ending.cgroup)?;
     wait("the first has ended", Duration::from_secs(60), || {
         let code = bed.machine.exit_code(&ending)?;
         ensure!(
@@ -319,7 +332,7 @@ fn floor_undone(bed: &mut Bed) -> Result<()> {
     let floor = LIMIT.per_mille(750);
     let with_floor = policy("floor", MAX).replace("max:", &format!("floor: {}, max:", floor.0));
     fs::write(POLICIES, format!("{}---\n{with_floor}", policy(GUARD, MAX)))?;
-    let started = bed.burst("floor", "floor", 1_000_000)?;
+    let started = bed.burst("floor", "floor")?;
     wait("it has less at rest", LOOKED, || {
         Ok(started.cgroup.limit("memory.max")? == Limit::At(floor))
     })?;
@@ -384,7 +397,7 @@ fn quota(bed: &mut Bed) -> Result<()> {
 }
 
 fn restored(bed: &mut Bed) -> Result<()> {
-    let started = bed.burst("restored", GUARD, 3000)?;
+    let started = bed.guarded_burst("restored")?;
     bed.survives(&started)?;
     ensure!(is_raised(&started)?, "it is at rest already");
     let refused = bellows(&["restore"])?;

@@ -20,7 +20,7 @@ use bellows::{
 };
 use bellows_core::{Bytes, Cpu};
 
-use super::{bursts::burst_words, container_edges::keep, record::Records};
+use super::{bursts::burst_words, container_edges::keep, gate, record::Records};
 use crate::{
     containers::{Standalone, cpu_policy, hand_out, policy},
     fake::{Fake, Kind, Said},
@@ -40,6 +40,8 @@ const QUOTA: Quota = Quota {
 const MOST: Cpu = Cpu::millis(2000);
 /// Time in which one that is new must be guarded: the runtime tells of nobody, and is asked once a second.
 const FOUND: Duration = Duration::from_secs(10);
+/// The same of the first, for which the agent has to start.
+const FIRST_FOUND: Duration = Duration::from_secs(60);
 const RESTED: Duration = Duration::from_secs(40);
 /// For how long the runtime does not answer: longer than a burst takes, shorter than a hold may last twice.
 const SILENCE: Duration = Duration::from_secs(8);
@@ -171,7 +173,8 @@ impl Bed {
             monitor,
             process,
         };
-        wait("it is guarded", FOUND, || {
+        let found = if self.made == 1 { FIRST_FOUND } else { FOUND };
+        wait("it is guarded", found, || {
             Ok(Originals::containers().read(&started.id).is_some())
         })?;
         Ok(started)
@@ -213,11 +216,12 @@ impl Drop for Started {
     }
 }
 
-/// A load that bursts after some seconds, and stays for a while.
-fn bursting() -> Vec<String> {
+/// A load that bursts when its gate is opened.
+fn bursting() -> Result<Vec<String>> {
+    gate::close()?;
     let mut words = burst_words(Bytes::mib(8), PEAK, 1).to_vec();
-    words.extend(["--rest-ms", "4000"].map(str::to_owned));
-    words
+    words.extend(gate::closed());
+    Ok(words)
 }
 
 /// Waits for the end of its burst, which it must survive.
@@ -237,7 +241,8 @@ fn survives(started: &mut Started) -> Result<()> {
 
 fn burst(bed: &mut Bed, layout: Layout) -> Result<()> {
     bed.agent.check()?;
-    let mut started = bed.run(MEMORY, layout, &bursting())?;
+    let mut started = bed.run(MEMORY, layout, &bursting()?)?;
+    gate::open_when_braked(&started.cgroups[0])?;
     survives(&mut started)?;
     let raised = bed.fake.state().updates.clone();
     ensure!(
@@ -248,9 +253,10 @@ fn burst(bed: &mut Bed, layout: Layout) -> Result<()> {
 }
 
 fn silent(bed: &mut Bed) -> Result<()> {
-    let mut started = bed.run(MEMORY, Layout::Systemd, &bursting())?;
+    let mut started = bed.run(MEMORY, Layout::Systemd, &bursting()?)?;
+    gate::wait_braked(&started.cgroups[0])?;
     bed.fake.state().hangs = true;
-    let survived = survives(&mut started);
+    let survived = gate::open(&started.cgroups[0]).and_then(|()| survives(&mut started));
     let asked = bed.fake.state().updates.clone();
     thread::sleep(SILENCE.saturating_sub(Duration::from_secs(5)));
     bed.fake.state().hangs = false;

@@ -7,11 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bellows::{cgroup::Cgroup, clock::now};
 use bellows_core::{Bytes, Nanos};
 
-use super::{
-    bursts::burst_words,
-    container_edges::{keep, wait_guarded},
-    record::Records,
-};
+use super::{bursts::burst_words, container_edges::keep, gate, record::Records};
 use crate::{
     containers::{Machine, POLICIES, Spec, Standalone, Started, policy_of},
     node::{log_text, wait},
@@ -123,14 +119,15 @@ fn heap_of(bed: &mut Bed, guard: &str) -> Result<u64> {
     let burst = burst_words(Bytes::mib(16), PEAK, 2).join(" ");
     let go = Path::new(GO).join(guard);
     let script = format!(
-        "/bellows-guest load {burst} --rest-ms 4000 --hold-ms 60000 & \
+        "/bellows-guest load {burst} {} --hold-ms 60000 & \
          until [ -e {} ]; do sleep 0.2; done; \
          /usr/bin/java -XX:TieredStopAtLevel=1 -XX:-UsePerfData -XX:+PrintFlagsFinal -XshowSettings:vm -version 2>&1 | \
          grep -E ' MaxHeapSize |Max. Heap|Picked up'; echo over; sleep 600",
+        gate::closed().join(" "),
         go.display()
     );
     let started = bed.machine.run(&spec(guard, guard, &script))?;
-    wait_guarded(&started)?;
+    gate::open_when_braked(&started.cgroup)?;
     wait("it is at its peak, and raised", LONG, || {
         let limit = started.cgroup.limit("memory.max")?.bytes();
         Ok(limit > LIMIT && started.cgroup.usage()? >= PEAK)

@@ -17,6 +17,7 @@ mod density;
 mod exec_cli;
 mod faults;
 mod fold;
+mod gate;
 mod heaps;
 mod hook_cost;
 mod idle;

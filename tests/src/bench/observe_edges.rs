@@ -5,8 +5,11 @@ use std::{fs, thread, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use bellows::cgroup::Limit;
 
-use super::container_edges::{Bed, Case, GUARD, LIMIT, MAX, bellows, recorded, wait_guarded};
-use super::deaths::is_held;
+use super::{
+    container_edges::{Bed, Case, GUARD, LIMIT, MAX, bellows, recorded, wait_guarded},
+    deaths::is_held,
+    gate,
+};
 use crate::{
     containers::{POLICIES, Started, policy},
     node::{log_text, wait},
@@ -58,8 +61,11 @@ fn touched(started: &Started) -> Result<()> {
 
 fn watched(bed: &mut Bed) -> Result<()> {
     fs::write(POLICIES, policies("Recommend"))?;
-    let started = bed.burst("observed", WATCHED, 20_000)?;
+    let started = bed.burst("observed", WATCHED)?;
     wait_watched("observed", 1)?;
+    // That is told a moment before it is true.
+    thread::sleep(Duration::from_secs(1));
+    gate::open(&started.cgroup)?;
     let code = loop {
         let looked = touched(&started);
         if let Some(code) = bed.machine.exit_code(&started)? {
@@ -87,7 +93,7 @@ fn watched(bed: &mut Bed) -> Result<()> {
     }
     bed.machine.remove(&started)?;
     // And so it does, in mode Act.
-    let proof = bed.burst("proof", GUARD, 4000)?;
+    let proof = bed.guarded_burst("proof")?;
     bed.survives(&proof)?;
     bed.machine.remove(&proof)?;
     fs::write(POLICIES, policy(GUARD, MAX))?;
@@ -96,7 +102,7 @@ fn watched(bed: &mut Bed) -> Result<()> {
 
 fn changed(bed: &mut Bed) -> Result<()> {
     fs::write(POLICIES, policies("Observe"))?;
-    let started = bed.burst("changed", WATCHED, 1_000_000)?;
+    let started = bed.burst("changed", WATCHED)?;
     wait_watched("changed", 1)?;
     touched(&started)?;
     fs::write(POLICIES, policies("Act"))?;

@@ -24,13 +24,14 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{Kinds, burst_words, log_uniform, mib, overgrant, parse_kinds, thousandths},
+    gate,
     record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
 };
 use crate::{
     agent::Agent,
     load::{BurstResult, Kind},
-    node::{ApiServer, Node},
+    node::{ApiServer, Node, wait},
     pods::{Cluster, Spec},
     sampler::Sample,
 };
@@ -160,6 +161,13 @@ fn is_adopted(ledger: &[LedgerRecord]) -> bool {
     ledger.iter().any(adopts)
 }
 
+/// Whether an agent that was started after `since` has adopted a cgroup.
+pub(super) fn is_guarded_since(cgroup: &Cgroup, since: Nanos) -> bool {
+    let ledger = ledger_of(cgroup.id());
+    let mut records = ledger.iter();
+    records.any(|record| matches!(record, LedgerRecord::Adopt { at, .. } if *at >= since))
+}
+
 /// Whether the agent has adopted a cgroup.
 pub(super) fn is_guarded(cgroup: &Cgroup) -> bool {
     is_adopted(&ledger_of(cgroup.id()))
@@ -216,6 +224,8 @@ impl Record {
 }
 
 const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+/// Time in which a pod must be guarded, however slow the machine.
+const GUARDED: Duration = Duration::from_secs(60);
 /// A pod that lasts longer is broken; the longest on purpose is a plateau of ten minutes.
 const LONGEST: Nanos = Nanos::millis(1_800_000);
 
@@ -298,7 +308,7 @@ fn run_pod(
     max: Option<Bytes>,
 ) -> Result<Outcome> {
     let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
-    // Time for the kubelet to report it running, and for the agent to adopt it.
+    // Time for the kubelet to report it running.
     let mut command: Vec<String> = ["/bellows-guest", "load"]
         .into_iter()
         .map(str::to_owned)
@@ -308,6 +318,7 @@ fn run_pod(
     if max.is_some() {
         let again = case.again_after_ms.to_string();
         command.extend(["--again-after-ms", &again, "--after-ms", "120000"].map(str::to_owned));
+        command.extend(gate::closed());
     }
     let name = format!("{variant}-{}", case.index);
     observe(
@@ -344,6 +355,10 @@ pub(super) fn observe(
     let sampler = probe.sample(move || Some(watched.clone()));
     let start = now();
     let looking = Looking::start(name, &cgroup);
+    if spec.command.ends_with(&gate::closed()) {
+        wait("it is guarded", GUARDED, || Ok(is_guarded(&cgroup)))?;
+        gate::open_when_braked(&cgroup)?;
+    }
     let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, restored_after)?;
     let disagreed_ms = looking.finish()?;
     let wall_ms = now().since(start).as_millis();

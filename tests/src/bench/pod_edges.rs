@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
+    clock::now,
     ledger::Record as LedgerRecord,
 };
 use bellows_core::{Action, Bytes, pod, quantity};
@@ -20,8 +21,8 @@ use serde_json::{Value, json};
 use super::{
     bursts::burst_words,
     exec_cli::Record,
-    heaps,
-    pod_bursts::{ledger_of, results},
+    gate, heaps,
+    pod_bursts::{is_guarded_since, ledger_of, results},
     record::Records,
 };
 use crate::{
@@ -354,17 +355,8 @@ fn raised_by_a_predecessor(bed: &mut Bed) -> Result<()> {
     let command = ["/bellows-guest".to_owned(), "load".to_owned()]
         .into_iter()
         .chain(burst)
-        .chain(
-            [
-                "--rest-ms",
-                "4000",
-                "--hold-ms",
-                "3000",
-                "--after-ms",
-                "60000",
-            ]
-            .map(str::to_owned),
-        )
+        .chain(["--hold-ms", "3000", "--after-ms", "60000"].map(str::to_owned))
+        .chain(gate::closed())
         .collect();
     bed.cluster.create(&Spec {
         max: Some(Bytes::mib(512)),
@@ -372,6 +364,7 @@ fn raised_by_a_predecessor(bed: &mut Bed) -> Result<()> {
         ..spec(name)
     })?;
     let cgroup = bed.cluster.wait_running(name)?;
+    gate::open_when_braked(&cgroup)?;
     let limit_becomes = |what: &str, is_met: &dyn Fn(Bytes) -> bool| {
         wait(what, Duration::from_secs(60), || {
             Ok(is_met(cgroup.limit("memory.max")?.bytes()))
@@ -392,7 +385,8 @@ fn braked_for_its_probe(cluster: &Cluster) -> Result<()> {
     let command = ["/bellows-guest".to_owned(), "load".to_owned()]
         .into_iter()
         .chain(burst_words(Bytes::mib(32), Bytes::mib(200), 2))
-        .chain(["--rest-ms", "6000", "--after-ms", "60000"].map(str::to_owned))
+        .chain(["--after-ms", "60000"].map(str::to_owned))
+        .chain(gate::closed())
         .collect();
     let probe = json!({
         "exec": { "command": ["/bellows-guest", "load", "touch", "4096"] },
@@ -408,6 +402,7 @@ fn braked_for_its_probe(cluster: &Cluster) -> Result<()> {
         ..spec(name)
     })?;
     let cgroup = cluster.wait_running(name)?;
+    gate::open_when_braked(&cgroup)?;
     wait("the burst is over", Duration::from_secs(60), || {
         Ok(!results(cluster, name)?.is_empty())
     })?;
@@ -440,7 +435,8 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
     let command = ["/bellows-guest".to_owned(), "load".to_owned()]
         .into_iter()
         .chain(burst_words(Bytes::mib(32), Bytes::mib(200), 2))
-        .chain(["--rest-ms", "5000", "--after-ms", "60000"].map(str::to_owned))
+        .chain(["--after-ms", "60000"].map(str::to_owned))
+        .chain(gate::closed())
         .collect();
     cluster.create(&Spec {
         max: Some(Bytes::mib(512)),
@@ -457,6 +453,8 @@ fn whole_pod(cluster: &Cluster) -> Result<()> {
         .parent()
         .context("a container is in a pod")?;
     let pod = Cgroup::open(path)?;
+    gate::wait_braked(&pod)?;
+    gate::open(&container)?;
     let outcome = wait("the burst is over", Duration::from_secs(60), || {
         Ok(!results(cluster, name)?.is_empty())
     })
@@ -500,6 +498,9 @@ fn at_once(cluster: &Cluster) -> Result<()> {
     for name in PODS {
         original(cluster, name, "load=64Mi")?;
     }
+    for cgroup in cgroups.iter().flatten() {
+        gate::wait_braked(cgroup)?;
+    }
     File::create(START)?;
     let (mut bursts, mut failures) = (Vec::new(), Vec::new());
     for (name, cgroup) in PODS.iter().zip(cgroups) {
@@ -528,8 +529,11 @@ fn at_once(cluster: &Cluster) -> Result<()> {
 /// Six jobs that need twice the maximum: without elastic parallelism some are killed, with it all end.
 fn jobs_wait(cluster: &Cluster) -> Result<()> {
     let max = "128Mi";
-    let script = "sleep 6; for n in 1 2 3 4 5 6; do bellows-guest load job 40Mi 600 & all=\"$all $!\"; done; \
-         code=0; for one in $all; do wait $one || code=1; done; echo \"{\\\"code\\\":$code}\"; sleep 300";
+    let begin = "/run/begin-jobs";
+    let script = format!(
+        "until [ -e {begin} ]; do sleep 0.1; done; for n in 1 2 3 4 5 6; do bellows-guest load job 40Mi 600 & all=\"$all $!\"; done; \
+         code=0; for one in $all; do wait $one || code=1; done; echo \"{{\\\"code\\\":$code}}\"; sleep 300"
+    );
     let command = [
         "/bellows-guest",
         "load",
@@ -537,7 +541,7 @@ fn jobs_wait(cluster: &Cluster) -> Result<()> {
         "/host",
         "sh",
         "-c",
-        script,
+        &script,
     ];
     let code_of = |name: &str, parallelism: &str| -> Result<(i64, u64)> {
         let spec = Spec {
@@ -548,8 +552,11 @@ fn jobs_wait(cluster: &Cluster) -> Result<()> {
         let annotations = json!({
             pod::MODE: "Act", pod::MAX_MEMORY: max, pod::PARALLELISM: parallelism
         });
+        drop(fs::remove_file(begin));
         cluster.create_with(&spec, &annotations, false)?;
         let cgroup = cluster.wait_running(name)?;
+        gate::wait_braked(&cgroup)?;
+        File::create(begin)?;
         let mut said = Vec::new();
         let is_over = wait("its jobs have ended", Duration::from_secs(120), || {
             said = cluster.said(name)?;
@@ -616,7 +623,12 @@ fn foreign_brake(bed: &mut Bed) -> Result<()> {
     let opt_in = json!({ pod::MODE: "Act", pod::MAX_MEMORY: "512Mi" });
     bed.cluster.annotate(name, &opt_in)?;
     original(&bed.cluster, name, "load=64Mi")?;
+    let died = now();
     without_agent(bed, |_| Ok(()))?;
+    wait("the next agent guards it", LONG, || {
+        Ok(is_guarded_since(&cgroup, died))
+    })?;
+    // What it may do to the brake.
     thread::sleep(Duration::from_secs(3));
     let high = cgroup.limit("memory.high")?;
     bed.cluster.delete(name)?;
@@ -677,7 +689,8 @@ fn limit_range(cluster: &Cluster) -> Result<()> {
     let command = ["/bellows-guest".to_owned(), "load".to_owned()]
         .into_iter()
         .chain(burst_words(Bytes::mib(32), Bytes::mib(120), 2))
-        .chain(["--rest-ms", "6000", "--after-ms", "60000"].map(str::to_owned))
+        .chain(["--after-ms", "60000"].map(str::to_owned))
+        .chain(gate::closed())
         .collect();
     cluster.create(&Spec {
         max: Some(Bytes::mib(512)),
@@ -686,6 +699,7 @@ fn limit_range(cluster: &Cluster) -> Result<()> {
         ..spec(name)
     })?;
     let cgroup = cluster.wait_running(name)?;
+    gate::open_when_braked(&cgroup)?;
     let is_over = wait("the burst is over", Duration::from_secs(60), || {
         Ok(!results(cluster, name)?.is_empty())
     });
@@ -764,6 +778,9 @@ fn under_one_quota(cluster: &Cluster) -> Result<()> {
     }
     for name in &names {
         original(cluster, name, "load=64Mi")?;
+    }
+    for cgroup in &cgroups {
+        gate::wait_braked(cgroup)?;
     }
     File::create(START)?;
     let (mut most, begun) = (Bytes::ZERO, Instant::now());
