@@ -3,11 +3,14 @@
 use std::{fs, thread, time::Duration};
 
 use anyhow::{Result, ensure};
+use bellows::clock::now;
 use bellows_core::{Bytes, Cpu};
 
 use super::{
     container_bursts::is_at_rest,
-    container_edges::{Bed, Case},
+    container_edges::{Bed, Case, wait_guarded},
+    gate,
+    pod_bursts::is_guarded_since,
     throttle::has_cpu,
 };
 use crate::{
@@ -79,16 +82,22 @@ fn program(bed: &mut Bed) -> Result<()> {
     let words = [
         "/bin/sh",
         "-c",
-        "sleep 5; /bin/dash -e -c 'sleep 40 & sleep 3'; sleep 600",
+        "until [ -e /begin ]; do sleep 0.1; done; /bin/dash -e -c 'sleep 40 & sleep 3'; sleep 600",
     ];
     let started = bed.machine.run(&spec("program", "program", &words))?;
-    thread::sleep(Duration::from_secs(3));
+    wait_guarded(&started)?;
     ensure!(!lent_cpu(&started)?, "another program is lent something");
+    gate::open(&started.cgroup)?;
     wait("it is lent both", BEGUN, || {
         Ok(lent_cpu(&started)? && started.cgroup.limit("memory.max")?.bytes() == LENT)
     })?;
+    let died = now();
     restart(bed, &policies)?;
-    thread::sleep(Duration::from_secs(6));
+    wait("the next agent knows of it", BEGUN, || {
+        Ok(is_guarded_since(&started.cgroup, died))
+    })?;
+    // Time to end it, if that were what it does.
+    thread::sleep(Duration::from_secs(2));
     ensure!(lent_cpu(&started)?, "the next agent has ended it");
     let end = wait("the program has ended", Duration::from_secs(60), || {
         Ok(!lent_cpu(&started)?)
