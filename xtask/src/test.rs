@@ -403,7 +403,9 @@ fn node(checks: &mut Checks) -> Result<()> {
             at_least(summary, "attempts", 405.0)?;
             // How many depends on the machine.
             at_least(summary, "guarded", 105.0)?;
-            for key in ["misattributed", "missed_real", "fd_growth"] {
+            // Those that were guarded.
+            at_least(summary, "bursts", 1.0)?;
+            for key in ["misattributed", "missed_real", "fd_growth", "bursts_killed"] {
                 at_most(summary, key, 0.0)?;
             }
             Ok(())

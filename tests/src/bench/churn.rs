@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -56,10 +56,14 @@ const PEAK: Bytes = Bytes::mib(160);
 const MAX: Bytes = Bytes::mib(512);
 /// One in so many bursts.
 const BURSTS: u64 = 100;
+/// Whoever is to burst and is not guarded after so long does not.
+const FOUND: Nanos = Nanos::millis(30_000);
 /// Whoever lives for so long must have been guarded.
 const LONG: Nanos = Nanos::millis(3000);
 /// Containers before the measurement: what is allocated once is there then.
 const BEFORE: u64 = 400;
+/// Looks at what it has, of which the least counts.
+const LOOKS: u64 = 5;
 /// The files in which the agent keeps what containers had.
 const RECORDS: &str = "/run/bellows/containers";
 
@@ -72,7 +76,7 @@ struct One {
     lived_ms: u64,
     /// Where the agent said that it was when it began to guard it.
     guarded: Option<PathBuf>,
-    /// Whether it has burst, and how that went.
+    /// How its burst went, where it was guarded when that began.
     burst: Option<Burst>,
     /// Memory limits that were asked for it.
     updates: Vec<i64>,
@@ -121,6 +125,10 @@ fn not_real(options: &Options, policies: &str, records: &mut Records) -> Result<
     let fake = Fake::start(Path::new(SOCKET), Kind::Own)?;
     let mut agent = Standalone::start_with(policies, &["--runtime-endpoint", SOCKET], None)?;
     let mut random = fastrand::Rng::with_seed(options.seed);
+    // What an agent has that is not there yet says nothing.
+    let mut first = born(&fake, &mut random, BEFORE + options.n, false)?;
+    wait_guarded(&first.one.id)?;
+    gone(&fake, &mut first.one)?;
     churn(&fake, &mut random, 0..BEFORE, false)?;
     let before = settled(&agent)?;
     let (ones, made_ms) = churn(&fake, &mut random, BEFORE..BEFORE + options.n, true)?;
@@ -152,7 +160,30 @@ struct Living {
     one: One,
     until: Nanos,
     born: Nanos,
-    burst: Option<Child>,
+    burst: Option<Waiting>,
+}
+
+/// A load that bursts when there is a file.
+struct Waiting {
+    process: Child,
+    file: PathBuf,
+    has_begun: bool,
+}
+
+impl Waiting {
+    /// Has it begun as soon as it is guarded, of which its brake comes last. One that nobody guards is ended.
+    fn follow(&mut self, cgroup: &Path, born: Nanos) -> Result<()> {
+        if self.has_begun {
+            return Ok(());
+        }
+        if Cgroup::open(cgroup)?.limit("memory.high")? != Limit::Max {
+            File::create(&self.file)?;
+            self.has_begun = true;
+        } else if now().since(born) > FOUND {
+            self.process.kill()?;
+        }
+        Ok(())
+    }
 }
 
 /// Makes one after the other, each of which lives for its time, and waits until all are gone. Returns how long it took
@@ -175,6 +206,11 @@ fn churn(
             living.push(born(fake, random, number, bursts)?);
             made += 1;
             made_ms = now().since(begun).as_millis();
+        }
+        for one in &mut living {
+            if let Some(burst) = &mut one.burst {
+                burst.follow(&one.one.path, one.born)?;
+            }
         }
         for mut ended in take_ended(&mut living)? {
             ended.one.lived_ms = now().since(ended.born).as_millis();
@@ -214,12 +250,20 @@ fn born(fake: &Fake, random: &mut fastrand::Rng, number: u64, bursts: bool) -> R
     let born = now();
     let burst = bursts.then(|| {
         let words = burst_words(Bytes::mib(8), PEAK, 1);
+        let file = PathBuf::from(format!("/run/fake/begin-{number}"));
         let mut command = Command::new(GUEST);
-        // Time for the agent to find it among the others.
-        command.arg("load").args(words).args(["--rest-ms", "3000"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.arg("load").args(words).arg("--rest-until");
+        command
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         cgroup.admit(&mut command)?;
-        command.spawn().context("spawn a burst")
+        let process = command.spawn().context("spawn a burst")?;
+        Ok::<_, anyhow::Error>(Waiting {
+            process,
+            file,
+            has_begun: false,
+        })
     });
     let lives = Nanos::millis(random.u64(200..4000));
     Ok(Living {
@@ -243,11 +287,10 @@ fn take_ended(living: &mut Vec<Living>) -> Result<Vec<Living>> {
     let (mut ended, mut left) = (Vec::new(), Vec::new());
     for mut one in living.drain(..) {
         if let Some(burst) = &mut one.burst {
-            if let Some(status) = burst.try_wait()? {
-                one.one.burst = Some(Burst {
-                    oom_kill: Cgroup::open(&one.one.path)?.events()?.oom_kill,
-                    code: status.code(),
-                });
+            if let Some(status) = burst.process.try_wait()? {
+                let oom_kill = Cgroup::open(&one.one.path)?.events()?.oom_kill;
+                let code = status.code();
+                one.one.burst = burst.has_begun.then_some(Burst { oom_kill, code });
                 ended.push(one);
                 continue;
             }
@@ -272,6 +315,12 @@ fn gone(fake: &Fake, one: &mut One) -> Result<()> {
     Ok(fs::remove_dir(pod)?)
 }
 
+fn wait_guarded(id: &str) -> Result<()> {
+    wait("the first is guarded", Duration::from_secs(60), || {
+        Ok(guarded().contains_key(id))
+    })
+}
+
 /// What the agent has said that it guards, by id.
 fn guarded() -> BTreeMap<String, PathBuf> {
     let log = log_text("bellows");
@@ -285,7 +334,7 @@ fn guarded() -> BTreeMap<String, PathBuf> {
     told.collect()
 }
 
-/// What the agent has once it has forgotten everybody.
+/// The least that the agent has once it has forgotten everybody.
 fn settled(agent: &Standalone) -> Result<Has> {
     wait(
         "the agent has forgotten all",
@@ -295,8 +344,21 @@ fn settled(agent: &Standalone) -> Result<Has> {
             Ok(left == 0)
         },
     )?;
-    // What is let go of asynchronously.
-    thread::sleep(Duration::from_secs(3));
+    // What is let go of asynchronously, or was opened for a moment.
+    let mut least = looked(agent)?;
+    for _ in 0..LOOKS {
+        thread::sleep(Duration::from_secs(1));
+        let Has {
+            files,
+            resident_kib,
+        } = looked(agent)?;
+        least.files = least.files.min(files);
+        least.resident_kib = least.resident_kib.min(resident_kib);
+    }
+    Ok(least)
+}
+
+fn looked(agent: &Standalone) -> Result<Has> {
     let process = agent.agent()?;
     let files = fs::read_dir(format!("/proc/{process}/fd"))?.count();
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
@@ -313,16 +375,21 @@ fn settled(agent: &Standalone) -> Result<Has> {
 fn real(options: &Options, policies: &str, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let mut agent = Standalone::start(policies)?;
+    let spec = |name: &str| {
+        let command = ["/bellows-guest", "load", "pause"].map(str::to_owned);
+        Spec {
+            limit: Some(LIMIT),
+            labels: vec![("guard".to_owned(), GUARDED.to_owned())],
+            ..Spec::of(name, command.to_vec())
+        }
+    };
+    let first = machine.run(&spec("first"))?;
+    wait_guarded(&first.id)?;
+    machine.remove(&first)?;
     let before = settled(&agent)?;
     let mut started = Vec::new();
     for number in 0..options.starts {
-        let command = ["/bellows-guest", "load", "pause"].map(str::to_owned);
-        let spec = Spec {
-            limit: Some(LIMIT),
-            labels: vec![("guard".to_owned(), GUARDED.to_owned())],
-            ..Spec::of(&format!("real-{number}"), command.to_vec())
-        };
-        started.push((machine.run(&spec)?, now()));
+        started.push((machine.run(&spec(&format!("real-{number}")))?, now()));
     }
     // All live, so all must be found; what is not is told by the records.
     let all = wait("all are guarded", Duration::from_secs(30), || {
@@ -386,7 +453,10 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     });
     let is_elsewhere = |one: &One| one.guarded.as_ref().is_some_and(|path| *path != one.path);
     let is_for_nothing = |one: &One| one.burst.is_none() && !one.updates.is_empty();
-    let killed = |one: &One| one.burst.is_some_and(|burst| burst.oom_kill > 0);
+    let killed = |one: &One| {
+        one.burst
+            .is_some_and(|burst| burst.oom_kill > 0 || burst.code != Some(0))
+    };
     let lived: Vec<f64> = ones.iter().map(|one| one.lived_ms as f64).collect();
     Ok(json!({
         "attempts": ones.len(),
