@@ -31,6 +31,7 @@ use super::{
     container_bursts::{is_at_rest, limits, said},
     container_edges::recorded,
     deaths::is_held,
+    gate,
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -114,6 +115,11 @@ impl Fault {
         .contains(&self)
     }
 
+    /// Whether it must be there while the container bursts. The other two are over before that, by what they are.
+    fn meets_burst(self) -> bool {
+        ![Self::RingOverflow, Self::AgentKilled(Step::Rest)].contains(&self)
+    }
+
     /// The metric that must tell of it.
     const fn metric(self) -> Option<&'static str> {
         match self {
@@ -134,7 +140,9 @@ struct Case {
     limit: Bytes,
     peak: Bytes,
     threads: u64,
-    /// Milliseconds from the start of the container to the fault, where nothing else is waited for.
+    /// Whether it comes before the burst, where it lasts until that; else after the burst's begin.
+    is_first: bool,
+    /// Milliseconds from the one to the other, where nothing else is waited for.
     after_ms: u64,
     /// How long it lasts.
     lasts_ms: u64,
@@ -147,18 +155,23 @@ struct Times {
     over: u64,
     /// From when to when there was no agent that guarded it.
     unguarded: Option<(u64, u64)>,
+    /// Whether a raise was in force before what comes after the fault is looked at.
+    is_raised: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
     case: Case,
-    /// Whether the moment for it came.
+    /// Whether the moment for it came, and it was there while the container burst.
     attempted: bool,
+    /// What the load has said, such as when its burst began and ended.
+    said: Vec<Value>,
     times: Times,
     oom_kill: u64,
     /// When its first kill was seen.
     killed_at: u64,
-    /// From the fault's end until cgroup, pod and runtime agreed, and nobody was held; `None` if it was dead.
+    /// From the fault's end, or from the first raise where that came later, until cgroup, pod and runtime agreed, and
+    /// nobody was held; `None` if it was dead.
     agreed_ms: Option<u64>,
     /// From the end of its burst, or of the fault, until all was as before.
     restored_ms: Option<u64>,
@@ -190,7 +203,8 @@ enum Line {
 
 const GUARDED: &str = "faults";
 const MAX: Bytes = Bytes::mib(1024);
-const REST_MS: u64 = 6000;
+/// How long a burst stays at its peak: no fault that comes right after its begin comes too late.
+const HOLD_MS: u64 = 3000;
 const SOCKET: &str = "/run/late/late.sock";
 const METRICS: &str = "127.0.0.1:9464";
 /// Where the agent has its state, and what takes its room.
@@ -236,7 +250,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
                 limit,
                 peak: limit.scaled(random.u64(3..=6), 1),
                 threads: random.u64(1..=4),
-                after_ms: random.u64(REST_MS - 1500..=REST_MS + 300),
+                is_first: random.bool(),
+                after_ms: random.u64(0..=300),
                 lasts_ms: random.u64(1000..=6000),
             };
             let record = bed.run_case(case)?;
@@ -299,9 +314,10 @@ impl Bed {
         let started = self.machine.run(&spec(case))?;
         let watched = started.cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
-        let attempted = self.make(case, &started, &mut times)?;
+        let came = self.make(case, &started, &mut times)?;
         let (agreed_ms, restored_ms) = self.settle(case, &started, times)?;
         let track = sampler.finish();
+        let said = Machine::said(&started);
         let mut wrong = self.wrong(&started, case, track.oom_kill > 0);
         let after = metrics()?;
         self.machine.remove(&started)?;
@@ -325,7 +341,8 @@ impl Bed {
         }
         Ok(Record {
             case,
-            attempted,
+            attempted: came && (!case.fault.meets_burst() || is_between(&said, times)),
+            said,
             times,
             oom_kill: track.oom_kill,
             killed_at: track.killed_at_ns,
@@ -338,19 +355,48 @@ impl Bed {
 
     /// Makes the fault, and ends it; returns whether its moment came.
     fn make(&mut self, case: Case, started: &Started, times: &mut Times) -> Result<bool> {
+        if case.fault == Fault::RingOverflow {
+            self.overflow(times)?;
+            gate::wait_braked(&started.cgroup)?;
+            times.unguarded = Some((times.over, now().0));
+            gate::open(&started.cgroup)?;
+            return Ok(true);
+        }
+        gate::wait_braked(&started.cgroup)?;
         if let Fault::AgentKilled(step) = case.fault {
             return self.kill_agent(step, case, started, times);
         }
+        self.disturb(case, started, times)
+    }
+
+    /// Makes a fault beside an agent that lives.
+    fn disturb(&mut self, case: Case, started: &Started, times: &mut Times) -> Result<bool> {
+        let apart = Duration::from_millis(case.after_ms);
         let lasts = Duration::from_millis(case.lasts_ms);
-        if case.fault != Fault::RingOverflow {
-            wait("it is guarded", MOMENT, || Ok(recorded(started).is_some()))?;
-            let due = Nanos(started.at.0 + Nanos::millis(case.after_ms).0);
-            thread::sleep(Duration::from_nanos(due.since(now()).0));
-            times.fault = now().0;
+        // What lasts no time comes when there is something to be lost.
+        if case.fault == Fault::DaemonReload {
+            gate::open(&started.cgroup)?;
+            if !self.comes(started, || is_raised(case, started))? {
+                times.over = now().0;
+                return Ok(false);
+            }
+            times.is_raised = true;
+        } else if !case.is_first {
+            gate::open(&started.cgroup)?;
+            thread::sleep(apart);
         }
+        let begins_later = || {
+            if !case.is_first {
+                return Ok(());
+            }
+            thread::sleep(apart);
+            gate::open(&started.cgroup)
+        };
+        times.fault = now().0;
         match case.fault {
             Fault::RuntimeKilled => {
                 self.machine.kill_containerd()?;
+                begins_later()?;
                 thread::sleep(lasts);
                 self.machine.start_containerd()?;
             }
@@ -362,27 +408,44 @@ impl Bed {
                     &delays.answers
                 };
                 late.store(LATE_MS, Ordering::Relaxed);
+                begins_later()?;
                 thread::sleep(Duration::from_millis(LATE_MS) + lasts);
                 late.store(0, Ordering::Relaxed);
             }
             Fault::DaemonReload => drop(shell("systemctl daemon-reload")?),
             Fault::StateFull => {
                 fill(Path::new(FILLER))?;
+                begins_later()?;
                 thread::sleep(Duration::from_millis(LATE_MS));
                 fs::remove_file(FILLER)?;
             }
-            Fault::RingOverflow => {
-                let passing = Path::new(CGROUP_ROOT).join("passing");
-                for _ in 0..CGROUPS {
-                    fs::create_dir(&passing)?;
-                    fs::remove_dir(&passing)?;
-                }
-                self.cgroup.write("cgroup.freeze", "0")?;
-                times.unguarded = Some((times.fault, now().0));
-            }
-            Fault::AgentKilled(_) => {}
+            Fault::RingOverflow | Fault::AgentKilled(_) => {}
         }
         times.over = now().0;
+        Ok(true)
+    }
+
+    /// More begins than the ring of an agent holds that stands still; then it goes on.
+    fn overflow(&self, times: &mut Times) -> Result<()> {
+        let passing = Path::new(CGROUP_ROOT).join("passing");
+        for _ in 0..CGROUPS {
+            fs::create_dir(&passing)?;
+            fs::remove_dir(&passing)?;
+        }
+        self.cgroup.write("cgroup.freeze", "0")?;
+        times.over = now().0;
+        Ok(())
+    }
+
+    /// Waits for a moment for as long as the container lives; returns whether it came.
+    fn comes(&self, started: &Started, is_now: impl Fn() -> bool) -> Result<bool> {
+        let begun = now();
+        while !is_now() {
+            if now().since(begun) > LONGEST || self.machine.exit_code(started)?.is_some() {
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
         Ok(true)
     }
 
@@ -393,30 +456,28 @@ impl Bed {
         started: &Started,
         times: &mut Times,
     ) -> Result<bool> {
-        let limit = || Ok::<_, anyhow::Error>(started.cgroup.limit("memory.max")?.bytes());
         let asked = || Some(*recorded(started)?.limit?.asked.first()?);
-        let is_now = || -> Result<bool> {
-            Ok(match step {
-                Step::Rest => started.cgroup.limit("memory.high")? != Limit::Max,
-                Step::Held => is_held(&started.cgroup),
-                Step::Asked => asked().is_some_and(|to| to > case.limit) && limit()? == case.limit,
-                Step::Raised => limit()? > case.limit,
-                Step::Lowering => {
-                    let asked = asked();
-                    let limit = limit()?;
-                    limit > case.limit && asked.is_some_and(|to| to < limit)
-                }
-            })
-        };
-        let begun = now();
-        while !is_now()? {
-            if now().since(begun) > LONGEST || self.machine.exit_code(started)?.is_some() {
-                times.over = now().0;
-                return Ok(false);
+        let is_now = || match step {
+            Step::Rest => true,
+            Step::Held => is_held(&started.cgroup),
+            Step::Asked => {
+                asked().is_some_and(|to| to > case.limit) && limit_of(started) == Some(case.limit)
             }
-            thread::sleep(Duration::from_millis(1));
+            Step::Raised => is_raised(case, started),
+            Step::Lowering => {
+                let (asked, limit) = (asked(), limit_of(started));
+                is_raised(case, started) && asked.is_some() && asked < limit
+            }
+        };
+        if step != Step::Rest {
+            gate::open(&started.cgroup)?;
+        }
+        if !self.comes(started, is_now)? {
+            times.over = now().0;
+            return Ok(false);
         }
         times.fault = now().0;
+        times.is_raised = is_raised(case, started);
         self.cgroup.write("cgroup.kill", "1")?;
         drop(self.agent.take());
         thread::sleep(Duration::from_millis(500));
@@ -433,10 +494,14 @@ impl Bed {
             })
         });
         times.unguarded = Some((times.fault, now().0));
-        again.map(|()| true)
+        again?;
+        if step == Step::Rest {
+            gate::open(&started.cgroup)?;
+        }
+        Ok(true)
     }
 
-    /// Waits until all agree, and then until all is as before.
+    /// Waits until all agree that it is raised, and then until all is as before.
     fn settle(
         &self,
         case: Case,
@@ -445,12 +510,20 @@ impl Bed {
     ) -> Result<(Option<u64>, Option<u64>)> {
         let over = Nanos(times.over);
         let (mut agreed, mut end) = (None, None);
+        let mut raised = times.is_raised.then_some(over);
         loop {
             if self.machine.exit_code(started)?.is_some() {
                 return Ok((agreed, None));
             }
-            if agreed.is_none() && self.do_agree(started)? {
-                agreed = Some(now().since(over).as_millis());
+            // At rest all agree on what nobody has touched. Whose burst is over has been raised.
+            if raised.is_none() && (is_raised(case, started) || said(started).is_some()) {
+                raised = Some(now());
+            }
+            if let Some(raised) = raised
+                && agreed.is_none()
+                && self.do_agree(started)?
+            {
+                agreed = Some(now().since(raised).as_millis());
             }
             end = end.or_else(|| said(started).map(|said| Nanos(said.end_ns).max(over)));
             if let Some(end) = end
@@ -505,20 +578,31 @@ impl Bed {
 
 fn spec(case: Case) -> Spec {
     let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
-    // One that the agent sees only when it stands still no more has to wait for that.
-    let rest_ms = if case.fault == Fault::RingOverflow {
-        3 * REST_MS
-    } else {
-        REST_MS
-    };
-    let more = ["--rest-ms", &rest_ms.to_string(), "--after-ms", "300000"].map(str::to_owned);
+    let more = ["--hold-ms", &HOLD_MS.to_string(), "--after-ms", "300000"].map(str::to_owned);
     let mut command = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
-    command.extend(words.into_iter().chain(more));
+    command.extend(words.into_iter().chain(gate::closed()).chain(more));
     Spec {
         limit: Some(case.limit),
         labels: vec![("guard".to_owned(), GUARDED.to_owned())],
         ..Spec::of(&format!("fault-{}", case.index), command)
     }
+}
+
+/// Its limit, while it lives.
+fn limit_of(started: &Started) -> Option<Bytes> {
+    started.cgroup.limit("memory.max").map(Limit::bytes).ok()
+}
+
+fn is_raised(case: Case, started: &Started) -> bool {
+    limit_of(started).is_some_and(|limit| limit > case.limit)
+}
+
+/// Whether a burst had begun before a fault was over, and was not over before the fault; by what the load has said.
+fn is_between(said: &[Value], times: Times) -> bool {
+    let of = |key: &str| said.iter().find_map(|said| said[key].as_u64());
+    let has_begun = of("start_ns").is_some_and(|begun| begun <= times.over);
+    // One that was killed has not said when it ended.
+    has_begun && of("end_ns").is_none_or(|ended| ended >= times.fault)
 }
 
 /// Takes all room that is left.
@@ -608,4 +692,29 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "losses_uncounted": count(&Record::is_uncounted),
         "by_fault": by_fault.collect::<serde_json::Map<_, _>>(),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_meets_a_burst_that_it_overlaps() {
+        let times = Times {
+            fault: 100,
+            over: 200,
+            ..Times::default()
+        };
+        let said = |begun: u64, ended: Option<u64>| {
+            let begun = [json!({ "start_ns": begun })].into_iter();
+            let ended = ended.map(|ended| json!({ "end_ns": ended }));
+            begun.chain(ended).collect::<Vec<_>>()
+        };
+        assert!(is_between(&said(150, Some(300)), times));
+        assert!(is_between(&said(50, Some(150)), times));
+        assert!(is_between(&said(50, None), times), "it was killed");
+        assert!(!is_between(&said(201, Some(300)), times), "it came later");
+        assert!(!is_between(&said(50, Some(99)), times), "it was over");
+        assert!(!is_between(&[], times), "there was none");
+    }
 }
