@@ -4,7 +4,8 @@
 use std::{fs, path::Path, thread, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use bellows_core::Bytes;
+use bellows::clock::now;
+use bellows_core::{Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,6 +14,7 @@ use super::{
     record::{Records, parsed, percentile, rounded},
     runner::{Outcome, Runner, set_thp},
 };
+use crate::node::wait;
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
@@ -33,8 +35,10 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     seed: u64,
-    /// Milliseconds after its start when the multi-gen LRU was switched, and to what.
-    flipped: Option<(u64, bool)>,
+    /// How many milliseconds after the load's begin the multi-gen LRU was to be switched, and to what.
+    flip: Option<(u64, bool)>,
+    /// When that was done, `CLOCK_MONOTONIC`.
+    flipped: Option<Nanos>,
     limit: Bytes,
     file: Bytes,
     /// Zero for cache alone.
@@ -74,23 +78,26 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
                 "4000",
             ];
             let load = runner.load(&words.into_iter().chain(nested).collect::<Vec<_>>());
-            let flipped = if options.flip_lru {
+            let flip = if options.flip_lru {
                 Some((random.u64(300..=3000), !lru_is_on()?))
             } else {
                 None
             };
-            let flipping = thread::spawn(move || flipped.map_or(Ok(()), flip));
+            let flipping = flip.map(|flip| thread::spawn(move || switch(flip)));
             let bellows = runner.bellows(limit, limit.scaled(16, 1), &[], &load)?;
-            flipping
-                .join()
-                .map_err(|_panic| anyhow!("the thread that switches the LRU panicked"))??;
+            let flipped = flipping.map(|flipping| {
+                let joined = flipping.join();
+                joined.map_err(|_panic| anyhow!("the thread that switches the LRU panicked"))?
+            });
+            let flipped = flipped.transpose().context(bellows.stderr.clone())?;
             fs::remove_file(FILE)?;
             eprintln!(
-                "case {index}: limit {limit}, file {file}, anonymous {anonymous}, LRU {flipped:?}: {}",
+                "case {index}: limit {limit}, file {file}, anonymous {anonymous}, LRU {flip:?}: {}",
                 bellows.stderr
             );
             records.write(&Record {
                 seed: options.seed,
+                flip,
                 flipped,
                 limit,
                 file,
@@ -107,11 +114,29 @@ fn lru_is_on() -> Result<bool> {
     Ok(mask.trim() != "0x0000")
 }
 
-fn flip((after_ms, on): (u64, bool)) -> Result<()> {
+/// Switches it while the load reads and writes, and returns when that was. The load makes its file when it begins, which
+/// is some time after `bellows exec` does.
+fn switch((after_ms, on): (u64, bool)) -> Result<Nanos> {
+    wait("the load begins", Duration::from_secs(120), || {
+        Ok(Path::new(FILE).exists())
+    })?;
     thread::sleep(Duration::from_millis(after_ms));
     fs::write(LRU, if on { "y" } else { "n" })?;
     ensure!(lru_is_on()? == on, "the LRU was not switched");
-    Ok(())
+    Ok(now())
+}
+
+impl Record {
+    /// Whether the LRU was switched while the load was at it.
+    fn is_flipped_meanwhile(&self) -> bool {
+        let said = |key: &str| self.bellows.said[key].as_u64();
+        let (Some(flipped), Some(start), Some(end)) =
+            (self.flipped, said("start_ns"), said("end_ns"))
+        else {
+            return false;
+        };
+        (start..=end).contains(&flipped.0)
+    }
 }
 
 pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
@@ -141,7 +166,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         .collect();
     Ok(json!({
         "cases": records.len(),
-        "flips": records.iter().filter(|record| record.flipped.is_some()).count(),
+        "flips": records.iter().filter(|record| record.is_flipped_meanwhile()).count(),
         "killed": records.iter().filter(|record| record.bellows.killed()).count(),
         "demand_cache_only_per_mille_max": alone.iter().filter_map(demand).max(),
         "raises_cache_only": alone.iter().filter_map(raises).sum::<u64>(),

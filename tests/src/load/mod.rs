@@ -188,6 +188,7 @@ fn run_cache(cache: &Cache) -> Result<()> {
     let chunks = size(cache.size)? / MIB;
     let anonymous = Mapping::new(size(cache.anonymous)?)?;
     let share = size(cache.anonymous)? / chunks.max(1);
+    let start = now();
     let mut file = File::create(&cache.file).with_context(|| cache.file.display().to_string())?;
     for index in 0..chunks {
         file.write_all(&chunk)?;
@@ -200,7 +201,7 @@ fn run_cache(cache: &Cache) -> Result<()> {
         while file.read(&mut buffer)? > 0 {}
     }
     thread::sleep(Duration::from_millis(cache.hold_ms));
-    say(&serde_json::json!({ "chunks": chunks, "end_ns": now().0 }))?;
+    say(&serde_json::json!({ "chunks": chunks, "start_ns": start.0, "end_ns": now().0 }))?;
     drop(anonymous);
     Ok(())
 }
