@@ -7,26 +7,40 @@
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use bellows::priority::{REFLEX, try_real_time};
+use bellows::{
+    clock::now,
+    priority::{REFLEX, try_real_time},
+};
+use bellows_core::Nanos;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// How often each CPU is tried.
-const BEAT: Duration = Duration::from_millis(5);
+const BEAT: Nanos = Nanos::millis(5);
 /// Above all that is measured.
 const ABOVE: i32 = REFLEX + 40;
+
+/// Whoever is woken this much too late was not held up by other threads alone.
+const LATE: Nanos = Nanos::millis(10);
+
+/// A time for which a CPU stood still.
+#[derive(Clone, Copy, Debug)]
+struct Standstill {
+    from: Nanos,
+    to: Nanos,
+}
 
 /// The threads; they end with this.
 pub(crate) struct Heartbeat {
     ended: Arc<AtomicBool>,
-    latest_us: Arc<AtomicU64>,
+    standstills: Arc<Mutex<Vec<Standstill>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -38,11 +52,11 @@ impl Heartbeat {
     /// When one cannot be had, or not on its CPU at its priority.
     pub(crate) fn start() -> Result<Self> {
         let ended = Arc::new(AtomicBool::new(false));
-        let latest_us = Arc::new(AtomicU64::new(0));
+        let standstills = Arc::<Mutex<Vec<Standstill>>>::default();
         let all = sched_getaffinity(None)?;
         let cpus = (0..CpuSet::MAX_CPU).filter(|&cpu| all.is_set(cpu));
         let threads = cpus.map(|cpu| {
-            let (ended, latest_us) = (Arc::clone(&ended), Arc::clone(&latest_us));
+            let (ended, standstills) = (Arc::clone(&ended), Arc::clone(&standstills));
             let (ready, is_ready) = std::sync::mpsc::channel();
             let thread = thread::Builder::new().spawn(move || {
                 let mut only = CpuSet::new();
@@ -52,7 +66,7 @@ impl Heartbeat {
                     .and_then(|()| try_real_time(ABOVE));
                 let is_prepared = prepared.is_ok();
                 if ready.send(prepared).is_ok() && is_prepared {
-                    beat(&ended, &latest_us);
+                    beat(&ended, &standstills);
                 }
             })?;
             is_ready
@@ -64,14 +78,21 @@ impl Heartbeat {
         let threads = threads.collect::<Result<_>>()?;
         Ok(Self {
             ended,
-            latest_us,
+            standstills,
             threads,
         })
     }
 
-    /// The longest time, in microseconds, for which a CPU has stood still since this was asked last.
-    pub(crate) fn take(&self) -> u64 {
-        self.latest_us.swap(0, Ordering::Relaxed)
+    /// Forgets what was before.
+    pub(crate) fn forget(&self) {
+        let all = self.standstills.lock();
+        all.unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// The longest time for which a CPU has stood still that was not over before `from`, and had begun before `to`.
+    pub(crate) fn longest(&self, from: Nanos, to: Nanos) -> Nanos {
+        let all = self.standstills.lock();
+        longest(&all.unwrap_or_else(PoisonError::into_inner), from, to)
     }
 }
 
@@ -86,12 +107,42 @@ impl Drop for Heartbeat {
     }
 }
 
-fn beat(ended: &AtomicBool, latest_us: &AtomicU64) {
+fn longest(all: &[Standstill], from: Nanos, to: Nanos) -> Nanos {
+    let within = all.iter().filter(|one| one.to >= from && one.from <= to);
+    let longest = within.map(|one| one.to.since(one.from)).max();
+    longest.unwrap_or(Nanos(0))
+}
+
+fn beat(ended: &AtomicBool, standstills: &Mutex<Vec<Standstill>>) {
     while !ended.load(Ordering::Relaxed) {
-        let before = Instant::now();
-        thread::sleep(BEAT);
-        let late = before.elapsed().saturating_sub(BEAT);
-        let late = u64::try_from(late.as_micros()).unwrap_or(u64::MAX);
-        latest_us.fetch_max(late, Ordering::Relaxed);
+        let due = Nanos(now().0 + BEAT.0);
+        thread::sleep(Duration::from_nanos(BEAT.0));
+        let woken = now();
+        if woken.since(due) >= LATE {
+            let mut all = standstills.lock().unwrap_or_else(PoisonError::into_inner);
+            all.push(Standstill {
+                from: due,
+                to: woken,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_shortly_before_counts() {
+        let still = |from, to| Standstill {
+            from: Nanos::millis(from),
+            to: Nanos::millis(to),
+        };
+        let all = [still(100, 900), still(2000, 2150), still(5000, 5500)];
+        let longest = |from, to| longest(&all, Nanos::millis(from), Nanos::millis(to)).as_millis();
+        assert_eq!(longest(0, 10_000), 800);
+        assert_eq!(longest(1000, 3000), 150);
+        assert_eq!(longest(2100, 2100), 150, "it lasted then");
+        assert_eq!(longest(3000, 4000), 0);
     }
 }

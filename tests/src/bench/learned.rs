@@ -307,7 +307,7 @@ fn build_alone(runner: &Runner, case: Case, run: u64) -> Result<Record> {
         format!("make --silent -C /build-load UNITS={units} WIDTH={width} -j{jobs} O={out}");
     let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
     let began = now();
-    let outcome = runner.bellows(limit, MAX, &[], &words)?;
+    let outcome = runner.bellows_again(limit, MAX, &[], &words)?;
     shell(&format!("rm -rf {out}"))?;
     let report = &outcome.report["report"];
     let number = |name: &str| report[name].as_u64().with_context(|| format!("no {name}"));

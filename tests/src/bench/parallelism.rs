@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use super::{
     build::{ROOT, SOURCES, prepare},
     record::{Records, parsed, percentile, rounded},
-    runner::{BELLOWS, Outcome, Runner},
+    runner::{BELLOWS, Outcome, Runner, forget_learnt},
 };
 use crate::node::wait;
 
@@ -503,6 +503,7 @@ impl Bench {
         let script = tool.script(&jobs, 8)?;
         let script = format!("({script}) 2>{PLACE}/said && touch {PLACE}/passed");
         let (memory, max) = (ceiling.per_mille(250).0.to_string(), ceiling.0.to_string());
+        forget_learnt()?;
         let mut guard = Command::new(BELLOWS)
             .args([
                 "exec",

@@ -1,7 +1,7 @@
 //! Running one load in a cgroup, watched from outside.
 
 use std::{
-    env, fs,
+    env, fs, io,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -15,9 +15,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use bellows::{
     cgroup::{Cgroup, Limit},
+    clock::now,
     signal::programs::{Kernel, Purpose},
 };
-use bellows_core::Bytes;
+use bellows_core::{Bytes, Nanos};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -29,6 +30,11 @@ use crate::{
 
 const ROOT: &str = "/sys/fs/cgroup";
 pub(crate) const BELLOWS: &str = "bellows";
+/// What `bellows exec` keeps of what runs have needed.
+const LEARNT: &str = "/run/bellows/learnt";
+/// Whoever stood still for longer than this before a kill is not its cause: a brake holds for seconds, and a burst that
+/// was late by then has caught up.
+const SHORTLY: Nanos = Nanos::millis(2000);
 
 /// How a load went.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -43,7 +49,7 @@ pub(crate) struct Outcome {
     pub(crate) killed_at_ns: u64,
     /// Microseconds from the start of the command to its end.
     pub(crate) wall_us: u64,
-    /// The longest time, in microseconds, for which a CPU of the machine stood still meanwhile.
+    /// The longest time, in microseconds, for which a CPU of the machine stood still shortly before the kill, or the end.
     #[serde(default)]
     pub(crate) stood_still_us: u64,
     /// What the load said of itself.
@@ -145,8 +151,20 @@ impl Runner {
         Ok(outcome)
     }
 
-    /// Runs a command under `bellows exec`.
+    /// Runs a command under `bellows exec`, for the first time as far as that knows.
     pub(crate) fn bellows(
+        &self,
+        memory: Bytes,
+        max: Bytes,
+        options: &[String],
+        words: &[String],
+    ) -> Result<Outcome> {
+        forget_learnt()?;
+        self.bellows_again(memory, max, options, words)
+    }
+
+    /// The same, with what it has learnt of earlier runs.
+    pub(crate) fn bellows_again(
         &self,
         memory: Bytes,
         max: Bytes,
@@ -183,7 +201,7 @@ impl Runner {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let start = Instant::now();
-        self.heartbeat.take();
+        self.heartbeat.forget();
         let child = command.spawn().context("run the load")?;
         let path = if cgroup.as_os_str().is_empty() {
             Path::new(ROOT).join(format!("bellows-exec-{}", child.id()))
@@ -197,7 +215,16 @@ impl Runner {
             stderr,
         } = child.wait_with_output()?;
         let wall_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let ended = now();
         let track = sampler.finish();
+        let is_seen = track.killed_at_ns > 0;
+        let last = if is_seen {
+            Nanos(track.killed_at_ns)
+        } else {
+            ended
+        };
+        let before = Nanos(last.0.saturating_sub(SHORTLY.0));
+        let stood_still = self.heartbeat.longest(before, last);
         Ok(Outcome {
             code: status
                 .code()
@@ -207,12 +234,20 @@ impl Runner {
             sleeps: track.sleeps,
             killed_at_ns: track.killed_at_ns,
             wall_us,
-            stood_still_us: self.heartbeat.take(),
+            stood_still_us: stood_still.0 / 1000,
             said: said(&stdout),
             samples: track.samples,
             report: Value::Null,
             stderr: String::from_utf8_lossy(&stderr).trim().to_owned(),
         })
+    }
+}
+
+/// Removes what runs have needed: another run of the same command would begin with more.
+pub(crate) fn forget_learnt() -> Result<()> {
+    match fs::remove_dir_all(LEARNT) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context(LEARNT),
+        _ => Ok(()),
     }
 }
 
