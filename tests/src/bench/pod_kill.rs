@@ -13,7 +13,7 @@ use bellows::{
     clock::now,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Action, Bytes, pod::ORIGINAL, quantity};
+use bellows_core::{Action, Bytes, Nanos, pod::ORIGINAL, quantity};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::{
     bursts::{log_uniform, mib},
     deaths::is_held,
-    pod_bursts::ledger_of,
+    pod_bursts::{ledger_of, results},
     pod_faults::{bursting, path_of_pod},
     record::{Records, parsed, rounded},
 };
@@ -97,7 +97,7 @@ struct Record {
     at_kill: [Option<Bytes>; 4],
     /// Whether its container died.
     is_dead: bool,
-    /// From the start of the next agent until all was as before.
+    /// From the start of the next agent, or the end of the burst where that came later, until all was as before.
     restored_ms: Option<u64>,
     /// What was wrong at the end.
     wrong: Vec<String>,
@@ -173,9 +173,16 @@ impl Bench {
         };
         while Duration::from_nanos(now().since(started).0) < RESTORED {
             record.is_dead = !self.cluster.is_running(&name)?;
+            // Before the burst is over all may be well for a moment, and what was begun is yet to come.
+            let burst = results(&self.cluster, &name)?.first().copied();
+            let is_over = record.is_dead || burst.is_some();
             record.wrong = self.wrong(&name, case.limit, &cgroup, &pod, record.is_dead)?;
+            if !is_over {
+                record.wrong.push("its burst is not over".to_owned());
+            }
             if record.wrong.is_empty() {
-                record.restored_ms = Some(now().since(started).as_millis());
+                let end = burst.map_or(started, |burst| Nanos(burst.end_ns).max(started));
+                record.restored_ms = Some(now().since(end).as_millis());
                 break;
             }
             thread::sleep(Duration::from_millis(200));
