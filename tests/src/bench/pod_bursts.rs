@@ -129,10 +129,15 @@ impl Outcome {
         raises(&self.ledger)
     }
 
-    /// Raises of the first burst.
-    fn first_raises(&self) -> impl Iterator<Item = (Nanos, Bytes)> {
-        let end = self.said.first().map_or(u64::MAX, |said| said.end_ns);
-        self.raises().filter(move |(at, _)| at.0 < end)
+    /// Raises of one of its bursts, of which the first is 0.
+    fn raises_of(&self, burst: usize) -> impl Iterator<Item = (Nanos, Bytes)> {
+        let end = |burst: usize| self.said.get(burst).map(|said| said.end_ns);
+        let before = burst
+            .checked_sub(1)
+            .map(|before| end(before).unwrap_or(u64::MAX));
+        let (before, end) = (before.unwrap_or(0), end(burst).unwrap_or(u64::MAX));
+        self.raises()
+            .filter(move |(at, _)| (before..end).contains(&at.0))
     }
 
     /// What it was granted from its start to the end of the first burst and, with `after`, on until
@@ -150,9 +155,20 @@ impl Outcome {
         &self.samples[..if after { lowered } else { burst }]
     }
 
-    /// What the raises of the first burst took, in microseconds.
-    fn api_times(&self) -> Vec<u64> {
-        answers(self.first_raises(), &self.samples)
+    /// What the raises of one of its bursts took, in microseconds.
+    fn api_times(&self, burst: usize) -> Vec<u64> {
+        answers(self.raises_of(burst), &self.samples)
+    }
+
+    /// By how much longer a burst that was raised stood still than one without a limit, over the slowest raise until then:
+    /// one for which a lowering is given up takes no time.
+    fn stall(&self, burst: usize, unlimited: &Self) -> Option<f64> {
+        let (with, without) = (self.said.get(burst)?, unlimited.said.first()?);
+        self.raises_of(burst).next()?;
+        let until_then = (0..=burst).flat_map(|burst| self.api_times(burst));
+        let slowest = until_then.max()?.max(1);
+        let longer = with.longest_gap_us.saturating_sub(without.longest_gap_us);
+        Some(longer as f64 / slowest as f64)
     }
 }
 
@@ -271,15 +287,15 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             case.thp,
             fate(record.fixed.killed(), "killed"),
             fate(record.bellows.killed(), "KILLED"),
-            record.bellows.first_raises().count(),
+            record.bellows.raises_of(0).count(),
             record
                 .bellows
-                .api_times()
+                .api_times(0)
                 .iter()
                 .map(|us| us / 1000)
                 .collect::<Vec<_>>(),
             case.again_after_ms,
-            record.bellows.raises().count() - record.bellows.first_raises().count(),
+            record.bellows.raises_of(1).count(),
             record.bellows.restored_after_ms,
         );
         records.write(&record)?;
@@ -496,6 +512,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let count =
         |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
     let (mut stalls, mut times) = (Vec::new(), Vec::new());
+    let (mut second_stalls, mut second_times) = (Vec::new(), Vec::new());
     let (mut overgrants, mut growing) = (Vec::new(), Vec::new());
     for Record {
         case,
@@ -506,14 +523,11 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     {
         overgrants.extend(overgrant(bellows.first_samples(true), case.limit));
         growing.extend(overgrant(bellows.first_samples(false), case.limit));
-        let api = bellows.api_times();
-        times.extend(api.iter().map(|&us| us as f64 / 1e6));
-        let gap = |outcome: &Outcome| outcome.said.first().map(|said| said.longest_gap_us);
-        if let (Some(with), Some(without), Some(&slowest)) =
-            (gap(bellows), gap(unlimited), api.iter().max())
-        {
-            stalls.push(with.saturating_sub(without) as f64 / slowest.max(1) as f64);
-        }
+        let seconds = |us: u64| us as f64 / 1e6;
+        times.extend(bellows.api_times(0).into_iter().map(seconds));
+        second_times.extend(bellows.api_times(1).into_iter().map(seconds));
+        stalls.extend(bellows.stall(0, unlimited));
+        second_stalls.extend(bellows.stall(1, unlimited));
     }
     let sleeps: Vec<f64> = records
         .iter()
@@ -528,7 +542,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
             .iter()
             .filter(|record| record.case.growth_per_mille <= most);
         within
-            .map(|record| record.bellows.first_raises().count())
+            .map(|record| record.bellows.raises_of(0).count())
             .max()
     };
     let p = |values: &[f64], percent| rounded(percentile(values, percent));
@@ -550,6 +564,11 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "api_says_less_ms_max": p(&less, 100.0),
         "restored": count(&|record| record.bellows.restored_after_ms.is_some()),
         "kills_shrinking": count(&|record| record.bellows.killed() && !record.bellows.said.is_empty()),
+        "stall_vs_api_second_p50": p(&second_stalls, 50.0),
+        "stall_vs_api_second_max": p(&second_stalls, 100.0),
+        "api_seconds_second_p50": p(&second_times, 50.0),
+        "api_seconds_second_max": p(&second_times, 100.0),
+        "raise_patches_second_max": records.iter().map(|record| record.bellows.raises_of(1).count()).max(),
         "second_bursts": count(&|record| record.bellows.said.len() > 1),
         "second_while_lowering": count(&Record::second_while_lowering),
         "sleeps_p50": p(&sleeps, 50.0),
