@@ -27,7 +27,7 @@ const BEAT: Nanos = Nanos::millis(5);
 /// Above all that is measured.
 const ABOVE: i32 = REFLEX + 40;
 
-/// Whoever is woken this much too late was not held up by other threads alone.
+/// What is shorter is not kept.
 const LATE: Nanos = Nanos::millis(10);
 
 /// A time for which a CPU stood still.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use bellows::cgroup::{Cgroup, Limit};
 
 use crate::node::wait;
@@ -32,13 +32,16 @@ pub(super) fn close() -> Result<()> {
     }
 }
 
-/// Lets the processes of a container begin.
+/// Lets the processes of a container begin. That of a probe may have ended meanwhile, or not have the container's root
+/// yet.
 pub(super) fn open(container: &Cgroup) -> Result<()> {
-    let processes = container.processes()?;
-    let process = processes.first().context("nobody waits in it")?;
-    let path = format!("/proc/{process}/root{FILE}");
-    File::create(&path).context(path)?;
-    Ok(())
+    let mut last = Err(anyhow!("nobody waits in it"));
+    for process in container.processes()? {
+        let path = format!("/proc/{process}/root{FILE}");
+        let opened = File::create(&path).context(path);
+        last = last.or(opened.map(drop));
+    }
+    last
 }
 
 /// Waits until a cgroup has a brake, the last thing that it gets when it is adopted.

@@ -32,8 +32,7 @@ const ROOT: &str = "/sys/fs/cgroup";
 pub(crate) const BELLOWS: &str = "bellows";
 /// What `bellows exec` keeps of what runs have needed.
 const LEARNT: &str = "/run/bellows/learnt";
-/// Whoever stood still for longer than this before a kill is not its cause: a brake holds for seconds, and a burst that
-/// was late by then has caught up.
+/// A CPU that stood still longer ago than this is not the cause of a kill.
 const SHORTLY: Nanos = Nanos::millis(2000);
 
 /// How a load went.
