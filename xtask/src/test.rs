@@ -308,6 +308,7 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         "page cache of a nested cgroup is no demand of the outer one, whichever LRU is switched to meanwhile",
         &page_cache,
         |summary| {
+            at_least(summary, "flips", 2.0)?;
             at_most(summary, "killed", 0.0)?;
             at_most(summary, "demand_cache_only_per_mille_max", 500.0)?;
             at_most(summary, "raises_cache_only", 0.0)?;
