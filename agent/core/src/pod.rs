@@ -24,7 +24,7 @@ use original::entries;
 
 use crate::{
     autoscalers::Claimant,
-    elastic::{self, ContainerRules, ElasticPolicy, Mode, Order, Parallelism},
+    elastic::{self, ContainerRules, ElasticPolicy, MemoryRules, Mode, Order, Parallelism},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
     units::{Bytes, Nanos},
@@ -32,7 +32,8 @@ use crate::{
 
 pub use claimed::{yield_cpu, yield_limits, yield_requests};
 pub use cpu::{
-    CpuRefusal, CpuWish, CpuWishes, LEAST as LEAST_CPU, ORIGINAL_CPU, cpu_wishes, starting,
+    CpuRefusal, CpuWish, CpuWishes, LEAST as LEAST_CPU, ORIGINAL_CPU, cpu_wishes, memory_boosts,
+    starting,
 };
 pub use heap::{Rooms, rooms};
 pub use original::with_original;
@@ -256,7 +257,7 @@ pub struct Wish {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Refusal {
     /// The mode is none.
-    #[error("annotation {MODE} is `{0}`: use Act, Recommend, Observe or Off")]
+    #[error("annotation {MODE} is `{0}`: use Act, Recommend, Observe or \"Off\"")]
     UnknownMode(String),
     /// The order is none.
     #[error("annotation {ORDER} is `{0}`: use PatchFirst or RaiseFirst")]
@@ -286,7 +287,9 @@ pub enum Refusal {
     #[error("the pod has {0} containers: name one in the annotation {CONTAINER}")]
     WhichContainer(usize),
     /// The named container does not exist.
-    #[error("annotation {CONTAINER} names `{0}`, which is no container of the pod")]
+    #[error(
+        "annotation {CONTAINER} names `{0}`, which is no container of the pod: name one of spec.containers"
+    )]
     NoSuchContainer(String),
     /// A policy names a sidecar.
     #[error(
@@ -299,7 +302,9 @@ pub enum Refusal {
     )]
     Init(String),
     /// The container has no limit to raise.
-    #[error("container `{0}` has no memory limit: there is nothing to raise")]
+    #[error(
+        "container `{0}` has no memory limit: there is nothing to raise; give it one (resources.limits.memory)"
+    )]
     NoLimit(String),
     /// The limit in the spec does not parse.
     #[error("container `{container}`: {source}")]
@@ -310,10 +315,13 @@ pub enum Refusal {
         source: QuantityError,
     },
     /// The maximum is below the limit.
-    #[error("{whose} is {ceiling}, below the limit of {limit}: raise it, or lower the limit")]
+    #[error(
+        "{} is {ceiling}, below the limit of {limit}: raise it, or lower the limit",
+        written(policy.as_deref())
+    )]
     MaximumBelowLimit {
-        /// Where the maximum is written.
-        whose: String,
+        /// The policy that says it; `None` where an annotation does.
+        policy: Option<String>,
         /// The limit.
         limit: Bytes,
         /// The maximum.
@@ -360,7 +368,8 @@ impl Refusal {
             | Self::Quantity { .. }
             | Self::WhichContainer(_)
             | Self::NoSuchContainer(_)
-            | Self::MaximumBelowLimit { .. } => "InvalidAnnotation",
+            | Self::MaximumBelowLimit { policy: None, .. } => "InvalidAnnotation",
+            Self::MaximumBelowLimit { .. } => "InvalidLimit",
             Self::NoLimit(_) | Self::Limit { .. } => "NoMemoryLimit",
             Self::Sidecar(_) => "SidecarNotSupported",
             Self::Init(_) => "InitContainerNotSupported",
@@ -371,6 +380,14 @@ impl Refusal {
             Self::Claimed { claimant, .. } => claimant.reason(),
         }
     }
+}
+
+/// Where a maximum is written.
+fn written(policy: Option<&str>) -> String {
+    policy.map_or_else(
+        || format!("annotation {MAX_MEMORY}"),
+        |policy| format!("memory.max of the policy {policy}"),
+    )
 }
 
 /// What is to be guarded or watched in a pod, by container; `Err` for one that is asked for and cannot be.
@@ -401,7 +418,7 @@ pub fn wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
 /// Whom a pod's annotations and the policies mean, whether it runs or not; nobody if it is ending, or opts out.
 ///
 /// With a size or a container in them the annotations are all that holds, but for the mode, which may be a policy's;
-/// else their mode holds in place of a policy's.
+/// else their mode, order and parallelism hold in place of a policy's.
 #[must_use]
 pub fn all_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     // What concerns no container in particular stands under no name.
@@ -478,25 +495,27 @@ fn by_annotations(pod: &Pod, mode: Mode) -> Result<Wish, Refusal> {
         ceiling,
         floor: None,
         shrink_after: None,
-        order: order(pod)?,
-        parallelism: parallelism(pod)?,
+        order: order(pod)?.unwrap_or_default(),
+        parallelism: parallelism(pod)?.unwrap_or_default(),
         policy: None,
     };
     wish(pod, subject(pod)?, asked)
 }
 
-fn order(pod: &Pod) -> Result<Order, Refusal> {
+fn order(pod: &Pod) -> Result<Option<Order>, Refusal> {
     match pod.annotations.get(ORDER).map(|order| order.trim()) {
-        None | Some("PatchFirst") => Ok(Order::PatchFirst),
-        Some("RaiseFirst") => Ok(Order::RaiseFirst),
+        None => Ok(None),
+        Some("PatchFirst") => Ok(Some(Order::PatchFirst)),
+        Some("RaiseFirst") => Ok(Some(Order::RaiseFirst)),
         Some(other) => Err(Refusal::UnknownOrder(other.to_owned())),
     }
 }
 
-fn parallelism(pod: &Pod) -> Result<Parallelism, Refusal> {
+fn parallelism(pod: &Pod) -> Result<Option<Parallelism>, Refusal> {
     match pod.annotations.get(PARALLELISM).map(|text| text.trim()) {
-        None | Some("Unchanged") => Ok(Parallelism::Unchanged),
-        Some("Elastic") => Ok(Parallelism::Elastic),
+        None => Ok(None),
+        Some("Unchanged") => Ok(Some(Parallelism::Unchanged)),
+        Some("Elastic") => Ok(Some(Parallelism::Elastic)),
         Some(other) => Err(Refusal::UnknownParallelism(other.to_owned())),
     }
 }
@@ -530,19 +549,32 @@ fn by_policies(pod: &Pod, mode: Option<Mode>, policies: &[ElasticPolicy]) -> Wis
         if mode == Mode::Off {
             continue;
         }
-        let asked = Asked {
-            mode,
-            ceiling: memory.max,
-            floor: memory.floor,
-            shrink_after: Some(memory.shrink_after),
-            order: memory.order,
-            parallelism: memory.parallelism,
-            policy: Some(policy.name.clone()),
-        };
-        let subject = Subject::of(pod, index, container, text);
-        wishes.insert(container.name.clone(), wish(pod, subject, asked));
+        let asked = asked(pod, mode, policy, memory);
+        let wish = asked.and_then(|asked| {
+            let subject = Subject::of(pod, index, container, text);
+            wish(pod, subject, asked)
+        });
+        wishes.insert(container.name.clone(), wish);
     }
     wishes
+}
+
+/// What a policy asks for, with what annotations put in its place.
+fn asked(
+    pod: &Pod,
+    mode: Mode,
+    policy: &ElasticPolicy,
+    memory: MemoryRules,
+) -> Result<Asked, Refusal> {
+    Ok(Asked {
+        mode,
+        ceiling: memory.max,
+        floor: memory.floor,
+        shrink_after: Some(memory.shrink_after),
+        order: order(pod)?.unwrap_or(memory.order),
+        parallelism: parallelism(pod)?.unwrap_or(memory.parallelism),
+        policy: Some(policy.name.clone()),
+    })
 }
 
 fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> {
@@ -609,12 +641,8 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> 
         original_text.clone()
     };
     if ceiling < original {
-        let whose = policy.as_ref().map_or_else(
-            || format!("annotation {MAX_MEMORY}"),
-            |policy| format!("memory.max of the policy {policy}"),
-        );
         return Err(Refusal::MaximumBelowLimit {
-            whose,
+            policy,
             limit: original,
             ceiling,
         });

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     autoscalers::Claimant,
     boost::BoostRules,
-    elastic::{CpuRules, ElasticPolicy, Mode},
+    elastic::{ContainerRules, CpuRules, ElasticPolicy, Mode},
     quantity,
     units::Cpu,
 };
@@ -186,6 +186,21 @@ pub fn cpu_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> CpuWishes {
     wishes.collect()
 }
 
+/// The containers of a pod to which a policy lends memory. None of it is: `spec.resources` has no place for what is lent.
+#[must_use]
+pub fn memory_boosts<'a>(pod: &'a Pod, policies: &[ElasticPolicy]) -> Vec<&'a str> {
+    let containers = pod.containers.iter().filter(|_| !pod.ending);
+    let is_lent = |container: &&Container| {
+        let rules = acting(pod, policies, container).map(|(_, rules)| rules);
+        let mut boosts = rules.iter().flat_map(|rules| &rules.boosts);
+        boosts.any(|boost| boost.memory.is_some())
+    };
+    let names = containers
+        .filter(is_lent)
+        .map(|container| container.name.as_str());
+    names.collect()
+}
+
 fn wish(
     pod: &Pod,
     policies: &[ElasticPolicy],
@@ -258,12 +273,21 @@ fn asked(
     policies: &[ElasticPolicy],
     container: &Container,
 ) -> Option<(String, Option<CpuRules>, Vec<BoostRules>)> {
-    let own = mode(pod).ok()?;
-    let (policy, rules) = meant(pod, policies, &container.name)?;
-    let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
+    let (policy, rules) = acting(pod, policies, container)?;
     let is_more = rules.cpu.is_some() || rules.boosts.iter().any(|boost| boost.cpu.is_some());
     let boosts = rules.boosts.clone();
-    (is_meant && is_more).then(|| (policy.name.clone(), rules.cpu, boosts))
+    is_more.then(|| (policy.name.clone(), rules.cpu, boosts))
+}
+
+/// The policy that means a container and may change it, and what it says.
+fn acting<'a>(
+    pod: &Pod,
+    policies: &'a [ElasticPolicy],
+    container: &Container,
+) -> Option<(&'a ElasticPolicy, &'a ContainerRules)> {
+    let own = mode(pod).ok()?;
+    let (policy, rules) = meant(pod, policies, &container.name)?;
+    (own.unwrap_or(policy.mode) == Mode::Act).then_some((policy, rules))
 }
 
 fn refusal(pod: &Pod, container: &Container) -> Option<CpuRefusal> {
@@ -384,6 +408,28 @@ mod tests {
         observing[0].mode = Mode::Observe;
         let asking = limited("250m", "kubectl", &[(MODE, "Act")]);
         assert!(only(&asking, &observing).is_some());
+    }
+
+    #[test]
+    fn who_is_lent_memory_is_known_with_or_without_a_cpu_limit() {
+        let lent = |cpu| {
+            let mut policy = policy(None, Some(Cpu::millis(500)));
+            let boost = &mut policy.containers[0].boosts[0];
+            (boost.cpu, boost.memory) = (cpu, Some(Bytes::mib(64)));
+            [policy]
+        };
+        let only_memory = lent(None);
+        assert_eq!(only(&limited("250m", "kubectl", &[]), &only_memory), None);
+        let mut ending = pod(&[]);
+        ending.ending = true;
+        for out in [ending, pod(&[(MODE, "Observe")])] {
+            assert_eq!(memory_boosts(&out, &only_memory), [""; 0]);
+        }
+        for pod in [pod(&[]), limited("250m", "kubectl", &[])] {
+            assert_eq!(memory_boosts(&pod, &only_memory), ["app"]);
+            assert_eq!(memory_boosts(&pod, &lent(Some(Cpu::millis(500)))), ["app"]);
+            assert_eq!(memory_boosts(&pod, &[policy(None, None)]), [""; 0]);
+        }
     }
 
     #[test]

@@ -379,6 +379,23 @@ fn annotations_come_before_policies_and_opting_out_before_all() {
     assert_eq!(of(&[(MODE, "Observe")]), Some((Mode::Observe, 512)));
     assert_eq!(of(&[ACT, MAX]), Some((Mode::Act, 1024)));
     assert_eq!(of(&[MAX]), Some((Mode::Act, 1024)));
+    let how = |annotations: &[(&str, &str)]| {
+        let mut policies = policies.clone();
+        let memory = policies[0].containers[0].memory.as_mut().unwrap();
+        memory.order = Order::RaiseFirst;
+        let wishes = wishes(&pod(annotations), &policies);
+        let wish = wishes.into_values().next().unwrap();
+        wish.map(|wish| (wish.order, wish.parallelism))
+    };
+    assert_eq!(how(&[]), Ok((Order::RaiseFirst, Parallelism::Elastic)));
+    assert_eq!(
+        how(&[(ORDER, "PatchFirst"), (PARALLELISM, "Unchanged")]),
+        Ok((Order::PatchFirst, Parallelism::Unchanged))
+    );
+    for wrong in [ORDER, PARALLELISM] {
+        let refusal = how(&[(wrong, "fast")]).unwrap_err();
+        assert_eq!(refusal.reason(), "InvalidAnnotation");
+    }
     let needs = |annotations: &[(&str, &str)]| needs_policies(&pod(annotations));
     assert_eq!(
         [&[][..], &[MAX], &[ACT], &[ACT, MAX], &[(MODE, "Off")]].map(needs),
@@ -404,8 +421,12 @@ fn a_floor_is_the_limit_at_rest_and_a_maximum_below_it_is_refused_by_name() {
         (Bytes::mib(17), "17Mi")
     );
     let refusal = wishes_of(&policy("dev/small", Mode::Act, None, 16)).remove("app");
-    let refusal = refusal.unwrap().unwrap_err().to_string();
-    assert!(refusal.contains("dev/small"), "{refusal}");
+    let refusal = refusal.unwrap().unwrap_err();
+    assert_eq!(refusal.reason(), "InvalidLimit");
+    let told = refusal.to_string();
+    assert!(told.contains("dev/small"), "{told}");
+    let refusal = super::tests::wish(&pod(&[ACT, (MAX_MEMORY, "16Mi")])).unwrap_err();
+    assert_eq!(refusal.reason(), "InvalidAnnotation");
 }
 
 #[test]

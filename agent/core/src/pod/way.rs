@@ -27,6 +27,8 @@
 //!
 //! It must not patch a pod whose kubelet has the gate off: before 1.31 that one would restart the container.
 
+use super::{Level, Pod};
+
 /// What an API server can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Server {
@@ -61,6 +63,27 @@ pub enum Whose {
     Pod,
 }
 
+impl Whose {
+    /// Whose limit one at this level is. A pod with resources of its own is resized as such or not at all, its containers,
+    /// too (`ValidatePodResize`, pkg/apis/core/validation/validation.go).
+    #[must_use]
+    pub const fn of(pod: &Pod, level: Level) -> Self {
+        match level {
+            Level::Container(_) if !pod.has_resources => Self::Container,
+            Level::Pod | Level::Container(_) => Self::Pod,
+        }
+    }
+
+    /// The first minor version of Kubernetes 1 whose API raises and lowers it.
+    #[must_use]
+    pub const fn resized_since(self) -> u32 {
+        match self {
+            Self::Container | Self::Request => LOWERS,
+            Self::Pod => POD_LEVEL,
+        }
+    }
+}
+
 /// The first that lets a memory limit be lowered without a restart, and has in-place resize on.
 const LOWERS: u32 = 34;
 /// The first with `pods/resize`.
@@ -75,14 +98,10 @@ impl Server {
     /// containers have, and for [`Whose::Pod`] what the pod has: one with the gate off does not. `None` while it is not known whether a patch is taken.
     #[must_use]
     pub fn way(self, whose: Whose, is_reported: bool) -> Option<Way> {
-        let resizes = match whose {
-            Whose::Container | Whose::Request => self.minor >= LOWERS,
-            Whose::Pod => self.minor >= POD_LEVEL,
-        };
         if !is_reported {
             return Some(Way::Node);
         }
-        if resizes && self.has_resize {
+        if self.minor >= whose.resized_since() && self.has_resize {
             return Some(Way::Resize);
         }
         if whose != Whose::Container || self.minor >= SUBRESOURCE || self.minor < ALPHA {
@@ -95,7 +114,7 @@ impl Server {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::tests::pod, *};
 
     fn server(minor: u32, has_resize: bool, takes_patch: Option<bool>) -> Server {
         Server {
@@ -103,6 +122,16 @@ mod tests {
             has_resize,
             takes_patch,
         }
+    }
+
+    #[test]
+    fn a_pod_with_resources_of_its_own_needs_a_later_one() {
+        let mut whole = pod(&[]);
+        let since = |pod: &Pod, level| Whose::of(pod, level).resized_since();
+        assert_eq!(since(&whole, Level::Container(0)), 34);
+        whole.has_resources = true;
+        let levels = [Level::Container(0), Level::Pod];
+        assert_eq!(levels.map(|level| since(&whole, level)), [36, 36]);
     }
 
     #[test]

@@ -46,12 +46,7 @@ impl<'a> Probed<'a> {
     /// One of a pod's limits.
     #[must_use]
     pub fn of(pod: &'a pod::Pod, level: Level, change: Change) -> Self {
-        // A pod with resources of its own is resized as such or not at all, its containers, too (`ValidatePodResize`,
-        // pkg/apis/core/validation/validation.go).
-        let whose = match level {
-            Level::Container(_) if !pod.has_resources => Whose::Container,
-            Level::Pod | Level::Container(_) => Whose::Pod,
-        };
+        let whose = Whose::of(pod, level);
         Self {
             namespace: &pod.namespace,
             name: &pod.name,

@@ -39,6 +39,8 @@ use crate::{
 /// The kubelet's own (`cpuCFSQuotaPeriod`), microseconds.
 const PERIOD: u64 = 100_000;
 
+const MEMORY_BOOST: &str = "memory of a boost is not lent to pods: only its cpu is; leave memory out of the policy's boosts, and let memory.max cover it";
+
 /// A container whose CPU limit is followed.
 pub(super) struct KnownCpu {
     cgroup: Cgroup,
@@ -68,6 +70,15 @@ impl Watch {
                 self.pending.insert(uid.clone());
             } else {
                 self.forget_cpu(&key);
+            }
+        }
+        for name in pod::memory_boosts(seen, self.policies.all()) {
+            // Who is lent CPU, too, is told of it with whatever else that lacks.
+            let has_boosts = |wish: &CpuWish| !wish.boosts.is_empty();
+            let wish = wishes.get(name).and_then(|wish| wish.as_ref().ok());
+            if !wish.is_some_and(has_boosts) {
+                let key = (uid.clone(), name.to_owned());
+                self.refuse_cpu(&key, pod, "BoostPartlySupported", MEMORY_BOOST.to_owned());
             }
         }
         for (name, wish) in wishes {
@@ -444,7 +455,7 @@ fn lost(seen: &pod::Pod, wish: &CpuWish) -> Option<&'static str> {
         .get(wish.index)
         .is_some_and(|container| container.is_ready.is_some());
     if any(&|boost| boost.memory.is_some()) {
-        Some("memory of a boost is not lent to pods: only its cpu is")
+        Some(MEMORY_BOOST)
     } else if any(&|boost| boost.until.ready.is_some()) && !has_probe {
         Some(
             "a boost is to end when the container is ready, but that has no readiness probe: it ends otherwise",

@@ -9,7 +9,10 @@ use std::{
 use bellows_core::{
     Bytes, CgroupId, Nanos, Policy, Signals, WHOLE,
     elastic::{Mode, Order as RaiseOrder},
-    pod::{self, Level, ORIGINAL, Wish, way::Way},
+    pod::{
+        self, Level, ORIGINAL, Wish,
+        way::{Way, Whose},
+    },
     quantity, workload,
 };
 use kube::{Api, Client, Resource as _, api::Patch};
@@ -91,8 +94,9 @@ impl Watch {
         let cgroup = cgroup(seen, wish)?;
         if way == Way::Node && cgroup.is_pinned() {
             let why = format!(
-                "container {}: its limit could be raised on the node only, and is not: {PINNED}; use Kubernetes 1.34 or later, whose API resizes",
-                wish.container
+                "container {}: its limit could be raised on the node only, and is not: {PINNED}; use Kubernetes 1.{} or later, whose API resizes",
+                wish.container,
+                Whose::of(seen, wish.level).resized_since()
             );
             self.refuse(key, pod, "StaticCpuManager", why);
             return Ok(());
@@ -362,7 +366,9 @@ pub(super) async fn record(
         Ok(Err(error)) => Err(NotRecorded {
             // 422 is how an admission policy refuses that gives no reason.
             is_refused: matches!(&error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
-            why: format!("what it was cannot be recorded: {error}"),
+            why: format!(
+                "what it was cannot be recorded: {error}; look for the admission policy or webhook that refuses it"
+            ),
         }),
         Err(_elapsed) => Err(NotRecorded {
             is_refused: false,
