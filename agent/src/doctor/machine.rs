@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn findings() -> Vec<Finding> {
     let mut findings = vec![kernel(), user(), cgroups()];
     findings.extend(memory_controller());
-    findings.extend(plugins());
+    findings.extend(plugins(Path::new(nri::SOCKET), cri::find_socket().is_ok()));
     findings.extend(pinned(Path::new(CGROUP_ROOT)));
     findings.extend([
         lru(),
@@ -51,7 +51,7 @@ fn user() -> Finding {
             "privileges",
             format!("user id {}", user.as_raw()),
             "cgroups cannot be written and BPF programs not loaded",
-            "run it as root; as a DaemonSet, privileged",
+            "run it as root (sudo); in a cluster, install the chart",
         )
     }
 }
@@ -68,16 +68,18 @@ fn cgroups() -> Finding {
     }
 }
 
-/// Whether a runtime takes plugins; nothing where there is no runtime.
-fn plugins() -> Option<Finding> {
-    let runtime = cri::find_socket().ok()?;
-    let is_there = fs::metadata(nri::SOCKET).is_ok_and(|there| there.file_type().is_socket());
-    Some(if is_there {
-        Finding::works("runtime's plugins", nri::SOCKET)
-    } else {
+/// Whether a runtime takes plugins; nothing where there is no runtime. Its own socket is not to be seen in an agent's pod,
+/// which has the directory of that for plugins, or (`nri.enabled` of the chart is off) nothing to do with them.
+fn plugins(socket: &Path, has_runtime: bool) -> Option<Finding> {
+    const NAME: &str = "runtime's plugins";
+    if fs::metadata(socket).is_ok_and(|there| there.file_type().is_socket()) {
+        return Some(Finding::works(NAME, socket.display().to_string()));
+    }
+    let is_looked_for = has_runtime || socket.parent().is_some_and(Path::is_dir);
+    is_looked_for.then(|| {
         Finding::limited(
-            "runtime's plugins",
-            format!("no {} beside {}", nri::SOCKET, runtime.display()),
+            NAME,
+            format!("no {}", socket.display()),
             "memory.heap of policies: a JVM that starts while its limit is raised sizes its heap by that",
             nri::REMEDY,
         )
@@ -94,7 +96,7 @@ fn pinned(root: &Path) -> Option<Finding> {
             "static CPU manager",
             format!("{count} containers are told on which CPUs to run"),
             "nothing is raised on the node in them, past the API: their runtime would undo it",
-            "use Kubernetes 1.34 or later, whose API resizes; or cpuManagerPolicy: none",
+            "use Kubernetes 1.34 or later (1.36 for pods with limits of their own), whose API resizes; or cpuManagerPolicy: none",
         )
     })
 }
@@ -267,9 +269,26 @@ fn locking() -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use std::{env, process};
+    use std::{env, os::unix::net::UnixListener, process};
 
-    use super::*;
+    use super::{super::Verdict, *};
+
+    #[test]
+    fn plugins_are_looked_for_where_an_agents_pod_has_them() {
+        let directory = env::temp_dir().join(format!("bellows-doctor-nri-{}", process::id()));
+        let socket = directory.join("nri.sock");
+        let verdict = |has_runtime| {
+            let found = plugins(&socket, has_runtime);
+            found.map(|found| found.verdict)
+        };
+        assert_eq!(verdict(false), None);
+        assert_eq!(verdict(true), Some(Verdict::Limited));
+        fs::create_dir_all(&directory).unwrap();
+        assert_eq!(verdict(false), Some(Verdict::Limited));
+        let _listening = UnixListener::bind(&socket).unwrap();
+        assert_eq!(verdict(false), Some(Verdict::Works));
+        fs::remove_dir_all(&directory).unwrap();
+    }
 
     #[test]
     fn a_node_whose_containers_are_told_their_cpus_is_told_of() {

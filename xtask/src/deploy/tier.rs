@@ -52,7 +52,7 @@ const VALUES: [(&str, Option<&str>); 5] = [
 ];
 
 /// Values that are refused, and a part of what is said of each.
-const WRONG: [(&str, &str); 13] = [
+const WRONG: [(&str, &str); 12] = [
     ("moed=Act", "moed"),
     ("mode=act", "mode"),
     ("mode=Recommend", "mode"),
@@ -64,7 +64,6 @@ const WRONG: [(&str, &str); 13] = [
     ("policy.memory.max=4GB", "max"),
     ("requests.enabled=yes", "enabled"),
     ("image.digest=sha256:12", "digest"),
-    ("runtimeSocket.directory=run", "directory"),
     ("resources.agent.limit.memory=1Gi", "limit"),
 ];
 
@@ -175,9 +174,6 @@ fn judge(all: &[Value], values: Option<&str>) -> Result<()> {
         .map(|volume| &volume["hostPath"]["path"])
         .collect();
     let mut expected = vec![json!("/sys/fs/cgroup"), json!("/run/bellows")];
-    if values["runtimeSocket"]["enabled"] == true {
-        expected.push(values["runtimeSocket"]["directory"].clone());
-    }
     let is_plugin = acts && values["nri"]["enabled"] == true;
     if is_plugin {
         expected.push(json!("/var/run/nri"));
