@@ -1,4 +1,7 @@
 //! Events on pods: reasons from a closed list, one per state change.
+//!
+//! The list is [`REASONS`], and docs/events.md has what each means and what to do, which a test compares: whoever reads
+//! an Event looks its reason up there.
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
@@ -12,6 +15,47 @@ use crate::{actuate::resize::TIMEOUT, attribution::api::Pod};
 const LONGEST_NOTE: usize = 1024;
 /// Bytes that are kept of a longer one's end, where it says what to do.
 const NOTE_END: usize = 320;
+
+/// All reasons.
+pub(super) const REASONS: [&str; 37] = [
+    "BoostPartlySupported",
+    "CpuLimitNotRecorded",
+    "CriticalPodNotSupported",
+    "GrowthStopped",
+    "GuaranteedNotSupported",
+    "Guarded",
+    "HorizontalPodAutoscalerInCharge",
+    "HorizontalPodAutoscalerSeen",
+    "InitContainerNotSupported",
+    "InvalidAnnotation",
+    "InvalidLimit",
+    "InvalidPolicy",
+    "LimitRangeReached",
+    "NoCpuLimit",
+    "NoKernelPrograms",
+    "NoMemoryLimit",
+    "NoMemoryRequest",
+    "NoRoomToMake",
+    "OOMKillObserved",
+    "PodLevelCpuNotSupported",
+    "PodLevelRequestNotSupported",
+    "QuotaUsedUp",
+    "RaiseRecommended",
+    "RaisedByHand",
+    "RequestLowered",
+    "RequestOwed",
+    "RequestRaised",
+    "RequestRefused",
+    "RequestsNotEnabled",
+    "ResizeRestartsContainer",
+    "RoomMade",
+    "SidecarNotSupported",
+    "StaticCpuManager",
+    "StaticPodNotSupported",
+    "VerticalPodAutoscalerInCharge",
+    "WaitsForMemory",
+    "Watched",
+];
 
 /// A note that the API takes: an annotation that is quoted in it may have 256 KiB.
 pub(super) fn fitting(note: String) -> String {
@@ -76,6 +120,7 @@ impl Events {
     /// Publishes beside whatever goes on: nobody waits for it. Each has a recorder of its own, since one
     /// keeps what it has published for a series, and what is told here again is minutes apart.
     fn publish(&self, reference: ObjectReference, type_: EventType, reason: &str, note: String) {
+        debug_assert!(REASONS.contains(&reason), "{reason} is not in the list");
         let event = Event {
             type_,
             reason: reason.to_owned(),
@@ -96,7 +141,74 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
     use super::*;
+
+    /// String literals of several words without a space (`LikeThis`).
+    fn literals(text: &str, found: &mut BTreeSet<String>) {
+        let lines = text.lines();
+        let lines = lines.filter(|line| !line.trim_start().starts_with("//"));
+        for literal in lines.flat_map(|line| line.split('"').skip(1).step_by(2)) {
+            let capitals = literal.bytes().filter(u8::is_ascii_uppercase).count();
+            let is_word = literal.bytes().all(|byte| byte.is_ascii_alphabetic());
+            let begins = literal.starts_with(|first: char| first.is_ascii_uppercase());
+            if is_word && begins && capitals > 1 && literal.len() > capitals {
+                found.insert(literal.to_owned());
+            }
+        }
+    }
+
+    /// Sources below a path, without their tests.
+    fn sources(path: &Path) -> Vec<String> {
+        // What the API calls things.
+        const OTHERS: [&str; 3] = ["tests.rs", "allowances.rs", "autoscalers.rs"];
+        if path.is_dir() {
+            let entries = fs::read_dir(path).unwrap();
+            return entries
+                .flat_map(|entry| sources(&entry.unwrap().path()))
+                .collect();
+        }
+        if OTHERS.iter().any(|other| path.ends_with(other)) {
+            return Vec::new();
+        }
+        let text = fs::read_to_string(path).unwrap();
+        let own = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        vec![own.to_owned()]
+    }
+
+    #[test]
+    fn every_reason_is_in_the_list_and_in_the_documents() {
+        let agent = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut found = BTreeSet::new();
+        for text in sources(&agent.join("src/run")) {
+            // The list itself is no use of it.
+            let list = text.split_once("const REASONS").map(|(_, list)| list);
+            let used = list.and_then(|list| list.split_once("\n];\n"));
+            literals(used.map_or(&text, |(_, used)| used), &mut found);
+        }
+        let core = sources(&agent.join("core/src"));
+        for text in core
+            .iter()
+            .map(String::as_str)
+            .chain([include_str!("../../core/src/autoscalers.rs")])
+        {
+            for function in text.split("fn reason(").skip(1) {
+                literals(function.split("\n    }\n").next().unwrap(), &mut found);
+            }
+        }
+        for kind in ["ElasticNode", "ElasticPolicy"] {
+            assert!(found.remove(kind));
+        }
+        found.extend(["Guarded", "Watched"].map(str::to_owned));
+        assert_eq!(found, REASONS.map(str::to_owned).into());
+        let documents = include_str!("../../../docs/events.md");
+        let cells = documents.lines().filter_map(|line| line.split('|').nth(1));
+        let named = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+        let mut named: Vec<&str> = named.collect();
+        named.sort_unstable();
+        assert_eq!(named, REASONS);
+    }
 
     #[test]
     fn a_long_note_keeps_its_ends() {
