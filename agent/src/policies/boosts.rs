@@ -79,7 +79,8 @@ impl Boost {
         if let (Trigger::Start, Some(until)) = (&on, until)
             && until.value.exit
         {
-            let what = "a start has no `exit`: use `idle` and `atMost`, or `on: {exec: PROGRAM}`";
+            let what =
+                "a start has no `exit`: use `idle` and `atMost`, or `\"on\": {exec: PROGRAM}`";
             return Err(problem(until.referenced, what.to_owned()));
         }
         let ready = said.and_then(|until| until.ready.as_ref());

@@ -7,6 +7,8 @@
 //! what to write instead, and whoever has a good one already keeps it.
 
 mod boosts;
+#[cfg(test)]
+mod documents;
 mod heap;
 mod requests;
 
@@ -35,7 +37,7 @@ A policy:
   metadata:
     name: workspaces
   spec:
-    mode: Act              # Off, Observe (the default), Recommend, Act
+    mode: Act              # \"Off\", Observe (the default), Recommend, Act
     selector:
       namespaces: [dev]    # all, if left out
       matchLabels:         # of the pod
@@ -46,7 +48,7 @@ A policy:
         max: 4Gi           # never more than this, but for boosts
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
-        order: PatchFirst  # or RaiseFirst: raised on the node, and the Kubernetes API asked right after
+        order: PatchFirst  # or, in Kubernetes only, RaiseFirst: raised on the node, and the API asked right after
         parallelism: Elastic # some jobs wait where there is not memory for all; Unchanged, if left out
         heap: Original     # the limit by which JVMs and node size their heaps: the container's own, Maximum (max), or a
                            # size such as 1Gi; the one in force when they start, if left out. Needs NRI (containerd 2)
@@ -60,14 +62,16 @@ A policy:
         max: 2             # never more than this, but for boosts; 500m is half a CPU
         throttleTarget: 0% # the share of periods that may be throttled; none, if left out
       boosts:              # what is lent for a time
-      - on: {start: true}
+      # The quotation marks of \"on\" and \"Off\" are for kubectl, which takes both for a truth value without them (YAML 1.1).
+      - \"on\": {start: true}
         cpu: 2             # at least this; a JVM that starts counts its CPUs by it
         until:             # whichever comes first
-          ready: {port: 8080, path: /healthz}   # it answers there; without a path, takes connections
+          # It answers there; without a path, takes connections. In Kubernetes: it is ready by its own readinessProbe.
+          ready: {port: 8080, path: /healthz}
           idle: 5s         # it has used no more CPU than at rest for so long
           atMost: 2m       # 2m, if left out
-      - on: {exec: make, arguments: [all]}
-        memory: 2Gi
+      - \"on\": {exec: make, arguments: [all]}
+        memory: 2Gi        # never to pods of Kubernetes
         until: {exit: true, atMost: 30m}
 ";
 const API_VERSION: &str = "bellows.dev/v1alpha1";
@@ -401,7 +405,7 @@ impl Document {
             if names.insert(name) {
                 rules.checked()
             } else {
-                let what = "two rules for the same container: only the first would hold";
+                let what = "two rules for the same container, of which only the first would hold: take one out";
                 Err(problem(location, what.to_owned()))
             }
         });
@@ -751,12 +755,7 @@ spec:
             ("heap: 512Mi", "heap: 5Gi", 18, "above max"),
             ("heap: 512Mi", "heap: 8Mi", 18, "at least 16Mi"),
             ("heap: 512Mi", "heaps: 512Mi", 18, "did you mean `heap`"),
-            (
-                "- memory:",
-                "- name: ide\n    memory:",
-                20,
-                "only the first",
-            ),
+            ("- memory:", "- name: ide\n    memory:", 20, "take one out"),
         ] {
             let (at, what) = refused(from, to);
             assert_eq!(at, line, "{to}: {what}");

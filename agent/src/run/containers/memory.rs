@@ -223,7 +223,7 @@ impl Watch {
             requests: None,
         });
         if memory.order == Order::RaiseFirst {
-            let why = "memory.order RaiseFirst is for pods of Kubernetes: leave it out";
+            let why = "memory.order RaiseFirst is for pods of Kubernetes: leave it out, or write PatchFirst";
             return Err(why.to_owned());
         }
         let least = boost.unwrap_or(Bytes::ZERO);

@@ -231,7 +231,7 @@ impl Watch {
             Ok(policies) if policies.is_empty() && !self.policies.is_empty() => {
                 METRICS.policies_rejected.inc();
                 tracing::error!(
-                    "the file of the policies is empty: they stay as they were; to guard nothing, give them mode Off"
+                    "the file of the policies is empty: they stay as they were; to guard nothing, give them `mode: \"Off\"`"
                 );
             }
             Ok(policies) => {
