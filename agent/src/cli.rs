@@ -16,12 +16,18 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// What is logged.
+const LOG: &str = "\
+BELLOWS_LOG says what is logged, to the standard error: warn (the default), info or debug; or of a part of it, with commas
+between several: bellows::guard=debug,warn";
+
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run one command in its own cgroup, with the guard around it.
     Exec(Exec),
     /// Guard the pods of this node that opt in, or the containers that policies select.
+    #[command(after_help = LOG)]
     Run(Run),
     /// Check a file with policies, and tell what they say.
     #[command(after_help = policies::EXAMPLE)]
@@ -115,7 +121,7 @@ pub struct Run {
     /// The runtime's socket [default: where containerd or CRI-O have theirs].
     #[arg(long, value_name = "PATH", requires = "standalone")]
     runtime_endpoint: Option<PathBuf>,
-    /// Seconds without growth after which a raised limit of a pod is lowered again [default: 5].
+    /// Seconds without growth after which a raised limit is lowered again of a pod that no policy means [default: 5].
     #[arg(long, value_name = "SECONDS", conflicts_with = "standalone")]
     shrink_after: Option<u64>,
     /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9464 [default: none are served].

@@ -26,7 +26,7 @@ pub enum ExplainError {
     NoLedger(PathBuf, io::Error),
     /// Not in the ledger.
     #[error(
-        "`{0}` was not guarded on this node. Guarded were: {1}. A pod opts in by the annotations bellows.dev/mode: Act and bellows.dev/max-memory"
+        "`{0}` was not guarded on this node, as far as memory goes: CPU limits are not told of here. Guarded or watched were: {1}. A pod opts in by a policy of its namespace, or by the annotations bellows.dev/mode: Act and bellows.dev/max-memory; the Events on it say why it is left alone"
     )]
     Unknown(String, String),
 }
@@ -208,7 +208,9 @@ pub fn told_owed(owed: Bytes, users: &[String]) -> String {
     } else {
         users.join(", ")
     };
-    format!("owed {owed}: what it has lent was given back, and since used by {users}")
+    format!(
+        "owed {owed}: what it has lent was given back, and since used by {users}; it comes back when there is room: lower requests on the node, or move a pod away"
+    )
 }
 
 fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>) -> String {
@@ -310,7 +312,7 @@ mod tests {
         ];
         let expected = "dev/filler/app\n\
             \x20      0.000 s  request from 400 MiB to 300 MiB: lent to dev/db, which is short of 100 MiB\n\
-            \x20      2.500 s  owed 100 MiB: what it has lent was given back, and since used by dev/new\n";
+            \x20      2.500 s  owed 100 MiB: what it has lent was given back, and since used by dev/new; it comes back when there is room: lower requests on the node, or move a pod away\n";
         assert_eq!(tell(&records, "dev/filler").unwrap(), expected);
         // From ledgers of its own, of which the second begins with what the first says.
         let path =

@@ -101,7 +101,7 @@ pub enum RuntimeError {
         source: tonic::transport::Error,
     },
     /// It answered with an error, or the connection broke.
-    #[error("{call} by {path}: {status}")]
+    #[error("{call} by {path}: {status}; look at the runtime's log")]
     Refused {
         /// What was called.
         call: &'static str,
@@ -111,7 +111,7 @@ pub enum RuntimeError {
         status: Box<Status>,
     },
     /// It did not answer.
-    #[error("{call} by {path}: no answer within {} s", limit.as_secs())]
+    #[error("{call} by {path}: no answer within {} s; look at the runtime's log, or start it again", limit.as_secs())]
     Silent {
         /// What was called.
         call: &'static str,

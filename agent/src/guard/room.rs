@@ -380,10 +380,14 @@ pub fn told_why(wanted: Bytes, why: Why, behind: Option<&str>) -> String {
     };
     let other = behind.unwrap_or("another container");
     match why {
-        Why::ExceedsRoom(whole) => format!("{wanted} is more than {} has: no raise", place(whole)),
-        Why::NoRoom(whole, least) => {
-            format!("no {wanted} left in {}: {least} at most", place(whole))
-        }
+        Why::ExceedsRoom(whole) => format!(
+            "{wanted} is more than {} has: no raise; lower its maximum, or have more memory there",
+            place(whole)
+        ),
+        Why::NoRoom(whole, least) => format!(
+            "no {wanted} left in {}: {least} at most; lower maxima, or have fewer pods there",
+            place(whole)
+        ),
         Why::Behind(_) => format!("waits for {wanted}, behind {other}"),
         Why::WouldStrand(_) => format!("waits for {wanted}: {other} could not end without it"),
         Why::KeptForBursts(whole, least) => format!(

@@ -91,7 +91,7 @@ pub struct Options {
 /// Whose containers are guarded, and who is asked for their limits.
 #[derive(Clone, Debug)]
 pub enum Of {
-    /// A node's pods, which opt in by annotations; the Kubernetes API is asked.
+    /// A node's pods, which opt in by policies and annotations; the Kubernetes API is asked.
     Node {
         /// Its name.
         name: String,
@@ -125,7 +125,9 @@ pub enum RunError {
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
     /// Not root.
-    #[error("bellows run needs root, for cgroups and BPF: run it as a privileged DaemonSet")]
+    #[error(
+        "bellows run needs root, for cgroups and BPF: run it as root (sudo); in a cluster, install the chart"
+    )]
     NotRoot,
     /// Another agent guards this node.
     #[error("another `bellows run` guards this node already: stop it first, or leave it alone")]
@@ -136,13 +138,15 @@ pub enum RunError {
     )]
     Config(#[source] kube::config::InferConfigError),
     /// The API client cannot be made.
-    #[error("cannot talk to the Kubernetes API: {0}")]
+    #[error(
+        "cannot talk to the Kubernetes API: {0}; look at KUBECONFIG, or at the pod's service account"
+    )]
     Client(#[from] kube::Error),
     /// A map of the kernel programs.
     #[error(transparent)]
     Kernel(#[from] LoadError),
     /// Something of the operating system.
-    #[error("{0}: {1}")]
+    #[error("{0}: {1}; `bellows doctor` tells what works on this machine")]
     System(&'static str, std::io::Error),
     /// A part of the agent ended by itself.
     #[error("{0} has ended; the agent stops, so that it is started again")]

@@ -558,7 +558,7 @@ impl Watch {
             return;
         };
         let note = format!(
-            "the HorizontalPodAutoscaler `{name}` goes by what is used of requests: memory requests are left alone, limits are moved"
+            "the HorizontalPodAutoscaler `{name}` goes by what is used of requests: those that it goes by are left alone, limits are moved"
         );
         let uid = pod.uid().unwrap_or_default();
         if self.seen_horizontal.get(&uid) != Some(&name) {

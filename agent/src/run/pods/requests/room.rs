@@ -301,7 +301,7 @@ impl Watch {
         if changes.is_empty() && !is_told && !waits.message.is_empty() {
             tracing::info!(pod = waits.name, %short, "no room can be made");
             let note = format!(
-                "its resize is short of {short}, and pods of lower priority whose policies allow it (memory.requests.makeRoom) do not have that to spare"
+                "its resize is short of {short}, and pods of lower priority whose policies allow it (memory.requests.makeRoom) do not have that to spare: lower its request, or make room on the node"
             );
             self.tell_waiting(waits, "NoRoomToMake", note);
         }
