@@ -275,7 +275,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
         mode,
         containers: vec![ContainerRules {
             name: container.map(str::to_owned),
-            memory: Some(elastic::MemoryRules {
+            memory: Some(MemoryRules {
                 max: Bytes::mib(max),
                 floor: None,
                 shrink_after: Nanos::millis(7000),
@@ -425,7 +425,8 @@ fn a_floor_is_the_limit_at_rest_and_a_maximum_below_it_is_refused_by_name() {
     assert_eq!(refusal.reason(), "InvalidLimit");
     let told = refusal.to_string();
     assert!(told.contains("dev/small"), "{told}");
-    let refusal = super::tests::wish(&pod(&[ACT, (MAX_MEMORY, "16Mi")])).unwrap_err();
+    let small = wishes(&pod(&[ACT, (MAX_MEMORY, "16Mi")]), &[]);
+    let refusal = small.into_values().next().unwrap().unwrap_err();
     assert_eq!(refusal.reason(), "InvalidAnnotation");
 }
 
