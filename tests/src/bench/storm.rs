@@ -58,6 +58,8 @@ struct Outcome {
     /// Its exit code; `None` if it did not end.
     code: Option<i32>,
     oom_kill: u64,
+    /// When a kill was first seen.
+    killed_at: Option<Nanos>,
     highest_limit: Bytes,
     /// Milliseconds from the beginning of the storm to its end.
     ended_ms: Option<u64>,
@@ -74,8 +76,9 @@ impl Outcome {
         self.ledger.iter().any(is_wait)
     }
 
-    /// Whether the last word on what it asked for is a grant.
-    fn is_granted(&self) -> bool {
+    /// Whether it was killed although the last word before that was a grant. Who has waited for so long that nothing held
+    /// it any more may be granted something when it is dead.
+    fn is_killed_granted(&self) -> bool {
         let is_raise = |record: &LedgerRecord| {
             matches!(
                 record,
@@ -85,12 +88,13 @@ impl Outcome {
                 }
             )
         };
-        let mut words = self
-            .ledger
-            .iter()
-            .rev()
-            .filter(|record| is_raise(record) || is_wait(record));
-        words.next().is_some_and(is_raise)
+        let Some(killed) = self.killed_at else {
+            return false;
+        };
+        let mut words = self.ledger.iter().rev();
+        words
+            .find(|record| record.at() < killed && (is_raise(record) || is_wait(record)))
+            .is_some_and(is_raise)
     }
 }
 
@@ -207,6 +211,7 @@ fn storm(
             threads,
             code: None,
             oom_kill: 0,
+            killed_at: None,
             highest_limit: LIMIT,
             ended_ms: None,
             ledger: Vec::new(),
@@ -279,6 +284,9 @@ fn watch(
             {
                 one.outcome.highest_limit = one.outcome.highest_limit.max(limit);
                 one.outcome.oom_kill = one.outcome.oom_kill.max(events.oom_kill);
+                if events.oom_kill > 0 {
+                    one.outcome.killed_at.get_or_insert(now());
+                }
             }
             if !cgroup.populated().unwrap_or(false) {
                 ended.push(number);
@@ -289,7 +297,10 @@ fn watch(
             if let Some(code) = machine.exit_code(&one.started)? {
                 one.outcome.code = Some(code);
                 // Its cgroup was gone before its last kill was seen.
-                one.outcome.oom_kill = one.outcome.oom_kill.max(u64::from(code == KILLED));
+                if code == KILLED {
+                    one.outcome.oom_kill = one.outcome.oom_kill.max(1);
+                    one.outcome.killed_at.get_or_insert(now());
+                }
                 one.outcome.ended_ms = Some(now().since(all_at).as_millis());
             }
         }
@@ -333,7 +344,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "bursts": all().count(),
         "served": count(&Outcome::is_served),
         "kills": count(&|outcome| outcome.oom_kill > 0),
-        "kills_granted": count(&|outcome| outcome.oom_kill > 0 && outcome.is_granted()),
+        "kills_granted": count(&|outcome| outcome.is_killed_granted()),
         "starved": count(&|outcome| !outcome.is_served() && !outcome.is_told()),
         "told": count(&Outcome::is_told),
         "looks": records.iter().map(|record| record.looks).min(),
