@@ -143,7 +143,7 @@ pub(super) struct Autoscalers {
     /// Namespaces of which something has changed that is not in `all` yet.
     changed: BTreeMap<Kind, BTreeSet<String>>,
     told: BTreeMap<Kind, Instant>,
-    /// Of which kinds the API has said which there are, or that it does not say it.
+    /// Of which kinds the API has said which there are, or that there are none, or that it does not say it.
     answered: BTreeSet<Kind>,
     /// Since when they are.
     since: Option<Instant>,
@@ -264,12 +264,15 @@ impl Autoscalers {
     }
 
     fn failed(&mut self, kind: Kind, error: &watcher::Error) {
-        self.answered.insert(kind);
         let status = match error {
             watcher::Error::InitialListFailed(kube::Error::Api(status))
             | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
             _ => None,
         };
+        // What is overloaded, or about to start, has not answered.
+        if matches!(status, Some(403 | 404)) {
+            self.answered.insert(kind);
+        }
         // The resource definition is gone, and with it all that were there.
         if status == Some(404) {
             self.listing.remove(&kind);
@@ -480,8 +483,23 @@ mod tests {
             all.take(Kind::Vertical, Ok(event), |_| true);
         }
         assert!(all.are_wanted() && !all.are_known());
-        let failed = watcher::Error::NoResourceVersion;
-        all.take(Kind::Horizontal, Err(failed), |_| true);
+        let refused = |code| {
+            let status = kube::core::Status {
+                code,
+                ..kube::core::Status::default()
+            };
+            kube::Error::Api(Box::new(status))
+        };
+        for failed in [
+            watcher::Error::NoResourceVersion,
+            watcher::Error::InitialListFailed(refused(429)),
+            watcher::Error::WatchStartFailed(refused(503)),
+        ] {
+            all.take(Kind::Horizontal, Err(failed), |_| true);
+            assert!(all.are_awaited(), "it has not answered");
+        }
+        let refused = watcher::Error::InitialListFailed(refused(403));
+        all.take(Kind::Horizontal, Err(refused), |_| true);
         assert!(all.are_known() && !all.are_awaited());
         // Nobody waits for ever.
         let since = Instant::now().checked_sub(PATIENCE);
