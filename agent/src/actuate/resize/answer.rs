@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Whether what was asked for may still come.
-pub(in crate::actuate) fn is_uncertain<T, E>(ended: &Result<Result<T, kube::Error>, E>) -> bool {
+pub(crate) fn is_uncertain<T, E>(ended: &Result<Result<T, kube::Error>, E>) -> bool {
     match ended {
         Ok(Ok(_)) => false,
         Ok(Err(error)) => refusal(error).0.uncertain,

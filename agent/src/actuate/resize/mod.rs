@@ -37,7 +37,8 @@ use tokio::{
     time::{error::Elapsed, sleep, timeout},
 };
 
-use answer::{counted, is_uncertain, only_by_hand, refusal, silent};
+pub(crate) use answer::is_uncertain;
+use answer::{counted, only_by_hand, refusal, silent};
 pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};

@@ -6,8 +6,9 @@
 //! generation of a policy once.
 //!
 //! Whoever has written that a policy cannot be read publishes the Event of that, too, and the others do not: a thousand nodes
-//! would make a thousand Events of one typing error, and again with each new agent. Where conditions must not be written
-//! (rights of before), nobody knows of another, and each tells.
+//! would make a thousand Events of one typing error, and again with each new agent. Whose patch nobody has answered knows its
+//! words again by the second in which they were written. Where conditions must not be written (rights of before), nobody
+//! knows of another, and each tells.
 //!
 //! What differs between nodes (how many containers a policy guards) is none of it: that is told per node.
 
@@ -28,12 +29,12 @@ use kube::{
     Api, Client, Resource as _, ResourceExt as _,
     api::{DynamicObject, Patch, PatchParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 
 use super::policies::resource;
 use crate::{
-    actuate::resize::TIMEOUT,
+    actuate::resize::{TIMEOUT, is_uncertain},
     run::events::{Events, fitting},
 };
 
@@ -65,6 +66,23 @@ struct Said {
     is_accepted: bool,
 }
 
+/// What tells one agent's words from another's that say the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Words {
+    message: String,
+    time: String,
+}
+
+impl Words {
+    fn of(condition: &Value) -> Option<Self> {
+        let text = |name: &str| condition[name].as_str().map(str::to_owned);
+        Some(Self {
+            message: text("message")?,
+            time: text("lastTransitionTime")?,
+        })
+    }
+}
+
 /// A policy, as far as its condition is concerned.
 #[derive(Clone, Debug)]
 struct Seen {
@@ -75,6 +93,8 @@ struct Seen {
     message: String,
     /// What is said.
     said: Option<Said>,
+    /// In which words.
+    words: Option<Words>,
     /// The generation of which this agent has written, or is about to.
     written: Option<i64>,
 }
@@ -84,13 +104,22 @@ impl Seen {
     fn is_due(&self) -> bool {
         self.said != Some(self.wanted) && self.written != Some(self.wanted.generation)
     }
+
+    /// Whether what is to be said of it is said in one of these words.
+    fn is_said_in(&self, words: &[Words]) -> bool {
+        let own = self.words.as_ref();
+        self.said == Some(self.wanted) && own.is_some_and(|own| words.contains(own))
+    }
 }
 
-/// What an object's status says.
-fn said(object: &DynamicObject) -> Option<Said> {
+/// What an object's status says of it.
+fn accepted(object: &DynamicObject) -> Option<&Value> {
     let conditions = object.data["status"]["conditions"].as_array()?;
     let mut conditions = conditions.iter();
-    let accepted = conditions.find(|condition| condition["type"] == ACCEPTED)?;
+    conditions.find(|condition| condition["type"] == ACCEPTED)
+}
+
+fn said(accepted: &Value) -> Option<Said> {
     Some(Said {
         generation: accepted["observedGeneration"].as_i64()?,
         is_accepted: accepted["status"] == "True",
@@ -143,7 +172,8 @@ impl Conditions {
                 uid: object.uid(),
                 wanted,
                 message: fitting(message),
-                said: said(object),
+                said: accepted(object).and_then(said),
+                words: accepted(object).and_then(Words::of),
                 written,
             };
             let is_due = seen.is_due();
@@ -176,7 +206,7 @@ impl Conditions {
         sleep(turn(&self.node, &key)).await;
         let mut is_told = false;
         // What nobody has answered to may be written all the same.
-        let mut unanswered = None;
+        let mut unanswered = Vec::new();
         for tries in 1.. {
             // It may have changed, or somebody else has said it.
             let message = self.with(|all| {
@@ -186,20 +216,21 @@ impl Conditions {
                 is_open.then(|| seen.message.clone())
             });
             let Some(message) = message else {
-                let is_said = self.with(|all| {
-                    let seen = all.get(&key);
-                    seen.is_some_and(|seen| seen.uid == uid && seen.said == Some(wanted))
-                });
-                if let Some(message) = unanswered.filter(|_| is_said && !is_told)
-                    && !wanted.is_accepted
-                {
-                    self.events.rejected(policy, message);
+                let is_own = |seen: &Seen| {
+                    seen.uid == uid && seen.wanted == wanted && seen.is_said_in(&unanswered)
+                };
+                let own = self.with(|all| all.get(&key).filter(|seen| is_own(seen)).cloned());
+                if let Some(own) = own.filter(|_| !wanted.is_accepted && !is_told) {
+                    self.events.rejected(policy, own.message);
                 }
                 return;
             };
-            let asked = message.clone();
-            let written = self.patch(&key, wanted, message.clone());
-            let is_refused = match timeout(TIMEOUT, written).await {
+            let condition = json!(condition(wanted, message.clone()));
+            let written = timeout(TIMEOUT, self.patch(&key, &condition)).await;
+            if is_uncertain(&written) {
+                unanswered.extend(Words::of(&condition));
+            }
+            let is_refused = match written {
                 Ok(Ok(_)) => {
                     if !wanted.is_accepted && !is_told {
                         self.events.rejected(policy, message);
@@ -221,7 +252,6 @@ impl Conditions {
                         ?failed,
                         "a policy's condition is not written yet"
                     );
-                    unanswered = Some(asked);
                     false
                 }
             };
@@ -232,23 +262,10 @@ impl Conditions {
     async fn patch(
         &self,
         (namespace, name): &Key,
-        wanted: Said,
-        message: String,
+        condition: &Value,
     ) -> kube::Result<DynamicObject> {
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.client.clone(), namespace, &resource());
-        let Said {
-            generation,
-            is_accepted,
-        } = wanted;
-        let condition = Condition {
-            type_: ACCEPTED.to_owned(),
-            status: if is_accepted { "True" } else { "False" }.to_owned(),
-            reason: if is_accepted { "Valid" } else { "Invalid" }.to_owned(),
-            message,
-            observed_generation: Some(generation),
-            last_transition_time: Time(Timestamp::now()),
-        };
         let status = json!({
             "apiVersion": "bellows.dev/v1alpha1",
             "kind": "ElasticPolicy",
@@ -258,6 +275,21 @@ impl Conditions {
         let parameters = PatchParams::apply(MANAGER).force();
         api.patch_status(name, &parameters, &Patch::Apply(&status))
             .await
+    }
+}
+
+fn condition(wanted: Said, message: String) -> Condition {
+    let Said {
+        generation,
+        is_accepted,
+    } = wanted;
+    Condition {
+        type_: ACCEPTED.to_owned(),
+        status: if is_accepted { "True" } else { "False" }.to_owned(),
+        reason: if is_accepted { "Valid" } else { "Invalid" }.to_owned(),
+        message,
+        observed_generation: Some(generation),
+        last_transition_time: Time(Timestamp::now()),
     }
 }
 
@@ -333,6 +365,40 @@ mod tests {
         assert!(!conditions.with(|all| all.is_empty()));
         conditions.keep(|_, _| false);
         assert!(conditions.with(|all| all.is_empty()));
+    }
+
+    #[test]
+    fn whose_words_they_are_is_known_by_their_time() {
+        let wanted = Said {
+            generation: 1,
+            is_accepted: false,
+        };
+        let own = json!(condition(wanted, "wrong".to_owned()));
+        let words = [Words::of(&own).unwrap()];
+        let is_own = |condition: &Value| {
+            let mut seen = object(1, None);
+            seen.data["status"]["conditions"] = json!([condition]);
+            let accepted = accepted(&seen);
+            let seen = Seen {
+                uid: None,
+                wanted,
+                message: String::new(),
+                said: accepted.and_then(said),
+                words: accepted.and_then(Words::of),
+                written: None,
+            };
+            assert_eq!(seen.said, Some(wanted));
+            seen.is_said_in(&words)
+        };
+        assert!(is_own(&own));
+        for (name, value) in [
+            ("lastTransitionTime", "2026-01-01T00:00:00Z"),
+            ("message", "not read"),
+        ] {
+            let mut other = own.clone();
+            other[name] = json!(value);
+            assert!(!is_own(&other), "{name}");
+        }
     }
 
     /// Takes one question, tells its method, and answers with what it was sent.
