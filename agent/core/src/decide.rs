@@ -40,6 +40,9 @@ const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
 /// A refused shrink is tried again after this time even if demand has not fallen.
 const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
+/// For how long the kernel's own caches that were not given back when they were asked for count as in use: nobody tells when
+/// they are not any more.
+pub const SLAB_IN_USE_FOR: Nanos = Nanos::millis(300_000);
 /// A requested raise goes to at least this multiple of the demand.
 pub const REQUEST_STEP_MIN_PER_MILLE: u64 = 3100;
 /// A requested raise goes to at most this multiple of the demand.
@@ -77,6 +80,8 @@ pub struct Snapshot {
     /// What of the demand are the kernel's own caches, of names and inodes: they may be given back when the limit comes
     /// down. How many are in use nobody knows, so a burst that grows beside them is as large as it looks.
     pub slab: Bytes,
+    /// When they were not given back though asked for.
+    pub slab_kept: Option<Nanos>,
 }
 
 /// Whether a raise that was asked for may be written by hand.
@@ -273,6 +278,7 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         thrash,
         quiet,
         slab,
+        slab_kept,
         ..
     } = snapshot;
     let quiet = policy.shrink_after.max(*quiet);
@@ -286,10 +292,9 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if refused {
         return None;
     }
-    // What was not given back when it was asked for is in use.
-    let needed = match refused_shrink {
-        Some(_) => history.demand,
-        None => history.demand.minus(*slab),
+    let needed = match slab_kept {
+        Some(at) if now.since(*at) < SLAB_IN_USE_FOR => history.demand,
+        _ => history.demand.minus(*slab),
     };
     let to = policy
         .limit_for(needed.per_mille(SHRINK_MARGIN_PER_MILLE))
@@ -326,6 +331,7 @@ mod tests {
             by_hand: ByHand::No,
             quiet: Nanos(0),
             slab: Bytes::ZERO,
+            slab_kept: None,
         }
     }
 
@@ -343,10 +349,16 @@ mod tests {
         assert_eq!(to(&walked), Some(Bytes::mib(500)));
         walked.slab = Bytes::mib(300);
         assert_eq!(to(&walked), Some(Bytes::mib(125)));
+        // A refusal of another kind says nothing of them.
         walked.refused_shrink = Some((Bytes::mib(400), Nanos(0)));
         walked.now = SHRINK_REFUSED_FOR;
+        assert_eq!(to(&walked), Some(Bytes::mib(125)));
+        walked.slab_kept = Some(Nanos(0));
         assert_eq!(to(&walked), Some(Bytes::mib(500)));
-        // It may be in use: what grows beside it is raised all the same.
+        // They may have come out of use.
+        walked.now = SLAB_IN_USE_FOR;
+        assert_eq!(to(&walked), Some(Bytes::mib(125)));
+        // They may be in use: what grows beside them is raised all the same.
         walked.limit = Bytes::mib(400);
         let is_raise = |(action, _): &(Action, Reason)| matches!(action, Action::Raise { .. });
         assert!(decide(&walked).actions.iter().any(is_raise));

@@ -19,6 +19,7 @@ use super::{
     seconds,
 };
 use crate::{
+    actuate::shrink,
     cgroup::{Cgroup, CgroupError, MemoryStat},
     ledger::Record,
     metrics::METRICS,
@@ -110,8 +111,12 @@ pub(super) struct Guarded {
     pub(super) requested: Option<(Bytes, Nanos)>,
     /// A lower limit that was asked for and may come into force at any moment.
     pub(super) lowering: Option<Bytes>,
-    /// What of its demand are the kernel's own caches, by the last look.
+    /// What of its demand are the kernel's own caches, by the last look; none where they cannot be given back alone.
     pub(super) slab: Bytes,
+    /// Whether they can.
+    gives_slab: bool,
+    /// When they were asked for in vain.
+    pub(super) slab_kept: Option<Nanos>,
     /// Lowerings that got lost since the limit moved last.
     pub(super) lost_lowerings: u32,
     /// Whether page cache is being given back for a lower limit.
@@ -209,6 +214,7 @@ impl Guarded {
     ) -> Self {
         Self {
             ancestors: ancestors(&cgroup),
+            gives_slab: shrink::spares_memory(&cgroup),
             cgroup,
             name,
             policy,
@@ -226,6 +232,7 @@ impl Guarded {
             requested: None,
             lowering: None,
             slab: Bytes::ZERO,
+            slab_kept: None,
             lost_lowerings: 0,
             is_making_room: false,
             held_since: None,
@@ -379,13 +386,16 @@ impl Guarded {
             by_hand,
             quiet: Nanos(0),
             slab: self.slab,
+            slab_kept: self.slab_kept,
         }
     }
 
     /// Takes note of what it uses.
     pub(super) fn saw(&mut self, at: Nanos, stat: MemoryStat) {
         self.history.observe(at, stat.demand());
-        self.slab = stat.slab;
+        if self.gives_slab {
+            self.slab = stat.slab;
+        }
     }
 
     /// Takes note of what a burst uses.
@@ -495,7 +505,7 @@ impl Guarded {
         if is_raise {
             self.burst_since.get_or_insert(at);
             self.report.raises += 1;
-            self.refused_shrink = None;
+            (self.refused_shrink, self.slab_kept) = (None, None);
         } else {
             self.report.shrinks += 1;
             self.history.shrunk();
@@ -575,6 +585,24 @@ mod tests {
     fn patience_seconds(to: Bytes, lost_lowerings: u32) -> Option<u64> {
         let guarded = guarded(to, lost_lowerings);
         (0..1000).find(|&seconds| guarded.lost(Nanos::millis(seconds * 1000)).is_some())
+    }
+
+    /// Without `memory.reclaim` the kernel would swap out, or brake, for names and inodes that are in use.
+    #[test]
+    fn what_cannot_be_given_back_alone_keeps_the_limit_up() {
+        let mut guarded = guarded(LIMIT, 0);
+        let stat = MemoryStat {
+            usage: Bytes::mib(200),
+            file: Bytes::ZERO,
+            slab: Bytes::mib(100),
+        };
+        let mut slab = |gives_slab| {
+            guarded.gives_slab = gives_slab;
+            guarded.saw(Nanos(1), stat);
+            guarded.snapshot(Nanos(1), ByHand::No).slab
+        };
+        assert_eq!(slab(false), Bytes::ZERO);
+        assert_eq!(slab(true), Bytes::mib(100));
     }
 
     #[test]

@@ -154,6 +154,9 @@ impl<R: Requester> Controller<R> {
         let is_busy = guarded.requested.is_some()
             || guarded.held_since.is_some()
             || !(guarded.policy.original..guarded.limit).contains(&to);
+        if made == Ok(false) {
+            guarded.slab_kept = Some(now());
+        }
         let has_room = made.unwrap_or_else(|error| {
             guarded.report.failed(error);
             false

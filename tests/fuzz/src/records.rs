@@ -88,6 +88,7 @@ pub(crate) fn events(bytes: &[u8]) {
                 [usize::from(input.flag()) + usize::from(input.flag())],
             quiet: Nanos(0),
             slab: Bytes::ZERO,
+            slab_kept: None,
         };
         limit = judged(&snapshot);
     }
@@ -110,6 +111,7 @@ pub(crate) fn events(bytes: &[u8]) {
             by_hand: ByHand::No,
             quiet: Nanos(0),
             slab: Bytes::ZERO,
+            slab_kept: None,
         };
         let shrinks = decide(&snapshot)
             .actions
