@@ -59,6 +59,11 @@ const AGAIN: Duration = Duration::from_secs(5);
 const MOST_DOUBLED: u32 = 6;
 /// The same of what is refused as such.
 const REFUSED: Duration = Duration::from_secs(600);
+/// At last what the kubelet puts off is taken back no more seldom than this: all else of its pod is put off with it, a
+/// burst's raise, too.
+const TAKEN_BACK_AGAIN: Duration = Duration::from_secs(10);
+/// The same of what is refused as such: it would be again, and each time take what others need to ask.
+const TAKING_BACK_REFUSED: Duration = Duration::from_secs(60);
 /// What is told of a pod whose policy asks for what this agent is not to do.
 const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may not change requests: set requests.enabled of the chart (--requests), or take that out of the policy";
 
@@ -128,6 +133,10 @@ struct KnownRequest {
     not_before: Option<Instant>,
     /// How often, one after the other, it was not answered or refused for a while.
     failures: u32,
+    /// The same of what the kubelet puts off: it is not taken back before, and how often that failed. What failed on its
+    /// way up says nothing of that: the API may have taken it without an answer.
+    not_taken_back_before: Option<Instant>,
+    not_taken_back: u32,
     /// How long it was waited the last time that what it was could not be had.
     backoff: Duration,
 }
@@ -349,6 +358,15 @@ impl KnownRequest {
         self.not_before.is_some_and(|at| Instant::now() < at)
     }
 
+    /// What to take back of what the kubelet puts off: to what it has allotted.
+    fn to_take_back(&self, put_off: &PutOff) -> Option<Bytes> {
+        let is_too_soon = self
+            .not_taken_back_before
+            .is_some_and(|at| Instant::now() < at);
+        let is_meant = self.asked.is_none() && put_off.is_current && self.is_moved_by_us();
+        self.allotted().filter(|_| is_meant && !is_too_soon)
+    }
+
     fn text(&self, to: Bytes) -> String {
         if to == self.wish.original {
             self.wish.original_text.clone()
@@ -563,6 +581,8 @@ impl Watch {
             owed: Bytes::ZERO,
             not_before: None,
             failures: 0,
+            not_taken_back_before: None,
+            not_taken_back: 0,
             backoff: Duration::ZERO,
         };
         known.sample();
@@ -623,7 +643,7 @@ impl Watch {
             return;
         };
         if !is_written {
-            known.failed(true);
+            known.failed(&why, true);
             return;
         }
         known.asked = Some(Asked { to, taken: None });
@@ -697,8 +717,12 @@ impl Watch {
                 }
                 self.settle_debt(&key, &why);
             }
-            Err(NotChanged { why, is_passing }) => {
-                known.failed(is_passing);
+            Err(NotChanged {
+                why: not,
+                is_passing,
+            }) => {
+                known.failed(&why, is_passing);
+                let why = not;
                 tracing::warn!(container = known.name, %to, why, "a request is not changed");
                 let cgroup = known.cgroup.id();
                 let record = Record::RequestFailed {
@@ -752,8 +776,17 @@ impl KnownRequest {
     }
 
     /// It was not changed, for the time being or as such.
-    fn failed(&mut self, is_passing: bool) {
+    fn failed(&mut self, why: &RequestWhy, is_passing: bool) {
         self.asked = None;
+        if *why == RequestWhy::NoRoom {
+            let wait = if is_passing {
+                (AGAIN * (1 << self.not_taken_back.min(MOST_DOUBLED))).min(TAKEN_BACK_AGAIN)
+            } else {
+                TAKING_BACK_REFUSED
+            };
+            self.not_taken_back += 1;
+            self.not_taken_back_before = Some(Instant::now() + wait);
+        }
         let wait = if is_passing {
             AGAIN * (1 << self.failures.min(MOST_DOUBLED))
         } else {
@@ -770,6 +803,7 @@ impl KnownRequest {
             taken: Some(Instant::now()),
         });
         self.failures = 0;
+        (self.not_taken_back, self.not_taken_back_before) = (0, None);
         if self.wish.request == to {
             // Seen before it was answered.
             self.asked = None;
@@ -838,6 +872,8 @@ mod tests {
             owed: Bytes::ZERO,
             not_before: None,
             failures: 0,
+            not_taken_back_before: None,
+            not_taken_back: 0,
             backoff: Duration::ZERO,
         }
     }
@@ -916,7 +952,7 @@ mod tests {
     fn what_fails_again_and_again_is_asked_for_less_and_less_often() {
         let mut known = known(100, 400);
         let mut wait = |is_passing| {
-            known.failed(is_passing);
+            known.failed(&RequestWhy::GivenBack, is_passing);
             let wait = known.not_before.unwrap() - Instant::now();
             (wait + Duration::from_millis(500)).as_secs()
         };
@@ -924,7 +960,35 @@ mod tests {
         assert_eq!(waits, [5, 10, 20, 40, 80, 160, 320, 320, 320]);
         assert_eq!(wait(false), 600);
         known.took(Bytes::mib(400), &RequestWhy::GivenBack);
-        known.failed(true);
+        known.failed(&RequestWhy::GivenBack, true);
         assert!(known.not_before.unwrap() - Instant::now() <= AGAIN);
+    }
+
+    /// The API takes what it does not answer for, and the kubelet puts it off: with it whatever else its pod needs.
+    #[test]
+    fn what_is_put_off_is_taken_back_however_often_it_has_failed() {
+        let mut known = known(400, 400);
+        known.wish.allotted = Some("300Mi".to_owned());
+        let put_off = PutOff {
+            is_infeasible: false,
+            message: String::new(),
+            is_current: true,
+        };
+        for _ in 0..9 {
+            known.failed(&RequestWhy::GivenBack, true);
+        }
+        known.failed(&RequestWhy::GivenBack, false);
+        assert!(known.is_too_soon());
+        assert_eq!(known.to_take_back(&put_off), Some(Bytes::mib(300)));
+        let mut wait = |is_passing| {
+            known.failed(&RequestWhy::NoRoom, is_passing);
+            assert_eq!(known.to_take_back(&put_off), None);
+            let wait = known.not_taken_back_before.unwrap() - Instant::now();
+            (wait + Duration::from_millis(500)).as_secs()
+        };
+        assert_eq!([true, true, true, false].map(&mut wait), [5, 10, 10, 60]);
+        known.took(Bytes::mib(300), &RequestWhy::NoRoom);
+        known.asked = None;
+        assert_eq!(known.to_take_back(&put_off), Some(Bytes::mib(300)));
     }
 }

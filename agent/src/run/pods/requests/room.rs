@@ -370,11 +370,8 @@ impl Watch {
         let known = self.requests.known.iter();
         let put_off = known.filter_map(|(key, known)| {
             let put_off = self.requests.pods.get(&key.0)?.put_off.as_ref()?;
-            let allotted = known.allotted()?;
-            let is_put_off = known.asked.is_none() && put_off.is_current && known.is_moved_by_us();
-            // Refused a moment ago, it would be again, and each time take what others need to ask.
-            (is_put_off && !known.is_too_soon())
-                .then(|| (key.clone(), allotted, shortage(&put_off.message)))
+            let allotted = known.to_take_back(put_off)?;
+            Some((key.clone(), allotted, shortage(&put_off.message)))
         });
         for (key, allotted, shortage) in put_off.collect::<Vec<_>>() {
             if let Some(shortage) = shortage {
