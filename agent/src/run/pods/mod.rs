@@ -454,15 +454,24 @@ impl Watch {
     async fn apply_all(&mut self) {
         let pods: Vec<Pod> = self.pods.values().cloned().collect();
         for pod in pods {
-            self.apply(pod).await;
+            self.follow_pod(pod).await;
         }
+        // Among all of them, not among those so far.
+        self.step_requests();
     }
 
     async fn apply(&mut self, pod: Pod) {
+        self.follow_pod(pod).await;
+        self.step_requests();
+    }
+
+    async fn follow_pod(&mut self, pod: Pod) {
         let mut seen = self.seen(&pod);
         let uid = seen.uid.clone();
         let allowances = self.context.resizer.allowances();
         allowances.with(|all| all.pod(counted(&pod)));
+        // What it requests others cannot have, whatever is not known of it yet.
+        self.summarize(&seen);
         self.pending.remove(&uid);
         let are_known = self.knows(&seen);
         let mut wishes = self.wished(&pod, &seen);
@@ -535,7 +544,6 @@ impl Watch {
         for key in keys {
             self.tell_of_bound(&key);
         }
-        self.step_requests();
     }
 
     /// What autoscalers claim of a container.

@@ -379,7 +379,6 @@ impl KnownRequest {
 impl Watch {
     /// Follows what policies say of the requests of a pod's containers.
     pub(super) async fn follow_requests(&mut self, pod: &Pod, seen: &mut pod::Pod) {
-        self.summarize(seen);
         let uid = seen.uid.clone();
         if !self.policies.are_known(&seen.namespace) || self.context.only_observes {
             return;
@@ -445,7 +444,7 @@ impl Watch {
     }
 
     /// Takes over what others' requests depend on.
-    fn summarize(&mut self, seen: &pod::Pod) {
+    pub(super) fn summarize(&mut self, seen: &pod::Pod) {
         let size = |text: &Option<String>| {
             let text = text.as_deref()?;
             quantity::parse(text).ok()
@@ -591,9 +590,10 @@ impl Watch {
         Ok(())
     }
 
-    /// Does what is to be done now.
+    /// Does what is to be done now. Nothing is before it is known whose requests may be moved at all.
     pub(super) fn step_requests(&mut self) {
-        if !self.is_listed || !self.requests.is_any() {
+        let is_known = self.is_listed && !self.autoscalers.are_awaited();
+        if !is_known || !self.requests.is_any() {
             return self.requests.sum_up();
         }
         self.take_back_put_off();
