@@ -566,9 +566,7 @@ impl Watch {
             name,
             namespace: seen.namespace.clone(),
             pod: seen.name.clone(),
-            loans: loans
-                .filter(|_| wish.request < wish.original)
-                .unwrap_or_default(),
+            loans: loans.filter(|_| !wish.foreign).unwrap_or_default(),
             wish,
             is_reported,
             cgroup,
@@ -584,6 +582,7 @@ impl Watch {
             not_taken_back: 0,
             backoff: Duration::ZERO,
         };
+        known.settle_loans();
         known.sample();
         tracing::info!(container = known.name, request = %known.wish.request, original = %known.wish.original, "its request may be moved");
         self.requests.known.insert(key.clone(), known);
@@ -766,6 +765,7 @@ impl KnownRequest {
                 .is_some_and(|at| wish.request == asked.to || wish.foreign || at.elapsed() > OLD)
         });
         self.wish = wish;
+        self.settle_loans();
     }
 
     /// Its container was started again: what it has lent and used before is still its own.
@@ -811,7 +811,15 @@ impl KnownRequest {
         if let RequestWhy::Lent { .. } = why {
             self.loans.extend(Loan::of(why, Instant::now()));
         }
-        if to >= self.wanted() {
+        self.settle_loans();
+    }
+
+    /// What was lent is back once the kubelet has allotted it: what the API takes it may yet put off. Where it does not say
+    /// that, what the API has taken counts.
+    fn settle_loans(&mut self) {
+        let is_whole = self.request() >= self.wanted();
+        let has = self.allotted().unwrap_or_else(|| self.request());
+        if is_whole && has >= self.request() {
             self.loans.clear();
         }
     }

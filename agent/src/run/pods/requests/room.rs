@@ -32,8 +32,8 @@ const UNDER_WAY: Duration = Duration::from_secs(10);
 /// How soon it is looked again for whom no room could be made.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// For how long the kubelet's word of what the node has is taken: it says it when it puts a resize off, which what is lent
-/// before its word keeps it from, and another configuration gives it more or less. Without, what was lent is asked back, and
-/// it says it again.
+/// before its word keeps it from, and another configuration gives it more or less. After that nobody lends before its word,
+/// and what is owed is asked back by one container at a time, until it says it again.
 const HOLDS: Duration = Duration::from_secs(3600);
 /// How soon what could not be had back is tried again, and how seldom at last.
 const BACKOFF: Duration = Duration::from_secs(30);
@@ -170,7 +170,7 @@ impl Waiting {
 /// A container of a pod, by that one's uid and its own name: it may have been started again since.
 pub(super) type Owner = (String, String);
 
-/// What was lent by each container and is not given back.
+/// What was lent by each container and is not known to be given back: whose request stands where it was has lent nothing.
 pub(super) fn loans(records: &[Record]) -> BTreeMap<Owner, Vec<Loan>> {
     let mut loans: BTreeMap<Owner, Vec<Loan>> = BTreeMap::new();
     for record in unsettled(records, |_| true) {
@@ -183,7 +183,7 @@ pub(super) fn loans(records: &[Record]) -> BTreeMap<Owner, Vec<Loan>> {
 }
 
 /// The records by which it is known what is not given back, of these containers: what each had, and what it has lent since
-/// it last had that.
+/// it was last seen to have that. What is asked for may not come.
 pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&Owner) -> bool) -> Vec<Record> {
     let mut left: BTreeMap<Owner, (Bytes, Vec<&Record>)> = BTreeMap::new();
     for record in records {
@@ -191,7 +191,6 @@ pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&Owner) -> bool) -
             uid,
             name,
             from,
-            to,
             why,
             ..
         } = record
@@ -199,13 +198,14 @@ pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&Owner) -> bool) -
             continue;
         };
         let (whole, own) = left.entry((uid.clone(), name.clone())).or_default();
+        // It has had all back, unless what was asked for was only put off.
+        if from >= whole && *why != RequestWhy::NoRoom {
+            own.clear();
+        }
         if own.is_empty() || from > whole || matches!(why, RequestWhy::Lent { .. }) {
             own.push(record);
         }
         *whole = (*whole).max(*from);
-        if to >= whole {
-            own.clear();
-        }
     }
     let left = left.into_iter().filter(|(owner, _)| is_meant(owner));
     left.flat_map(|(_, (_, own))| own.into_iter().cloned())
@@ -233,6 +233,52 @@ impl Requests {
     fn capacity(&self) -> Option<Bytes> {
         let (capacity, at) = self.capacity?;
         (at.elapsed() < HOLDS).then_some(capacity)
+    }
+
+    /// What the node has for pods and nobody requests, as far as it is known: by the kubelet's last word, however old.
+    fn free(&self) -> Option<Bytes> {
+        let (capacity, _) = self.capacity?;
+        let requested = self.pods.values().map(Summary::claimed);
+        let requested = requested.fold(Bytes::ZERO, Bytes::plus);
+        let asked = self.known.values().filter(|known| known.asked.is_some());
+        let (more, less) = asked.fold((Bytes::ZERO, Bytes::ZERO), |(more, less), known| {
+            let (to, from) = (known.request(), known.wish.request);
+            (more.plus(to.minus(from)), less.plus(from.minus(to)))
+        });
+        Some(capacity.plus(less).minus(requested.plus(more)))
+    }
+
+    /// Who gets how much of what is free. By a word that is old there may be more: one alone tries that, the one that wants
+    /// least, and the next once it has it. Who has lent what somebody has does not.
+    fn given_back(&self, lowered: &[Lowered<Key>]) -> Vec<Change<Key>> {
+        // Without the kubelet's word it is tried.
+        let free = self.free().unwrap_or(Bytes(u64::MAX));
+        let changes = give_back(free, lowered);
+        let is_old = self.capacity.is_some() && self.capacity().is_none();
+        let is_any_moved = self.known.values().any(KnownRequest::is_moved_by_us);
+        if !changes.is_empty() || !is_old || is_any_moved {
+            return changes;
+        }
+        let owed = lowered.iter().filter(|own| {
+            let known = self.known.get(&own.key);
+            known.is_some_and(|known| !self.is_lent(known))
+        });
+        let least = owed.min_by_key(|own| own.wanted.minus(own.request));
+        let tried = least.map(|own| Change {
+            key: own.key.clone(),
+            from: own.request,
+            to: own.wanted,
+        });
+        tried.into_iter().collect()
+    }
+
+    /// Whether somebody has what a container has lent.
+    fn is_lent(&self, known: &KnownRequest) -> bool {
+        let has = |loan: &Loan| {
+            let borrower = self.pods.get(&loan.uid);
+            borrower.is_some_and(|borrower| loan.is_had_by(borrower))
+        };
+        known.loans.iter().any(has)
     }
 }
 
@@ -381,23 +427,6 @@ impl Watch {
         }
     }
 
-    /// What the node has for pods and nobody requests, as far as it is known.
-    fn free(&self) -> Option<Bytes> {
-        let capacity = self.requests.capacity()?;
-        let requested = self.requests.pods.values().map(Summary::claimed);
-        let requested = requested.fold(Bytes::ZERO, Bytes::plus);
-        let asked = self
-            .requests
-            .known
-            .values()
-            .filter(|known| known.asked.is_some());
-        let (more, less) = asked.fold((Bytes::ZERO, Bytes::ZERO), |(more, less), known| {
-            let (to, from) = (known.request(), known.wish.request);
-            (more.plus(to.minus(from)), less.plus(from.minus(to)))
-        });
-        Some(capacity.plus(less).minus(requested.plus(more)))
-    }
-
     /// Gives back what there is room for, and tells what there is none for. While room is made for pods, only to those of a
     /// priority as high, and where no policy asks for less any more.
     pub(super) fn give_back_requests(&mut self, waiting: Option<i32>) {
@@ -420,12 +449,10 @@ impl Watch {
             })
             .collect();
         self.forgive_debts();
-        // Without the kubelet's word it is tried.
-        let free = self.free().unwrap_or(Bytes(u64::MAX));
         let allowed = lowered.iter();
         let allowed = allowed.filter(|own| own.wanted > own.request);
         let allowed: Vec<Lowered<Key>> = allowed.cloned().collect();
-        let changes = give_back(free, &allowed);
+        let changes = self.requests.given_back(&allowed);
         for own in &lowered {
             let given = changes.iter().find(|change| change.key == own.key);
             // What a quota does not allow is owed, too.
@@ -436,7 +463,7 @@ impl Watch {
                 .requests
                 .known
                 .get(&own.key)
-                .is_some_and(|known| self.is_lent(known));
+                .is_some_and(|known| self.requests.is_lent(known));
             self.owe(&own.key, if is_lent { Bytes::ZERO } else { owed });
         }
         for Change { key, to, .. } in changes {
@@ -461,15 +488,6 @@ impl Watch {
         allowed.max(known.request())
     }
 
-    /// Whether somebody has what a container has lent.
-    fn is_lent(&self, known: &KnownRequest) -> bool {
-        let has = |loan: &Loan| {
-            let borrower = self.requests.pods.get(&loan.uid);
-            borrower.is_some_and(|borrower| loan.is_had_by(borrower))
-        };
-        known.loans.iter().any(has)
-    }
-
     /// What comes of a change that was made: a debt, or none any more.
     pub(super) fn settle_debt(&mut self, key: &Key, why: &RequestWhy) {
         let Some(known) = self.requests.known.get_mut(key) else {
@@ -479,7 +497,9 @@ impl Watch {
         if *why == RequestWhy::NoRoom {
             known.backoff = (known.backoff * 2).clamp(BACKOFF, LONGEST_BACKOFF);
             known.not_before = Some(Instant::now() + known.backoff);
-            self.owe(key, missing);
+            let known = self.requests.known.get(key);
+            let is_lent = known.is_some_and(|known| self.requests.is_lent(known));
+            self.owe(key, if is_lent { Bytes::ZERO } else { missing });
         } else if missing == Bytes::ZERO {
             known.backoff = Duration::ZERO;
             self.owe(key, Bytes::ZERO);
@@ -540,9 +560,12 @@ impl KnownRequest {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, path::Path};
 
-    use bellows_core::{CgroupId, Nanos, pod::PutOff};
+    use bellows_core::{
+        CgroupId, Nanos,
+        pod::{PutOff, RequestWish},
+    };
 
     use super::*;
     use crate::{ledger, run::pods::requests::tests::known};
@@ -588,8 +611,96 @@ mod tests {
         assert_eq!(borrowers(&records[..1]), ["a"]);
         assert_eq!(borrowers(&records[..2]), ["a", "b"]);
         assert_eq!(borrowers(&records[..3]), ["a", "b"]);
-        assert!(borrowers(&records).is_empty());
         assert!(borrowers(&[]).is_empty());
+        // What is asked for may be put off, or never come: whose request is what it was is not asked.
+        assert_eq!(borrowers(&records), ["a", "b"]);
+        let mut records = records.to_vec();
+        records.push(request(400, 250, RequestWhy::NoRoom));
+        assert_eq!(borrowers(&records), ["a", "b"]);
+        records.push(request(250, 400, RequestWhy::GivenBack));
+        records.push(request(400, 300, lent("c")));
+        assert_eq!(borrowers(&records), ["c"]);
+    }
+
+    /// What the API has taken the kubelet may put off.
+    #[test]
+    fn what_was_lent_is_back_when_the_kubelet_has_allotted_it() {
+        let mut known = known(400, 400);
+        known.wish.rules = None;
+        known.took(Bytes::mib(300), &lent("a"));
+        let wish = |request: u64, allotted: &str| RequestWish {
+            request: Bytes::mib(request),
+            allotted: Some(allotted.to_owned()),
+            ..known.wish.clone()
+        };
+        let down = wish(300, "300Mi");
+        let up = wish(400, "300Mi");
+        let back = wish(400, "400Mi");
+        known.follow(down.clone(), true);
+        known.took(Bytes::mib(400), &RequestWhy::GivenBack);
+        known.follow(up, true);
+        assert_eq!(known.loans.len(), 1);
+        // It was put off.
+        known.took(Bytes::mib(300), &RequestWhy::NoRoom);
+        known.follow(down, true);
+        assert_eq!(known.loans.len(), 1);
+        known.took(Bytes::mib(400), &RequestWhy::GivenBack);
+        known.follow(back, true);
+        assert!(known.loans.is_empty());
+        // A kubelet that does not say what it has allotted.
+        known.took(Bytes::mib(300), &lent("a"));
+        known.wish.allotted = None;
+        known.took(Bytes::mib(400), &RequestWhy::GivenBack);
+        assert!(known.loans.is_empty());
+    }
+
+    /// Not everybody is asked back by it, each time to be put off; but it may be wrong by now.
+    #[test]
+    fn by_an_old_word_one_at_a_time_is_asked_back() {
+        let (done, _) = tokio::sync::mpsc::unbounded_channel();
+        let path = Path::new("/nonexistent/ledger");
+        let mut requests = Requests::new(path, done, std::sync::Arc::default());
+        let key = |name: &str| (name.to_owned(), "app".to_owned());
+        let mut lowered = Vec::new();
+        for (name, original) in [("a", 400), ("b", 300), ("lender", 200)] {
+            let mut known = known(100, original);
+            known.wish.allotted = Some("100Mi".to_owned());
+            if name == "lender" {
+                known.loans.extend(Loan::of(&lent("db"), None));
+            }
+            requests.known.insert(key(name), known);
+            requests.pods.insert(name.to_owned(), pod(100, 100));
+            lowered.push(Lowered {
+                key: key(name),
+                priority: 0,
+                request: Bytes::mib(100),
+                wanted: Bytes::mib(original),
+            });
+        }
+        requests.pods.insert("db".to_owned(), pod(500, 500));
+        let asked = |requests: &Requests| -> Vec<String> {
+            let changes = requests.given_back(&lowered);
+            changes.into_iter().map(|change| change.key.0).collect()
+        };
+        assert_eq!(asked(&requests), ["a", "b", "lender"]);
+        requests.capacity_is(Bytes::mib(928));
+        assert!(asked(&requests).is_empty());
+        let (capacity, at) = requests.capacity.unwrap();
+        let Some(old) = at.checked_sub(HOLDS) else {
+            // The machine has not run for so long.
+            return;
+        };
+        requests.capacity = Some((capacity, old));
+        assert_eq!(requests.capacity(), None);
+        assert_eq!(asked(&requests), ["b"]);
+        // Until that is had.
+        let known = requests.known.get_mut(&key("b")).unwrap();
+        known.wish.request = Bytes::mib(300);
+        assert!(asked(&requests).is_empty());
+        // What there is room for by the old word is given all the same.
+        requests.known.get_mut(&key("b")).unwrap().wish.request = Bytes::mib(100);
+        requests.capacity = Some((Bytes::mib(1028), old));
+        assert_eq!(asked(&requests), ["a"]);
     }
 
     /// Two lend 300 MiB each. The word of the moment when one of them was down comes after both are seen to be.
