@@ -78,7 +78,7 @@ pub struct Seen {
     pub id: ProcessId,
     /// The program's name.
     pub program: String,
-    /// Its anonymous memory; nothing for one that may not be paused.
+    /// Its anonymous memory; nothing for one that is never paused.
     pub memory: Bytes,
     /// CPU time that it has used.
     pub cpu: Nanos,

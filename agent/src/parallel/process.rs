@@ -223,14 +223,14 @@ impl Tree {
             let is_root = !self.processes.contains_key(&process.parent);
             // Traced: its tracer decides.
             let is_traced = process.state == 't';
-            let may_pause = is_leaf
+            let is_job = is_leaf
                 && !is_root
-                && !is_traced
                 && !process.leads_on_terminal
-                && !of_probes.contains(&process.id)
                 && !NEEDED.contains(&&*process.program);
-            // What others have is not theirs to give up.
-            let memory = if may_pause {
+            let may_pause = is_job && !is_traced && !of_probes.contains(&process.id);
+            // What others have is not theirs to give up. Who is exempt for now is told with what it has: the next moment it
+            // may not be, and it would have been small until then.
+            let memory = if is_job {
                 let statm = fs::read_to_string(format!("/proc/{}/statm", process.id.pid));
                 parse_statm(&statm.ok()?)?
             } else {
@@ -402,6 +402,33 @@ mod tests {
         assert!(exempt(&tree(all.clone()), 12_000).is_empty());
         all.push(process(32, 30, 9002));
         assert!(exempt(&tree(all), 9500).is_empty());
+    }
+
+    /// The first of a build's jobs is alone for a moment: that it comes to be one of two must not make it larger.
+    #[test]
+    fn who_is_exempt_for_now_is_told_with_what_it_has() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let process = |pid: i32, program: &str, parent: i32, began: u64| {
+            let text = format!(
+                "{pid} ({program}) S {parent} {pid} 9 0 -1 0 1 2 3 4 1 1 1 2 20 0 1 0 {began} 1000 20"
+            );
+            (pid, parse_stat(&text).unwrap())
+        };
+        let first = process(1, "sleep", 0, 100);
+        let seen = |program: &str, now: u64| {
+            let began_beside = process(2, "make", 0, 9000);
+            let leaf = process(own, program, 2, 9001);
+            let tree = Tree {
+                processes: [first.clone(), began_beside, leaf].into(),
+                is_unseen: false,
+            };
+            let mut seen = tree.seen(now).into_iter();
+            let leaf = seen.find(|seen| seen.id.pid == own).unwrap();
+            (leaf.may_pause, leaf.memory > Bytes::ZERO)
+        };
+        assert_eq!(seen("cc1", 9500), (false, true));
+        assert_eq!(seen("cc1", 12_000), (true, true));
+        assert_eq!(seen("sh", 12_000), (false, false));
     }
 
     /// For want of descriptors or memory nobody has ended.
