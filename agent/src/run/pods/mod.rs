@@ -777,5 +777,6 @@ impl Watch {
         for uid in gone {
             self.forget(&uid);
         }
+        self.requests.keep_only(listed);
     }
 }

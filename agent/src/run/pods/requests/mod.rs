@@ -101,6 +101,9 @@ struct Summary {
     /// What the kubelet has allotted to them; what they request where it does not say.
     allotted: Bytes,
     put_off: Option<PutOff>,
+    /// Whether the kubelet has said of the same as it asks for now that it does not get it, and not for memory. Anything that
+    /// changes in its spec makes that word an old one.
+    was_in_vain: bool,
     /// Whether what was allotted is a guess: it waits for more, and some of it does not run.
     is_guessed: bool,
     /// Whether it is on its way out: it gets nothing more.
@@ -199,11 +202,17 @@ impl Requests {
         !self.known.is_empty()
     }
 
+    /// All of this node's pods were listed: what others have lent nobody gets back.
+    pub(super) fn keep_only(&mut self, listed: &[String]) {
+        self.before.retain(|(uid, _), _| listed.contains(uid));
+    }
+
     fn forget(&mut self, key: &Key) {
         self.known.remove(key);
     }
 
     pub(super) fn forget_pod(&mut self, uid: &str) {
+        self.before.retain(|(own, _), _| own != uid);
         self.known.retain(|(own, _), _| own != uid);
         self.refused.retain(|(own, _), _| own != uid);
         self.unrecorded.retain(|(own, _), _| own != uid);
@@ -297,6 +306,11 @@ impl KnownRequest {
     fn saw(&mut self, used: Bytes) {
         self.peak = self.peak.max(used);
         self.recent.saw(used);
+    }
+
+    /// What it has used of late, by what was seen of it last; `None` if nothing was.
+    fn used(&self) -> Option<Bytes> {
+        self.recent.is_any().then(|| self.recent.peak())
     }
 
     /// What it uses, or has used of late; `None` of one that is gone or about to be started again.
@@ -457,17 +471,19 @@ impl Watch {
         let own = seen.containers.iter();
         let own = own.map(|container| size(&container.memory_request).unwrap_or_default());
         let before = self.requests.pods.get(&seen.uid);
-        let summary = Summary {
+        let mut summary = Summary {
             name: format!("{}/{}", seen.namespace, seen.name),
             priority: seen.priority,
             requested: seen.requested,
             own: own.fold(Bytes::ZERO, Bytes::plus),
             allotted: allotted.fold(Bytes::ZERO, Bytes::plus),
             put_off: seen.put_off.clone(),
+            was_in_vain: false,
             is_guessed: seen.put_off.is_some() && !are_all_said,
             is_ending: seen.ending,
             arrived: before.map_or_else(Instant::now, |before| before.arrived),
         };
+        summary.was_in_vain = before.is_some_and(|before| summary.is_in_vain_as(before));
         let is_less = before.is_some_and(|before| summary.requested < before.requested);
         self.requests.pods.insert(seen.uid.clone(), summary);
         if is_less {

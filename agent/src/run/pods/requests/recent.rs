@@ -21,6 +21,10 @@ impl Recent {
         self.0.push_back(used);
     }
 
+    pub(super) fn is_any(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// The most of it.
     pub(super) fn peak(&self) -> Bytes {
         self.0.iter().copied().max().unwrap_or_default()

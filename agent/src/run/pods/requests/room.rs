@@ -20,6 +20,7 @@ use std::{
 
 use bellows_core::{
     Bytes,
+    pod::PutOff,
     requests::{Change, Lender, Lowered, RequestWhy, Shortage, give_back, make_room, shortage},
 };
 use tokio::time::Instant;
@@ -73,14 +74,35 @@ impl Loan {
 impl Summary {
     /// Whether its containers ask for more than the kubelet has allotted to them, of which it has not said anything yet.
     fn is_not_judged(&self) -> bool {
-        let is_judged = self.put_off.as_ref().is_some_and(|said| said.is_current);
+        let is_judged = self.said().is_some() || self.waits_in_vain();
         !is_judged && !self.is_ending && self.own > self.allotted
     }
 
-    /// Whether it does not get what it asks for, and it is not for memory: that is free to others meanwhile.
+    /// What the kubelet says of what it asks for now.
+    fn said(&self) -> Option<&PutOff> {
+        self.put_off.as_ref().filter(|said| said.is_current)
+    }
+
+    /// What it is short of, as the kubelet says. Nobody lends to one that is on its way out.
+    fn shortage(&self) -> Option<Shortage> {
+        let said = self.said().filter(|said| !said.is_infeasible);
+        shortage(&said?.message).filter(|_| !self.is_ending)
+    }
+
+    /// Whether it does not get what it asks for, and it is not for memory, or it is on its way out: that is free to others.
     fn waits_in_vain(&self) -> bool {
-        let said = self.put_off.as_ref().filter(|said| said.is_current);
-        said.is_some_and(|said| said.is_infeasible || shortage(&said.message).is_none())
+        if self.is_ending {
+            return self.own > self.allotted;
+        }
+        self.said().map_or(self.was_in_vain, |said| {
+            said.is_infeasible || shortage(&said.message).is_none()
+        })
+    }
+
+    /// Whether it asks for the same as before, in vain.
+    pub(super) fn is_in_vain_as(&self, before: &Self) -> bool {
+        let is_same = (self.own, self.allotted) == (before.own, before.allotted);
+        is_same && before.waits_in_vain()
     }
 
     /// What nobody else can have of what the node has.
@@ -123,15 +145,28 @@ fn expected(
     (is_possible && shortage.short() > Bytes::ZERO).then_some(shortage)
 }
 
-/// What was made of a kubelet's word.
+/// What was done for a pod that waits.
 pub(super) struct Served {
-    message: String,
+    /// For what: what the pod wants, and whether the kubelet has said that it waits. What it says of the others changes with
+    /// each of them, and is not another wait.
+    wait: (Bytes, bool),
+    /// When it was last looked for who lends.
+    looked: Instant,
+    /// Of what it was last told that there is no room for it.
+    told: Option<Bytes>,
+    /// Since when others come down for it.
     at: Instant,
-    /// What others came down by for it.
+    /// What they came down by.
     lent: Bytes,
 }
 
 impl Served {
+    /// Whether it was just looked in vain for who lends.
+    fn is_in_vain(&self, waits: &Waiting, now: Instant) -> bool {
+        let is_soon = now.duration_since(self.looked) < LOOK_AGAIN;
+        is_soon && self.lent == Bytes::ZERO && self.wait == waits.wait()
+    }
+
     /// What of a shortage is still to be lent, where so much that was lent was not taken yet.
     ///
     /// The kubelet judges anew with each pod that comes down, and what it says then is not ordered with what the API says of
@@ -149,21 +184,26 @@ pub(super) struct Waiting {
     uid: String,
     name: String,
     pub(super) priority: i32,
-    message: String,
+    /// Whether the kubelet has said so.
+    is_said: bool,
     shortage: Shortage,
     before: Bytes,
 }
 
 impl Waiting {
-    fn of(uid: &str, pod: &Summary, message: String, shortage: Shortage) -> Self {
+    fn of(uid: &str, pod: &Summary, is_said: bool, shortage: Shortage) -> Self {
         Self {
             uid: uid.to_owned(),
             name: pod.name.clone(),
             priority: pod.priority,
-            message,
+            is_said,
             shortage,
             before: pod.allotted,
         }
+    }
+
+    const fn wait(&self) -> (Bytes, bool) {
+        (self.shortage.requested, self.is_said)
     }
 }
 
@@ -288,12 +328,11 @@ impl Watch {
         let Requests { pods, served, .. } = &mut self.requests;
         let waits = |pod: &Summary| pod.put_off.is_some() || pod.is_not_judged();
         served.retain(|uid, _| pods.get(uid).is_some_and(waits));
-        let told = self.requests.pods.iter().filter_map(|(uid, pod)| {
-            let put_off = pod.put_off.as_ref()?;
-            let is_meant = put_off.is_current && !put_off.is_infeasible;
-            let shortage = shortage(&put_off.message).filter(|_| is_meant)?;
-            Some(Waiting::of(uid, pod, put_off.message.clone(), shortage))
-        });
+        let told = self
+            .requests
+            .pods
+            .iter()
+            .filter_map(|(uid, pod)| Some(Waiting::of(uid, pod, true, pod.shortage()?)));
         let mut waiting: Vec<Waiting> = told.collect();
         if let Some(waits) = waiting.iter().max_by_key(|waits| waits.priority) {
             self.requests.capacity_is(waits.shortage.capacity);
@@ -306,7 +345,7 @@ impl Watch {
         let others = pods.iter().filter(|(uid, _)| !ours.contains(uid));
         waiting.extend(others.filter_map(|(uid, pod)| {
             let shortage = expected(pods, uid, capacity)?;
-            Some(Waiting::of(uid, pod, String::new(), shortage))
+            Some(Waiting::of(uid, pod, false, shortage))
         }));
         waiting.sort_by(|a, b| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
         waiting
@@ -314,29 +353,33 @@ impl Watch {
 
     /// Has others come down for one that waits, unless that is under way.
     pub(super) fn make_room_for(&mut self, waits: &Waiting) {
+        let now = Instant::now();
         let served = self.requests.served.get(&waits.uid);
-        let is_told = served.is_some_and(|served| served.message == waits.message);
-        let in_vain =
-            |served: &Served| served.lent == Bytes::ZERO && served.at.elapsed() < LOOK_AGAIN;
-        if is_told && served.is_some_and(in_vain) {
+        if served.is_some_and(|served| served.is_in_vain(waits, now)) {
             return;
         }
         let coming_down = self.coming_down();
-        let short = Served::left(served, waits.shortage.short(), coming_down, Instant::now());
+        let short = Served::left(served, waits.shortage.short(), coming_down, now);
         if short == Bytes::ZERO {
             return;
         }
-        let lenders = self.lenders();
-        let changes = make_room(short, waits.priority, &lenders);
-        let now = Instant::now();
-        let under_way = served.filter(|served| served.at.elapsed() < UNDER_WAY);
+        let changes = choose(short, waits.priority, self.lenders(), |key| {
+            let known = self.requests.known.get(key)?;
+            Some(known.wish.rules?.least(known.uses()?))
+        });
+        let under_way = served.filter(|served| now.duration_since(served.at) < UNDER_WAY);
         let before = under_way.map_or(Bytes::ZERO, |served| served.lent);
         let lent = changes.iter().fold(before, |lent, change| {
             lent.plus(change.from.minus(change.to))
         });
         let is_more = lent > before;
+        let told = served.and_then(|served| served.told);
+        let wants = waits.shortage.requested;
+        let is_to_be_told = changes.is_empty() && waits.is_said && told != Some(wants);
         let served = Served {
-            message: waits.message.clone(),
+            wait: waits.wait(),
+            looked: now,
+            told: if is_to_be_told { Some(wants) } else { told },
             // What was lent before is not younger for what is looked for in vain.
             at: under_way
                 .filter(|_| !is_more)
@@ -344,7 +387,7 @@ impl Watch {
             lent,
         };
         self.requests.served.insert(waits.uid.clone(), served);
-        if changes.is_empty() && !is_told && !waits.message.is_empty() {
+        if is_to_be_told {
             tracing::info!(pod = waits.name, %short, "no room can be made");
             let note = format!(
                 "its resize is short of {short}, and pods of lower priority whose policies allow it (memory.requests.makeRoom) do not have that to spare: lower its request, or make room on the node"
@@ -392,6 +435,7 @@ impl Watch {
         coming.fold(Bytes::ZERO, Bytes::plus)
     }
 
+    /// Who may lend, by what was seen last of what they use.
     fn lenders(&self) -> Vec<Lender<Key>> {
         let pods = &self.requests.pods;
         let known = self.requests.known.iter();
@@ -405,7 +449,7 @@ impl Watch {
                 key: key.clone(),
                 priority: known.wish.priority,
                 request: known.request(),
-                least: rules.least(known.uses()?),
+                least: rules.least(known.used()?),
             })
         });
         lenders.collect()
@@ -551,6 +595,35 @@ impl Watch {
     }
 }
 
+/// Who is lowered. What all of them use was seen a moment ago, and to look again takes the kernel milliseconds for each
+/// (`memory.stat`), while whoever starts or waits waits for this: so only those are looked at who would be lowered.
+fn choose(
+    short: Bytes,
+    priority: i32,
+    mut lenders: Vec<Lender<Key>>,
+    least_now: impl Fn(&Key) -> Option<Bytes>,
+) -> Vec<Change<Key>> {
+    let mut looked: BTreeSet<Key> = BTreeSet::new();
+    loop {
+        let changes = make_room(short, priority, &lenders);
+        let chosen = changes.iter().map(|change| change.key.clone());
+        let new: BTreeSet<Key> = chosen.filter(|key| !looked.contains(key)).collect();
+        if new.is_empty() {
+            return changes;
+        }
+        lenders.retain_mut(|lender| {
+            if !new.contains(&lender.key) {
+                return true;
+            }
+            // Nothing is known of one that is gone.
+            let least = least_now(&lender.key);
+            lender.least = least.unwrap_or(lender.least).max(lender.least);
+            least.is_some()
+        });
+        looked.extend(new);
+    }
+}
+
 impl KnownRequest {
     /// Whether it waits until pods of this priority have room.
     fn is_behind(&self, waiting: Option<i32>) -> bool {
@@ -562,10 +635,7 @@ impl KnownRequest {
 mod tests {
     use std::{fs, path::Path};
 
-    use bellows_core::{
-        CgroupId, Nanos,
-        pod::{PutOff, RequestWish},
-    };
+    use bellows_core::{CgroupId, Nanos, pod::RequestWish};
 
     use super::*;
     use crate::{ledger, run::pods::requests::tests::known};
@@ -708,7 +778,9 @@ mod tests {
     fn nobody_lends_again_what_a_late_word_does_not_count() {
         let at = Instant::now();
         let served = Served {
-            message: "short of 600".to_owned(),
+            wait: (Bytes::mib(600), true),
+            looked: at,
+            told: None,
             at,
             lent: Bytes::mib(600),
         };
@@ -740,6 +812,7 @@ mod tests {
             own: Bytes::mib(own),
             allotted: Bytes::mib(own),
             put_off: None,
+            was_in_vain: false,
             is_guessed: false,
             is_ending: false,
             arrived: Instant::now(),
@@ -771,6 +844,7 @@ mod tests {
             own: Bytes::mib(requested),
             allotted: Bytes::mib(allotted),
             put_off: None,
+            was_in_vain: false,
             is_guessed: false,
             is_ending: false,
             arrived: Instant::now(),
@@ -825,6 +899,120 @@ mod tests {
         assert_eq!(short(&pods, 1500), None);
     }
 
+    const FOR_CPU: &str =
+        "Node didn't have enough resource: cpu, requested: 2, used: 2, capacity: 3";
+    const FOR_MEMORY: &str =
+        "Node didn't have enough resource: memory, requested: 5, used: 6, capacity: 7";
+
+    fn said(message: &str, is_current: bool) -> Option<PutOff> {
+        Some(PutOff {
+            message: message.to_owned(),
+            is_infeasible: false,
+            is_current,
+        })
+    }
+
+    /// Any patch of its own makes the kubelet's word an old one: nobody would lend for that, and have it back a second
+    /// later, each time.
+    #[test]
+    fn what_waits_for_cpus_waits_for_them_until_it_asks_for_something_else() {
+        let mut before = pod(600, 100);
+        before.put_off = said(FOR_CPU, true);
+        let after = |own, allotted, put_off, before: &Summary| {
+            let mut after = pod(own, allotted);
+            after.put_off = put_off;
+            after.was_in_vain = after.is_in_vain_as(before);
+            after
+        };
+        let patched = after(600, 100, said(FOR_CPU, false), &before);
+        assert!(patched.waits_in_vain() && !patched.is_not_judged());
+        let again = after(600, 100, None, &patched);
+        assert!(again.waits_in_vain() && !again.is_not_judged());
+        let more = after(700, 100, said(FOR_CPU, false), &before);
+        assert!(!more.waits_in_vain() && more.is_not_judged());
+        let has = after(600, 600, None, &before);
+        assert!(!has.waits_in_vain());
+        let otherwise = after(600, 100, said(FOR_MEMORY, true), &patched);
+        assert!(!otherwise.waits_in_vain() && otherwise.shortage().is_some());
+        let since = after(600, 100, said(FOR_MEMORY, false), &otherwise);
+        assert!(!since.waits_in_vain() && since.is_not_judged());
+    }
+
+    #[test]
+    fn nobody_lends_to_one_that_ends() {
+        let mut borrower = pod(600, 100);
+        borrower.put_off = said(FOR_MEMORY, true);
+        assert!(borrower.shortage().is_some());
+        borrower.is_ending = true;
+        assert_eq!(borrower.shortage(), None);
+        assert_eq!(borrower.claimed(), Bytes::mib(100 + 32));
+        // What it has got it has until it is gone.
+        borrower.allotted = borrower.own;
+        assert!(!borrower.waits_in_vain());
+    }
+
+    /// The kubelet's words change with each pod of the node.
+    #[test]
+    fn it_is_not_looked_again_in_vain_for_every_pod_that_comes() {
+        let at = Instant::now();
+        let shortage = |requested: u64, used: u64| Shortage {
+            requested: Bytes::mib(requested),
+            used: Bytes::mib(used),
+            capacity: Bytes::mib(1000),
+        };
+        let waits = |is_said, shortage| Waiting::of("db", &pod(600, 100), is_said, shortage);
+        let mut served = Served {
+            wait: waits(true, shortage(600, 500)).wait(),
+            looked: at,
+            told: None,
+            at,
+            lent: Bytes::ZERO,
+        };
+        let soon = at + Duration::from_millis(900);
+        assert!(served.is_in_vain(&waits(true, shortage(600, 700)), soon));
+        assert!(!served.is_in_vain(&waits(true, shortage(700, 500)), soon));
+        assert!(!served.is_in_vain(&waits(false, shortage(600, 500)), soon));
+        let later = at + Duration::from_secs(5);
+        assert!(!served.is_in_vain(&waits(true, shortage(600, 500)), later));
+        served.looked = later;
+        let soon = later + Duration::from_millis(900);
+        assert!(served.is_in_vain(&waits(true, shortage(600, 500)), soon));
+    }
+
+    #[test]
+    fn whoever_would_lend_is_looked_at_and_nobody_else() {
+        let key = |name: &str| (name.to_owned(), "app".to_owned());
+        let lender = |(name, request): (&str, u64)| Lender {
+            key: key(name),
+            priority: 0,
+            request: Bytes::mib(request),
+            least: Bytes::mib(100),
+        };
+        let all = [("a", 700), ("b", 600), ("c", 500), ("d", 200)].map(lender);
+        let looked = std::cell::RefCell::new(Vec::new());
+        let chosen = |now: &dyn Fn(&str) -> Option<u64>| {
+            looked.borrow_mut().clear();
+            let changes = choose(Bytes::mib(300), 1, all.to_vec(), |key| {
+                looked.borrow_mut().push(key.0.clone());
+                now(&key.0).map(Bytes::mib)
+            });
+            let chosen = changes.into_iter().map(|change| (change.key.0, change.to));
+            (chosen.collect::<Vec<_>>(), looked.borrow().clone())
+        };
+        let (lent, seen) = chosen(&|_| Some(100));
+        assert_eq!(lent, [("a".to_owned(), Bytes::mib(400))]);
+        assert_eq!(seen, ["a"]);
+        // It has grown, and the next has ended.
+        let grown = |name: &str| match name {
+            "a" => Some(650),
+            "b" => None,
+            _ => Some(100),
+        };
+        let (lent, seen) = chosen(&grown);
+        assert_eq!(lent, [("c".to_owned(), Bytes::mib(200))]);
+        assert_eq!(seen, ["a", "b", "c"]);
+    }
+
     /// Whom no policy means any more gets back what there is room for, whoever waits.
     #[test]
     fn nobody_waits_behind_a_pod_without_having_asked_for_less() {
@@ -853,12 +1041,13 @@ mod tests {
         };
         for _ in 0..150 {
             let mut other = request(100, 50, long.clone());
-            if let Record::Request { name, .. } = &mut other {
+            if let Record::Request { uid, name, .. } = &mut other {
+                "gone".clone_into(uid);
                 "dev/gone/app".clone_into(name);
             }
             assert!(next.write(&other));
         }
-        let last = requests();
+        let mut last = requests();
         let files = [ledger::requests(&path)].map(|path| [ledger::previous(&path), path]);
         files
             .concat()
@@ -866,6 +1055,11 @@ mod tests {
             .for_each(|file| fs::remove_file(file).unwrap());
         assert_eq!(last.before[&filler()].len(), 1);
         assert_eq!(last.capacity(), Some(Bytes::mib(2048)));
+        // Nobody waits for pods that are gone.
+        last.keep_only(&["filler".to_owned()]);
+        assert_eq!(last.before.keys().collect::<Vec<_>>(), [&filler()]);
+        last.forget_pod("filler");
+        assert!(last.before.is_empty());
     }
 
     /// A StatefulSet makes another pod of the same name.
