@@ -209,7 +209,7 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             Some(recorded) = recorded_here.recv() => {
-                watch.recorded(recorded);
+                watch.recorded(recorded).await;
                 continue;
             }
             Some(path) = watch.context.made.recv() => {
@@ -318,7 +318,7 @@ struct Watch {
     starting: BTreeMap<Key, PathBuf>,
     /// Cgroups of pods that the API has not told of yet.
     early: Early,
-    /// What CPU limits were, on its way onto their pods.
+    /// What limits and requests were, on its way onto their pods.
     recordings: Recordings,
     cpus: BTreeMap<Key, KnownCpu>,
     /// Why a container does not get what a policy says of CPU, as it was told, by the reason.

@@ -102,7 +102,10 @@ impl Watch {
             return Ok(());
         }
         if !wish.recorded {
-            self.record_memory(seen, wish).await?;
+            self.record_beside(key, ORIGINAL, seen, &wish.original_text);
+            // It is about to be guarded.
+            self.pending.insert(key.0.clone());
+            return Ok(());
         }
         let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
         let mut target = Target::new(seen, wish, cgroup.clone(), (policy.original, way), order);
@@ -329,7 +332,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Writes a limit or request as it was onto the pod, before it is changed.
+    /// Writes a limit or request as it was onto the pod, before it is changed. While another container's is under way it
+    /// would not hold that.
     pub(super) async fn record_original(
         &mut self,
         seen: &mut pod::Pod,
@@ -337,6 +341,12 @@ impl Watch {
         container: &str,
         original: &str,
     ) -> Result<(), NotRecorded> {
+        if self.recordings.is_running(&seen.uid, annotation) {
+            return Err(NotRecorded {
+                why: "what another container of the pod had is being recorded".to_owned(),
+                is_refused: false,
+            });
+        }
         let value = pod::with_original(seen, annotation, container, original);
         let named = (seen.namespace.as_str(), seen.name.as_str());
         record(&self.context.client, named, &seen.uid, annotation, &value).await?;

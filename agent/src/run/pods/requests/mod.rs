@@ -532,7 +532,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Writes a request as it was onto the pod, unless that is refused as such, which is not tried again soon.
+    /// Writes a request as it was onto the pod, unless that is refused as such, which is not tried again soon. Returns whether
+    /// it is there.
     async fn record_request(
         &mut self,
         key: &Key,
@@ -544,6 +545,10 @@ impl Watch {
         if again.is_some_and(|&at| Instant::now() < at) {
             return Ok(false);
         }
+        if !wish.foreign {
+            self.record_beside(key, ORIGINAL_REQUESTS, seen, &wish.original_text);
+            return Ok(false);
+        }
         let recorded = self.record_original(seen, ORIGINAL_REQUESTS, &key.1, &wish.original_text);
         match recorded.await {
             Ok(()) => {
@@ -551,13 +556,18 @@ impl Watch {
                 Ok(true)
             }
             Err(not) if not.is_refused => {
-                let at = Instant::now() + REFUSED;
-                self.requests.unrecorded.insert(key.clone(), at);
-                self.refuse_request(key, pod, "RequestRefused", not.why);
+                self.request_not_recorded(key, pod, not.why);
                 Ok(false)
             }
             Err(not) => Err(not.into()),
         }
+    }
+
+    /// What a request was the API does not take: it is not asked again soon.
+    pub(super) fn request_not_recorded(&mut self, key: &Key, pod: &Pod, why: String) {
+        let at = Instant::now() + REFUSED;
+        self.requests.unrecorded.insert(key.clone(), at);
+        self.refuse_request(key, pod, "RequestRefused", why);
     }
 
     fn adopt_request(
