@@ -270,9 +270,9 @@ impl Requests {
     }
 
     /// What the node has for pods, where the kubelet has said that of late.
-    fn capacity(&self) -> Option<Bytes> {
+    fn capacity(&self, now: Instant) -> Option<Bytes> {
         let (capacity, at) = self.capacity?;
-        (at.elapsed() < HOLDS).then_some(capacity)
+        (now.duration_since(at) < HOLDS).then_some(capacity)
     }
 
     /// What the node has for pods and nobody requests, as far as it is known: by the kubelet's last word, however old.
@@ -290,11 +290,11 @@ impl Requests {
 
     /// Who gets how much of what is free. By a word that is old there may be more: one alone tries that, the one that wants
     /// least, and the next once it has it. Who has lent what somebody has does not.
-    fn given_back(&self, lowered: &[Lowered<Key>]) -> Vec<Change<Key>> {
+    fn given_back(&self, lowered: &[Lowered<Key>], now: Instant) -> Vec<Change<Key>> {
         // Without the kubelet's word it is tried.
         let free = self.free().unwrap_or(Bytes(u64::MAX));
         let changes = give_back(free, lowered);
-        let is_old = self.capacity.is_some() && self.capacity().is_none();
+        let is_old = self.capacity.is_some() && self.capacity(now).is_none();
         let is_any_moved = self.known.values().any(KnownRequest::is_moved_by_us);
         if !changes.is_empty() || !is_old || is_any_moved {
             return changes;
@@ -337,7 +337,7 @@ impl Watch {
         if let Some(waits) = waiting.iter().max_by_key(|waits| waits.priority) {
             self.requests.capacity_is(waits.shortage.capacity);
         }
-        let capacity = self.requests.capacity();
+        let capacity = self.requests.capacity(Instant::now());
         let Requests { pods, known, .. } = &self.requests;
         // What is given back by us waits for nobody.
         let ours = known.iter().filter(|(_, known)| known.is_moved_by_us());
@@ -409,7 +409,7 @@ impl Watch {
                 uid: waits.uid.clone(),
                 before: waits.before,
                 short,
-                capacity: self.requests.capacity(),
+                capacity: self.requests.capacity(now),
             };
             self.change_request(&key, to, why);
         }
@@ -496,7 +496,7 @@ impl Watch {
         let allowed = lowered.iter();
         let allowed = allowed.filter(|own| own.wanted > own.request);
         let allowed: Vec<Lowered<Key>> = allowed.cloned().collect();
-        let changes = self.requests.given_back(&allowed);
+        let changes = self.requests.given_back(&allowed, Instant::now());
         for own in &lowered {
             let given = changes.iter().find(|change| change.key == own.key);
             // What a quota does not allow is owed, too.
@@ -748,29 +748,25 @@ mod tests {
             });
         }
         requests.pods.insert("db".to_owned(), pod(500, 500));
-        let asked = |requests: &Requests| -> Vec<String> {
-            let changes = requests.given_back(&lowered);
+        let now = Instant::now();
+        let asked = |requests: &Requests, now| -> Vec<String> {
+            let changes = requests.given_back(&lowered, now);
             changes.into_iter().map(|change| change.key.0).collect()
         };
-        assert_eq!(asked(&requests), ["a", "b", "lender"]);
+        assert_eq!(asked(&requests, now), ["a", "b", "lender"]);
         requests.capacity_is(Bytes::mib(928));
-        assert!(asked(&requests).is_empty());
-        let (capacity, at) = requests.capacity.unwrap();
-        let Some(old) = at.checked_sub(HOLDS) else {
-            // The machine has not run for so long.
-            return;
-        };
-        requests.capacity = Some((capacity, old));
-        assert_eq!(requests.capacity(), None);
-        assert_eq!(asked(&requests), ["b"]);
+        assert!(asked(&requests, Instant::now()).is_empty());
+        let later = Instant::now() + HOLDS;
+        assert_eq!(requests.capacity(later), None);
+        assert_eq!(asked(&requests, later), ["b"]);
         // Until that is had.
         let known = requests.known.get_mut(&key("b")).unwrap();
         known.wish.request = Bytes::mib(300);
-        assert!(asked(&requests).is_empty());
+        assert!(asked(&requests, later).is_empty());
         // What there is room for by the old word is given all the same.
         requests.known.get_mut(&key("b")).unwrap().wish.request = Bytes::mib(100);
-        requests.capacity = Some((Bytes::mib(1028), old));
-        assert_eq!(asked(&requests), ["a"]);
+        requests.capacity_is(Bytes::mib(1028));
+        assert_eq!(asked(&requests, Instant::now() + HOLDS), ["a"]);
     }
 
     /// Two lend 300 MiB each. The word of the moment when one of them was down comes after both are seen to be.
@@ -1054,7 +1050,7 @@ mod tests {
             .iter()
             .for_each(|file| fs::remove_file(file).unwrap());
         assert_eq!(last.before[&filler()].len(), 1);
-        assert_eq!(last.capacity(), Some(Bytes::mib(2048)));
+        assert_eq!(last.capacity(Instant::now()), Some(Bytes::mib(2048)));
         // Nobody waits for pods that are gone.
         last.keep_only(&["filler".to_owned()]);
         assert_eq!(last.before.keys().collect::<Vec<_>>(), [&filler()]);
