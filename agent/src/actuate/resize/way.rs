@@ -2,7 +2,7 @@
 //!
 //! It is asked once for each list of pods: an API server that comes back may be a later one.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use bellows_core::pod::{
     self, Level,
@@ -22,7 +22,29 @@ use crate::attribution::api::Pod;
 #[derive(Clone)]
 pub struct Ways {
     client: Client,
-    known: Arc<Mutex<Option<Server>>>,
+    known: Arc<std::sync::Mutex<Known>>,
+    /// One asks at a time.
+    asking: Arc<Mutex<()>>,
+}
+
+#[derive(Default)]
+struct Known {
+    server: Option<Server>,
+    /// How often it was forgotten: what was asked before may be of another one.
+    forgotten: u64,
+}
+
+impl Known {
+    fn forget(&mut self) {
+        self.server = None;
+        self.forgotten += 1;
+    }
+
+    fn found(&mut self, server: Server, forgotten: u64) {
+        if self.forgotten == forgotten {
+            self.server = Some(server);
+        }
+    }
 }
 
 /// A pod, and a change that it is not to suffer.
@@ -90,17 +112,29 @@ impl Ways {
         Self {
             client,
             known: Arc::default(),
+            asking: Arc::default(),
         }
     }
 
     /// It may be another one from now on.
-    pub async fn forget(&self) {
-        *self.known.lock().await = None;
+    pub fn forget(&self) {
+        self.lock().forget();
     }
 
     /// What is known of the API server.
-    pub async fn known(&self) -> Option<Server> {
-        *self.known.lock().await
+    #[must_use]
+    pub fn known(&self) -> Option<Server> {
+        self.lock().server
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How limits of a pod are changed, where that is known: nobody is asked.
+    #[must_use]
+    pub fn known_of(&self, probed: &Probed<'_>) -> Option<Way> {
+        self.known()?.way(probed.whose, probed.is_reported)
     }
 
     /// How limits of a pod are changed.
@@ -109,18 +143,22 @@ impl Ways {
     ///
     /// When the API server does not say, for people.
     pub async fn of(&self, probed: &Probed<'_>) -> Result<Way, String> {
-        let mut known = self.known.lock().await;
-        let mut server = match *known {
+        if let Some(way) = self.known_of(probed) {
+            return Ok(way);
+        }
+        let _turn = self.asking.lock().await;
+        let forgotten = self.lock().forgotten;
+        let mut server = match self.known() {
             Some(server) => server,
             None => self.discovered().await?,
         };
-        *known = Some(server);
+        self.lock().found(server, forgotten);
         if let Some(way) = server.way(probed.whose, probed.is_reported) {
             return Ok(way);
         }
         let takes = self.takes(probed).await?;
         server.takes_patch = Some(takes);
-        *known = Some(server);
+        self.lock().found(server, forgotten);
         tracing::info!(takes, "whether the API server resizes by a patch of a pod");
         let way = server.way(probed.whose, probed.is_reported);
         Ok(way.unwrap_or(Way::Node))
@@ -309,6 +347,24 @@ mod tests {
         let [with, without] = [true, false].map(|resources| running("build", resources));
         assert!(!is_reported(&json!([without, running("side", true)])));
         assert!(is_reported(&json!([with, running("side", false)])));
+    }
+
+    /// The API server may have become another one while it was asked.
+    #[test]
+    fn what_was_asked_before_a_list_is_not_known_after_it() {
+        let server = Server {
+            minor: 36,
+            has_resize: true,
+            takes_patch: None,
+        };
+        let mut known = Known::default();
+        known.found(server, 0);
+        assert_eq!(known.server, Some(server));
+        known.forget();
+        known.found(server, 0);
+        assert_eq!(known.server, None);
+        known.found(server, 1);
+        assert_eq!(known.server, Some(server));
     }
 
     #[test]

@@ -153,6 +153,7 @@ pub(super) async fn watch(context: Context) {
     let (begun, mut begun_here) = tokio::sync::mpsc::unbounded_channel();
     let (changed, mut requests_changed) = tokio::sync::mpsc::unbounded_channel();
     let (recorded, mut recorded_here) = tokio::sync::mpsc::unbounded_channel();
+    let (way_found, mut way_found_here) = tokio::sync::mpsc::unbounded_channel();
     let conditions = Conditions::new(context.client.clone(), context.node.clone());
     let owed = Arc::new(AtomicU64::new(0));
     let teller = Teller {
@@ -181,6 +182,8 @@ pub(super) async fn watch(context: Context) {
         // A predecessor may have raised by hand what nobody asks for any more.
         is_any_left: Arc::new(AtomicBool::new(true)),
         lowering: None,
+        asking: None,
+        way_found,
         is_listed: false,
         begun,
         starting: BTreeMap::new(),
@@ -210,6 +213,10 @@ pub(super) async fn watch(context: Context) {
             }
             Some(recorded) = recorded_here.recv() => {
                 watch.recorded(recorded).await;
+                continue;
+            }
+            Some(()) = way_found_here.recv() => {
+                watch.apply_pending().await;
                 continue;
             }
             Some(path) = watch.context.made.recv() => {
@@ -265,7 +272,7 @@ pub(super) async fn watch(context: Context) {
         match event {
             Ok(Some(watcher::Event::Init)) => {
                 listed.clear();
-                watch.context.resizer.ways().forget().await;
+                watch.context.resizer.ways().forget();
             }
             Ok(Some(watcher::Event::InitApply(pod))) => {
                 listed.extend(pod.uid());
@@ -312,6 +319,10 @@ struct Watch {
     is_any_left: Arc<AtomicBool>,
     /// While such limits are lowered.
     lowering: Option<JoinHandle<()>>,
+    /// While the API is asked how limits are changed here.
+    asking: Option<JoinHandle<()>>,
+    /// To this watch: that is known.
+    way_found: UnboundedSender<()>,
     /// To this watch: cgroups of containers that start, once they have limits.
     begun: UnboundedSender<Begun>,
     /// Their paths, until the API says whose they are.
@@ -457,6 +468,16 @@ impl Watch {
             self.follow_pod(pod).await;
         }
         // Among all of them, not among those so far.
+        self.step_requests();
+    }
+
+    /// What those have waited for is known.
+    async fn apply_pending(&mut self) {
+        let pending = self.pending.iter();
+        let pods = pending.filter_map(|uid| self.pods.get(uid));
+        for pod in pods.cloned().collect::<Vec<_>>() {
+            self.follow_pod(pod).await;
+        }
         self.step_requests();
     }
 

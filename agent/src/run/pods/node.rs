@@ -203,7 +203,7 @@ impl Teller {
         self.inputs.try_send(Input::Count(answer)).ok()?;
         let counts = timeout(TIMEOUT, counts).await.ok()?.ok()?;
         let owed = Bytes(self.owed.load(Ordering::Relaxed));
-        let server = self.ways.known().await;
+        let server = self.ways.known();
         Some(Status::of(counts, server, owed, self.only_observes))
     }
 

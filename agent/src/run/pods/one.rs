@@ -82,7 +82,9 @@ impl Watch {
             return self.follow(key, pod, seen, wish, cgroup, policy).await;
         }
         self.forget_cgroup(key);
-        let way = self.way(seen, wish).await?;
+        let Some(way) = self.way(seen, wish) else {
+            return Ok(());
+        };
         let wish = &on_way(wish, way);
         let policy = match self.policy(wish) {
             Ok(policy) => policy,
@@ -152,21 +154,46 @@ impl Watch {
         Ok(())
     }
 
-    /// How the limit of a container is changed.
-    async fn way(&self, seen: &pod::Pod, wish: &Wish) -> Result<Way, String> {
+    /// How the limit of a container is changed. Where that is not known the API is asked beside the watch, and the pod is
+    /// tried again.
+    fn way(&mut self, seen: &pod::Pod, wish: &Wish) -> Option<Way> {
         // Any other than it has.
         let other = quantity::format(wish.limit.plus(Bytes::mib(1)));
         let change = Change::memory(wish.level, wish.limit_text.clone(), other);
-        let probed = Probed::of(seen, wish.level, change);
-        self.context.resizer.ways().of(&probed).await
+        let ways = self.context.resizer.ways();
+        let way = ways.known_of(&Probed::of(seen, wish.level, change.clone()));
+        if way.is_some() {
+            return way;
+        }
+        self.pending.insert(seen.uid.clone());
+        let asking = self.asking.as_ref();
+        if asking.is_some_and(|asking| !asking.is_finished()) {
+            return None;
+        }
+        let (ways, level, seen) = (ways.clone(), wish.level, seen.clone());
+        let found = self.way_found.clone();
+        self.asking = Some(tokio::spawn(async move {
+            match ways.of(&Probed::of(&seen, level, change)).await {
+                // A watch that has ended needs none.
+                Ok(_known_to_all) => drop(found.send(())),
+                Err(why) => {
+                    tracing::warn!(
+                        why,
+                        "how limits are changed is not known yet: nobody more is guarded"
+                    );
+                }
+            }
+        }));
+        None
     }
 
     /// How it is changed from now on. The API server may have become another one, and the kubelet, too. What stands raised
     /// is first lowered in the way that it was raised in, unless the API can come to say it.
-    async fn way_now(&self, seen: &pod::Pod, wish: &Wish, cgroup: CgroupId) -> Way {
+    fn way_now(&mut self, seen: &pod::Pod, wish: &Wish, cgroup: CgroupId) -> Way {
+        let way = self.way(seen, wish);
         let targets = self.context.resizer.targets();
         let known = targets.of(cgroup, |target| target.way).unwrap_or_default();
-        let Ok(way) = self.way(seen, wish).await else {
+        let Some(way) = way else {
             return known;
         };
         let changed = targets.of(cgroup, |target| target.goes(way));
@@ -286,7 +313,7 @@ impl Watch {
         cgroup: CgroupId,
         policy: Policy,
     ) -> Result<(), String> {
-        let way = self.way_now(seen, wish, cgroup).await;
+        let way = self.way_now(seen, wish, cgroup);
         let wish = &on_way(wish, way);
         let wanted = self.policy(wish)?;
         if !wish.recorded {
