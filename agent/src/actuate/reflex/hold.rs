@@ -33,8 +33,11 @@ use crate::{cgroup::Limit, clock::now, ledger::Ledger, machine};
 const SETTLING: Nanos = Nanos::millis(2);
 /// Of a thread that is charged for inside a system call so long after the freeze, that call is a long one.
 const LONG_CALL: Nanos = Nanos::millis(10);
-/// When a freeze must be written, or whoever grows is braked instead (see [`super::freezer`]).
-const UNWRITTEN: Nanos = Nanos::millis(2);
+/// When a freeze must be written, or whoever grows is braked instead (see [`super::freezer`]): the sleeps of a brake outlast
+/// the answer, so it is waited for a little longer while there is room.
+const UNWRITTEN: Nanos = Nanos::millis(5);
+/// The same where the room may be used up before anybody sleeps.
+const UNWRITTEN_WHILE_SCARCE: Nanos = Nanos::millis(1);
 /// When a freeze must be complete: a raise takes the API server, the kubelet and the runtime 0.25 s and more
 /// until runc asks.
 const FREEZING: Nanos = Nanos::millis(100);
@@ -201,7 +204,12 @@ impl Row {
         let at = Nanos(event.at_ns);
         let is_scarce = brake::is_scarce(growing);
         let frozen_at = self.controls.freeze.frozen_at();
-        if frozen_at.is_none() && at.since(held.since) >= UNWRITTEN && !self.foreign_brake {
+        let patience = if is_scarce {
+            UNWRITTEN_WHILE_SCARCE
+        } else {
+            UNWRITTEN
+        };
+        if frozen_at.is_none() && at.since(held.since) >= patience && !self.foreign_brake {
             // It is late: the brake is not.
             return Some(Freeze::Replaced);
         }

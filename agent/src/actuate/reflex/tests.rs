@@ -409,8 +409,8 @@ fn whoever_grows_while_the_freeze_is_late_is_braked() {
         matches!(held, Verdict::Held { braked: false, .. }),
         "{held:?}"
     );
-    assert!(stage.look_at(&fault(1)).is_none());
-    let braked = stage.look_at(&fault(3)).unwrap().unwrap();
+    assert!(stage.look_at(&fault(4)).is_none());
+    let braked = stage.look_at(&fault(6)).unwrap().unwrap();
     assert!(matches!(braked, Verdict::Braked { .. }), "{braked:?}");
     let start = now();
     while stage.content("memory.high") == "max" {
@@ -418,9 +418,20 @@ fn whoever_grows_while_the_freeze_is_late_is_braked() {
         thread::yield_now();
     }
     // Runc would wait for a freeze that comes yet.
-    stage.look_after(Nanos::millis(4));
+    stage.look_after(Nanos::millis(7));
     assert_eq!(stage.content("cgroup.freeze"), "0");
     assert_eq!(stage.row.controls.freeze.frozen_at(), None);
+    // Three threads need 384 pages to fall asleep.
+    let mut stage = Stage::new("late-scarce", REQUESTED);
+    let (stuck, _queue) = Freezer::stuck();
+    stage.freezer = stuck;
+    stage.look_at(&fault(0));
+    let scarce = MemoryEvent {
+        entry: ENTRY_FAULT,
+        ..event_with_room(380, Nanos::millis(1))
+    };
+    let braked = stage.look_at(&scarce).unwrap().unwrap();
+    assert!(matches!(braked, Verdict::Braked { .. }), "{braked:?}");
 }
 
 #[test]
