@@ -268,8 +268,8 @@ fn all_options(cluster: &Cluster<'_>) -> Result<()> {
     ])?;
     let agent = cluster.agent()?.unwrap_or_default();
     let spec = &agent["spec"]["template"]["spec"];
-    let runtime = &spec["volumes"][2]["hostPath"]["path"];
-    ensure!(runtime == "/run/crio", "{spec}");
+    let plugins = &spec["volumes"][2]["hostPath"]["path"];
+    ensure!(plugins == "/var/run/nri", "{spec}");
     ensure!(cluster.policy("dev")?.is_some() && cluster.policy("ci")?.is_none());
     Ok(())
 }
