@@ -63,6 +63,8 @@ pub use room::told_why;
 const ACTIVE_TICK: Duration = Duration::from_millis(100);
 /// How often the controller looks at life events when nothing is raised.
 const QUIET_TICK: Duration = Duration::from_secs(1);
+/// How long the reflex may take to release whom nobody guards any more; it may be too busy to say so.
+const LONGEST_LEAVE: Nanos = Nanos::millis(10_000);
 /// Shortest time between two looks at a guard's page cache.
 const THRASH_INTERVAL: Nanos = Nanos::millis(900);
 /// Room for inputs that the controller has not taken yet.
@@ -209,6 +211,8 @@ pub struct Controller<R> {
     memory: Memory,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
+    /// Cgroups that the reflex is to release and forget, since when.
+    leaving: BTreeMap<CgroupId, Nanos>,
     /// Where the first is guarded that asks for it.
     parallel: Option<Parallel>,
 }
@@ -234,6 +238,7 @@ impl<R: Requester> Controller<R> {
             raise_times: Answers::default(),
             memory: Memory::new(),
             reflex_is_behind: false,
+            leaving: BTreeMap::new(),
             parallel: None,
         }
     }
@@ -290,6 +295,7 @@ impl<R: Requester> Controller<R> {
         let guarded = self.guards.remove(&id)?;
         self.count_guards();
         self.reflex.send(Command::Disarm(id));
+        self.leaving.insert(id, now());
         if let Some(parallel) = self
             .parallel
             .as_ref()
@@ -463,6 +469,7 @@ impl<R: Requester> Controller<R> {
                     guarded.learn_latency();
                 });
             }
+            Verdict::Forgotten { cgroup } => drop(self.leaving.remove(&cgroup)),
             Verdict::Failed { cgroup, error } => {
                 tracing::warn!(cgroup.id = cgroup.0, %error, "the reflex could not act");
                 self.update(cgroup, |guarded| guarded.report.failed(error));
@@ -576,8 +583,11 @@ impl<R: Requester> Controller<R> {
 
     /// Begins a new ledger when this one is full. A failure is tried again at the next tick.
     fn turn_page(&mut self) -> std::io::Result<()> {
-        if self.ledger.is_full()? {
-            let at = now();
+        let at = now();
+        self.leaving
+            .retain(|_, since| at.since(*since) < LONGEST_LEAVE);
+        // The next ledger does not have those who leave, and a successor must release them until they are released.
+        if self.leaving.is_empty() && self.ledger.is_full()? {
             let guarded: Vec<Record> = self
                 .guards
                 .values()

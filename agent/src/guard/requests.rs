@@ -2,7 +2,10 @@
 
 use std::thread;
 
-use bellows_core::{Action, Actuation, Bytes, CgroupId, Nanos, Reason, decide::ByHand};
+use bellows_core::{
+    Action, Actuation, Bytes, CgroupId, Nanos, Reason,
+    decide::{ByHand, SLAB_IN_USE_FOR},
+};
 
 use super::{Controller, GuardError, Input, Refused, Requester};
 use crate::{
@@ -154,7 +157,9 @@ impl<R: Requester> Controller<R> {
         let is_busy = guarded.requested.is_some()
             || guarded.held_since.is_some()
             || !(guarded.policy.original..guarded.limit).contains(&to);
-        if made == Ok(false) {
+        // While that holds it is not asked for, so that nothing is known anew.
+        let is_known = |at: Nanos| now().since(at) < SLAB_IN_USE_FOR;
+        if made == Ok(false) && !guarded.slab_kept.is_some_and(is_known) {
             guarded.slab_kept = Some(now());
         }
         let has_room = made.unwrap_or_else(|error| {

@@ -8,16 +8,18 @@
 //! most. So the reflex says what it wants, and goes on: whoever grows while the freeze is late is braked.
 //!
 //! What is wanted is a state and no queue of orders: a thaw that overtakes its freeze leaves nothing to write. Only what
-//! was frozen here is thawed here.
+//! was frozen here is thawed here. Whoever is not guarded any more is forgotten when it is thawed, and not before: a
+//! successor releases what was not forgotten, and nothing else.
 
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{self, SyncSender},
     },
-    thread,
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use bellows_core::{CgroupId, Nanos};
@@ -30,6 +32,17 @@ use crate::{
 
 /// Cgroups that may wait for the thread; each waits once.
 const WAITING: usize = 1024;
+/// How often, and after which times, a thaw is tried again.
+const THAWS: usize = 3;
+const THAW_AGAIN: Duration = Duration::from_millis(10);
+
+/// What the thread has to tell.
+pub(super) enum Told {
+    /// What is wanted could not be written.
+    Failed(CgroupId, CgroupError),
+    /// One that leaves is thawed.
+    Left(CgroupId),
+}
 
 /// The freezer of one cgroup: what is wanted of it, and what was written.
 #[derive(Debug)]
@@ -39,6 +52,8 @@ pub(super) struct Freeze {
     control: Mutex<Control>,
     is_wanted: AtomicBool,
     is_waiting: AtomicBool,
+    /// Whether it is to be told when what is wanted is written.
+    leaves: AtomicBool,
     /// When it was frozen, in nanoseconds; 0 while it is not.
     frozen_at: AtomicU64,
 }
@@ -50,6 +65,7 @@ impl Freeze {
             control: Mutex::new(Control::open(cgroup, "cgroup.freeze")?),
             is_wanted: AtomicBool::new(false),
             is_waiting: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
             frozen_at: AtomicU64::new(0),
         })
     }
@@ -74,6 +90,25 @@ impl Freeze {
         Ok(())
     }
 
+    /// Whether it is thawed, and nobody is about to write otherwise. Never waits.
+    fn is_thawed(&self) -> bool {
+        let is_free = !matches!(self.control.try_lock(), Err(TryLockError::WouldBlock));
+        is_free && self.frozen_at().is_none()
+    }
+
+    /// The same as [`Freeze::settle`]; a thaw that fails is tried again, for nobody else will.
+    fn settle_at_last(&self) -> Result<(), CgroupError> {
+        for _ in 0..THAWS {
+            match self.settle() {
+                Err(error) if !error.is_gone() && !self.is_wanted.load(Ordering::Acquire) => {
+                    thread::sleep(THAW_AGAIN);
+                }
+                settled => return settled,
+            }
+        }
+        self.settle()
+    }
+
     /// Thaws it, and returns when that is written. May wait for `cgroup_mutex`.
     pub(super) fn release(&self) -> Result<(), CgroupError> {
         self.is_wanted.store(false, Ordering::Release);
@@ -81,39 +116,70 @@ impl Freeze {
     }
 }
 
-/// The thread; it ends when this is dropped.
+/// The thread; it writes what is still wanted, and ends, when this is dropped.
 pub(super) struct Freezer {
-    waiting: SyncSender<Arc<Freeze>>,
+    waiting: Option<SyncSender<Arc<Freeze>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 impl Freezer {
-    /// Starts it. `failed` is told what could not be written.
-    pub(super) fn start(
-        failed: impl Fn(CgroupId, CgroupError) + Send + 'static,
-    ) -> io::Result<Self> {
+    /// Ends the thread, and returns when all is written.
+    pub(super) fn end(&mut self) {
+        self.waiting = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the freezer's thread panicked");
+        }
+    }
+
+    /// Starts it.
+    pub(super) fn start(tell: impl Fn(Told) + Send + 'static) -> io::Result<Self> {
         let (waiting, receiver) = mpsc::sync_channel::<Arc<Freeze>>(WAITING);
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("freezer".to_owned())
             .spawn(move || {
                 if let Err(error) = priority::try_real_time(priority::FREEZER) {
                     tracing::debug!(%error, "no real-time priority for the freezer");
                 }
                 for freeze in receiver {
-                    // Before the look at what is wanted: who wants something else after it waits again.
-                    freeze.is_waiting.store(false, Ordering::Release);
-                    if let Err(error) = freeze.settle() {
-                        failed(freeze.cgroup, error);
+                    // Before the look at what is wanted: who wants something else after it waits again, and what was wanted
+                    // by who has found it waiting is seen.
+                    freeze.is_waiting.swap(false, Ordering::AcqRel);
+                    let leaves = freeze.leaves.swap(false, Ordering::AcqRel);
+                    match freeze.settle_at_last() {
+                        Err(error) if !error.is_gone() => tell(Told::Failed(freeze.cgroup, error)),
+                        _ if leaves => tell(Told::Left(freeze.cgroup)),
+                        _ => {}
                     }
                 }
             })?;
-        Ok(Self { waiting })
+        Ok(Self {
+            waiting: Some(waiting),
+            thread: Some(thread),
+        })
     }
 
     /// One whose thread never comes to write.
     #[cfg(test)]
     pub(super) fn stuck() -> (Self, mpsc::Receiver<Arc<Freeze>>) {
-        let (waiting, queue) = mpsc::sync_channel(4);
-        (Self { waiting }, queue)
+        Self::without_thread(4)
+    }
+
+    #[cfg(test)]
+    fn without_thread(room: usize) -> (Self, mpsc::Receiver<Arc<Freeze>>) {
+        let (waiting, queue) = mpsc::sync_channel(room);
+        let freezer = Self {
+            waiting: Some(waiting),
+            thread: None,
+        };
+        (freezer, queue)
     }
 
     /// Asks for a freeze; never waits. Where there is no room it does not come.
@@ -134,11 +200,27 @@ impl Freezer {
         }
     }
 
+    /// Asks for the thaw of one that is not guarded any more. Returns whether it is thawed already; if not, it is told when it
+    /// is. Never waits where there is room.
+    pub(super) fn leave(&self, freeze: &Arc<Freeze>) -> Result<bool, CgroupError> {
+        freeze.is_wanted.store(false, Ordering::Release);
+        if freeze.is_thawed() {
+            return Ok(true);
+        }
+        freeze.leaves.store(true, Ordering::Release);
+        if self.ask(freeze) {
+            return Ok(false);
+        }
+        freeze.leaves.store(false, Ordering::Release);
+        freeze.settle().map(|()| true)
+    }
+
     fn ask(&self, freeze: &Arc<Freeze>) -> bool {
         if freeze.is_waiting.swap(true, Ordering::AcqRel) {
             return true;
         }
-        let is_queued = self.waiting.try_send(Arc::clone(freeze)).is_ok();
+        let waiting = self.waiting.as_ref();
+        let is_queued = waiting.is_some_and(|waiting| waiting.try_send(Arc::clone(freeze)).is_ok());
         if !is_queued {
             freeze.is_waiting.store(false, Ordering::Release);
         }
@@ -148,7 +230,7 @@ impl Freezer {
 
 #[cfg(test)]
 mod tests {
-    use std::{env, fs, process, time::Duration};
+    use std::{env, fs, process};
 
     use super::*;
 
@@ -189,8 +271,7 @@ mod tests {
     fn a_thaw_comes_where_there_is_no_room_for_it() {
         let (directory, freeze) = stand_in("full");
         let (_other, first) = stand_in("first");
-        let (waiting, queue) = mpsc::sync_channel(1);
-        let freezer = Freezer { waiting };
+        let (freezer, queue) = Freezer::without_thread(1);
         freezer.freeze(&freeze);
         freeze.settle().unwrap();
         drop(queue.recv().unwrap());
@@ -210,7 +291,8 @@ mod tests {
     #[test]
     fn the_thread_writes_what_it_is_asked_for() {
         let (directory, freeze) = stand_in("thread");
-        let freezer = Freezer::start(|cgroup, error| panic!("{cgroup:?}: {error}")).unwrap();
+        let (told, left) = mpsc::channel();
+        let freezer = Freezer::start(move |it| told.send(it).unwrap()).unwrap();
         let is = |wanted: &str| {
             let start = now();
             while fs::read_to_string(directory.join("cgroup.freeze")).unwrap() != wanted {
@@ -224,6 +306,20 @@ mod tests {
         freezer.freeze(&freeze);
         is("1");
         freezer.thaw(&freeze).unwrap();
+        is("0");
+        // One that leaves is told of when it is thawed.
+        freezer.freeze(&freeze);
+        is("1");
+        while !freezer.leave(&freeze).unwrap() {
+            let told = left.recv_timeout(Duration::from_secs(3)).unwrap();
+            assert!(matches!(told, Told::Left(CgroupId(7))));
+            is("0");
+        }
+        assert!(left.try_recv().is_err());
+        // Whatever is wanted is written before the thread ends.
+        freezer.freeze(&freeze);
+        freezer.thaw(&freeze).unwrap();
+        drop(freezer);
         is("0");
         fs::remove_dir_all(&directory).unwrap();
     }

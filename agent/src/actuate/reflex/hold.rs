@@ -322,6 +322,10 @@ impl Row {
         if elapsed < FREEZING {
             return None;
         }
+        if self.foreign_brake && !is_written && elapsed < self.asked_after() {
+            // There is nothing else to hold it by, and nobody waits for what is not written.
+            return None;
+        }
         if may_end {
             if elapsed >= self.asked_after() {
                 self.set_freeze(Freeze::Complete);

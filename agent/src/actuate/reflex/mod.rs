@@ -43,7 +43,7 @@ use crate::{
 };
 use brakes::Brakes;
 pub use controls::Controls;
-use freezer::Freezer;
+use freezer::{Freezer, Told};
 use row::Row;
 
 /// How soon the limit of a cgroup that is held is looked at: the answer lifts the hold at once.
@@ -71,6 +71,8 @@ pub enum Command {
     PutBack(CgroupId),
     /// Tell that a cgroup could not be frozen or thawed.
     NotFrozen(CgroupId, String),
+    /// Forget a cgroup that was disarmed: its hold is lifted now.
+    Thawed(CgroupId),
     /// Only tell when demand is above this, of a cgroup that is not armed.
     Watch(CgroupId, Option<Watermark>),
     /// Tell no more of a cgroup that is not armed.
@@ -160,6 +162,11 @@ pub enum Verdict {
         /// What could not be written on the way.
         error: Option<String>,
     },
+    /// A cgroup that was disarmed is released, and the ledger says so.
+    Forgotten {
+        /// The cgroup.
+        cgroup: CgroupId,
+    },
     /// Something could not be done.
     Failed {
         /// In this cgroup.
@@ -211,17 +218,18 @@ impl Reflex {
         let commands = Commands { channel, wake };
         let lost = Arc::new(AtomicU64::new(0));
         let signals = source.signals();
-        let (too_late, not_frozen) = (commands.clone(), commands.clone());
+        let (too_late, freezer_told) = (commands.clone(), commands.clone());
         let worker = Worker {
             source,
             ledger,
             commands: receiver,
             verdicts,
             brakes: Brakes::start(move |cgroup| too_late.send(Command::PutBack(cgroup)))?,
-            freezer: Freezer::start(move |cgroup, error| {
-                if !error.is_gone() {
-                    not_frozen.send(Command::NotFrozen(cgroup, error.to_string()));
-                }
+            freezer: Freezer::start(move |told| {
+                freezer_told.send(match told {
+                    Told::Failed(cgroup, error) => Command::NotFrozen(cgroup, error.to_string()),
+                    Told::Left(cgroup) => Command::Thawed(cgroup),
+                });
             })?,
             wake: commands.wake.clone(),
             lost: Arc::clone(&lost),
@@ -325,6 +333,13 @@ impl Worker {
         for cgroup in armed {
             self.disarm(cgroup);
         }
+        // Whoever waits for the end waits for the last thaw.
+        self.freezer.end();
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Thawed(cgroup) = command {
+                self.forget(cgroup);
+            }
+        }
     }
 
     /// Returns whether there seems to be an event.
@@ -359,6 +374,7 @@ impl Worker {
                 }
                 Ok(Command::Unwatch(_)) => {}
                 Ok(Command::Disarm(cgroup)) => self.disarm(cgroup),
+                Ok(Command::Thawed(cgroup)) => self.forget(cgroup),
                 Ok(Command::Ledger(ledger)) => self.ledger = ledger,
                 // Whoever asked may have gone.
                 Ok(Command::Alive(answer)) => drop(answer.send(())),
@@ -518,6 +534,7 @@ impl Worker {
         self.tell(verdict);
     }
 
+    /// Lifts brake and hold, and forgets it; if its hold is not lifted at once, when it is.
     fn disarm(&mut self, cgroup: CgroupId) {
         self.source.forget(cgroup);
         let Some(mut row) = self.table.remove(&cgroup) else {
@@ -528,13 +545,30 @@ impl Worker {
             let verdict = row.thaw(&mut self.ledger, &self.freezer, Reason::Ended);
             self.tell(verdict);
         }
-        // However long that takes: a successor releases whatever was not forgotten, and nothing else.
-        let thawed = row.thaw_now();
-        let forgotten = self.ledger.append(&Record::Forget { at: now(), cgroup });
-        let forgotten = forgotten.map_err(|error| error.to_string());
-        let results = [unbraked, thawed, forgotten];
-        for error in results.into_iter().filter_map(Result::err) {
+        let thawed = row.leave(&self.freezer);
+        if thawed == Ok(true) {
+            self.forget(cgroup);
+        }
+        for error in [unbraked, thawed.map(drop)]
+            .into_iter()
+            .filter_map(Result::err)
+        {
             self.tell(Verdict::Failed { cgroup, error });
+        }
+    }
+
+    /// Only what is neither braked nor held any more, however long that took: a successor releases whatever was not
+    /// forgotten, and nothing else. One that was armed again meanwhile is not forgotten.
+    fn forget(&mut self, cgroup: CgroupId) {
+        if self.table.contains_key(&cgroup) {
+            return;
+        }
+        match self.ledger.append(&Record::Forget { at: now(), cgroup }) {
+            Ok(()) => self.tell(Verdict::Forgotten { cgroup }),
+            Err(error) => {
+                let error = error.to_string();
+                self.tell(Verdict::Failed { cgroup, error });
+            }
         }
     }
 

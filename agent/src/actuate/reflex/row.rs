@@ -14,6 +14,7 @@ use super::{
     Arm, Means, Verdict,
     brakes::Epoch,
     controls::Controls,
+    freezer::Freezer,
     hold::{Held, Spent},
 };
 use crate::{
@@ -297,6 +298,14 @@ impl Row {
         match self.controls.freeze.release() {
             Err(error) if !error.is_gone() => Err(error.to_string()),
             _ => Ok(()),
+        }
+    }
+
+    /// Thaws it for good; whether that is written already. One that is gone is frozen no more.
+    pub(super) fn leave(&self, freezer: &Freezer) -> Result<bool, String> {
+        match freezer.leave(&self.controls.freeze) {
+            Err(error) if !error.is_gone() => Err(error.to_string()),
+            thawed => Ok(thawed.unwrap_or(true)),
         }
     }
 

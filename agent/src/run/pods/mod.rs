@@ -393,6 +393,11 @@ impl Watch {
                 return;
             }
         }
+        // One further on: of several that ask the same thing only the first may.
+        let next = self.pending.range(self.retried.clone()..).next();
+        if let Some(first) = next.or_else(|| self.pending.first()) {
+            self.retried = format!("{first}\0");
+        }
     }
 
     async fn retry_next(&mut self) {
