@@ -115,9 +115,15 @@ impl Fault {
         .contains(&self)
     }
 
-    /// Whether it must be there while the container bursts. The other two are over before that, by what they are.
+    /// Whether it must be there while the container bursts. Two of the others are over before that, by what they are, and a
+    /// limit comes down after it.
     fn meets_burst(self) -> bool {
-        ![Self::RingOverflow, Self::AgentKilled(Step::Rest)].contains(&self)
+        ![
+            Self::RingOverflow,
+            Self::AgentKilled(Step::Rest),
+            Self::AgentKilled(Step::Lowering),
+        ]
+        .contains(&self)
     }
 
     /// The metric that must tell of it.
@@ -482,8 +488,7 @@ impl Bed {
         drop(self.agent.take());
         thread::sleep(Duration::from_millis(500));
         self.start_agent()?;
-        times.over = now().0;
-        // Until it has a brake again, or a limit without one, it is nobody's.
+        // Until it has a brake again, or a limit without one, it is nobody's: so long the fault lasts.
         let again = wait("it is guarded again", MOMENT, || {
             let high = started.cgroup.limit("memory.high");
             let max = started.cgroup.limit("memory.max");
@@ -493,7 +498,8 @@ impl Bed {
                 _ => true,
             })
         });
-        times.unguarded = Some((times.fault, now().0));
+        times.over = now().0;
+        times.unguarded = Some((times.fault, times.over));
         again?;
         if step == Step::Rest {
             gate::open(&started.cgroup)?;
