@@ -31,6 +31,15 @@ fn what_a_known_burst_needs_is_not_given_to_a_suspect() {
     // A burst would have got it.
     let burst = raised(500, 1101, 1101);
     assert_eq!(on_node(1000, &[burst, known(464)]), [(0, granted(1101))]);
+    // Nor is anything kept for one that may not end either.
+    let another = Claim {
+        nature: Nature::Suspect,
+        ..known(464)
+    };
+    assert_eq!(
+        on_node(1000, &[suspect(500, 1500), another]),
+        [(0, granted(1500))]
+    );
     // Where nobody is known to need anything, all of it.
     assert_eq!(on_node(1000, &[suspect(500, 1500)]), [(0, granted(1500))]);
 }
