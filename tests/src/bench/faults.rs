@@ -535,6 +535,8 @@ impl Bed {
             if let Some(end) = end
                 && is_at_rest(&self.machine, started, Some(case.limit))?
             {
+                // They may have come to agree since the look above.
+                let agreed = agreed.or_else(|| Some(now().since(raised?).as_millis()));
                 return Ok((agreed, Some(now().since(end).as_millis())));
             }
             if now().since(end.unwrap_or(over)) > LONGEST {
