@@ -211,6 +211,8 @@ pub struct Controller<R> {
     memory: Memory,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
+    /// Cgroups of which something was seen that is to be decided on.
+    due: BTreeSet<CgroupId>,
     /// Cgroups that the reflex is to release and forget, since when.
     leaving: BTreeMap<CgroupId, Nanos>,
     /// Where the first is guarded that asks for it.
@@ -238,6 +240,7 @@ impl<R: Requester> Controller<R> {
             raise_times: Answers::default(),
             memory: Memory::new(),
             reflex_is_behind: false,
+            due: BTreeSet::new(),
             leaving: BTreeMap::new(),
             parallel: None,
         }
@@ -345,8 +348,12 @@ impl<R: Requester> Controller<R> {
             // Traffic must not starve the tick: it is due whether or not inputs keep coming.
             let rest = tick.saturating_sub(last_tick.elapsed());
             match self.inputs.recv_timeout(rest) {
-                Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => break,
-                Ok(input) => self.take(input),
+                Ok(input) => {
+                    if !self.take_all(input) {
+                        break;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {}
             }
             if last_tick.elapsed() >= tick {
@@ -373,6 +380,33 @@ impl<R: Requester> Controller<R> {
             tracing::warn!(%error, "the ledger is left behind");
         }
         reports
+    }
+
+    /// Takes all that the reflex has told by now, and decides then: whoever is at its limit makes events faster than anybody
+    /// decides, and what was decided by each of them in turn was told of containers that had died seconds before, behind which
+    /// others waited. Returns whether to go on.
+    fn take_all(&mut self, first: Input) -> bool {
+        let (mut next, mut most) = (Some(first), INPUTS);
+        while let Some(input) = next {
+            if matches!(input, Input::Stop) {
+                return false;
+            }
+            if !matches!(input, Input::Verdict(_)) {
+                // Which may take its time, or go by what was decided.
+                self.decide_due();
+            }
+            self.take(input);
+            most -= 1;
+            next = (most > 0).then(|| self.inputs.try_recv().ok()).flatten();
+        }
+        self.decide_due();
+        true
+    }
+
+    fn decide_due(&mut self) {
+        for id in std::mem::take(&mut self.due) {
+            self.decide(id);
+        }
     }
 
     fn take(&mut self, input: Input) {
@@ -575,7 +609,7 @@ impl<R: Requester> Controller<R> {
             }
             KIND_WATERMARK => {
                 observe(&mut guarded.history, event, now());
-                self.decide(id);
+                self.due.insert(id);
             }
             _ => {}
         }
