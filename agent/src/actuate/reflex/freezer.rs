@@ -4,8 +4,8 @@
 //! whoever moves a process into a cgroup holds that for a grace period of RCU (`cgroup_attach_lock`, which takes the
 //! writer's side of `cgroup_threadgroup_rwsem`): each container that starts, and each probe that executes something.
 //! Measured on 6.12 beside eight of them a second, one write of a hundred takes 20 ms and more, which is all of the way
-//! from a watermark to the OOM killer; writes to `memory.high` and `memory.max`, which do not take it, took 0.2 ms at
-//! most. So the reflex says what it wants, and goes on: whoever grows while the freeze is late is braked.
+//! from a watermark to the OOM killer; a write to `memory.high`, which does not take it (nor does one to `memory.max`),
+//! took 0.9 ms at most. So the reflex says what it wants, and goes on: whoever grows while the freeze is late is braked.
 //!
 //! What is wanted is a state and no queue of orders: a thaw that overtakes its freeze leaves nothing to write. Only what
 //! was frozen here is thawed here. Whoever is not guarded any more is forgotten when it is thawed, and not before: a
@@ -129,16 +129,6 @@ impl Drop for Freezer {
 }
 
 impl Freezer {
-    /// Ends the thread, and returns when all is written.
-    pub(super) fn end(&mut self) {
-        self.waiting = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the freezer's thread panicked");
-        }
-    }
-
     /// Starts it.
     pub(super) fn start(tell: impl Fn(Told) + Send + 'static) -> io::Result<Self> {
         let (waiting, receiver) = mpsc::sync_channel::<Arc<Freeze>>(WAITING);
@@ -164,6 +154,16 @@ impl Freezer {
             waiting: Some(waiting),
             thread: Some(thread),
         })
+    }
+
+    /// Ends the thread, and returns when all is written.
+    pub(super) fn end(&mut self) {
+        self.waiting = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the freezer's thread panicked");
+        }
     }
 
     /// One whose thread never comes to write.
