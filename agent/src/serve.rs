@@ -245,7 +245,7 @@ async fn goes_round(inputs: &SyncSender<Input>, patience: Duration) -> bool {
 mod tests {
     use std::{fs, sync::mpsc, thread};
 
-    use bellows_core::{Bytes, CgroupId};
+    use bellows_core::{Bytes, CgroupId, Nanos};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         runtime,
@@ -263,8 +263,8 @@ mod tests {
     struct Nobody;
 
     impl Requester for Nobody {
-        fn raise(&mut self, _cgroup: &Cgroup, _from: Bytes, _to: Bytes) {}
-        fn lower(&mut self, _cgroup: &Cgroup, _from: Bytes, _to: Bytes) {}
+        fn raise(&mut self, _cgroup: &Cgroup, _to: Bytes, _patience: Nanos) {}
+        fn lower(&mut self, _cgroup: &Cgroup, _to: Bytes) {}
         fn take_back(&mut self, _cgroup: &Cgroup, _to: Bytes, _limit: Bytes) {}
         fn record(&mut self, _cgroup: &Cgroup, _record: &Record) {}
         fn not_guarded(&mut self, _cgroup: CgroupId) {}

@@ -228,16 +228,17 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let after = policy.by_hand_after?;
     let (to, asked) = requested.filter(|(to, _)| to > limit)?;
     let last_moment = policy.last_moment();
+    // Nobody is held for long enough to be answered: what was waited for was room.
+    let is_urgent = held_since.is_some_and(|since| now.since(since) >= last_moment);
     let reason = if after == Nanos(0) {
         Reason::RaisedFirst
     } else if *request_failed {
         Reason::RequestFailed
-    } else if now.since(asked) >= after.min(last_moment) {
+    } else if is_urgent || now.since(asked) >= after.min(last_moment) {
         Reason::AnswerLate
     } else {
         return None;
     };
-    let is_urgent = held_since.is_some_and(|since| now.since(since) >= last_moment);
     let may = match by_hand {
         ByHand::No => false,
         ByHand::NotYet => is_urgent,
@@ -415,6 +416,15 @@ mod tests {
         late.by_hand = ByHand::No;
         assert_eq!(after(&late, 60_000), []);
         late.by_hand = ByHand::Yes;
+        // There was no room until its patience was nearly over: it is asked for now, and there is no time for an answer.
+        late.request_failed = false;
+        let asked = |ms| {
+            let asked = Nanos(late.now.0 + Nanos::millis(ms).0);
+            let requested = Some((to, asked));
+            after(&Snapshot { requested, ..late }, ms)
+        };
+        assert_eq!(asked(7499), []);
+        assert_eq!(asked(7500), by_hand(Reason::AnswerLate));
         late.policy.by_hand_after = None;
         assert_eq!(after(&late, 60_000), []);
     }

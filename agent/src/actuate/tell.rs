@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     containers::Owner as _,
     shrink,
-    update::{LATE, Target, Updater},
+    update::{LATE, Target, Updater, late_after},
 };
 use crate::{
     cgroup::Limit,
@@ -80,11 +80,11 @@ impl Updater {
                 return;
             };
             let told = match (wanted, untold, quota_due) {
-                (Some(to), _, _) => {
+                (Some(wanted), _, _) => {
                     wait = SETTLE;
-                    let told = self.update(&target, to).await;
+                    let told = self.update(&target, wanted).await;
                     told.unwrap_or_else(|refused| {
-                        self.answer(id, to, Err(refused));
+                        self.answer(id, wanted.to, Err(refused));
                         Told::Known
                     })
                 }
@@ -119,7 +119,14 @@ impl Updater {
             // Whatever grew is raised again.
             return Told::Untold(to);
         }
-        let delivered = self.deliver(target, Some(to), WHATEVER_IT_TAKES, || Ok(()), || Ok(()));
+        let delivered = self.deliver(
+            target,
+            Some(to),
+            WHATEVER_IT_TAKES,
+            None,
+            || Ok(()),
+            || Ok(()),
+        );
         match delivered.await {
             Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
             Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
@@ -133,11 +140,18 @@ impl Updater {
     async fn tell_quota(&self, target: &Target) -> Told {
         let told = match target.cgroup.limit("memory.max") {
             Ok(Limit::At(limit)) => {
-                self.deliver(target, Some(limit), WHATEVER_IT_TAKES, || Ok(()), || Ok(()))
-                    .await
+                self.deliver(
+                    target,
+                    Some(limit),
+                    WHATEVER_IT_TAKES,
+                    None,
+                    || Ok(()),
+                    || Ok(()),
+                )
+                .await
             }
             Ok(Limit::Max) if self.has_no_limit(target).await => {
-                self.deliver(target, None, WHATEVER_IT_TAKES, || Ok(()), || Ok(()))
+                self.deliver(target, None, WHATEVER_IT_TAKES, None, || Ok(()), || Ok(()))
                     .await
             }
             // Somebody has lifted a limit behind the runtime's back, which it would set again.
@@ -159,21 +173,18 @@ impl Updater {
         said.is_ok_and(|said| memory_limit(&said).is_none())
     }
 
-    /// Asks the runtime, if it still may when it has its turn, and waits for its answer: for as long as `longest`, and once it is late, after `late`, only
-    /// until something else is asked for.
+    /// Asks the runtime, if it still may when it has its turn, and waits for its answer: for as long as `longest`, and once
+    /// it is late, at the latest at the `deadline`, after `late`, only until something else is asked for.
     pub(super) async fn deliver(
         &self,
         target: &Target,
         memory: Option<Bytes>,
         longest: Duration,
+        deadline: Option<Instant>,
         may_go: impl Fn() -> Result<(), Refused>,
         late: impl FnOnce() -> Result<(), Refused>,
     ) -> Result<Delivered, Refused> {
-        let patience = if self.is_late.load(Ordering::Relaxed) {
-            Duration::ZERO
-        } else {
-            LATE
-        };
+        let is_late = self.is_late.load(Ordering::Relaxed);
         let turn = loop {
             if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {
                 return Ok(Delivered::Overtaken);
@@ -198,11 +209,19 @@ impl Updater {
         });
         target.turns.began(call.abort_handle());
         let mut call = pin!(timeout(longest, call));
+        let patience = if is_late {
+            Duration::ZERO
+        } else {
+            late_after(deadline)
+        };
         let called = match timeout(patience, &mut call).await {
             Ok(called) => called,
             Err(_elapsed) => {
-                self.is_late.store(true, Ordering::Relaxed);
-                METRICS.runtime_late.inc();
+                // Who cannot wait for as long says nothing of the runtime.
+                if is_late || patience == LATE {
+                    self.is_late.store(true, Ordering::Relaxed);
+                    METRICS.runtime_late.inc();
+                }
                 late()?;
                 loop {
                     if self.target(target.cgroup.id(), |target| target.wanted.is_some())? {

@@ -18,8 +18,12 @@ use std::{
     time::Duration,
 };
 
-use bellows_core::{Bytes, CgroupId, Cpu, Reason};
-use tokio::{runtime::Handle, sync::Notify, time::timeout};
+use bellows_core::{Bytes, CgroupId, Cpu, Nanos, Reason};
+use tokio::{
+    runtime::Handle,
+    sync::Notify,
+    time::{Instant, timeout},
+};
 
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
@@ -45,6 +49,14 @@ const LOWERING: Duration = Duration::from_secs(5);
 /// A raise that is in force already is not waited for any longer: it is told again.
 const RAISE: Duration = Duration::from_secs(15);
 
+/// A limit that is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) to: Bytes,
+    /// When it must be in force, where somebody is held for it.
+    pub(super) deadline: Option<Instant>,
+}
+
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -59,7 +71,7 @@ pub struct Target {
     /// Whether the controller could not guard it: to be tried again.
     pub is_unguarded: bool,
     /// What is asked for and not yet on its way.
-    pub(super) wanted: Option<Bytes>,
+    pub(super) wanted: Option<Wanted>,
     /// Whether a memory limit is asked for that the runtime does not know yet.
     pub(super) is_moving: bool,
     pub(super) times: QuotaTimes,
@@ -247,11 +259,15 @@ impl Updater {
 
     /// Asks for a limit, in place of whatever is asked for and not yet on its way.
     pub fn send(&self, cgroup: CgroupId, to: Bytes) {
+        self.want(cgroup, Wanted { to, deadline: None });
+    }
+
+    fn want(&self, cgroup: CgroupId, wanted: Wanted) {
         if let Err(refused) = self.wake(cgroup, |target| {
-            target.wanted = Some(to);
+            target.wanted = Some(wanted);
             target.is_moving = true;
         }) {
-            self.answer(cgroup, to, Err(refused));
+            self.answer(cgroup, wanted.to, Err(refused));
         }
     }
 
@@ -312,7 +328,8 @@ impl Updater {
         })
     }
 
-    pub(super) async fn update(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+    pub(super) async fn update(&self, target: &Target, wanted: Wanted) -> Result<Told, Refused> {
+        let Wanted { to, deadline } = wanted;
         let cgroup = &target.cgroup;
         let limit = cgroup.limit("memory.max").map_err(text)?.bytes();
         let moved = target.original.limit.as_ref();
@@ -325,16 +342,18 @@ impl Updater {
         }
         self.ask(cgroup, to)?;
         // The pod goes up before the container does.
-        self.settle_pod(target.pod.as_deref(), May::Rise).await?;
+        self.settle_pod(target.pod.as_deref(), May::Rise, deadline)
+            .await?;
         let told = if to < limit {
             self.lower(target, to).await
         } else {
-            self.raise(target, to).await
+            self.raise(target, wanted).await
         };
         // And down after it, whether or not it did. What is asked for next does not wait for that.
         let (this, pod) = (self.clone(), target.pod.clone());
         self.tasks.spawn(async move {
-            if let Err(Refused { why, .. }) = this.settle_pod(pod.as_deref(), May::Fall).await {
+            if let Err(Refused { why, .. }) = this.settle_pod(pod.as_deref(), May::Fall, None).await
+            {
                 tracing::warn!(why, "a pod's limit stays for now");
             }
         });
@@ -347,7 +366,7 @@ impl Updater {
             let grew = || refused("usage has grown meanwhile", false);
             fits.then_some(()).ok_or_else(grew)
         };
-        let delivered = self.deliver(target, Some(to), LOWERING, still_fits, || Ok(()));
+        let delivered = self.deliver(target, Some(to), LOWERING, None, still_fits, || Ok(()));
         match delivered.await? {
             Delivered::Answered(Ok(())) => Ok(Told::Known),
             Delivered::Answered(Err(error)) => {
@@ -362,7 +381,8 @@ impl Updater {
         }
     }
 
-    async fn raise(&self, target: &Target, to: Bytes) -> Result<Told, Refused> {
+    async fn raise(&self, target: &Target, wanted: Wanted) -> Result<Told, Refused> {
+        let Wanted { to, deadline } = wanted;
         let cgroup = &target.cgroup;
         let by_hand = || {
             if fall_back(cgroup, to)? {
@@ -371,7 +391,7 @@ impl Updater {
             Ok(())
         };
         let error = match self
-            .deliver(target, Some(to), RAISE, || Ok(()), by_hand)
+            .deliver(target, Some(to), RAISE, deadline, || Ok(()), by_hand)
             .await?
         {
             Delivered::Answered(Ok(())) => return Ok(Told::Known),
@@ -401,7 +421,12 @@ impl Updater {
     /// # Errors
     ///
     /// [`Refused`].
-    pub async fn settle_pod(&self, pod: Option<&Pod>, may: May) -> Result<(), Refused> {
+    pub async fn settle_pod(
+        &self,
+        pod: Option<&Pod>,
+        may: May,
+        deadline: Option<Instant>,
+    ) -> Result<(), Refused> {
         let Some(pod) = pod else {
             return Ok(());
         };
@@ -410,7 +435,7 @@ impl Updater {
         let settled = match may {
             May::Fall => settled.await,
             // A container must not wait for longer, nor be killed by its pod because systemd refuses.
-            May::Rise => match timeout(LATE, settled).await {
+            May::Rise => match timeout(late_after(deadline), settled).await {
                 Ok(Ok(())) => Ok(()),
                 failed => {
                     tracing::warn!(path = %pod.cgroup().path().display(), ?failed, "the limit of a pod is raised by hand");
@@ -455,6 +480,12 @@ impl Updater {
     }
 }
 
+/// After which time whoever was asked is late, where that must be in force by `deadline`.
+pub(super) fn late_after(deadline: Option<Instant>) -> Duration {
+    let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+    deadline.map_or(LATE, |deadline| left(deadline).min(LATE))
+}
+
 /// Raises the limit by writing it, where the runtime is late or fails: its container would be killed. The
 /// policy allows the limit, and it is written down as ours. Returns whether it is in force.
 fn fall_back(cgroup: &Cgroup, to: Bytes) -> Result<bool, Refused> {
@@ -486,11 +517,12 @@ fn refusal(error: &RuntimeError) -> Refused {
 }
 
 impl Requester for Updater {
-    fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
-        self.send(cgroup.id(), to);
+    fn raise(&mut self, cgroup: &Cgroup, to: Bytes, patience: Nanos) {
+        let deadline = Some(Instant::now() + Duration::from_nanos(patience.0));
+        self.want(cgroup.id(), Wanted { to, deadline });
     }
 
-    fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
+    fn lower(&mut self, cgroup: &Cgroup, to: Bytes) {
         self.send(cgroup.id(), to);
     }
 
@@ -505,5 +537,62 @@ impl Requester for Updater {
     fn not_guarded(&mut self, cgroup: CgroupId) {
         self.targets()
             .of(cgroup, |target| target.is_unguarded = true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs, os::unix::net::UnixListener, process, sync::mpsc::sync_channel};
+
+    use bellows_core::{boost::Boosts, moved::MovedLimit};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    const ID: CgroupId = CgroupId(7);
+
+    /// A runtime that says nothing, and one of its containers.
+    fn updater(name: &str) -> (Updater, Cgroup, UnixListener) {
+        let path = env::temp_dir().join(format!("bellows-update-{name}-{}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let limit = Bytes::mib(64);
+        fs::write(path.join("memory.max"), limit.0.to_string()).unwrap();
+        let socket = path.join("socket");
+        let silent = UnixListener::bind(&socket).unwrap();
+        let (inputs, _answers) = sync_channel(8);
+        let records = Records::at(path.join("records"));
+        let runtime = Runtime::at(&socket).unwrap();
+        let updater = Updater::new(runtime, Handle::current(), inputs, records);
+        let cgroup = Cgroup::stand_in(&path, ID);
+        let original = Original {
+            id: "one".to_owned(),
+            name: "one".to_owned(),
+            limit: Some(MovedLimit::new(limit)),
+            quota: None,
+            boosts: Boosts::none(),
+            has_begun: false,
+            path,
+        };
+        let target = Target::new(cgroup.clone(), original, None, None);
+        updater.targets().with(|all| drop(all.insert(ID, target)));
+        (updater, cgroup, silent)
+    }
+
+    /// Whether a raise is in force a moment after it was asked for.
+    async fn is_raised(name: &str, patience: Nanos) -> bool {
+        let (mut updater, cgroup, _silent) = updater(name);
+        let to = Bytes::mib(128);
+        Requester::raise(&mut updater, &cgroup, to, patience);
+        sleep(LATE / 3).await;
+        let is_raised = cgroup.limit("memory.max").unwrap().bytes() == to;
+        drop(fs::remove_dir_all(cgroup.path()));
+        is_raised
+    }
+
+    /// There was no room until its patience was nearly over: the runtime would answer to somebody who is dead.
+    #[tokio::test]
+    async fn who_can_wait_no_longer_is_raised_before_the_runtime_answers() {
+        assert!(is_raised("urgent", Nanos::millis(50)).await);
+        assert!(!is_raised("patient", Nanos::millis(5000)).await);
     }
 }

@@ -399,11 +399,11 @@ struct Delayed {
 }
 
 impl Requester for Delayed {
-    fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
+    fn raise(&mut self, cgroup: &Cgroup, to: Bytes, _patience: Nanos) {
         self.set_later(cgroup, to);
     }
 
-    fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
+    fn lower(&mut self, cgroup: &Cgroup, to: Bytes) {
         self.set_later(cgroup, to);
     }
 

@@ -354,6 +354,12 @@ impl Guarded {
         Ok(is_new)
     }
 
+    /// For how long it can still be held for a raise.
+    pub(super) fn patience(&self, at: Nanos) -> Nanos {
+        let held = self.held_since.map_or(Nanos(0), |since| at.since(since));
+        self.policy.last_moment().since(held)
+    }
+
     pub(super) const fn active(&self) -> bool {
         self.limit.0 != self.policy.original.0
             || self.held_since.is_some()

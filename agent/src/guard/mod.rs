@@ -142,11 +142,12 @@ pub trait Requester {
         None
     }
 
-    /// Asks for a raise. The answer comes as [`Input::Answered`]; must not block.
-    fn raise(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
+    /// Asks for a raise. The answer comes as [`Input::Answered`]; must not block. Where the requester raises by hand of its
+    /// own accord it must have done so after `patience`: who is held for it can wait no longer.
+    fn raise(&mut self, cgroup: &Cgroup, to: Bytes, patience: Nanos);
 
     /// Lowers the limit; usage has been brought below `to` already. Must not block.
-    fn lower(&mut self, cgroup: &Cgroup, from: Bytes, to: Bytes);
+    fn lower(&mut self, cgroup: &Cgroup, to: Bytes);
 
     /// Takes back a request for `to` that was not carried out in time: the limit is still `limit`.
     fn take_back(&mut self, cgroup: &Cgroup, to: Bytes, limit: Bytes);
@@ -747,14 +748,15 @@ impl<R: Requester> Controller<R> {
         }
     }
 
-    /// Decides, and has it carried out. What is raised first and asked for at once is decided on as soon as it was asked for.
+    /// Decides, and has it carried out. Who was asked for just now may have to be raised by hand at once: that is raised
+    /// first, or nothing is left of its patience.
     fn decide(&mut self, id: CgroupId) {
-        let raises_first = |guarded: &Guarded| {
-            guarded.policy.by_hand_after == Some(Nanos(0)) && guarded.requested.is_some()
+        let is_asked = |guarded: &Guarded| {
+            guarded.policy.by_hand_after.is_some() && guarded.requested.is_some()
         };
-        let was_asked = self.guards.get(&id).is_some_and(raises_first);
+        let was_asked = self.guards.get(&id).is_some_and(is_asked);
         self.decide_once(id);
-        if !was_asked && self.guards.get(&id).is_some_and(raises_first) {
+        if !was_asked && self.guards.get(&id).is_some_and(is_asked) {
             self.decide_once(id);
         }
         self.lend(id);

@@ -54,7 +54,7 @@ impl<R: Requester> Controller<R> {
         self.ledger.append(&record)?;
         self.requester.record(&guarded.cgroup, &record);
         match action {
-            Action::Raise { from, to } => {
+            Action::Raise { to, .. } => {
                 if reason == Reason::CacheThrashes {
                     guarded.thrash.raised(at);
                 }
@@ -63,7 +63,8 @@ impl<R: Requester> Controller<R> {
                     Actuation::Requested { .. } => {
                         guarded.requested = Some((to, at));
                         guarded.request_failed = false;
-                        self.requester.raise(&guarded.cgroup, from, to);
+                        self.requester
+                            .raise(&guarded.cgroup, to, guarded.patience(at));
                     }
                 }
             }
@@ -171,7 +172,6 @@ impl<R: Requester> Controller<R> {
             // Puts the brake back where it belongs.
             return self.arm(&self.guards[&id], None);
         }
-        let from = guarded.limit;
         // What was given back for it counts no more: a lower limit that is on its way is no reason to raise.
         if let Ok(stat) = guarded.cgroup.stat() {
             guarded.saw(now(), stat);
@@ -184,7 +184,7 @@ impl<R: Requester> Controller<R> {
                 // Before the request: the lower limit is guarded when it comes into force.
                 self.arm(&self.guards[&id], None);
                 let cgroup = &self.guards[&id].cgroup;
-                self.requester.lower(cgroup, from, to);
+                self.requester.lower(cgroup, to);
             }
         }
     }

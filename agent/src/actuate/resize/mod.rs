@@ -21,7 +21,7 @@ use std::{
 };
 
 use bellows_core::{
-    Bytes, CgroupId,
+    Bytes, CgroupId, Nanos,
     allowance::{Bound, What},
     arbiter::Why,
     bucket::{Bucket, Urgency},
@@ -631,7 +631,7 @@ impl Requester for Resizer {
         self.allowances.memory((&uid, &container))
     }
 
-    fn raise(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
+    fn raise(&mut self, cgroup: &Cgroup, to: Bytes, _patience: Nanos) {
         let id = cgroup.id();
         if let Some((uid, container)) = self.targets.of(id, |target| target.key()) {
             self.allowances.ask_memory((&uid, &container), to);
@@ -654,7 +654,7 @@ impl Requester for Resizer {
         }
     }
 
-    fn lower(&mut self, cgroup: &Cgroup, _from: Bytes, to: Bytes) {
+    fn lower(&mut self, cgroup: &Cgroup, to: Bytes) {
         self.send(cgroup.id(), to, Urgency::Later);
     }
 

@@ -372,7 +372,7 @@ impl Watch {
         let mut kept = Vec::new();
         for pod in std::mem::take(&mut self.pods) {
             let updater = &self.context.updater;
-            let settled = updater.settle_pod(Some(&pod), May::Fall).await;
+            let settled = updater.settle_pod(Some(&pod), May::Fall, None).await;
             let settled = settled.map_err(|refused| refused.why);
             let settled = settled.and(updater.containers().settle_pod_quota(Some(&pod), May::Fall));
             // Whoever has it beside us is one of its containers.
