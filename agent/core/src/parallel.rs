@@ -3,8 +3,8 @@
 //! A build with eight jobs that needs twice what it may have is killed, although it would fit with four. What is
 //! lent here instead of memory is time: the youngest leaves of the process tree are paused, and resumed as others end.
 //!
-//! **What a process will need** is what the largest of the same program has needed that ended lately; before one has
-//! ended, three times what it has. Those that run must be able to end, so each of them, the oldest first, is
+//! **What a process will need** is what the largest of the same program has needed that ended lately, or has that runs; before
+//! one has ended, three times what it has. The first to end is the smallest, so that alone says little of the others. Those that run must be able to end, so each of them, the oldest first, is
 //! given what it is projected to need yet (who has not grown for long is taken to be done with that). Whoever does not fit is paused: what it has it keeps, so it must be paused
 //! long before all memory is in use, and best of all when it has just begun.
 //!
@@ -41,7 +41,7 @@ const UNLEARNT_PER_MILLE: u64 = 3000;
 const UNLIKE: u64 = 3;
 /// So many looks may pass before an order is carried out.
 const LATE: u64 = 2;
-/// Who has more than all before needs so much more than it has.
+/// Where one has more than all that have ended, each needs so much more than that has.
 const BEYOND_PER_MILLE: u64 = 1250;
 /// The share of memory that is left to what no process shows: page tables, stocks of CPUs, the kernel's own.
 const MARGIN_PER_MILLE: u64 = 60;
@@ -408,14 +408,14 @@ impl Jobs {
         let peak = known.peak.max(memory);
         let ended = self.ended.get(&known.program);
         let projected = match ended.and_then(|ends| ends.peaks.iter().max().copied()) {
-            Some(learnt) if learnt >= peak => {
+            Some(learnt) if learnt >= largest => {
                 // The fewer have ended, the more the next may differ.
                 let ends = ended.map_or(0, |ends| {
                     u64::try_from(ends.peaks.len()).unwrap_or(u64::MAX)
                 });
                 learnt.plus(learnt.scaled(1, UNLIKE.saturating_mul(ends)))
             }
-            Some(_) => peak.per_mille(BEYOND_PER_MILLE),
+            Some(_) => largest.per_mille(BEYOND_PER_MILLE),
             None => peak.per_mille(UNLEARNT_PER_MILLE).max(largest),
         };
         projected.max(memory)

@@ -25,8 +25,8 @@ use crate::{
 };
 
 /// How often a burst is looked at of whose jobs nobody knows what they need.
-const NEAR: Duration = Duration::from_millis(25);
-/// The same while it is known what each of them needs.
+const NEAR: Duration = Duration::from_millis(10);
+/// The same while it is known what each of them needs, or they have little yet.
 const BETWEEN: Duration = Duration::from_millis(50);
 /// How often any other is.
 const FAR: Duration = Duration::from_millis(100);
@@ -158,7 +158,7 @@ impl Watched {
         let quarter = self.granted.per_mille(QUARTER_PER_MILLE);
         if !self.is_lending() {
             if self.cgroup.usage()? < quarter {
-                return Ok(FAR);
+                return Ok(BETWEEN);
             }
             // A cache that fills it is no burst.
             if self.cgroup.stat()?.demand() < quarter {
