@@ -1,0 +1,215 @@
+//! What policies say of the requests of a pod's containers, and what those were before.
+//!
+//! A request is moved only once what it was is on the pod: that is written when its container is met, not when somebody waits
+//! for room. An API that refuses it as such is not asked again soon, and the request is left alone.
+//!
+//! Where no policy asks for it any more, or this agent is not to move any, a request that was lowered is still followed, to
+//! be asked for as it was. Whoever is left alone is told why, once.
+//!
+//! It must not ask for a request, nor follow one by a list of policies that is not whole.
+
+use std::time::Duration;
+
+use bellows_core::{
+    Bytes,
+    pod::{self, Level, ORIGINAL_REQUESTS, RequestWish, RequestWishes},
+};
+use tokio::time::Instant;
+
+use super::{Key, Watch, change::REFUSED, known::KnownRequest, recent::Recent};
+use crate::{actuate::resize::Order, attribution::api::Pod, cgroup::Cgroup, run::pods::one};
+
+/// What is told of a pod whose policy asks for what this agent is not to do.
+const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may not change requests: set requests.enabled of the chart (--requests), or take that out of the policy";
+
+impl Watch {
+    /// Follows what policies say of the requests of a pod's containers.
+    pub(in crate::run::pods) async fn follow_requests(&mut self, pod: &Pod, seen: &mut pod::Pod) {
+        let uid = seen.uid.clone();
+        if !self.policies.are_known(&seen.namespace) || self.context.only_observes {
+            return;
+        }
+        let wishes = self.request_wishes(pod, seen);
+        let known = self.requests.known.range((uid.clone(), String::new())..);
+        let known = known.take_while(|((own, _), _)| *own == uid);
+        let others: Vec<Key> = known
+            .filter(|((_, name), _)| !matches!(wishes.get(name), Some(Ok(_))))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in others {
+            self.requests.forget(&key);
+        }
+        for (name, wish) in wishes {
+            let key = (uid.clone(), name);
+            match wish {
+                Ok(wish) => {
+                    if let Err(error) = self.follow_request(&key, pod, seen, wish).await {
+                        tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container's request is not followed");
+                        self.pending.insert(uid.clone());
+                    }
+                }
+                Err(refusal) => {
+                    self.refuse_request(&key, pod, refusal.reason(), refusal.to_string());
+                }
+            }
+        }
+    }
+
+    /// What the requests of a pod may become. Where none may be moved, what was lowered is asked for as it was: that may be
+    /// refused, too.
+    fn request_wishes(&mut self, pod: &Pod, seen: &pod::Pod) -> RequestWishes {
+        let mut wishes = pod::request_wishes(seen, self.policies.all());
+        if self.context.moves_requests {
+            let claims = |container: &str| self.claims(pod, container);
+            let told = pod::yield_requests(&mut wishes, claims);
+            for (container, refusal) in told {
+                let key = (seen.uid.clone(), container);
+                self.refuse_request(&key, pod, refusal.reason(), refusal.to_string());
+            }
+            return wishes;
+        }
+        let is_asked = |wish: &RequestWish| wish.rules.is_some();
+        if wishes.values().flatten().any(is_asked) {
+            let key = (seen.uid.clone(), String::new());
+            self.refuse_request(&key, pod, "RequestsNotEnabled", NOT_ENABLED.to_owned());
+        }
+        pod::request_wishes(seen, &[])
+    }
+
+    /// A LimitRange may allow no smaller request, or a limit so many times the request: that is not lowered beyond what the
+    /// limit may come to need.
+    fn keep_allowed(&self, key: &Key, wish: &mut RequestWish) {
+        let Some(rules) = &mut wish.rules else {
+            return;
+        };
+        let policy = self.known.get(key).and_then(|known| known.policy);
+        let ceiling = policy.map_or(Bytes::ZERO, |policy| policy.ceiling);
+        let allowances = self.context.resizer.allowances();
+        let least = allowances.least_request((&key.0, &key.1), ceiling);
+        rules.floor = rules.floor.max(least);
+    }
+
+    /// Tells why a container's request is left alone, once.
+    pub(super) fn refuse_request(&mut self, key: &Key, pod: &Pod, reason: &str, why: String) {
+        if self.requests.refused.get(key) != Some(&why) {
+            self.events.refused(pod, reason, why.clone());
+            self.requests.refused.insert(key.clone(), why);
+        }
+    }
+
+    async fn follow_request(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        mut wish: RequestWish,
+    ) -> Result<(), String> {
+        let container = seen.containers.get(wish.index);
+        let is_reported = container.is_some_and(|container| container.reports_resources);
+        if wish.id.is_none() {
+            return Ok(());
+        }
+        self.keep_allowed(key, &mut wish);
+        if !wish.recorded && wish.rules.is_some() {
+            if !self.record_request(key, pod, seen, &wish).await? {
+                return Ok(());
+            }
+            wish.recorded = true;
+            if wish.foreign {
+                let note = format!(
+                    "container {}: the memory request was changed to {} by somebody else, which is the new original",
+                    key.1, wish.original
+                );
+                self.events.guarded(pod, note);
+            }
+        }
+        match self.requests.known.get_mut(key) {
+            Some(known) if known.wish.id == wish.id => known.follow(wish, is_reported),
+            _ => self.adopt_request(key, seen, wish, is_reported)?,
+        }
+        Ok(())
+    }
+
+    /// Writes a request as it was onto the pod, unless that is refused as such, which is not tried again soon. Returns whether
+    /// it is there.
+    async fn record_request(
+        &mut self,
+        key: &Key,
+        pod: &Pod,
+        seen: &mut pod::Pod,
+        wish: &RequestWish,
+    ) -> Result<bool, String> {
+        let again = self.requests.unrecorded.get(key);
+        if again.is_some_and(|&at| Instant::now() < at) {
+            return Ok(false);
+        }
+        if !wish.foreign {
+            self.record_beside(key, ORIGINAL_REQUESTS, seen, &wish.original_text);
+            return Ok(false);
+        }
+        let recorded = self.record_original(seen, ORIGINAL_REQUESTS, &key.1, &wish.original_text);
+        match recorded.await {
+            Ok(()) => {
+                self.requests.unrecorded.remove(key);
+                Ok(true)
+            }
+            Err(not) if not.is_refused => {
+                self.request_not_recorded(key, pod, not.why);
+                Ok(false)
+            }
+            Err(not) => Err(not.into()),
+        }
+    }
+
+    /// What a request was the API does not take: it is not asked again soon.
+    pub(in crate::run::pods) fn request_not_recorded(&mut self, key: &Key, pod: &Pod, why: String) {
+        let at = Instant::now() + REFUSED;
+        self.requests.unrecorded.insert(key.clone(), at);
+        self.refuse_request(key, pod, "RequestRefused", why);
+    }
+
+    fn adopt_request(
+        &mut self,
+        key: &Key,
+        seen: &pod::Pod,
+        wish: RequestWish,
+        is_reported: bool,
+    ) -> Result<(), String> {
+        let path = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
+        let path = path.ok_or("it has no cgroup yet")?;
+        let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
+        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let name = format!("{}/{}/{}", seen.namespace, seen.name, key.1);
+        if let Some(known) = self.requests.known.get_mut(key) {
+            tracing::info!(container = name, "it was started again");
+            known.is_started_again(wish, cgroup, is_reported);
+            return Ok(());
+        }
+        let loans = self.requests.before.remove(&(key.0.clone(), name.clone()));
+        let mut known = KnownRequest {
+            name,
+            namespace: seen.namespace.clone(),
+            pod: seen.name.clone(),
+            loans: loans.filter(|_| !wish.foreign).unwrap_or_default(),
+            wish,
+            is_reported,
+            cgroup,
+            order,
+            since: Instant::now(),
+            peak: Bytes::ZERO,
+            recent: Recent::default(),
+            asked: None,
+            owed: Bytes::ZERO,
+            not_before: None,
+            failures: 0,
+            not_taken_back_before: None,
+            not_taken_back: 0,
+            backoff: Duration::ZERO,
+        };
+        known.settle_loans();
+        known.sample();
+        tracing::info!(container = known.name, request = %known.wish.request, original = %known.wish.original, "its request may be moved");
+        self.requests.known.insert(key.clone(), known);
+        Ok(())
+    }
+}
