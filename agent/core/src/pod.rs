@@ -12,18 +12,18 @@ mod claimed;
 mod cpu;
 mod heap;
 mod init;
+mod left;
 mod original;
+mod refusal;
 mod requests;
+mod seen;
 pub mod way;
 
 use std::collections::BTreeMap;
 
-use thiserror::Error;
-
 use original::entries;
 
 use crate::{
-    autoscalers::Claimant,
     elastic::{self, ContainerRules, ElasticPolicy, MemoryRules, Mode, Order, Parallelism},
     patience::{Patience, Probe},
     quantity::{self, QuantityError},
@@ -36,8 +36,11 @@ pub use cpu::{
     starting,
 };
 pub use heap::{Rooms, rooms};
+pub use left::{Raised, left_raised};
 pub use original::with_original;
+pub use refusal::Refusal;
 pub use requests::{ORIGINAL_REQUESTS, RequestRefusal, RequestWish, RequestWishes, request_wishes};
+pub use seen::{Container, InitContainer, Level, Pod, PutOff, QosClass};
 
 /// `Act` opts in; `Observe` and `Recommend` are only watched; `Off` is not even that.
 pub const MODE: &str = "bellows.dev/mode";
@@ -57,155 +60,6 @@ pub const ORIGINAL: &str = "bellows.dev/original-memory";
 pub const WHOLE_POD: &str = "*";
 /// The field manager of Bellows' own changes: by it the API itself tells them from others'.
 pub const MANAGER: &str = "bellows";
-
-/// The least priority of pods that are critical to the system: `system-cluster-critical` and `system-node-critical`
-/// (`SystemCriticalPriority`, pkg/apis/scheduling/types.go), which nobody else may have.
-const CRITICAL: i32 = 2_000_000_000;
-
-/// Quality of service class of a pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QosClass {
-    /// Requests equal limits.
-    Guaranteed,
-    /// Some requests or limits.
-    Burstable,
-    /// None.
-    BestEffort,
-}
-
-/// Where in a spec a limit stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
-    /// `spec.resources`.
-    Pod,
-    /// `spec.containers` at this index.
-    Container(usize),
-}
-
-/// A resize that the kubelet does not carry out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PutOff {
-    /// Whether it never will (Infeasible), rather than when there is room (Deferred).
-    pub is_infeasible: bool,
-    /// Why, in its own words.
-    pub message: String,
-    /// Whether it speaks of what the spec says now.
-    pub is_current: bool,
-}
-
-/// A container as its pod's spec and status have it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Container {
-    /// Its name.
-    pub name: String,
-    /// The runtime's id while it runs.
-    pub id: Option<String>,
-    /// Whether it is ready; `None` without a readiness probe: it is said to be at once then.
-    pub is_ready: Option<bool>,
-    /// When it was started, in seconds since 1970, while it runs.
-    pub started_at: Option<u64>,
-    /// Whether the kubelet says what resources it has while it runs.
-    pub reports_resources: bool,
-    /// `resources.limits.memory` as written.
-    pub memory_limit: Option<String>,
-    /// `resources.limits.cpu` as written.
-    pub cpu_limit: Option<String>,
-    /// The field manager that has set it to what it is.
-    pub cpu_limit_manager: Option<String>,
-    /// `resources.requests.cpu` as written: no limit may be below it.
-    pub cpu_request: Option<String>,
-    /// Whether `resizePolicy` restarts it when CPU changes.
-    pub restarts_on_cpu_resize: bool,
-    /// `resources.requests.memory` as written: no limit may be below it.
-    pub memory_request: Option<String>,
-    /// The field manager that has set it to what it is.
-    pub request_manager: Option<String>,
-    /// What the kubelet has allotted to it (`allocatedResources`, 1.33 and later), while it runs.
-    pub allotted: Option<String>,
-    /// The field manager that has set it to what it is; `None` where the API does not say.
-    pub limit_manager: Option<String>,
-    /// Whether `resizePolicy` restarts it when memory changes.
-    pub restarts_on_resize: bool,
-    /// Its liveness and startup probes.
-    pub probes: Vec<Probe>,
-}
-
-/// An init container, or a sidecar: nobody moves its limits, but its cgroup may be taken for another's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InitContainer {
-    /// Its name.
-    pub name: String,
-    /// Whether it is a sidecar (`restartPolicy: Always`): it runs beside the others.
-    pub is_sidecar: bool,
-    /// The runtime's id while it runs.
-    pub id: Option<String>,
-    /// `resources.limits.memory` as written.
-    pub memory_limit: Option<String>,
-    /// `resources.limits.cpu` as written.
-    pub cpu_limit: Option<String>,
-    /// Whether it has done what it was for, and is not started again.
-    pub is_done: bool,
-}
-
-/// A pod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pod {
-    /// Its namespace.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-    /// Its uid.
-    pub uid: String,
-    /// Its class.
-    pub qos: QosClass,
-    /// Its annotations.
-    pub annotations: BTreeMap<String, String>,
-    /// What is wrong with its annotation [`EBPF_RESIZE`].
-    pub misread: Option<String>,
-    /// Its labels.
-    pub labels: BTreeMap<String, String>,
-    /// Its containers in the order of the spec.
-    pub containers: Vec<Container>,
-    /// The runtime's ids of containers without a memory limit of their own that run, init containers too: the kubelet gives
-    /// them the pod's.
-    pub heirs: Vec<String>,
-    /// Its init containers, sidecars among them.
-    pub init_containers: Vec<InitContainer>,
-    /// `spec.resources.limits.memory` as written.
-    pub memory_limit: Option<String>,
-    /// The field manager that has set it to what it is.
-    pub limit_manager: Option<String>,
-    /// Whether it has a memory request of its own (`spec.resources.requests.memory`): those of its containers do not count.
-    pub has_memory_request: bool,
-    /// Whether it has a CPU limit of its own (`spec.resources.limits.cpu`).
-    pub has_cpu_limit: bool,
-    /// Whether it has any resources of its own (`spec.resources`).
-    pub has_resources: bool,
-    /// Whether the kubelet says what resources it has as a whole (`status.resources`).
-    pub reports_resources: bool,
-    /// Whether the kubelet says that there is no room for what the spec says (PodResizePending; before 1.33
-    /// `status.resize`, which is Deferred or Infeasible).
-    pub is_resize_pending: bool,
-    /// Whether that may pass (Deferred) or cannot be (Infeasible), and its message.
-    pub put_off: Option<PutOff>,
-    /// What a scheduler counts of its memory; nothing once it has ended.
-    pub requested: Bytes,
-    /// Whether it is about to carry that out, or tries to (PodResizeInProgress; before 1.33 Proposed or InProgress).
-    pub is_resize_in_progress: bool,
-    /// Its priority (`spec.priority`), 0 without one.
-    pub priority: i32,
-    /// Whether the kubelet made it from a file: the API cannot resize it.
-    pub is_static: bool,
-    /// Whether it is being deleted or has ended.
-    pub ending: bool,
-}
-
-impl Pod {
-    /// Whether the node or the cluster depends on it: nobody moves a limit or request of it.
-    const fn is_critical(&self) -> bool {
-        self.priority >= CRITICAL
-    }
-}
 
 /// What is guarded in a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -251,143 +105,6 @@ pub struct Wish {
     /// Whether somebody else has changed the limit since the original was recorded: the limit is the
     /// new original then.
     pub foreign: bool,
-}
-
-/// Why a pod that opted in is not guarded.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum Refusal {
-    /// The mode is none.
-    #[error("annotation {MODE} is `{0}`: use Act, Recommend, Observe or \"Off\"")]
-    UnknownMode(String),
-    /// The order is none.
-    #[error("annotation {ORDER} is `{0}`: use PatchFirst or RaiseFirst")]
-    UnknownOrder(String),
-    /// The parallelism is none.
-    #[error("annotation {PARALLELISM} is `{0}`: use Unchanged or Elastic")]
-    UnknownParallelism(String),
-    /// The demo's annotation makes no sense.
-    #[error(
-        "annotation {EBPF_RESIZE} makes no sense ({0}): use {MODE} and {MAX_MEMORY} in its place"
-    )]
-    EbpfResize(String),
-    /// There is no maximum.
-    #[error(
-        "annotation {MAX_MEMORY} is missing: set it to the most memory that the container may have, such as 4Gi"
-    )]
-    NoMaximum,
-    /// A size does not parse.
-    #[error("annotation {name}: {source}")]
-    Quantity {
-        /// The annotation.
-        name: &'static str,
-        /// What is wrong.
-        source: QuantityError,
-    },
-    /// Several containers, none named.
-    #[error("the pod has {0} containers: name one in the annotation {CONTAINER}")]
-    WhichContainer(usize),
-    /// The named container does not exist.
-    #[error(
-        "annotation {CONTAINER} names `{0}`, which is no container of the pod: name one of spec.containers"
-    )]
-    NoSuchContainer(String),
-    /// A policy names a sidecar.
-    #[error(
-        "container `{0}` is a sidecar (an init container with restartPolicy Always): its limits are not moved; make it an ordinary container, or take it out of the policy"
-    )]
-    Sidecar(String),
-    /// A policy names another init container.
-    #[error(
-        "container `{0}` is an init container: its limits are not moved; take it out of the policy"
-    )]
-    Init(String),
-    /// The container has no limit to raise.
-    #[error(
-        "container `{0}` has no memory limit: there is nothing to raise; give it one (resources.limits.memory)"
-    )]
-    NoLimit(String),
-    /// The limit in the spec does not parse.
-    #[error("container `{container}`: {source}")]
-    Limit {
-        /// The container.
-        container: String,
-        /// What is wrong.
-        source: QuantityError,
-    },
-    /// The maximum is below the limit.
-    #[error(
-        "{} is {ceiling}, below the limit of {limit}: raise it, or lower the limit",
-        written(policy.as_deref())
-    )]
-    MaximumBelowLimit {
-        /// The policy that says it; `None` where an annotation does.
-        policy: Option<String>,
-        /// The limit.
-        limit: Bytes,
-        /// The maximum.
-        ceiling: Bytes,
-    },
-    /// Requests would have to follow.
-    #[error(
-        "the pod is Guaranteed: raising its limit alone would change its QoS class, which the API refuses; set a memory request below the limit"
-    )]
-    Guaranteed,
-    /// The pod is static.
-    #[error("the pod is static: the API cannot resize it; change its file on the node")]
-    Static,
-    /// The pod is critical.
-    #[error(
-        "the pod is critical to the system (priority class system-node-critical or system-cluster-critical): it is left alone"
-    )]
-    Critical,
-    /// A resize would restart the container.
-    #[error(
-        "container `{0}` has resizePolicy RestartContainer for memory: a resize would restart it; use NotRequired"
-    )]
-    RestartsOnResize(String),
-    /// An autoscaler sets it.
-    #[error("container `{container}`: its memory limit is left alone: {claimant}")]
-    Claimed {
-        /// The container.
-        container: String,
-        /// Which.
-        claimant: Claimant,
-    },
-}
-
-impl Refusal {
-    /// The reason of the Event.
-    #[must_use]
-    pub const fn reason(&self) -> &'static str {
-        match self {
-            Self::UnknownMode(_)
-            | Self::UnknownOrder(_)
-            | Self::UnknownParallelism(_)
-            | Self::EbpfResize(_)
-            | Self::NoMaximum
-            | Self::Quantity { .. }
-            | Self::WhichContainer(_)
-            | Self::NoSuchContainer(_)
-            | Self::MaximumBelowLimit { policy: None, .. } => "InvalidAnnotation",
-            Self::MaximumBelowLimit { .. } => "InvalidLimit",
-            Self::NoLimit(_) | Self::Limit { .. } => "NoMemoryLimit",
-            Self::Sidecar(_) => "SidecarNotSupported",
-            Self::Init(_) => "InitContainerNotSupported",
-            Self::Guaranteed => "GuaranteedNotSupported",
-            Self::Static => "StaticPodNotSupported",
-            Self::Critical => "CriticalPodNotSupported",
-            Self::RestartsOnResize(_) => "ResizeRestartsContainer",
-            Self::Claimed { claimant, .. } => claimant.reason(),
-        }
-    }
-}
-
-/// Where a maximum is written.
-fn written(policy: Option<&str>) -> String {
-    policy.map_or_else(
-        || format!("annotation {MAX_MEMORY}"),
-        |policy| format!("memory.max of the policy {policy}"),
-    )
 }
 
 /// What is to be guarded or watched in a pod, by container; `Err` for one that is asked for and cannot be.
@@ -691,61 +408,6 @@ fn least(pod: &Pod, level: Level) -> Bytes {
     let request = request.filter_map(|request| quantity::parse(request).ok());
     let request = request.max();
     request.map_or(Bytes::ZERO, |request| request.plus(Bytes::mib(1)))
-}
-
-/// A limit that was left raised, of a container that is not guarded any more.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Raised {
-    /// The container's name, or [`WHOLE_POD`].
-    pub container: String,
-    /// Where it stands.
-    pub level: Level,
-    /// The limit, as written.
-    pub limit: String,
-    /// The limit as it was, as it was written.
-    pub original: String,
-    /// The runtime's id of the container while it runs.
-    pub id: Option<String>,
-}
-
-/// What is left raised of a pod: its limit is ours, and above the original that stands on it. It can be so
-/// although nobody that lives has raised it.
-#[must_use]
-pub fn left_raised(pod: &Pod) -> Vec<Raised> {
-    if pod.ending {
-        return Vec::new();
-    }
-    let originals = entries(pod, ORIGINAL).filter_map(|entry| entry.split_once('='));
-    originals
-        .filter_map(|(name, original)| raised(pod, name, original))
-        .collect()
-}
-
-fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
-    let (level, limit, manager, id) = if name == WHOLE_POD {
-        (Level::Pod, &pod.memory_limit, &pod.limit_manager, None)
-    } else {
-        let mut containers = pod.containers.iter().enumerate();
-        let (index, container) = containers.find(|(_, container)| container.name == name)?;
-        let (limit, manager) = (&container.memory_limit, &container.limit_manager);
-        (
-            Level::Container(index),
-            limit,
-            manager,
-            container.id.clone(),
-        )
-    };
-    let limit = limit.as_ref()?;
-    let is_ours = manager.as_deref() == Some(MANAGER);
-    // Above it, or, where a policy has a floor, below.
-    let is_moved = quantity::parse(limit).ok()? != quantity::parse(original).ok()?;
-    (is_ours && is_moved).then(|| Raised {
-        container: name.to_owned(),
-        level,
-        limit: limit.clone(),
-        original: original.to_owned(),
-        id,
-    })
 }
 
 /// Whose limit is meant.

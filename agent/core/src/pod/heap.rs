@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Container, ORIGINAL, Pod, WHOLE_POD, Wishes, original, raised};
+use super::{Container, ORIGINAL, Pod, WHOLE_POD, Wishes, left::raised, original};
 use crate::{elastic::Mode, heap::Room, quantity, units::Bytes};
 
 /// By container. Whoever is not in here is never raised: init containers, sidecars too.
