@@ -64,6 +64,15 @@ pub(super) fn silent() -> Refused {
     }
 }
 
+/// What is not asked of the API before what the limit was is on the pod: a moment, unless something there refuses that.
+pub(super) fn unrecorded() -> Refused {
+    Refused {
+        why: "not asked for before what somebody else has set is recorded on the pod".to_owned(),
+        uncertain: false,
+        is_passing: true,
+    }
+}
+
 /// What is not asked of the API while a memory limit of the pod is raised on the node and the API may not or cannot say so.
 /// It passes with the burst.
 pub(super) fn only_by_hand() -> kube::Error {

@@ -38,7 +38,7 @@ use tokio::{
 };
 
 pub(crate) use answer::is_uncertain;
-use answer::{counted, only_by_hand, refusal, silent};
+use answer::{counted, only_by_hand, refusal, silent, unrecorded};
 pub use change::{Change, limits_patch, parameters};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
@@ -283,7 +283,7 @@ impl Resizer {
                     return None;
                 }
                 is_any_new |= is_new;
-                target.limit = limit;
+                target.is_told(limit, manager.as_deref());
                 // Whatever was asked for, it has come or will not.
                 target.uncertain = None;
                 if let Some(limit) = target.in_spec() {
@@ -316,6 +316,9 @@ impl Resizer {
                 (target.clone(), value)
             })
             .map_err(|refused| (refused, None))?;
+        if !target.is_recorded {
+            return Err((unrecorded(), None));
+        }
         if self.is_only_by_hand(&target.uid, Some(cgroup)) {
             return Err(refusal(&only_by_hand()));
         }
@@ -382,7 +385,8 @@ impl Resizer {
     /// The API has taken a resize of the pod of a target.
     fn is_taken(&self, cgroup: CgroupId, patched: &Pod) {
         let agreed = self.targets.of(cgroup, |target| {
-            target.limit = limit_at(patched, target.level)?;
+            let limit = limit_at(patched, target.level)?;
+            target.is_told(limit, limit_manager(patched, &target.container).as_deref());
             target.uncertain = None;
             let in_spec = target.in_spec()?;
             target.takes(in_spec);
@@ -611,6 +615,7 @@ impl Resizer {
         Ok(self.targets.with(|targets| {
             let beside = targets.iter();
             let beside = beside.filter(|(id, target)| **id != cgroup && target.uid == uid);
+            let beside = beside.filter(|(_, target)| target.is_recorded);
             let waiting = beside.filter_map(|(&id, target)| {
                 let Limit::At(in_force) = target.cgroup.limit("memory.max").ok()? else {
                     return None;
@@ -804,5 +809,33 @@ mod tests {
             target.way = Way::Node;
         };
         assert!(!asked(&on_the_node).await);
+    }
+
+    #[tokio::test]
+    async fn what_somebody_else_has_set_is_not_changed_before_it_is_recorded() {
+        let directory = env::temp_dir().join(format!("bellows-theirs-{}", process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let raised = Bytes::mib(256).0.to_string();
+        fs::write(directory.join("memory.max"), raised).unwrap();
+        let resizer = resizer();
+        let asked = async |is_recorded| {
+            let theirs = Target {
+                cgroup: Cgroup::open(&directory).unwrap(),
+                is_recorded,
+                ..target()
+            };
+            resizer.targets.with(|targets| {
+                targets.insert(CgroupId(1), theirs);
+                targets.insert(CgroupId(2), target());
+            });
+            let patched = resizer.patch(CgroupId(1), Bytes::mib(128), BTreeMap::new());
+            let (refused, _) = patched.await.unwrap_err();
+            assert!(refused.is_passing && !refused.uncertain);
+            let beside = resizer.lowerings_beside(CgroupId(2), Bytes::mib(128));
+            (refused.why != unrecorded().why, beside.unwrap().len())
+        };
+        assert_eq!(asked(true).await, (true, 1));
+        assert_eq!(asked(false).await, (false, 0));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

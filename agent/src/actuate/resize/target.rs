@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bellows_core::{
     Bytes,
     decide::ByHand,
-    pod::{self, Level, Wish, way::Way},
+    pod::{self, Level, MANAGER, Wish, way::Way},
     quantity,
 };
 use tokio::time::Instant;
@@ -38,6 +38,8 @@ pub struct Target {
     pub way: Way,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
+    /// Whether what that was before we move it is on the pod. It is not where somebody else has just set it.
+    pub is_recorded: bool,
     /// The limit at rest, as it was written: what to write back.
     pub original: (Bytes, String),
     /// The limit that was written by hand and that the spec does not say.
@@ -85,6 +87,7 @@ impl Target {
             level: wish.level,
             way,
             limit: wish.limit_text.clone(),
+            is_recorded: wish.recorded,
             original: (rest, wish.rest_text.clone()),
             by_hand: None,
             pod_follows: wish.level != Level::Pod && pod.memory_limit.is_none(),
@@ -109,6 +112,29 @@ impl Target {
     pub(super) fn in_spec(&self) -> Option<Bytes> {
         let limit = quantity::parse(&self.limit).ok()?;
         Some(limit.page_floor())
+    }
+
+    /// Takes over what the watch of pods says.
+    pub fn follow(&mut self, seen: &pod::Pod, wish: &Wish, rest: Bytes) {
+        self.is_pending = seen.is_resize_pending;
+        self.is_in_progress = seen.is_resize_in_progress;
+        // What the API says just after our own change may be older than that.
+        if !self.was_just_taken() || wish.foreign {
+            self.limit.clone_from(&wish.limit_text);
+        }
+        // It says nothing of another limit.
+        if self.limit == wish.limit_text {
+            self.is_recorded = wish.recorded;
+        }
+        self.original = (rest, wish.rest_text.clone());
+    }
+
+    /// The spec says so, which the watch of pods may not have seen yet. What somebody else has set is recorded before it is
+    /// changed.
+    pub(super) fn is_told(&mut self, limit: String, manager: Option<&str>) {
+        let is_theirs = manager.is_some_and(|manager| manager != MANAGER);
+        self.is_recorded &= !is_theirs || self.limit == limit;
+        self.limit = limit;
     }
 
     /// The API has taken a limit.
@@ -165,7 +191,7 @@ impl Target {
     }
 
     pub(super) fn by_hand_change(&self) -> Option<Change> {
-        let is_to_be_said = !self.is_refused && self.way != Way::Node;
+        let is_to_be_said = !self.is_refused && self.is_recorded && self.way != Way::Node;
         let to = quantity::format(self.by_hand.filter(|_| is_to_be_said)?);
         Some(Change::memory(self.level, self.limit.clone(), to))
     }
@@ -191,8 +217,10 @@ impl Target {
 #[cfg(test)]
 pub(super) mod tests {
     use bellows_core::CgroupId;
+    use serde_json::json;
 
     use super::*;
+    use crate::attribution::pods::convert;
 
     pub(in crate::actuate::resize) fn target() -> Target {
         Target {
@@ -204,6 +232,7 @@ pub(super) mod tests {
             level: Level::Container(0),
             way: Way::Resize,
             limit: "64Mi".to_owned(),
+            is_recorded: true,
             original: (Bytes::mib(64), "64Mi".to_owned()),
             by_hand: None,
             pod_follows: true,
@@ -217,6 +246,79 @@ pub(super) mod tests {
             is_in_progress: false,
             order: Order::default(),
         }
+    }
+
+    /// A pod whose limit was 64 MiB, and was set by somebody; what is recorded of it.
+    fn wish(limit: &str, manager: &str, original: &str) -> (pod::Pod, Wish) {
+        let limits = json!({ "memory": limit });
+        let annotations = json!({
+            pod::MODE: "Act", pod::MAX_MEMORY: "1Gi", pod::ORIGINAL: original,
+        });
+        let own = json!({ "f:resources": { "f:limits": { "f:memory": {} } } });
+        let fields = json!({ "f:spec": { "f:containers": { r#"k:{"name":"app"}"#: own } } });
+        let pod = json!({
+            "metadata": {
+                "name": "workspace", "namespace": "dev", "uid": "u", "annotations": annotations,
+                "managedFields": [{ "manager": manager, "fieldsV1": fields }],
+            },
+            "spec": { "containers": [{ "name": "app", "resources": { "limits": limits } }] },
+        });
+        let seen = convert(&serde_json::from_value(pod).unwrap());
+        let mut wishes = pod::all_wishes(&seen, &[]);
+        let wish = wishes.remove("app").unwrap().unwrap();
+        (seen, wish)
+    }
+
+    /// Whether a change of it may be asked for, and from which limit.
+    fn follows(target: &mut Target, limit: &str, manager: &str, original: &str) -> (bool, String) {
+        let (seen, wish) = wish(limit, manager, original);
+        target.follow(&seen, &wish, wish.rest);
+        (target.is_recorded, target.limit.clone())
+    }
+
+    #[test]
+    fn what_somebody_else_has_set_is_recorded_before_it_is_changed() {
+        let mut target = target();
+        let is = |may, limit: &str| (may, limit.to_owned());
+        assert_eq!(
+            follows(&mut target, "96Mi", "kubectl", "app=64Mi"),
+            is(false, "96Mi")
+        );
+        assert_eq!(target.original, (Bytes::mib(96), "96Mi".to_owned()));
+        // Another one while that is recorded, and it is told of the one before.
+        assert_eq!(
+            follows(&mut target, "128Mi", "kubectl", "app=96Mi"),
+            is(false, "128Mi")
+        );
+        assert_eq!(
+            follows(&mut target, "128Mi", "kubectl", "app=128Mi"),
+            is(true, "128Mi")
+        );
+    }
+
+    /// The answer to a resize of something else in the pod tells of it before the watch does.
+    #[test]
+    fn what_the_watch_has_not_seen_yet_is_not_changed_either() {
+        let mut target = target();
+        target.is_told("256Mi".to_owned(), Some(MANAGER));
+        assert!(target.is_recorded);
+        target.is_told("96Mi".to_owned(), Some("kubectl"));
+        target.takes(Bytes::mib(96));
+        assert!(!target.is_recorded);
+        // Older than that.
+        let is = |may| (may, "96Mi".to_owned());
+        assert_eq!(
+            follows(&mut target, "256Mi", MANAGER, "app=64Mi"),
+            is(false)
+        );
+        assert_eq!(
+            follows(&mut target, "96Mi", "kubectl", "app=64Mi"),
+            is(false)
+        );
+        assert_eq!(
+            follows(&mut target, "96Mi", "kubectl", "app=96Mi"),
+            is(true)
+        );
     }
 
     /// Each smaller limit that may still come into force is waited for.
@@ -271,6 +373,9 @@ pub(super) mod tests {
         raised.is_refused = true;
         assert!(raised.by_hand_change().is_none() && raised.is_only_by_hand());
         raised.is_refused = false;
+        raised.is_recorded = false;
+        assert!(raised.by_hand_change().is_none() && raised.is_only_by_hand());
+        raised.is_recorded = true;
         raised.way = Way::Node;
         assert!(raised.by_hand_change().is_none() && raised.is_only_by_hand());
     }

@@ -127,6 +127,8 @@ struct Known {
     told: BTreeMap<&'static str, Instant>,
     /// Why its namespace allows it nothing, as it was told.
     bounded: Option<Reached>,
+    /// The limit that somebody else has set, as written, until it is recorded.
+    theirs: Option<String>,
 }
 
 /// A container that is or was only watched. What is told of it may come when it is gone already.
@@ -492,7 +494,7 @@ impl Watch {
     }
 
     async fn follow_pod(&mut self, pod: Pod) {
-        let mut seen = self.seen(&pod);
+        let seen = self.seen(&pod);
         let uid = seen.uid.clone();
         let allowances = self.context.resizer.allowances();
         allowances.with(|all| all.pod(counted(&pod)));
@@ -545,9 +547,7 @@ impl Watch {
         for (name, wish) in wishes {
             let key = (uid.clone(), name);
             let done = match wish {
-                Ok(wish) if wish.mode == Mode::Act => {
-                    self.guard(&key, &pod, &mut seen, &wish).await
-                }
+                Ok(wish) if wish.mode == Mode::Act => self.guard(&key, &pod, &seen, &wish),
                 Ok(wish) => self.observe(&key, &pod, &seen, &wish),
                 Err(refusal) => {
                     self.forget_cgroup(&key);
@@ -563,7 +563,7 @@ impl Watch {
         if self.policies.are_known(&seen.namespace) && !self.context.only_observes {
             self.follow_cpu(&pod, &seen);
         }
-        self.follow_requests(&pod, &mut seen).await;
+        self.follow_requests(&pod, &seen);
         self.pods.insert(uid.clone(), pod);
         self.made_before(&uid);
         let keys: Vec<Key> = self.keys(&uid).cloned().collect();

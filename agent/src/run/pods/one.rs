@@ -36,7 +36,7 @@ pub(super) const OLD: Duration = Duration::from_secs(2);
 const BY_HAND_AFTER: Nanos = Nanos::millis(2000);
 
 impl Watch {
-    fn policy(&self, wish: &Wish) -> Result<Policy, String> {
+    pub(super) fn policy(&self, wish: &Wish) -> Result<Policy, String> {
         let Context {
             actuation,
             signals,
@@ -67,11 +67,11 @@ impl Watch {
             .map_err(|error| error.to_string())
     }
 
-    pub(super) async fn guard(
+    pub(super) fn guard(
         &mut self,
         key: &Key,
         pod: &Pod,
-        seen: &mut pod::Pod,
+        seen: &pod::Pod,
         wish: &Wish,
     ) -> Result<(), String> {
         let known = self.known.get(key);
@@ -79,7 +79,7 @@ impl Watch {
             .filter(|known| known.containers == wish.running && known.mode == wish.mode)
             .and_then(|known| Some((known.cgroup?, known.policy?)))
         {
-            return self.follow(key, pod, seen, wish, cgroup, policy).await;
+            return self.follow(key, pod, seen, wish, cgroup, policy);
         }
         self.forget_cgroup(key);
         let Some(way) = self.way(seen, wish) else {
@@ -220,6 +220,7 @@ impl Watch {
             refusal: None,
             told: BTreeMap::new(),
             bounded: None,
+            theirs: None,
         };
         self.known.insert(key.clone(), known);
     }
@@ -303,12 +304,13 @@ impl Watch {
         }
     }
 
-    /// A guarded container has changed: by us, or by somebody else, who then wins.
-    async fn follow(
+    /// A guarded container has changed: by us, or by somebody else, who then wins. What they have set is followed at once, and
+    /// not changed before it is on the pod.
+    fn follow(
         &mut self,
         key: &Key,
         pod: &Pod,
-        seen: &mut pod::Pod,
+        seen: &pod::Pod,
         wish: &Wish,
         cgroup: CgroupId,
         policy: Policy,
@@ -316,29 +318,20 @@ impl Watch {
         let way = self.way_now(seen, wish, cgroup);
         let wish = &on_way(wish, way);
         let wanted = self.policy(wish)?;
-        if !wish.recorded {
-            self.record_memory(seen, wish).await?;
-        }
-        if wish.foreign {
+        let known = self.known.get_mut(key);
+        if known.is_some_and(|known| known.is_new_of_theirs(wish)) {
+            self.context.resizer.is_theirs(cgroup);
             let note = format!(
                 "the limit was changed to {} by somebody else, which is the new original",
                 wish.limit
             );
             self.events.guarded(pod, note);
         }
-        // Only now: a change that could not be recorded must be seen as one again.
-        if wish.foreign {
-            self.context.resizer.is_theirs(cgroup);
+        let targets = self.context.resizer.targets();
+        targets.of(cgroup, |target| target.follow(seen, wish, wanted.original));
+        if !wish.recorded {
+            self.record_beside(key, ORIGINAL, seen, &wish.original_text);
         }
-        self.context.resizer.targets().of(cgroup, |target| {
-            target.is_pending = seen.is_resize_pending;
-            target.is_in_progress = seen.is_resize_in_progress;
-            // What the API says just after our own change may be older than that.
-            if !target.was_just_taken() || wish.foreign {
-                target.limit.clone_from(&wish.limit_text);
-            }
-            target.original = (wanted.original, wish.rest_text.clone());
-        });
         if wanted != policy {
             if let Some(known) = self.known.get_mut(key) {
                 known.policy = Some(wanted);
@@ -350,37 +343,6 @@ impl Watch {
             self.send(Input::ToRest(cgroup));
             return Err("its limit is below the one at rest, and is raised to it".to_owned());
         }
-        Ok(())
-    }
-
-    async fn record_memory(&mut self, seen: &mut pod::Pod, wish: &Wish) -> Result<(), String> {
-        self.record_original(seen, ORIGINAL, &wish.container, &wish.original_text)
-            .await?;
-        Ok(())
-    }
-
-    /// Writes a limit or request as it was onto the pod, before it is changed. While another container's is under way it
-    /// would not hold that.
-    pub(super) async fn record_original(
-        &mut self,
-        seen: &mut pod::Pod,
-        annotation: &'static str,
-        container: &str,
-        original: &str,
-    ) -> Result<(), NotRecorded> {
-        if self.recordings.is_running(&seen.uid, annotation) {
-            return Err(NotRecorded {
-                why: "what another container of the pod had is being recorded".to_owned(),
-                is_refused: false,
-            });
-        }
-        let value = pod::with_original(seen, annotation, container, original);
-        let named = (seen.namespace.as_str(), seen.name.as_str());
-        record(&self.context.client, named, &seen.uid, annotation, &value).await?;
-        // What is recorded next of the same pod goes beside it, and what is seen of it may be older.
-        seen.annotations.insert(annotation.to_owned(), value);
-        let key = (seen.uid.clone(), annotation, container.to_owned());
-        self.originals.insert(key, original.to_owned());
         Ok(())
     }
 }
@@ -414,6 +376,16 @@ pub(super) async fn record(
     }
 }
 
+impl Known {
+    /// Whether somebody else has set a limit that was not seen yet. Once what that is is recorded, nothing tells whose it was.
+    fn is_new_of_theirs(&mut self, wish: &Wish) -> bool {
+        let theirs = wish.foreign.then(|| wish.limit_text.clone());
+        let is_new = theirs.is_some() && theirs != self.theirs;
+        self.theirs = theirs;
+        is_new
+    }
+}
+
 /// Where limits are moved on the node alone nobody lets the API say less than it does: a floor is not reached.
 fn on_way(wish: &Wish, way: Way) -> Wish {
     let mut wish = wish.clone();
@@ -429,12 +401,6 @@ pub(super) struct NotRecorded {
     pub(super) why: String,
     /// Whether the API will not have it; else it may another time.
     pub(super) is_refused: bool,
-}
-
-impl From<NotRecorded> for String {
-    fn from(not: NotRecorded) -> Self {
-        not.why
-    }
 }
 
 /// What a container is, for people.

@@ -5,8 +5,11 @@
 //! pod, so of each one is under way at a time.
 //!
 //! A CPU quota is written by hand at once, and nobody but the one who tells the API of it needs what it was to be recorded. A
-//! memory limit is guarded, and a request moved, once it is. What somebody else has set meanwhile is followed when that is on
-//! the pod, and is waited for: that it was somebody else would not be known afterwards.
+//! memory limit is guarded, and a request moved, once it is. What somebody else has set meanwhile is followed at once: that it
+//! was somebody else is not known afterwards. But the API is asked for no change of it before it is on the pod: whoever comes
+//! after an agent that dies in between would take the one before for the original.
+//!
+//! What fails, or was overtaken by another change, is tried again with the pod; what arrived all the same is seen on it.
 //!
 //! A recording of a CPU limit that the API refuses as such is tried again when the pod or a policy has changed, and not
 //! before: until then the container stays at rest.
@@ -75,11 +78,6 @@ impl Recordings {
         } else {
             self.refused.remove(key);
         }
-    }
-
-    /// Whether one of a pod is under way.
-    pub(super) fn is_running(&self, uid: &str, annotation: &'static str) -> bool {
-        self.running.contains(&(uid.to_owned(), annotation))
     }
 
     /// Whether the API would not have it when it was asked last.
@@ -241,41 +239,4 @@ impl Watch {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn key(name: &str) -> Key {
-        ("0f8c".to_owned(), name.to_owned())
-    }
-
-    #[tokio::test]
-    async fn one_of_a_pod_is_under_way_and_a_refused_one_waits_for_a_change() {
-        let (ended, _) = tokio::sync::mpsc::unbounded_channel();
-        let mut recordings = Recordings::new(ended);
-        let version = |text: &str| Some(text.to_owned());
-        let (first, second) = (version("1"), version("2"));
-        assert!(recordings.begins(&key("app"), first.as_ref()));
-        assert!(!recordings.begins(&key("side"), first.as_ref()));
-        let ends = |recordings: &mut Recordings, name, version: &Option<String>, is_refused| {
-            recordings.running.clear();
-            recordings.ends(&key(name), version.clone(), is_refused);
-        };
-        ends(&mut recordings, "app", &first, true);
-        assert!(recordings.is_refused(&key("app")));
-        // Not again for the same pod; another container's may.
-        assert!(!recordings.begins(&key("app"), first.as_ref()));
-        assert!(recordings.begins(&key("side"), first.as_ref()));
-        ends(&mut recordings, "side", &first, false);
-        assert!(!recordings.is_refused(&key("side")));
-        assert!(recordings.begins(&key("app"), second.as_ref()));
-        ends(&mut recordings, "app", &second, true);
-        recordings.try_again();
-        assert!(recordings.is_refused(&key("app")));
-        assert!(recordings.begins(&key("app"), second.as_ref()));
-        assert!(recordings.is_running("0f8c", ORIGINAL_CPU));
-        assert!(!recordings.is_running("0f8c", ORIGINAL_REQUESTS));
-        recordings.forget("0f8c");
-        assert!(!recordings.is_running("0f8c", ORIGINAL_CPU));
-        assert!(!recordings.is_refused(&key("app")));
-    }
-}
+mod tests;

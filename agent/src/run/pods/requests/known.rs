@@ -198,6 +198,11 @@ impl KnownRequest {
         }
     }
 
+    /// Whether this is what somebody else had set when it was seen last.
+    pub(super) fn has_seen(&self, wish: &RequestWish) -> bool {
+        self.wish.foreign && self.wish.request_text == wish.request_text
+    }
+
     /// Takes over what the API says.
     pub(super) fn follow(&mut self, wish: RequestWish, is_reported: bool) {
         self.is_reported = is_reported;

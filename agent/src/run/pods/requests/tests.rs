@@ -128,6 +128,33 @@ fn a_container_that_is_started_again_is_the_same() {
     );
 }
 
+/// Once it is recorded nothing tells whose it was: it is followed before.
+#[test]
+fn what_somebody_else_has_set_is_not_moved_before_it_is_recorded() {
+    let mut known = known(100, 400);
+    let theirs = RequestWish {
+        request: Bytes::mib(200),
+        request_text: "200Mi".to_owned(),
+        original: Bytes::mib(200),
+        original_text: "200Mi".to_owned(),
+        recorded: false,
+        is_ours: false,
+        foreign: true,
+        ..known.wish.clone()
+    };
+    assert!(known.is_free() && !known.has_seen(&theirs));
+    known.follow(theirs.clone(), true);
+    assert!(known.has_seen(&theirs) && !known.is_free());
+    let recorded = RequestWish {
+        recorded: true,
+        foreign: false,
+        ..theirs
+    };
+    known.follow(recorded, true);
+    assert!(known.is_free());
+    assert_eq!(known.wish.original, Bytes::mib(200));
+}
+
 #[test]
 fn what_fails_again_and_again_is_asked_for_less_and_less_often() {
     let mut known = known(100, 400);

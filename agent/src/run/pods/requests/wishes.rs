@@ -24,7 +24,7 @@ const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may no
 
 impl Watch {
     /// Follows what policies say of the requests of a pod's containers.
-    pub(in crate::run::pods) async fn follow_requests(&mut self, pod: &Pod, seen: &mut pod::Pod) {
+    pub(in crate::run::pods) fn follow_requests(&mut self, pod: &Pod, seen: &pod::Pod) {
         let uid = seen.uid.clone();
         if !self.policies.are_known(&seen.namespace) || self.context.only_observes {
             return;
@@ -43,7 +43,7 @@ impl Watch {
             let key = (uid.clone(), name);
             match wish {
                 Ok(wish) => {
-                    if let Err(error) = self.follow_request(&key, pod, seen, wish).await {
+                    if let Err(error) = self.follow_request(&key, pod, seen, wish) {
                         tracing::warn!(pod.namespace = seen.namespace, pod.name = seen.name, container = key.1, %error, "a container's request is not followed");
                         self.pending.insert(uid.clone());
                     }
@@ -97,11 +97,11 @@ impl Watch {
         }
     }
 
-    async fn follow_request(
+    fn follow_request(
         &mut self,
         key: &Key,
         pod: &Pod,
-        seen: &mut pod::Pod,
+        seen: &pod::Pod,
         mut wish: RequestWish,
     ) -> Result<(), String> {
         let container = seen.containers.get(wish.index);
@@ -111,54 +111,36 @@ impl Watch {
         }
         self.keep_allowed(key, &mut wish);
         if !wish.recorded && wish.rules.is_some() {
-            if !self.record_request(key, pod, seen, &wish).await? {
+            self.record_request(key, seen, &wish);
+            // What somebody else has set is followed at once, and not changed before it is on the pod.
+            if !wish.foreign {
                 return Ok(());
             }
-            wish.recorded = true;
-            if wish.foreign {
-                let note = format!(
-                    "container {}: the memory request was changed to {} by somebody else, which is the new original",
-                    key.1, wish.original
-                );
-                self.events.guarded(pod, note);
-            }
         }
+        let known = self.requests.known.get(key);
+        let is_seen = known.is_some_and(|known| known.has_seen(&wish));
+        let theirs = (wish.foreign && !is_seen).then_some(wish.original);
         match self.requests.known.get_mut(key) {
             Some(known) if known.wish.id == wish.id => known.follow(wish, is_reported),
             _ => self.adopt_request(key, seen, wish, is_reported)?,
         }
+        if let Some(theirs) = theirs {
+            let note = format!(
+                "container {}: the memory request was changed to {theirs} by somebody else, which is the new original",
+                key.1
+            );
+            self.events.guarded(pod, note);
+        }
         Ok(())
     }
 
-    /// Writes a request as it was onto the pod, unless that is refused as such, which is not tried again soon. Returns whether
-    /// it is there.
-    async fn record_request(
-        &mut self,
-        key: &Key,
-        pod: &Pod,
-        seen: &mut pod::Pod,
-        wish: &RequestWish,
-    ) -> Result<bool, String> {
+    /// Has a request as it was written onto the pod, unless that was refused as such, which is not tried again soon.
+    fn record_request(&mut self, key: &Key, seen: &pod::Pod, wish: &RequestWish) {
         let again = self.requests.unrecorded.get(key);
         if again.is_some_and(|&at| Instant::now() < at) {
-            return Ok(false);
+            return;
         }
-        if !wish.foreign {
-            self.record_beside(key, ORIGINAL_REQUESTS, seen, &wish.original_text);
-            return Ok(false);
-        }
-        let recorded = self.record_original(seen, ORIGINAL_REQUESTS, &key.1, &wish.original_text);
-        match recorded.await {
-            Ok(()) => {
-                self.requests.unrecorded.remove(key);
-                Ok(true)
-            }
-            Err(not) if not.is_refused => {
-                self.request_not_recorded(key, pod, not.why);
-                Ok(false)
-            }
-            Err(not) => Err(not.into()),
-        }
+        self.record_beside(key, ORIGINAL_REQUESTS, seen, &wish.original_text);
     }
 
     /// What a request was the API does not take: it is not asked again soon.
