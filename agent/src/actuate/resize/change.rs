@@ -3,6 +3,7 @@
 use bellows_core::pod::{Level, MANAGER};
 use json_patch::{PatchOperation, ReplaceOperation, TestOperation, jsonptr::PointerBuf};
 use kube::api::{Patch, PatchParams};
+use serde_json::Value;
 
 /// A change of one limit or request.
 #[derive(Clone, Debug)]
@@ -58,32 +59,42 @@ pub fn parameters() -> PatchParams {
     }
 }
 
+/// That something is this, or the patch fails.
+pub(crate) fn test(path: PointerBuf, value: impl Into<Value>) -> PatchOperation {
+    let value = value.into();
+    PatchOperation::Test(TestOperation { path, value })
+}
+
+/// That it is this pod: another may have got its name.
+pub(crate) fn test_uid(uid: &str) -> PatchOperation {
+    test(PointerBuf::from_tokens(["metadata", "uid"]), uid)
+}
+
+/// Where a limit or request stands in a pod.
+pub(crate) fn pointer(level: Level, [kind, resource]: [&str; 2]) -> PointerBuf {
+    let limit = ["resources", kind, resource];
+    match level {
+        Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
+        Level::Container(index) => {
+            let index = index.to_string();
+            PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
+        }
+    }
+}
+
 /// Replaces limits and requests of a pod if each is still what it was.
 #[must_use]
 pub fn limits_patch(uid: &str, changes: &[Change]) -> Patch<()> {
-    let test = |path, value: &str| {
-        PatchOperation::Test(TestOperation {
-            path,
-            value: value.into(),
-        })
-    };
-    let mut operations = vec![test(PointerBuf::from_tokens(["metadata", "uid"]), uid)];
+    let mut operations = vec![test_uid(uid)];
     for Change {
-        place: [kind, resource],
+        place,
         level,
         from,
         to,
     } in changes
     {
-        let limit = ["resources", *kind, *resource];
-        let path = match level {
-            Level::Pod => PointerBuf::from_tokens(["spec"].into_iter().chain(limit)),
-            Level::Container(index) => {
-                let index = index.to_string();
-                PointerBuf::from_tokens(["spec", "containers", &index].into_iter().chain(limit))
-            }
-        };
-        operations.push(test(path.clone(), from));
+        let path = pointer(*level, *place);
+        operations.push(test(path.clone(), from.as_str()));
         operations.push(PatchOperation::Replace(ReplaceOperation {
             path,
             value: to.as_str().into(),

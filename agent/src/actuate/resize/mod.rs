@@ -40,6 +40,7 @@ use tokio::{
 pub(crate) use answer::is_uncertain;
 use answer::{counted, only_by_hand, refusal, silent, unrecorded};
 pub use change::{Change, limits_patch, parameters};
+pub(crate) use change::{pointer, test, test_uid};
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
 

@@ -157,7 +157,7 @@ impl Watch {
         self.update_cpu(seen, wish, &cgroup)?;
         self.give_rules(key, seen, wish, &cgroup, is_starting);
         if !asked.recorded && asked.has_rules() {
-            self.record_cpu(key, pod, seen, &asked.original_text);
+            self.record_cpu(key, pod, seen, asked);
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ mod give_back;
 mod node;
 mod one;
 mod policies;
+mod record;
 mod recordings;
 mod requests;
 mod starts;

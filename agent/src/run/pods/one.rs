@@ -10,19 +10,18 @@ use bellows_core::{
     Bytes, CgroupId, Nanos, Policy, Signals, WHOLE,
     elastic::{Mode, Order as RaiseOrder},
     pod::{
-        self, Level, ORIGINAL, Wish,
+        self, Level, Wish,
         way::{Way, Whose},
     },
     quantity, workload,
 };
-use kube::{Api, Client, Resource as _, api::Patch};
-use serde_json::json;
+use kube::Resource as _;
 
-use super::{Context, Key, Known, Watch, Watched};
+use super::{Context, Key, Known, Watch, Watched, record::Place};
 use crate::{
     actuate::{
         by_hand::PINNED,
-        resize::{Change, Order, Probed, TIMEOUT, Target, parameters},
+        resize::{Change, Order, Probed, Target},
     },
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
@@ -104,7 +103,13 @@ impl Watch {
             return Ok(());
         }
         if !wish.recorded {
-            self.record_beside(key, ORIGINAL, seen, &wish.original_text);
+            self.record_beside(
+                key,
+                pod,
+                seen,
+                Place::Memory(wish.level),
+                &wish.original_text,
+            );
             // It is about to be guarded.
             self.pending.insert(key.0.clone());
             return Ok(());
@@ -330,7 +335,13 @@ impl Watch {
         let targets = self.context.resizer.targets();
         targets.of(cgroup, |target| target.follow(seen, wish, wanted.original));
         if !wish.recorded {
-            self.record_beside(key, ORIGINAL, seen, &wish.original_text);
+            self.record_beside(
+                key,
+                pod,
+                seen,
+                Place::Memory(wish.level),
+                &wish.original_text,
+            );
         }
         if wanted != policy {
             if let Some(known) = self.known.get_mut(key) {
@@ -344,35 +355,6 @@ impl Watch {
             return Err("its limit is below the one at rest, and is raised to it".to_owned());
         }
         Ok(())
-    }
-}
-
-/// Writes an annotation with originals onto a pod.
-pub(super) async fn record(
-    client: &Client,
-    (namespace, name): (&str, &str),
-    uid: &str,
-    annotation: &str,
-    value: &str,
-) -> Result<(), NotRecorded> {
-    // Another pod may have got its name.
-    let patch = json!({ "metadata": { "uid": uid, "annotations": { annotation: value } } });
-    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let (parameters, patch) = (parameters(), Patch::Merge(patch));
-    let patched = api.patch_metadata(name, &parameters, &patch);
-    match tokio::time::timeout(TIMEOUT, patched).await {
-        Ok(Ok(_patched)) => Ok(()),
-        Ok(Err(error)) => Err(NotRecorded {
-            // 422 is how an admission policy refuses that gives no reason.
-            is_refused: matches!(&error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
-            why: format!(
-                "what it was cannot be recorded: {error}; look for the admission policy or webhook that refuses it"
-            ),
-        }),
-        Err(_elapsed) => Err(NotRecorded {
-            is_refused: false,
-            why: "what it was cannot be recorded: the API does not answer".to_owned(),
-        }),
     }
 }
 
@@ -394,13 +376,6 @@ fn on_way(wish: &Wish, way: Way) -> Wish {
         wish.rest_text.clone_from(&wish.limit_text);
     }
     wish
-}
-
-/// Why a limit or request as it was is not on the pod.
-pub(super) struct NotRecorded {
-    pub(super) why: String,
-    /// Whether the API will not have it; else it may another time.
-    pub(super) is_refused: bool,
 }
 
 /// What a container is, for people.

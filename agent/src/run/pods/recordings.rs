@@ -22,13 +22,13 @@ use std::{
     sync::Arc,
 };
 
-use bellows_core::pod::{self, ORIGINAL_CPU, ORIGINAL_REQUESTS};
+use bellows_core::pod::{self, CpuWish, ORIGINAL_CPU, ORIGINAL_REQUESTS};
 use kube::ResourceExt as _;
 use tokio::sync::{Semaphore, mpsc::UnboundedSender};
 
 use super::{
     Key, Watch,
-    one::{NotRecorded, record},
+    record::{NotRecorded, Place, Recording},
 };
 use crate::attribution::api::Pod;
 
@@ -42,7 +42,8 @@ pub(super) struct Recorded {
     /// Of the pod, when it was begun.
     version: Option<String>,
     original: String,
-    result: Result<(), NotRecorded>,
+    /// The annotation as it was stored.
+    result: Result<String, NotRecorded>,
 }
 
 /// Those that are under way, and those that were refused.
@@ -51,6 +52,8 @@ pub(super) struct Recordings {
     ended: UnboundedSender<Recorded>,
     /// Pods, by uid, and annotations.
     running: BTreeSet<(String, &'static str)>,
+    /// Their annotations as they were stored last: what is seen of a pod may be older.
+    stored: BTreeMap<(String, &'static str), String>,
     few: Arc<Semaphore>,
     /// CPU limits, with the version of the pod that it was tried with last; `None` if it is to be tried again with any.
     refused: BTreeMap<Key, Option<String>>,
@@ -61,6 +64,7 @@ impl Recordings {
         Self {
             ended,
             running: BTreeSet::new(),
+            stored: BTreeMap::new(),
             few: Arc::new(Semaphore::new(AT_A_TIME)),
             refused: BTreeMap::new(),
         }
@@ -80,6 +84,15 @@ impl Recordings {
         }
     }
 
+    /// The annotations of a pod, as far as it is known what the API has.
+    fn annotations(&self, pod: &Pod) -> BTreeMap<String, String> {
+        let mut annotations = pod.annotations().clone();
+        let uid = pod.uid().unwrap_or_default();
+        let stored = self.stored.iter().filter(|((own, _), _)| *own == uid);
+        annotations.extend(stored.map(|((_, name), value)| ((*name).to_owned(), value.clone())));
+        annotations
+    }
+
     /// Whether the API would not have it when it was asked last.
     pub(super) fn is_refused(&self, key: &Key) -> bool {
         self.refused.contains_key(key)
@@ -94,69 +107,78 @@ impl Recordings {
 
     pub(super) fn forget(&mut self, uid: &str) {
         self.running.retain(|(own, _)| own != uid);
+        self.stored.retain(|(own, _), _| own != uid);
         self.refused.retain(|(own, _), _| own != uid);
     }
 }
 
 impl Watch {
     /// Has the CPU limit of a container as it was written onto its pod.
-    pub(super) fn record_cpu(&mut self, key: &Key, pod: &Pod, seen: &pod::Pod, original: &str) {
+    pub(super) fn record_cpu(&mut self, key: &Key, pod: &Pod, seen: &pod::Pod, wish: &CpuWish) {
         let version = pod.resource_version();
         if !self.recordings.begins(key, version.as_ref()) {
             return;
         }
-        let value = pod::with_original(seen, ORIGINAL_CPU, &key.1, original);
-        let (client, cpus) = (self.context.client.clone(), self.context.cpus.clone());
-        let (namespace, name) = (seen.namespace.clone(), seen.name.clone());
-        let (key, original) = (key.clone(), original.to_owned());
-        let ended = self.recordings.ended.clone();
-        drop(tokio::spawn(async move {
-            cpus.may_record().await;
-            let named = (namespace.as_str(), name.as_str());
-            let result = record(&client, named, &key.0, ORIGINAL_CPU, &value).await;
-            let recorded = Recorded {
-                key,
-                annotation: ORIGINAL_CPU,
-                version,
-                original,
-                result,
-            };
-            // A watch that has ended needs none.
-            drop(ended.send(recorded));
-        }));
+        let cpus = self.context.cpus.clone();
+        let turn = async move { cpus.may_record().await };
+        let recording = self.recording(key, pod, seen, Place::Cpu(wish.index), &wish.original_text);
+        self.begin_recording(key, version, recording, turn);
     }
 
     /// Has what a limit or request is written onto its pod, unless that of another of its containers is.
     pub(super) fn record_beside(
         &mut self,
         key: &Key,
-        annotation: &'static str,
+        pod: &Pod,
         seen: &pod::Pod,
+        place: Place,
         original: &str,
     ) {
-        let begins = self.recordings.running.insert((key.0.clone(), annotation));
-        if !begins {
+        let own = (key.0.clone(), place.annotation());
+        if !self.recordings.running.insert(own) {
             return;
         }
-        let value = pod::with_original(seen, annotation, &key.1, original);
-        let client = self.context.client.clone();
-        let (namespace, name) = (seen.namespace.clone(), seen.name.clone());
-        let (key, original) = (key.clone(), original.to_owned());
-        let (ended, few) = (
-            self.recordings.ended.clone(),
-            Arc::clone(&self.recordings.few),
-        );
+        // Never closed.
+        let turn = Arc::clone(&self.recordings.few).acquire_owned();
+        let recording = self.recording(key, pod, seen, place, original);
+        self.begin_recording(key, None, recording, turn);
+    }
+
+    fn recording(
+        &self,
+        key: &Key,
+        pod: &Pod,
+        seen: &pod::Pod,
+        place: Place,
+        original: &str,
+    ) -> Recording {
+        Recording {
+            seen: seen.clone(),
+            annotations: self.recordings.annotations(pod),
+            place,
+            container: key.1.clone(),
+            original: original.to_owned(),
+        }
+    }
+
+    /// Once it is its turn, which is held until it has ended.
+    fn begin_recording<T: Send>(
+        &self,
+        key: &Key,
+        version: Option<String>,
+        recording: Recording,
+        turn: impl Future<Output = T> + Send + 'static,
+    ) {
+        let (key, client) = (key.clone(), self.context.client.clone());
+        let ended = self.recordings.ended.clone();
         drop(tokio::spawn(async move {
-            // Never closed.
-            let _turn = few.acquire().await;
-            let named = (namespace.as_str(), name.as_str());
-            let result = record(&client, named, &key.0, annotation, &value).await;
+            let _turn = turn.await;
             let recorded = Recorded {
                 key,
-                annotation,
-                version: None,
-                original,
-                result,
+                annotation: recording.place.annotation(),
+                version,
+                original: recording.original.clone(),
+                result: recording.write(&client).await,
             };
             // A watch that has ended needs none.
             drop(ended.send(recorded));
@@ -176,6 +198,10 @@ impl Watch {
         let Some(pod) = self.pods.get(&key.0).cloned() else {
             return;
         };
+        let result = result.map(|value| {
+            let own = (key.0.clone(), annotation);
+            self.recordings.stored.insert(own, value);
+        });
         if annotation == ORIGINAL_CPU {
             return self.cpu_recorded(key, &pod, version, original, result);
         }

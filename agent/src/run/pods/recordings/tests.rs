@@ -219,7 +219,7 @@ impl Bed {
     }
 
     /// The recording that is under way ends so.
-    async fn ends(&mut self, original: &str, result: Result<(), NotRecorded>) {
+    async fn ends(&mut self, original: &str, result: Result<String, NotRecorded>) {
         let recorded = Recorded {
             key: key("app"),
             annotation: ORIGINAL,
@@ -266,7 +266,7 @@ async fn what_somebody_else_has_set_is_recorded_beside_the_watch() {
     assert!(!bed.is_recording() && bed.watch.pending.contains("0f8c"));
     assert_eq!(bed.follows(), None);
     assert!(bed.is_recording());
-    bed.ends("128Mi", Ok(())).await;
+    bed.ends("128Mi", Ok("app=128Mi".to_owned())).await;
     assert_eq!(bed.follows().as_deref(), Some("128Mi"));
     assert!(!bed.is_recording());
 }
@@ -280,10 +280,22 @@ async fn a_recording_may_end_after_its_pod_or_another_change() {
     assert_eq!(bed.follows(), None);
     // It was stored before the next change.
     bed.sees("128Mi");
-    bed.ends("96Mi", Ok(())).await;
+    bed.ends("96Mi", Ok("app=96Mi".to_owned())).await;
     assert_eq!(bed.follows(), None, "the one before is recorded");
     assert!(bed.is_recording());
     bed.watch.forget("0f8c");
-    bed.ends("128Mi", Ok(())).await;
-    assert!(bed.watch.originals.is_empty());
+    bed.ends("128Mi", Ok("app=128Mi".to_owned())).await;
+    assert!(bed.watch.originals.is_empty() && bed.watch.recordings.stored.is_empty());
+}
+
+/// What is seen of the pod is older than what was stored last.
+#[tokio::test]
+async fn a_recording_goes_on_from_what_was_stored_last() {
+    let mut bed = Bed::new().await;
+    bed.sees("64Mi");
+    bed.ends("96Mi", Ok("app=96Mi".to_owned())).await;
+    let (pod, ..) = bed.wish();
+    let annotations = bed.watch.recordings.annotations(&pod);
+    assert_eq!(annotations[ORIGINAL], "app=96Mi");
+    assert_eq!(annotations[MODE], "Act");
 }

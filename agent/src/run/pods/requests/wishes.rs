@@ -12,12 +12,17 @@ use std::time::Duration;
 
 use bellows_core::{
     Bytes,
-    pod::{self, Level, ORIGINAL_REQUESTS, RequestWish, RequestWishes},
+    pod::{self, Level, RequestWish, RequestWishes},
 };
 use tokio::time::Instant;
 
 use super::{Key, Watch, change::REFUSED, known::KnownRequest, recent::Recent};
-use crate::{actuate::resize::Order, attribution::api::Pod, cgroup::Cgroup, run::pods::one};
+use crate::{
+    actuate::resize::Order,
+    attribution::api::Pod,
+    cgroup::Cgroup,
+    run::pods::{one, record::Place},
+};
 
 /// What is told of a pod whose policy asks for what this agent is not to do.
 const NOT_ENABLED: &str = "its policy has memory.requests, and this agent may not change requests: set requests.enabled of the chart (--requests), or take that out of the policy";
@@ -111,7 +116,7 @@ impl Watch {
         }
         self.keep_allowed(key, &mut wish);
         if !wish.recorded && wish.rules.is_some() {
-            self.record_request(key, seen, &wish);
+            self.record_request(key, pod, seen, &wish);
             // What somebody else has set is followed at once, and not changed before it is on the pod.
             if !wish.foreign {
                 return Ok(());
@@ -135,12 +140,13 @@ impl Watch {
     }
 
     /// Has a request as it was written onto the pod, unless that was refused as such, which is not tried again soon.
-    fn record_request(&mut self, key: &Key, seen: &pod::Pod, wish: &RequestWish) {
+    fn record_request(&mut self, key: &Key, pod: &Pod, seen: &pod::Pod, wish: &RequestWish) {
         let again = self.requests.unrecorded.get(key);
         if again.is_some_and(|&at| Instant::now() < at) {
             return;
         }
-        self.record_beside(key, ORIGINAL_REQUESTS, seen, &wish.original_text);
+        let place = Place::Request(wish.index);
+        self.record_beside(key, pod, seen, place, &wish.original_text);
     }
 
     /// What a request was the API does not take: it is not asked again soon.
