@@ -290,6 +290,18 @@ impl Autoscalers {
     }
 }
 
+#[cfg(test)]
+impl Autoscalers {
+    /// There are none.
+    pub(super) fn none() -> Self {
+        let mut none = Self::default();
+        for kind in KINDS {
+            none.take(kind, Ok(watcher::Event::InitDone), |_| false);
+        }
+        none
+    }
+}
+
 impl Watch {
     /// Whether something of a pod is to be moved, and it is not known yet what of it is left alone.
     pub(super) fn waits_for_autoscalers(&mut self, seen: &pod::Pod, wishes: &Wishes) -> bool {

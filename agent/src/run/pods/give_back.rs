@@ -8,6 +8,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use bellows_core::{
+    elastic::Mode,
     pod::{self, Level, Raised},
     quantity,
 };
@@ -21,7 +22,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{node, one};
+use super::{Key, Watch, node, one};
 use crate::{
     actuate::{
         containers::Owner as _,
@@ -44,9 +45,51 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// For how long the end of all agents is waited for. A node that does not answer must not keep Bellows installed.
 const ALL_AGENTS: Duration = Duration::from_secs(180);
 
+impl Watch {
+    /// Gives back what is left raised of a pod and nobody asks for any more, beside the watch: to reclaim page cache takes
+    /// seconds, and so may the API. It is tried again until the API says that it is so.
+    pub(super) fn give_back_left(&mut self, seen: &pod::Pod, wishes: &pod::Wishes) {
+        for raised in pod::left_raised(seen) {
+            let wish = wishes.get(&raised.container);
+            let wish = wish.and_then(|wish| wish.as_ref().ok());
+            if wish.is_some_and(|wish| wish.mode == Mode::Act) {
+                continue;
+            }
+            self.pending.insert(seen.uid.clone());
+            let key = (seen.uid.clone(), raised.container.clone());
+            // With any resize the kubelet would take back another that stands on the node alone.
+            let resizer = &self.context.resizer;
+            if self.is_given_back(&key) || resizer.is_only_by_hand(&seen.uid, None) {
+                continue;
+            }
+            let (client, ways) = (self.context.client.clone(), resizer.ways().clone());
+            let (order, seen) = (self.order(&seen.uid), seen.clone());
+            let giving = tokio::spawn(async move {
+                if let Err(why) = give_back(&client, &ways, order, &seen, &raised).await {
+                    tracing::warn!(
+                        pod.namespace = seen.namespace,
+                        pod.name = seen.name,
+                        container = raised.container,
+                        why,
+                        "a limit is not given back yet"
+                    );
+                }
+            });
+            self.giving_back.insert(key, giving);
+        }
+    }
+
+    /// Whether a container's limit is being given back: whoever guards it meanwhile would see it lowered in the middle of a
+    /// burst.
+    pub(super) fn is_given_back(&self, key: &Key) -> bool {
+        let giving = self.giving_back.get(key);
+        giving.is_some_and(|giving| !giving.is_finished())
+    }
+}
+
 /// As soon as usage allows it: the kubelet refuses a limit below usage, does not look again until the pod changes, and
 /// carries out no other resize of the pod meanwhile.
-pub(super) async fn give_back(
+async fn give_back(
     client: &Client,
     ways: &Ways,
     order: Order,
@@ -241,4 +284,39 @@ pub async fn uninstall(daemon_set: &str) -> Result<bool, RunError> {
         sleep(AGAIN).await;
     }
     Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use bellows_core::pod::MANAGER;
+
+    use super::super::bed::{Bed, key};
+
+    /// A policy is gone while limits are raised: others go on being guarded, whatever the API does.
+    #[tokio::test]
+    async fn what_is_left_raised_is_given_back_beside_the_watch() {
+        let mut bed = Bed::new().await;
+        let app = key("app");
+        let follow = |bed: &mut Bed, mode, limit| {
+            bed.sees_of(mode, limit, MANAGER);
+            let pod = bed.watch.pods["0f8c"].clone();
+            bed.watch.apply(pod);
+        };
+        follow(&mut bed, "Act", "256Mi");
+        assert!(!bed.watch.is_given_back(&app));
+        follow(&mut bed, "Off", "256Mi");
+        assert!(bed.watch.is_given_back(&app) && bed.watch.pending.contains("0f8c"));
+        let task = bed.watch.giving_back[&app].id();
+        follow(&mut bed, "Off", "256Mi");
+        assert_eq!(bed.watch.giving_back[&app].id(), task, "one at a time");
+        // Nor is it guarded before that has ended.
+        bed.sees_of("Act", "256Mi", MANAGER);
+        bed.is_guarded();
+        bed.watch.pending.clear();
+        follow(&mut bed, "Act", "512Mi");
+        assert_eq!(bed.limit().as_deref(), Some("256Mi"));
+        assert!(bed.watch.pending.contains("0f8c"));
+        bed.watch.forget("0f8c");
+        assert!(bed.watch.giving_back.is_empty());
+    }
 }

@@ -8,6 +8,8 @@
 
 mod allowances;
 mod autoscalers;
+#[cfg(test)]
+mod bed;
 mod conditions;
 mod cpu;
 mod give_back;
@@ -37,7 +39,7 @@ use bellows_core::{
     allowance::Reached,
     autoscalers::{Claims, claims},
     elastic::Mode,
-    pod::{self, Raised, Refusal},
+    pod::{self, Refusal},
 };
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::{LimitRange, ObjectReference, ResourceQuota};
@@ -185,6 +187,7 @@ pub(super) async fn watch(context: Context) {
         // A predecessor may have raised by hand what nobody asks for any more.
         is_any_left: Arc::new(AtomicBool::new(true)),
         lowering: None,
+        giving_back: BTreeMap::new(),
         asking: None,
         way_found,
         is_listed: false,
@@ -215,11 +218,11 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             Some(recorded) = recorded_here.recv() => {
-                watch.recorded(recorded).await;
+                watch.recorded(recorded);
                 continue;
             }
             Some(()) = way_found_here.recv() => {
-                watch.apply_pending().await;
+                watch.apply_pending();
                 continue;
             }
             Some(path) = watch.context.made.recv() => {
@@ -234,19 +237,19 @@ pub(super) async fn watch(context: Context) {
                 if watch.policies.take(event) {
                     watch.recordings.try_again();
                     watch.tell_of_heaps();
-                    watch.apply_all().await;
+                    watch.apply_all();
                 }
                 continue;
             }
             // Who changes nothing may not read these, and need not; nothing is asked of a watch that nobody takes from.
             event = ranges.try_next(), if watch.autoscalers.are_wanted() => {
                 let news = watch.allowed.take_range(event);
-                watch.take_news(news).await;
+                watch.take_news(news);
                 continue;
             }
             event = quotas.try_next(), if watch.autoscalers.are_wanted() => {
                 let news = watch.allowed.take_quota(event);
-                watch.take_news(news).await;
+                watch.take_news(news);
                 continue;
             }
             Some((kind, event)) = scaling.recv() => {
@@ -257,7 +260,7 @@ pub(super) async fn watch(context: Context) {
                 let were_known = watch.autoscalers.are_known();
                 let is_new = watch.autoscalers.take(kind, event, has_pods);
                 if is_new || watch.autoscalers.are_known() != were_known {
-                    watch.apply_all().await;
+                    watch.apply_all();
                 }
                 continue;
             }
@@ -267,7 +270,7 @@ pub(super) async fn watch(context: Context) {
                 continue;
             }
             _ = retry.tick(), if watch.is_anything_left() => {
-                watch.retry().await;
+                watch.retry();
                 watch.lower_left();
                 continue;
             }
@@ -279,14 +282,14 @@ pub(super) async fn watch(context: Context) {
             }
             Ok(Some(watcher::Event::InitApply(pod))) => {
                 listed.extend(pod.uid());
-                watch.apply(pod).await;
+                watch.apply(pod);
             }
             Ok(Some(watcher::Event::InitDone)) => {
                 watch.keep_only(&listed);
                 watch.is_listed = true;
                 watch.context.knows.store(true, Ordering::Relaxed);
             }
-            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod).await,
+            Ok(Some(watcher::Event::Apply(pod))) => watch.apply(pod),
             Ok(Some(watcher::Event::Delete(pod))) => {
                 watch.forget(&pod.uid().unwrap_or_default());
                 watch.step_requests();
@@ -322,6 +325,8 @@ struct Watch {
     is_any_left: Arc<AtomicBool>,
     /// While such limits are lowered.
     lowering: Option<JoinHandle<()>>,
+    /// While limits are given back that the API knows, and nobody asks for any more.
+    giving_back: BTreeMap<Key, JoinHandle<()>>,
     /// While the API is asked how limits are changed here.
     asking: Option<JoinHandle<()>>,
     /// To this watch: that is known.
@@ -387,11 +392,11 @@ impl Watch {
         !self.pending.is_empty() || self.is_any_left.load(Ordering::Relaxed)
     }
 
-    /// Tries pods again, in turn: each may wait for the API for long, and what is new must not wait for all of them.
-    async fn retry(&mut self) {
+    /// Tries pods again, in turn: on a full node that takes its time, and what is new must not wait for all of them.
+    fn retry(&mut self) {
         let begun = Instant::now();
         for _ in 0..self.pending.len() {
-            self.retry_next().await;
+            self.retry_next();
             if begun.elapsed() >= RETRIES {
                 return;
             }
@@ -403,7 +408,7 @@ impl Watch {
         }
     }
 
-    async fn retry_next(&mut self) {
+    fn retry_next(&mut self) {
         let next = self.pending.range(self.retried.clone()..).next();
         let next = next.or_else(|| self.pending.iter().next()).cloned();
         let Some(uid) = next else {
@@ -411,7 +416,7 @@ impl Watch {
         };
         self.pending.remove(&uid);
         if let Some(pod) = self.pods.get(&uid) {
-            self.apply(pod.clone()).await;
+            self.apply(pod.clone());
         }
         // The next one after it.
         self.retried = uid + "\0";
@@ -470,31 +475,31 @@ impl Watch {
     }
 
     /// The policies have changed, or what else the wishes of pods come from.
-    async fn apply_all(&mut self) {
+    fn apply_all(&mut self) {
         let pods: Vec<Pod> = self.pods.values().cloned().collect();
         for pod in pods {
-            self.follow_pod(pod).await;
+            self.follow_pod(pod);
         }
         // Among all of them, not among those so far.
         self.step_requests();
     }
 
     /// What those have waited for is known.
-    async fn apply_pending(&mut self) {
+    fn apply_pending(&mut self) {
         let pending = self.pending.iter();
         let pods = pending.filter_map(|uid| self.pods.get(uid));
         for pod in pods.cloned().collect::<Vec<_>>() {
-            self.follow_pod(pod).await;
+            self.follow_pod(pod);
         }
         self.step_requests();
     }
 
-    async fn apply(&mut self, pod: Pod) {
-        self.follow_pod(pod).await;
+    fn apply(&mut self, pod: Pod) {
+        self.follow_pod(pod);
         self.step_requests();
     }
 
-    async fn follow_pod(&mut self, pod: Pod) {
+    fn follow_pod(&mut self, pod: Pod) {
         let seen = self.seen(&pod);
         let uid = seen.uid.clone();
         let allowances = self.context.resizer.allowances();
@@ -517,25 +522,8 @@ impl Watch {
             // A policy may yet say it.
             wishes.retain(|_, wish| !matches!(wish, Err(Refusal::NoMaximum)));
         }
-        for raised in pod::left_raised(&seen) {
-            let is_meant = |wish: &pod::Wish| wish.mode == Mode::Act;
-            let wish = wishes
-                .get(&raised.container)
-                .and_then(|wish| wish.as_ref().ok());
-            if are_known
-                && !self.context.only_observes
-                && !wish.is_some_and(is_meant)
-                && let Err(why) = self.give_back(&seen, &raised).await
-            {
-                tracing::warn!(
-                    pod.namespace = seen.namespace,
-                    pod.name = seen.name,
-                    container = raised.container,
-                    why,
-                    "a limit is not given back yet"
-                );
-                self.pending.insert(uid.clone());
-            }
+        if are_known && !self.context.only_observes {
+            self.give_back_left(&seen, &wishes);
         }
         let others = self
             .keys(&uid)
@@ -548,6 +536,10 @@ impl Watch {
         for (name, wish) in wishes {
             let key = (uid.clone(), name);
             let done = match wish {
+                Ok(_) if self.is_given_back(&key) => {
+                    self.pending.insert(uid.clone());
+                    Ok(())
+                }
                 Ok(wish) if wish.mode == Mode::Act => self.guard(&key, &pod, &seen, &wish),
                 Ok(wish) => self.observe(&key, &pod, &seen, &wish),
                 Err(refusal) => {
@@ -673,13 +665,13 @@ impl Watch {
     }
 
     /// What namespaces allow has changed, or has come to be known.
-    async fn take_news(&mut self, news: News) {
+    fn take_news(&mut self, news: News) {
         if news == News::None {
             return;
         }
         self.bounds_changed();
         if news == News::Rules {
-            self.apply_all().await;
+            self.apply_all();
         }
     }
 
@@ -740,21 +732,6 @@ impl Watch {
         }
     }
 
-    async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), String> {
-        let resizer = &self.context.resizer;
-        if resizer.is_only_by_hand(&seen.uid, None) {
-            return Err("another limit of the pod is raised on the node alone".to_owned());
-        }
-        give_back::give_back(
-            &self.context.client,
-            resizer.ways(),
-            self.order(&seen.uid),
-            seen,
-            raised,
-        )
-        .await
-    }
-
     /// Held while a request of a pod is under way.
     fn order(&self, uid: &str) -> Order {
         self.orders.get(uid).cloned().unwrap_or_default()
@@ -779,6 +756,7 @@ impl Watch {
         self.starting.retain(|(own, _), _| own != uid);
         self.cpu_refused.retain(|((own, _), _), _| own != uid);
         self.recordings.forget(uid);
+        self.giving_back.retain(|(own, _), _| own != uid);
         let keys: Vec<Key> = self.keys(uid).cloned().collect();
         for key in keys {
             self.forget_cgroup(&key);

@@ -186,7 +186,7 @@ impl Watch {
     }
 
     /// A recording has ended.
-    pub(super) async fn recorded(&mut self, recorded: Recorded) {
+    pub(super) fn recorded(&mut self, recorded: Recorded) {
         let Recorded {
             key,
             annotation,
@@ -223,7 +223,7 @@ impl Watch {
             }
         }
         // Another of its containers may have waited for this, too.
-        self.apply(pod).await;
+        self.apply(pod);
     }
 
     fn cpu_recorded(
