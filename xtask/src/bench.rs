@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use crate::{
     arbiter,
     build::{self, Binaries},
+    control_plane::{self, ControlPlane},
     debian,
     guest::{self, Guest},
-    kubernetes::{self, ControlPlane},
-    root,
+    kubernetes, root,
     shell::{output, step},
     tools,
 };
@@ -428,7 +428,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             "--api".to_owned(),
             api,
             "--token".to_owned(),
-            kubernetes::TOKEN.to_owned(),
+            control_plane::TOKEN.to_owned(),
             "--control".to_owned(),
             format!("10.0.2.2:{}", control.control),
         ]);

@@ -8,6 +8,7 @@ mod arbiter;
 mod bench;
 mod build;
 mod checks;
+mod control_plane;
 mod debian;
 mod demo;
 mod deploy;

@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use super::CHART;
 use crate::{
     checks::Checks,
-    kubernetes::{self, ControlPlane, TOKEN},
-    root,
+    control_plane::{ControlPlane, TOKEN},
+    kubernetes, root,
     shell::{output, quiet},
     tools,
 };
