@@ -21,6 +21,8 @@ use rustix::{
     system::{RebootCommand, reboot},
 };
 
+use crate::control_plane;
+
 /// The line by which the host knows that the guest has finished, followed by an exit code.
 const VERDICT: &str = "bellows-guest-verdict:";
 /// The kernel parameter that holds the command, words separated by commas.
@@ -152,14 +154,18 @@ fn change_root() -> Result<()> {
         )?;
     }
     copy_directory("/build-load", "/disk/build-load")?;
-    if Path::new("/deploy").exists() {
-        copy_directory("/deploy", "/disk/deploy")?;
+    for directory in ["/deploy", control_plane::DIRECTORY] {
+        if Path::new(directory).exists() {
+            copy_directory(directory, &format!("/disk{directory}"))?;
+        }
     }
-    let kubelet = Path::new("/bin/kubelet");
-    if kubelet.exists() {
-        fs::copy(kubelet, "/disk/usr/bin/kubelet")?;
-        // What is in the first root stays in memory.
-        fs::remove_file(kubelet)?;
+    for name in ["kubelet", "etcd", "kube-apiserver"] {
+        let program = Path::new("/bin").join(name);
+        if program.exists() {
+            fs::copy(&program, Path::new("/disk/usr/bin").join(name))?;
+            // What is in the first root stays in memory.
+            fs::remove_file(program)?;
+        }
     }
     for directory in ["/proc", "/sys", "/dev", "/run", "/tmp"] {
         mount_move(directory, format!("/disk{directory}")).with_context(|| directory.to_owned())?;

@@ -8,6 +8,7 @@ mod agent;
 mod api_proxy;
 mod bench;
 mod containers;
+mod control_plane;
 mod fake;
 mod heartbeat;
 mod init;

@@ -2,7 +2,8 @@
 //!
 //! The kubelet keeps its own defaults for eviction and enforceNodeAllocatable, because kills are
 //! counted here; what is changed is only what a machine without systemd, swap and iptables rules
-//! needs. Everything a node prints goes to /var/log, and its end to the console when it fails.
+//! needs, or one that runs its control plane, too. Everything a node prints goes to /var/log, and its
+//! end to the console when it fails.
 
 use std::{
     fs::{self, File},
@@ -17,6 +18,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Pid;
 use serde_json::{Value, json};
+
+use crate::control_plane::ControlPlane;
 
 /// The node's name in the API.
 pub(crate) const NAME: &str = "node";
@@ -39,6 +42,9 @@ pub(crate) struct ApiServer {
     /// Where the machine listens that the API server runs on: what is said there stops it, and starts it again.
     #[arg(long, default_value = "")]
     pub(crate) control: String,
+    /// The node runs it itself, and its etcd.
+    #[arg(long)]
+    pub(crate) control_plane_inside: bool,
     /// A feature that is switched on in the kubelet.
     #[arg(long)]
     pub(crate) gate: Option<String>,
@@ -102,8 +108,7 @@ impl Containerd {
     pub(crate) fn start_again() -> Result<Self> {
         drop(fs::remove_file(CONTAINERD_SOCKET));
         let containerd = service(
-            "containerd",
-            &["--config", "/etc/containerd/bellows.toml"],
+            Command::new("containerd").args(["--config", "/etc/containerd/bellows.toml"]),
             "containerd",
         )?;
         wait("containerd's socket", Duration::from_secs(90), || {
@@ -115,8 +120,10 @@ impl Containerd {
 
 /// A running node.
 pub(crate) struct Node {
+    // Dropped in this order.
     kubelet: Service,
     containerd: Containerd,
+    control_plane: Option<ControlPlane>,
 }
 
 impl Node {
@@ -126,29 +133,34 @@ impl Node {
 
     /// The same, with other settings of the kubelet.
     pub(crate) fn start_configured(server: &ApiServer, kubelet: &Value) -> Result<Self> {
-        write_configuration(server, kubelet)?;
+        write_kubeconfig(server)?;
+        let control_plane = ControlPlane::start(server)?;
+        write_configuration(server, control_plane.as_ref(), kubelet)?;
         let containerd = Containerd::start()?;
         let kubelet = service(
-            "kubelet",
-            &[
+            Command::new("kubelet").args([
                 "--config=/etc/kubernetes/kubelet.yaml",
                 &format!("--kubeconfig={KUBECONFIG}"),
                 &format!("--hostname-override={NAME}"),
                 "--node-ip=10.0.2.15",
                 "--v=2",
-            ],
+            ]),
             "kubelet",
         )?;
         Ok(Self {
             kubelet,
             containerd,
+            control_plane,
         })
     }
 
     /// Fails if one of its processes has ended.
     pub(crate) fn check(&mut self) -> Result<()> {
         self.kubelet.check("kubelet", "kubelet")?;
-        self.containerd.0.check("containerd", "containerd")
+        self.containerd.0.check("containerd", "containerd")?;
+        self.control_plane
+            .as_mut()
+            .map_or(Ok(()), ControlPlane::check)
     }
 }
 
@@ -180,16 +192,16 @@ pub(crate) fn log(name: &str) -> Result<File> {
         .open(format!("/var/log/{name}.log"))?)
 }
 
-fn service(program: &str, arguments: &[&str], name: &str) -> Result<Service> {
+/// Starts a program that prints into the log of its name.
+pub(crate) fn service(program: &mut Command, name: &str) -> Result<Service> {
     let log = log(name)?;
-    Command::new(program)
-        .args(arguments)
+    program
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
         .map(Service)
-        .with_context(|| format!("run {program}"))
+        .with_context(|| format!("run {name}"))
 }
 
 /// A look and the pause after it count as no more than this: a machine that is itself a virtual one may stand
@@ -238,8 +250,11 @@ pub(crate) fn write_kubeconfig(server: &ApiServer) -> Result<()> {
     Ok(fs::write(KUBECONFIG, kubeconfig.to_string())?)
 }
 
-fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
-    write_kubeconfig(server)?;
+fn write_configuration(
+    server: &ApiServer,
+    control_plane: Option<&ControlPlane>,
+    more: &Value,
+) -> Result<()> {
     let systemd = has_systemd();
     fs::create_dir_all("/var/lib/kubelet")?;
     let mut kubelet = json!({
@@ -258,6 +273,9 @@ fn write_configuration(server: &ApiServer, more: &Value) -> Result<()> {
             .split_once('=')
             .context("a gate is NAME=true or false")?;
         kubelet["featureGates"] = json!({ gate: is_on == "true" });
+    }
+    if let Some(control_plane) = control_plane {
+        kubelet["systemReserved"] = json!({ "memory": control_plane.memory });
     }
     for (key, value) in more.as_object().into_iter().flatten() {
         kubelet[key] = value.clone();

@@ -3,19 +3,22 @@
 //! The summary is recomputed from the records on the host, by the same binary that ran in the
 //! guest, so that a stranger can do the same with the files alone.
 
+mod cluster;
+
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use cluster::Cluster;
+
 use crate::{
     arbiter,
     build::{self, Binaries},
-    control_plane::{self, ControlPlane},
-    debian,
+    control_plane, debian,
     guest::{self, Guest},
-    kubernetes, root,
+    root,
     shell::{output, step},
     tools,
 };
@@ -202,6 +205,11 @@ pub(crate) struct Options {
     /// With systemd as PID 1 (exec-cli, and the benches in pods, whose cgroup driver it is then).
     #[arg(long)]
     pub(crate) systemd: bool,
+    /// With etcd and kube-apiserver in the guest, where they share its two CPUs with the node, and not beside it (benches in
+    /// pods; not pod-faults, make-room and right-size). The guest has 2 GiB more memory for them, which its pods cannot
+    /// have. The run leaves target/bench/NAME-control-plane-inside.json.
+    #[arg(long)]
+    pub(crate) control_plane_inside: bool,
     /// Only what no other bench has (faults), or one of each kind (pod-faults).
     #[arg(long)]
     pub(crate) few: bool,
@@ -248,6 +256,7 @@ impl Options {
             raise_first: false,
             old_containerd: false,
             systemd: false,
+            control_plane_inside: false,
             few: false,
             steady: false,
             without_fixed: false,
@@ -294,6 +303,7 @@ impl Options {
             (self.raise_first, "-raise-first"),
             (self.old_containerd, "-old-containerd"),
             (self.systemd, "-systemd"),
+            (self.control_plane_inside, "-control-plane-inside"),
             (self.steady, "-steady"),
             (self.without_mutants, "-without-mutants"),
         ] {
@@ -338,6 +348,7 @@ impl Options {
             (self.nested, "--nested"),
             (self.memory_qos, "--memory-qos"),
             (self.raise_first, "--raise-first"),
+            (self.control_plane_inside, "--control-plane-inside"),
             (self.few, "--few"),
             (self.steady, "--steady"),
             (self.without_fixed, "--without-fixed"),
@@ -356,13 +367,26 @@ impl Options {
         Ok(directory.join(format!("{}.{extension}", self.file_name())))
     }
 
+    /// Of the guest.
+    const fn memory_mib(&self) -> u32 {
+        if self.control_plane_inside {
+            4096 + control_plane::MEMORY_MIB
+        } else {
+            4096
+        }
+    }
+
     /// Generous: a guest that needs it is broken.
     fn limit(&self) -> Duration {
-        Duration::from_secs(1200 + 60 * self.n.unwrap_or(60) + 4 * self.seconds.unwrap_or(120))
+        let seconds = 1200 + 60 * self.n.unwrap_or(60) + 4 * self.seconds.unwrap_or(120);
+        // Two emulated CPUs carry the control plane, too.
+        let times = if self.control_plane_inside { 2 } else { 1 };
+        Duration::from_secs(times * seconds)
     }
 }
 
 pub(crate) fn command(options: &Options) -> Result<bool> {
+    cluster::check(options)?;
     if options.name == Name::Arbiter {
         return arbiter::command(options);
     }
@@ -396,23 +420,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let kernel = debian::kernel(&options.kernel)?;
     let name = options.file_name();
     let mut files = build_sources()?;
-    let release = kubernetes::release(&options.kubernetes);
-    let gate = kubernetes::gate(release, !options.without_resize)?;
-    let control = if options.name.needs_node() {
-        let binaries = kubernetes::binaries(release)?;
-        files.push(("/bin/kubelet".to_owned(), binaries.kubelet.clone()));
-        let control = ControlPlane::start(&binaries, gate.as_deref())?;
-        if options.name.needs_controllers() {
-            control.control(&kubernetes::controllers(release)?)?;
-        }
-        for name in ["bellows.yaml", "elasticnodes.yaml", "elasticpolicies.yaml"] {
-            files.push((format!("/deploy/{name}"), root()?.join("deploy").join(name)));
-        }
-        files.push(("/deploy/ca.crt".to_owned(), control.authority.clone()));
-        Some(control)
-    } else {
-        None
-    };
+    let cluster = Cluster::of(options)?;
     let (records, evidence) = (options.evidence("jsonl")?, options.evidence("json")?);
     for old in [&records, &evidence] {
         // A bench that fails must not leave a summary of another run beside its records.
@@ -421,26 +429,15 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         }
     }
     let mut command = options.guest_command();
-    if let Some(control) = &control {
-        // The host's loopback, as QEMU's user network shows it to the guest.
-        let api = format!("https://10.0.2.2:{}", control.port);
-        command.extend([
-            "--api".to_owned(),
-            api,
-            "--token".to_owned(),
-            control_plane::TOKEN.to_owned(),
-            "--control".to_owned(),
-            format!("10.0.2.2:{}", control.control),
-        ]);
-        if let Some(gate) = gate {
-            command.extend(["--gate".to_owned(), gate]);
-        }
+    if let Some(cluster) = &cluster {
+        files.extend_from_slice(&cluster.files);
+        command.extend_from_slice(&cluster.words);
     }
     let guest = Guest {
         name: &name,
         kernel: &kernel,
         binaries,
-        memory_mib: 4096,
+        memory_mib: options.memory_mib(),
         disk: disk(options)?,
         node: options.name.needs_containerd(),
         systemd: options.systemd,
@@ -475,7 +472,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let file = json!({
         "bench": name,
         "kernel": options.kernel,
-        "kubernetes": control.is_some().then_some(release),
+        "kubernetes": cluster.as_ref().map(|cluster| &cluster.release),
         "seed": options.seed.unwrap_or(1),
         "command": options.guest_command(),
         "summary": summary,

@@ -1,7 +1,10 @@
-//! A control plane on this machine, for a pod guest.
+//! A control plane for a pod guest: on this machine, or what the guest needs to run one itself.
 //!
 //! API server and etcd run here, where they do not slow the emulated node down; the guest reaches
-//! them through QEMU's user network at 10.0.2.2.
+//! them through QEMU's user network at 10.0.2.2. Whatever waits for the API there waits less than on
+//! a node that carries it, too, so a guest can be given both programs and their arguments instead.
+//! The arguments are made here for both: between control planes with different flags, a difference
+//! could be the flags'.
 
 use std::{
     fs::{self, File},
@@ -25,6 +28,118 @@ use crate::{
 
 /// What the guest's agent, kubelet and bench authenticate with; the API server lives for one run.
 pub(crate) const TOKEN: &str = "bellows-test";
+/// What a guest has more for a control plane of its own: 600 MiB for the API server, 100 MiB for etcd, and room.
+pub(crate) const MEMORY_MIB: u32 = 2048;
+const KEY: &str = "service-account.key";
+const TOKENS: &str = "tokens.csv";
+/// What a guest is told to start.
+const STARTED: &str = "started.json";
+
+/// Where a control plane keeps its files, and its ports on the loopback of whoever runs it.
+struct Place {
+    directory: PathBuf,
+    client: u16,
+    peer: u16,
+    port: u16,
+}
+
+impl Place {
+    /// In a guest, where nobody else has these ports.
+    fn in_guest() -> Self {
+        Self {
+            directory: PathBuf::from("/control-plane"),
+            client: 2379,
+            peer: 2380,
+            port: 6443,
+        }
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+
+    fn client_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.client)
+    }
+
+    /// What etcd is told.
+    fn etcd(&self) -> Vec<String> {
+        let (client, peer) = (self.client_url(), format!("http://127.0.0.1:{}", self.peer));
+        vec![
+            format!("--data-dir={}", self.file("etcd")),
+            format!("--listen-client-urls={client}"),
+            format!("--advertise-client-urls={client}"),
+            format!("--listen-peer-urls={peer}"),
+            format!("--initial-advertise-peer-urls={peer}"),
+            format!("--initial-cluster=default={peer}"),
+        ]
+    }
+
+    /// What the API server is told.
+    fn apiserver(&self, gate: Option<&str>) -> Vec<String> {
+        let key = self.file(KEY);
+        let mut arguments = vec![
+            format!("--etcd-servers={}", self.client_url()),
+            format!("--secure-port={}", self.port),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--authorization-mode=RBAC".to_owned(),
+            "--service-cluster-ip-range=10.96.0.0/24".to_owned(),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition".to_owned(),
+            format!("--token-auth-file={}", self.file(TOKENS)),
+            format!("--service-account-key-file={key}"),
+            format!("--service-account-signing-key-file={key}"),
+            format!("--cert-dir={}", self.file("certificates")),
+        ];
+        if let Some(gate) = gate {
+            arguments.push(format!("--feature-gates={gate}"));
+        }
+        arguments
+    }
+}
+
+/// Writes what an API server signs with, and whom it knows, into a directory.
+fn write_credentials(directory: &Path) -> Result<()> {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["genrsa", "-out"]).arg(directory.join(KEY));
+    quiet(openssl.arg("2048"))?;
+    let tokens = format!("{TOKEN},bellows,1,system:masters\n");
+    Ok(fs::write(directory.join(TOKENS), tokens)?)
+}
+
+/// What a guest needs to run a control plane itself.
+pub(crate) struct Inside {
+    /// Its address there.
+    pub(crate) api: String,
+    /// Path in the guest, content on this machine.
+    pub(crate) files: Vec<(String, PathBuf)>,
+}
+
+impl Inside {
+    /// Writes it down in a fresh directory.
+    pub(crate) fn prepare(binaries: &Binaries, gate: Option<&str>) -> Result<Self> {
+        let directory = fresh_directory()?;
+        write_credentials(&directory)?;
+        let place = Place::in_guest();
+        let started = json!({
+            "etcd": place.etcd(),
+            "kube-apiserver": place.apiserver(gate),
+            "memory": format!("{MEMORY_MIB}Mi"),
+        });
+        fs::write(directory.join(STARTED), started.to_string())?;
+        let mut files = vec![
+            ("/bin/etcd".to_owned(), binaries.etcd.clone()),
+            ("/bin/kube-apiserver".to_owned(), binaries.apiserver.clone()),
+        ];
+        for name in [KEY, TOKENS, STARTED] {
+            files.push((place.file(name), directory.join(name)));
+        }
+        Ok(Self {
+            api: format!("https://127.0.0.1:{}", place.port),
+            files,
+        })
+    }
+}
 
 /// A process that ends with its owner.
 struct Service(Child);
@@ -51,6 +166,14 @@ impl Drop for Service {
 /// Where they print to, and keep what they have.
 fn directory() -> Result<PathBuf> {
     Ok(root()?.join("target/guests/control-plane"))
+}
+
+/// The same, with nothing of another run in it.
+fn fresh_directory() -> Result<PathBuf> {
+    let directory = directory()?;
+    drop(fs::remove_dir_all(&directory));
+    fs::create_dir_all(&directory)?;
+    Ok(directory)
 }
 
 /// A running API server and its etcd; both end when it is dropped.
@@ -133,66 +256,24 @@ impl ControlPlane {
     }
 
     fn started(binaries: &Binaries, gate: Option<&str>) -> Result<Self> {
-        let directory = directory()?;
-        drop(fs::remove_dir_all(&directory));
-        fs::create_dir_all(&directory)?;
+        let directory = fresh_directory()?;
         let [client, peer, port] = free_ports()?;
-        let etcd = format!("http://127.0.0.1:{client}");
-        let peer = format!("http://127.0.0.1:{peer}");
+        let place = Place {
+            directory,
+            client,
+            peer,
+            port,
+        };
+        let directory = &place.directory;
+        write_credentials(directory)?;
         let log = |name: &str| File::create(directory.join(name));
         let mut command = Command::new(&binaries.etcd);
-        command
-            .arg("--data-dir")
-            .arg(directory.join("etcd"))
-            .args([
-                "--unsafe-no-fsync",
-                "--listen-client-urls",
-                &etcd,
-                "--advertise-client-urls",
-                &etcd,
-            ])
-            .args([
-                "--listen-peer-urls",
-                &peer,
-                "--initial-advertise-peer-urls",
-                &peer,
-            ])
-            .args(["--initial-cluster", &format!("default={peer}")]);
+        // What it waits for this machine's disk says nothing of a node.
+        command.args(place.etcd()).arg("--unsafe-no-fsync");
         let running_etcd =
             Service::spawn(&mut command, log("etcd.log")?).context("cannot run etcd")?;
-        let key = directory.join("service-account.key");
-        quiet(
-            Command::new("openssl")
-                .args(["genrsa", "-out"])
-                .arg(&key)
-                .arg("2048"),
-        )?;
-        let certificates = directory.join("certificates");
-        let tokens = directory.join("tokens.csv");
-        fs::write(&tokens, format!("{TOKEN},bellows,1,system:masters\n"))?;
         let mut command = Command::new(&binaries.apiserver);
-        command
-            .args([
-                &format!("--etcd-servers={etcd}"),
-                &format!("--secure-port={port}"),
-                "--bind-address=127.0.0.1",
-            ])
-            .args([
-                "--authorization-mode=RBAC",
-                "--service-cluster-ip-range=10.96.0.0/24",
-            ])
-            .args(["--service-account-issuer=https://kubernetes.default.svc"])
-            .args(["--disable-admission-plugins=ServiceAccount,TaintNodesByCondition"])
-            .arg(format!("--token-auth-file={}", tokens.display()))
-            .arg(format!("--service-account-key-file={}", key.display()))
-            .arg(format!(
-                "--service-account-signing-key-file={}",
-                key.display()
-            ))
-            .arg(format!("--cert-dir={}", certificates.display()));
-        if let Some(gate) = gate {
-            command.arg(format!("--feature-gates={gate}"));
-        }
+        command.args(place.apiserver(gate));
         let apiserver = Service::spawn(&mut command, log("kube-apiserver.log")?)
             .context("cannot run kube-apiserver")?;
         let services = Arc::new(Mutex::new(Services {
@@ -205,11 +286,11 @@ impl ControlPlane {
         let control = Self {
             port,
             control: listener.local_addr()?.port(),
-            authority: certificates.join("apiserver.crt"),
+            authority: directory.join("certificates/apiserver.crt"),
             services,
         };
         listen(listener, Arc::downgrade(&control.services));
-        control.wait_ready(&directory)?;
+        control.wait_ready(directory)?;
         Ok(control)
     }
 

@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
+    control_plane::ControlPlane,
     node::{self, ApiServer, wait},
     pods::{Cluster, Spec},
 };
@@ -83,6 +84,7 @@ const SETTLE: Duration = Duration::from_secs(15);
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     node::write_kubeconfig(&options.server)?;
+    let _control_plane = ControlPlane::start(&options.server)?;
     let cluster = Cluster::connect()?;
     let mut agent = Agent::start()?;
     let mut pods = 0;
