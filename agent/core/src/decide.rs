@@ -67,6 +67,8 @@ pub struct Snapshot {
     pub lowering: Option<Bytes>,
     /// Since when the container is held.
     pub held_since: Option<Nanos>,
+    /// Whether it was let go because its patience was over, and needs its raise yet.
+    pub is_let_go: bool,
     /// A shrink was refused at this demand and time: tried again with less demand, or later.
     pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
@@ -221,6 +223,7 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         limit,
         requested,
         held_since,
+        is_let_go,
         request_failed,
         by_hand,
         ..
@@ -229,7 +232,8 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let (to, asked) = requested.filter(|(to, _)| to > limit)?;
     let last_moment = policy.last_moment();
     // Nobody is held for long enough to be answered: what was waited for was room.
-    let is_urgent = held_since.is_some_and(|since| now.since(since) >= last_moment);
+    let is_late = |since: Nanos| now.since(since) >= last_moment;
+    let is_urgent = *is_let_go || held_since.is_some_and(is_late);
     let reason = if after == Nanos(0) {
         Reason::RaisedFirst
     } else if *request_failed {
@@ -326,6 +330,7 @@ mod tests {
             requested: None,
             lowering: None,
             held_since: None,
+            is_let_go: false,
             refused_shrink: None,
             raise_not_before: Nanos(0),
             request_failed: false,
@@ -425,6 +430,12 @@ mod tests {
         };
         assert_eq!(asked(7499), []);
         assert_eq!(asked(7500), by_hand(Reason::AnswerLate));
+        let let_go = Snapshot {
+            held_since: None,
+            is_let_go: true,
+            ..late
+        };
+        assert_eq!(after(&let_go, 0), by_hand(Reason::AnswerLate));
         late.policy.by_hand_after = None;
         assert_eq!(after(&late, 60_000), []);
     }

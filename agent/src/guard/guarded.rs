@@ -122,6 +122,8 @@ pub(super) struct Guarded {
     /// Whether page cache is being given back for a lower limit.
     pub(super) is_making_room: bool,
     pub(super) held_since: Option<Nanos>,
+    /// Its patience was over before its raise was there.
+    pub(super) is_let_go: bool,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
     /// Whether what is requested could not be asked for, for a passing reason.
@@ -236,6 +238,7 @@ impl Guarded {
             lost_lowerings: 0,
             is_making_room: false,
             held_since: None,
+            is_let_go: false,
             refused_shrink: None,
             raise_not_before: Nanos(0),
             request_failed: false,
@@ -331,7 +334,7 @@ impl Guarded {
     }
 
     /// A hold has ended: that it did not grow meanwhile is no pause of its own.
-    pub(super) fn resumed(&mut self, at: Nanos) {
+    fn resumed(&mut self, at: Nanos) {
         self.history.resumed(at);
         self.grown = self.history.last_growth;
     }
@@ -356,8 +359,21 @@ impl Guarded {
 
     /// For how long it can still be held for a raise.
     pub(super) fn patience(&self, at: Nanos) -> Nanos {
-        let held = self.held_since.map_or(Nanos(0), |since| at.since(since));
-        self.policy.last_moment().since(held)
+        let left = |since: Nanos| self.policy.last_moment().since(at.since(since));
+        match self.held_since {
+            _ if self.is_let_go => Nanos(0),
+            Some(since) => left(since),
+            None => self.policy.last_moment(),
+        }
+    }
+
+    /// A hold has ended; returns how long it was.
+    pub(super) fn released(&mut self, at: Nanos) -> Option<Nanos> {
+        let held = at.since(self.held_since.take()?);
+        self.resumed(at);
+        let needs_more = self.waiting.is_some() || self.requested.is_some();
+        self.is_let_go = needs_more && held >= self.policy.last_moment();
+        Some(held)
     }
 
     pub(super) const fn active(&self) -> bool {
@@ -386,6 +402,7 @@ impl Guarded {
             requested: self.requested,
             lowering: self.lowering,
             held_since: self.held_since,
+            is_let_go: self.is_let_go,
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
             request_failed: self.request_failed,
@@ -491,6 +508,7 @@ impl Guarded {
 
     /// A burst that was expected did not come: what begins next may be for something else.
     pub(super) fn calm_down(&mut self) {
+        self.is_let_go &= self.requested.is_some();
         let is_at_rest = self.limit <= self.policy.original && self.requested.is_none();
         let is_calm = self.history.demand < self.limit.per_mille(CALM_PER_MILLE);
         if is_at_rest && is_calm && self.policy.actuation != Actuation::Direct {
@@ -532,6 +550,7 @@ impl Guarded {
             }
         }
         self.limit = limit;
+        self.is_let_go &= !is_raise;
         if limit > self.policy.original {
             self.raised_since.get_or_insert(at);
         }
@@ -720,6 +739,29 @@ mod tests {
         held.history.observe(at(5000), Bytes::mib(500));
         held.look_at_burst(at(5000));
         assert_eq!(held.quiet(), Nanos(0));
+    }
+
+    /// There was no room for it until its patience was over: whoever is asked then must not be waited for.
+    #[test]
+    fn who_was_let_go_without_a_raise_has_no_patience_left() {
+        let mut own = guarded(Bytes::mib(512), 0);
+        (own.requested, own.limit) = (None, Bytes::mib(64));
+        let at = |seconds: u64| Nanos::millis(seconds * 1000);
+        let all = own.policy.last_moment();
+        assert_eq!(own.patience(at(1)), all);
+        own.held_since = Some(at(1));
+        assert_eq!(own.patience(at(3)), all.since(at(2)));
+        // Its raise is there.
+        assert_eq!(own.released(at(10)), Some(at(9)));
+        assert_eq!(own.patience(at(10)), all);
+        own.held_since = Some(at(11));
+        own.requested = Some((Bytes::mib(256), at(20)));
+        own.released(at(21));
+        assert_eq!(own.patience(at(21)), Nanos(0));
+        own.calm_down();
+        assert!(own.is_let_go, "it is under way");
+        own.limit_is(at(22), Bytes::mib(256));
+        assert_eq!(own.patience(at(22)), all);
     }
 
     #[test]

@@ -41,9 +41,7 @@ impl<R: Requester> Controller<R> {
             }
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
             Verdict::Released { cgroup, error } => self.update(cgroup, |guarded| {
-                if let Some(since) = guarded.held_since.take() {
-                    guarded.resumed(at);
-                    let held = at.since(since);
+                if let Some(held) = guarded.released(at) {
                     METRICS.held_seconds.inc_by(seconds(held));
                     guarded.report.held = Nanos(guarded.report.held.0 + held.0);
                 }
