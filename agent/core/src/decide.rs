@@ -233,7 +233,8 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let last_moment = policy.last_moment();
     // Nobody is held for long enough to be answered: what was waited for was room.
     let is_late = |since: Nanos| now.since(since) >= last_moment;
-    let is_urgent = *is_let_go || held_since.is_some_and(is_late);
+    let is_held_too_long = held_since.is_some_and(is_late);
+    let is_urgent = *is_let_go || is_held_too_long;
     let reason = if after == Nanos(0) {
         Reason::RaisedFirst
     } else if *request_failed {
@@ -245,7 +246,8 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     };
     let may = match by_hand {
         ByHand::No => false,
-        ByHand::NotYet => is_urgent,
+        // Who was let go may live without it: a smaller limit that comes after it kills.
+        ByHand::NotYet => is_held_too_long,
         ByHand::Yes => true,
     };
     may.then_some((Action::RaiseByHand { from: *limit, to }, reason))
@@ -436,6 +438,8 @@ mod tests {
             ..late
         };
         assert_eq!(after(&let_go, 0), by_hand(Reason::AnswerLate));
+        let by_hand = ByHand::NotYet;
+        assert_eq!(after(&Snapshot { by_hand, ..let_go }, 0), []);
         late.policy.by_hand_after = None;
         assert_eq!(after(&late, 60_000), []);
     }

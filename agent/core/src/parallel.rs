@@ -229,6 +229,14 @@ struct Ends {
     at: Nanos,
 }
 
+/// The most that one of a program has had that is there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Largest {
+    of_all: Bytes,
+    /// Of those that grow: a server of the same name says nothing of jobs of which some have ended.
+    growing: Bytes,
+}
+
 /// A job on its way through one look.
 struct Job {
     id: ProcessId,
@@ -366,10 +374,14 @@ impl Jobs {
 
     /// The jobs of this look, the oldest first, those that are never paused before all others.
     fn jobs(&self, look: &Look) -> Vec<Job> {
-        let mut largest: BTreeMap<&str, Bytes> = BTreeMap::new();
+        let mut largest: BTreeMap<&str, Largest> = BTreeMap::new();
         for known in self.known.values().filter(|known| known.is_job) {
             let most = largest.entry(&known.program).or_default();
-            *most = (*most).max(known.peak);
+            most.of_all = most.of_all.max(known.peak);
+            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
+            if !is_flat && known.state != State::Pinned {
+                most.growing = most.growing.max(known.peak);
+            }
         }
         let mut jobs = Vec::new();
         for seen in look.processes.iter().filter(|seen| seen.may_pause) {
@@ -404,19 +416,19 @@ impl Jobs {
         jobs
     }
 
-    fn projected(&self, known: &Known, memory: Bytes, largest: Bytes) -> Bytes {
+    fn projected(&self, known: &Known, memory: Bytes, largest: Largest) -> Bytes {
         let peak = known.peak.max(memory);
         let ended = self.ended.get(&known.program);
         let projected = match ended.and_then(|ends| ends.peaks.iter().max().copied()) {
-            Some(learnt) if learnt >= largest => {
+            Some(learnt) if learnt >= largest.growing => {
                 // The fewer have ended, the more the next may differ.
                 let ends = ended.map_or(0, |ends| {
                     u64::try_from(ends.peaks.len()).unwrap_or(u64::MAX)
                 });
                 learnt.plus(learnt.scaled(1, UNLIKE.saturating_mul(ends)))
             }
-            Some(_) => largest.per_mille(BEYOND_PER_MILLE),
-            None => peak.per_mille(UNLEARNT_PER_MILLE).max(largest),
+            Some(_) => largest.growing.per_mille(BEYOND_PER_MILLE),
+            None => peak.per_mille(UNLEARNT_PER_MILLE).max(largest.of_all),
         };
         projected.max(memory)
     }

@@ -9,7 +9,10 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
-    sync::{Mutex as SyncMutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex as SyncMutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bellows_core::{
@@ -76,6 +79,8 @@ pub struct Pod {
     limit: SyncMutex<Option<MovedLimit<Bytes>>>,
     /// The same.
     quota: SyncMutex<Option<MovedQuota>>,
+    /// Whether a limit was written that systemd does not know: it would set its own at its next reload.
+    is_untold: AtomicBool,
     records: PodRecords,
 }
 
@@ -125,6 +130,7 @@ impl Pod {
             order: Mutex::new(()),
             limit: SyncMutex::new(limit),
             quota: SyncMutex::new(quota),
+            is_untold: AtomicBool::new(false),
             records,
         }
     }
@@ -169,6 +175,12 @@ impl Pod {
         match self.step(raised, may)? {
             PodStep::Raise(to) => self.set(to).await,
             PodStep::Lower(to) if shrink::fits(&self.cgroup, to)? => self.set(to).await,
+            PodStep::Lower(_) | PodStep::Keep if may == May::Fall && self.is_untold() => {
+                match self.cgroup.limit("memory.max")? {
+                    Limit::At(in_force) => self.set(in_force).await,
+                    Limit::Max => Ok(()),
+                }
+            }
             PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => Ok(()),
         }
     }
@@ -181,6 +193,7 @@ impl Pod {
     pub fn raise_by_hand(&self, raised: Raised<'_>) -> Result<(), PodError> {
         if let PodStep::Raise(to) = self.step(raised, May::Rise)? {
             self.ask(to)?;
+            self.is_untold.store(true, Ordering::Relaxed);
             self.cgroup.set_limit("memory.max", Limit::At(to))?;
         }
         Ok(())
@@ -228,7 +241,16 @@ impl Pod {
 
     async fn set(&self, to: Bytes) -> Result<(), PodError> {
         self.ask(to)?;
-        Ok(pod_cgroup::set_limit(&self.cgroup, to).await?)
+        // What is written by hand meanwhile is to be told again.
+        let was_untold = self.is_untold.swap(false, Ordering::Relaxed);
+        let set = pod_cgroup::set_limit(&self.cgroup, to).await;
+        self.is_untold
+            .fetch_or(was_untold && set.is_err(), Ordering::Relaxed);
+        Ok(set?)
+    }
+
+    fn is_untold(&self) -> bool {
+        self.is_untold.load(Ordering::Relaxed)
     }
 
     async fn make_room(&self, to: Bytes) -> Result<bool, PodError> {
@@ -303,5 +325,38 @@ impl Pod {
             // Without the controller there is no quota.
             (Ok(_) | Err(_), _) => true,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs, process};
+
+    use super::*;
+
+    /// With its next reload systemd sets the limit that it knows, and the pod kills who was raised.
+    #[tokio::test]
+    async fn what_was_raised_by_hand_is_told_afterwards() {
+        let directory = env::temp_dir().join(format!("bellows-pod-told-{}", process::id()));
+        let path = directory.join("pod0f8c");
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("memory.max"), Bytes::mib(96).0.to_string()).unwrap();
+        let records = PodRecords {
+            limits: Records::at(directory.join("limits")),
+            quotas: Records::at(directory.join("quotas")),
+        };
+        let pod = Pod::new(Cgroup::open(&path).unwrap(), records);
+        pod.adopt().unwrap();
+        let raised = |_| vec![Bytes::mib(32)];
+        pod.raise_by_hand(&raised).unwrap();
+        assert!(pod.is_untold());
+        // Nobody who is to be raised waits for that.
+        pod.settle(&raised, May::Rise).await.unwrap();
+        assert!(pod.is_untold());
+        pod.settle(&raised, May::Fall).await.unwrap();
+        assert!(!pod.is_untold());
+        let limit = pod.cgroup.limit("memory.max").unwrap();
+        assert_eq!(limit, Limit::At(Bytes::mib(128)));
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -57,6 +57,9 @@ pub(super) struct Wanted {
     pub(super) deadline: Option<Instant>,
 }
 
+/// What systemd takes at least to set a limit; it is about as much on an emulated node.
+const SYSTEMD_TAKES: Duration = Duration::from_millis(200);
+
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -434,14 +437,22 @@ impl Updater {
         let settled = pod.settle(&raised, may);
         let settled = match may {
             May::Fall => settled.await,
-            // A container must not wait for longer, nor be killed by its pod because systemd refuses.
-            May::Rise => match timeout(late_after(deadline), settled).await {
-                Ok(Ok(())) => Ok(()),
-                failed => {
-                    tracing::warn!(path = %pod.cgroup().path().display(), ?failed, "the limit of a pod is raised by hand");
-                    pod.raise_by_hand(&raised)
+            // A container must not wait for longer, nor be killed by its pod because systemd refuses: it is told afterwards.
+            // Where there is no time it is not even begun: a call that is given up may come through all the same.
+            May::Rise => {
+                let late = late_after(deadline);
+                let settled = match late {
+                    late if late < SYSTEMD_TAKES => None,
+                    late => timeout(late, settled).await.ok(),
+                };
+                match settled {
+                    Some(Ok(())) => Ok(()),
+                    failed => {
+                        tracing::warn!(path = %pod.cgroup().path().display(), ?failed, "the limit of a pod is raised by hand");
+                        pod.raise_by_hand(&raised)
+                    }
                 }
-            },
+            }
         };
         settled.map_err(text)?;
         // systemd may have set its own CPU quota again on the way.

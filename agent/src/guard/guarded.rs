@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, path::PathBuf};
 
 use bellows_core::{
-    Actuation, Bytes, History, Learnt, Nanos, Policy, Snapshot, Thrash, Thresholds,
+    Actuation, Bytes, History, Learnt, Nanos, Policy, Reason, Snapshot, Thrash, Thresholds,
     allowance::{Bound, Reached},
     arbiter::Why,
     decide::ByHand,
@@ -19,7 +19,7 @@ use super::{
     seconds,
 };
 use crate::{
-    actuate::shrink,
+    actuate::{reflex::LET_GO_FOR, shrink},
     cgroup::{Cgroup, CgroupError, MemoryStat},
     ledger::Record,
     metrics::METRICS,
@@ -122,8 +122,10 @@ pub(super) struct Guarded {
     /// Whether page cache is being given back for a lower limit.
     pub(super) is_making_room: bool,
     pub(super) held_since: Option<Nanos>,
-    /// Its patience was over before its raise was there.
-    pub(super) is_let_go: bool,
+    /// When its patience began, if it had been held all the time: holds that follow each other share one.
+    patient_since: Nanos,
+    /// When it was let go before its raise was there.
+    let_go: Option<Nanos>,
     pub(super) refused_shrink: Option<(Bytes, Nanos)>,
     pub(super) raise_not_before: Nanos,
     /// Whether what is requested could not be asked for, for a passing reason.
@@ -238,7 +240,8 @@ impl Guarded {
             lost_lowerings: 0,
             is_making_room: false,
             held_since: None,
-            is_let_go: false,
+            patient_since: Nanos(0),
+            let_go: None,
             refused_shrink: None,
             raise_not_before: Nanos(0),
             request_failed: false,
@@ -359,20 +362,34 @@ impl Guarded {
 
     /// For how long it can still be held for a raise.
     pub(super) fn patience(&self, at: Nanos) -> Nanos {
-        let left = |since: Nanos| self.policy.last_moment().since(at.since(since));
+        let all = self.policy.last_moment();
         match self.held_since {
-            _ if self.is_let_go => Nanos(0),
-            Some(since) => left(since),
-            None => self.policy.last_moment(),
+            Some(_) => all.since(at.since(self.patient_since)),
+            None if self.is_let_go(at) => Nanos(0),
+            None => all,
         }
     }
 
-    /// A hold has ended; returns how long it was.
-    pub(super) fn released(&mut self, at: Nanos) -> Option<Nanos> {
+    /// Whether it was let go a moment ago, and needs its raise yet. After that it may be held again, or lives without.
+    fn is_let_go(&self, at: Nanos) -> bool {
+        self.let_go
+            .is_some_and(|let_go| at.since(let_go) < LET_GO_FOR)
+    }
+
+    /// It is held from now on, until then at most.
+    pub(super) fn is_held(&mut self, at: Nanos, until: Nanos) {
+        let all = self.policy.allowance();
+        self.held_since = Some(at);
+        self.patient_since = at.min(Nanos(until.0.saturating_sub(all.0)));
+        self.let_go = None;
+    }
+
+    /// It is held no more; returns for how long it was.
+    pub(super) fn released(&mut self, at: Nanos, reason: Reason) -> Option<Nanos> {
+        let is_let_go = matches!(reason, Reason::HoldExpired | Reason::NoRoom);
+        self.let_go = is_let_go.then_some(at);
         let held = at.since(self.held_since.take()?);
         self.resumed(at);
-        let needs_more = self.waiting.is_some() || self.requested.is_some();
-        self.is_let_go = needs_more && held >= self.policy.last_moment();
         Some(held)
     }
 
@@ -392,7 +409,7 @@ impl Guarded {
         quiet_after(self.learnt_pause.max(self.pause))
     }
 
-    pub(super) const fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
+    pub(super) fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
         Snapshot {
             now,
             policy: self.policy,
@@ -401,8 +418,8 @@ impl Guarded {
             limit: self.limit,
             requested: self.requested,
             lowering: self.lowering,
-            held_since: self.held_since,
-            is_let_go: self.is_let_go,
+            held_since: self.held_since.map(|_| self.patient_since),
+            is_let_go: self.is_let_go(now),
             refused_shrink: self.refused_shrink,
             raise_not_before: self.raise_not_before,
             request_failed: self.request_failed,
@@ -508,7 +525,7 @@ impl Guarded {
 
     /// A burst that was expected did not come: what begins next may be for something else.
     pub(super) fn calm_down(&mut self) {
-        self.is_let_go &= self.requested.is_some();
+        self.let_go.take_if(|_| self.requested.is_none());
         let is_at_rest = self.limit <= self.policy.original && self.requested.is_none();
         let is_calm = self.history.demand < self.limit.per_mille(CALM_PER_MILLE);
         if is_at_rest && is_calm && self.policy.actuation != Actuation::Direct {
@@ -550,7 +567,7 @@ impl Guarded {
             }
         }
         self.limit = limit;
-        self.is_let_go &= !is_raise;
+        self.let_go.take_if(|_| is_raise);
         if limit > self.policy.original {
             self.raised_since.get_or_insert(at);
         }
@@ -749,19 +766,30 @@ mod tests {
         let at = |seconds: u64| Nanos::millis(seconds * 1000);
         let all = own.policy.last_moment();
         assert_eq!(own.patience(at(1)), all);
-        own.held_since = Some(at(1));
+        own.is_held(at(1), at(11));
         assert_eq!(own.patience(at(3)), all.since(at(2)));
         // Its raise is there.
-        assert_eq!(own.released(at(10)), Some(at(9)));
+        assert_eq!(own.released(at(10), Reason::RaiseArrived), Some(at(9)));
         assert_eq!(own.patience(at(10)), all);
-        own.held_since = Some(at(11));
-        own.requested = Some((Bytes::mib(256), at(20)));
-        own.released(at(21));
-        assert_eq!(own.patience(at(21)), Nanos(0));
+        // Most of it was spent by the hold before.
+        own.is_held(at(11), at(15));
+        assert_eq!(own.patience(at(12)), all.since(at(7)));
+        own.requested = Some((Bytes::mib(256), at(15)));
+        own.released(at(15), Reason::HoldExpired);
+        assert_eq!(own.patience(at(15)), Nanos(0));
         own.calm_down();
-        assert!(own.is_let_go, "it is under way");
+        assert!(own.is_let_go(at(15)), "it is under way");
         own.limit_is(at(22), Bytes::mib(256));
         assert_eq!(own.patience(at(22)), all);
+        // Nor is who lives without it in a hurry, or who is held again.
+        own.released(at(30), Reason::NoRoom);
+        assert_eq!(
+            [own.patience(at(31)), own.patience(at(60))],
+            [Nanos(0), all]
+        );
+        own.released(at(70), Reason::HoldExpired);
+        own.is_held(at(71), at(81));
+        assert_eq!(own.patience(at(71)), all);
     }
 
     #[test]

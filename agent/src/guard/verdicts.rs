@@ -27,8 +27,13 @@ impl<R: Requester> Controller<R> {
                     guarded.report.slowest_reaction.max(at.since(event_at));
                 guarded.limit_is(at, limit);
             }),
-            Verdict::Held { cgroup, at, braked } => self.update(cgroup, |guarded| {
-                guarded.held_since = Some(at);
+            Verdict::Held {
+                cgroup,
+                at,
+                until,
+                braked,
+            } => self.update(cgroup, |guarded| {
+                guarded.is_held(at, until);
                 METRICS.holds.inc();
                 guarded.report.holds += 1;
                 guarded.report.brakes += u64::from(braked);
@@ -40,8 +45,12 @@ impl<R: Requester> Controller<R> {
                 self.look_at(cgroup);
             }
             Verdict::Braked { cgroup } => self.update(cgroup, |guarded| guarded.report.brakes += 1),
-            Verdict::Released { cgroup, error } => self.update(cgroup, |guarded| {
-                if let Some(held) = guarded.released(at) {
+            Verdict::Released {
+                cgroup,
+                reason,
+                error,
+            } => self.update(cgroup, |guarded| {
+                if let Some(held) = guarded.released(at, reason) {
                     METRICS.held_seconds.inc_by(seconds(held));
                     guarded.report.held = Nanos(guarded.report.held.0 + held.0);
                 }

@@ -428,6 +428,11 @@ fn who_runs_shows_what_the_program_needs_before_its_like_has_ended() {
     let paused: BTreeSet<i32> = jobs.paused().map(|id| id.pid).collect();
     // Each needs 75 MiB, of 188: the first has most of that, the second a part.
     assert_eq!(paused, BTreeSet::from([4, 5]), "{orders:?}");
+    // It has not grown for long: those that end say what others need.
+    for at in [5000, 10_020, 10_030] {
+        jobs.look(&look(at, &[(2, 60), (3, 20), (4, 4), (5, 4)]));
+    }
+    assert_eq!(jobs.paused().count(), 0);
 }
 
 /// The oldest waits for the youngest, which is paused.
@@ -508,7 +513,14 @@ fn who_fits_runs() {
             } else {
                 known.step.scaled(LATE, 1)
             };
-            let projected = jobs.projected(known, seen.memory, largest);
+            let projected = jobs.projected(
+                known,
+                seen.memory,
+                Largest {
+                    of_all: largest,
+                    growing: largest,
+                },
+            );
             projected.minus(seen.memory).plus(meanwhile)
         };
         let run = look.processes.iter().filter(|seen| seen.may_pause);

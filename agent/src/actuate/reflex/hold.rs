@@ -141,7 +141,12 @@ impl Row {
             }
             braked => matches!(braked, Some(Ok(_))),
         };
-        Some(Ok(Verdict::Held { cgroup, at, braked }))
+        Some(Ok(Verdict::Held {
+            cgroup,
+            at,
+            until,
+            braked,
+        }))
     }
 
     fn freeze(&self, demand: Bytes, means: &mut Means<'_>) -> Result<(), String> {
@@ -438,6 +443,7 @@ impl Row {
         let recorded = self.intend(ledger, Action::Release, reason, Bytes::ZERO);
         Verdict::Released {
             cgroup,
+            reason,
             error: unbraked.and(thawed).and(recorded).err(),
         }
     }

@@ -44,6 +44,7 @@ use crate::{
 use brakes::Brakes;
 pub use controls::Controls;
 use freezer::{Freezer, Told};
+pub(crate) use row::LET_GO_FOR;
 use row::Row;
 
 /// How soon the limit of a cgroup that is held is looked at: the answer lifts the hold at once.
@@ -123,6 +124,8 @@ pub enum Verdict {
         cgroup: CgroupId,
         /// Since when.
         at: Nanos,
+        /// Until when at most.
+        until: Nanos,
         /// Whether its brake was set below its usage at once.
         braked: bool,
     },
@@ -159,6 +162,8 @@ pub enum Verdict {
     Released {
         /// The cgroup.
         cgroup: CgroupId,
+        /// Why.
+        reason: Reason,
         /// What could not be written on the way.
         error: Option<String>,
     },
@@ -528,6 +533,7 @@ impl Worker {
             };
             Verdict::Released {
                 cgroup,
+                reason,
                 error: left_alone.err(),
             }
         };

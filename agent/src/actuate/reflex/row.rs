@@ -27,7 +27,7 @@ use crate::{
 /// The kernel programs close a window with the first charge after 5 ms: one of twice that has had a pause in it.
 const SHORT_WINDOW: Nanos = Nanos::millis(10);
 /// How long a container whose hold expired is left alone.
-const LET_GO_FOR: Nanos = Nanos::millis(10_000);
+pub(crate) const LET_GO_FOR: Nanos = Nanos::millis(10_000);
 
 pub(super) struct Row {
     pub(super) cgroup: CgroupId,
