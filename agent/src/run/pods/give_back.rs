@@ -319,4 +319,22 @@ mod tests {
         bed.watch.forget("0f8c");
         assert!(bed.watch.giving_back.is_empty());
     }
+
+    /// A limit stays raised for as long as it is in use: that is no reason to raise it further.
+    #[tokio::test]
+    async fn who_is_only_watched_from_now_on_is_not_raised_while_its_limit_is_given_back() {
+        for mode in ["Observe", "Recommend"] {
+            let mut bed = Bed::new().await;
+            let app = key("app");
+            bed.sees_of("Act", "256Mi", MANAGER);
+            bed.is_guarded();
+            bed.sees_of(mode, "256Mi", MANAGER);
+            let pod = bed.watch.pods["0f8c"].clone();
+            bed.watch.apply(pod);
+            assert!(bed.watch.is_given_back(&app));
+            assert!(bed.watch.known[&app].cgroup.is_none(), "{mode}");
+            let targets = bed.watch.context.resizer.targets();
+            assert!(targets.with(|targets| targets.is_empty()), "{mode}");
+        }
+    }
 }

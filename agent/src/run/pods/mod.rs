@@ -536,7 +536,8 @@ impl Watch {
         for (name, wish) in wishes {
             let key = (uid.clone(), name);
             let done = match wish {
-                Ok(_) if self.is_given_back(&key) => {
+                // Who is not to be raised any more is not: that lets go of the controller's mode, and changes no limit.
+                Ok(wish) if wish.mode == Mode::Act && self.is_given_back(&key) => {
                     self.pending.insert(uid.clone());
                     Ok(())
                 }
