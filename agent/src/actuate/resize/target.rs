@@ -114,13 +114,18 @@ impl Target {
         Some(limit.page_floor())
     }
 
-    /// Takes over what the watch of pods says.
+    /// Takes over what the watch of pods says. What somebody else has set is on its way like what we have asked for: raised
+    /// beyond it by hand, the container would be killed when the kubelet sets it.
     pub fn follow(&mut self, seen: &pod::Pod, wish: &Wish, rest: Bytes) {
         self.is_pending = seen.is_resize_pending;
         self.is_in_progress = seen.is_resize_in_progress;
         // What the API says just after our own change may be older than that.
         if !self.was_just_taken() || wish.foreign {
+            let is_new = self.limit != wish.limit_text;
             self.limit.clone_from(&wish.limit_text);
+            if let Some(limit) = self.in_spec().filter(|_| wish.foreign && is_new) {
+                self.takes(limit);
+            }
         }
         // It says nothing of another limit.
         if self.limit == wish.limit_text {
@@ -347,6 +352,21 @@ pub(super) mod tests {
         assert_eq!(may(&both), ByHand::NotYet);
         assert_eq!(may(&|target| target.is_in_progress = true), ByHand::NotYet);
         assert_eq!(may(&|target| target.is_pending = true), ByHand::No);
+    }
+
+    /// The kubelet sets it with no regard to what was written meanwhile.
+    #[test]
+    fn nothing_is_raised_by_hand_beyond_what_somebody_else_has_just_set() {
+        let mut target = target();
+        let may = |target: &Target| target.may_be_raised_by_hand(Bytes::mib(256));
+        follows(&mut target, "64Mi", "kubectl", "app=64Mi");
+        assert_eq!(may(&target), ByHand::Yes);
+        follows(&mut target, "128Mi", "kubectl", "app=64Mi");
+        assert_eq!(may(&target), ByHand::NotYet);
+        // What is seen again is as old as it was.
+        target.taken.clear();
+        follows(&mut target, "128Mi", "kubectl", "app=64Mi");
+        assert_eq!(may(&target), ByHand::Yes);
     }
 
     #[test]
