@@ -127,6 +127,11 @@ impl Ways {
         self.lock().server
     }
 
+    #[cfg(test)]
+    pub(crate) fn knows(&self, server: Server) {
+        self.lock().server = Some(server);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -333,7 +333,14 @@ impl Watch {
             self.events.guarded(pod, note);
         }
         let targets = self.context.resizer.targets();
-        targets.of(cgroup, |target| target.follow(seen, wish, wanted.original));
+        let is_recorded = targets.of(cgroup, |target| {
+            target.follow(seen, wish, wanted.original);
+            target.is_recorded
+        });
+        if wish.recorded && is_recorded == Some(false) {
+            // What the pod says may be older than what the API took last, and no event of it may come to say more.
+            self.pending.insert(key.0.clone());
+        }
         if !wish.recorded {
             self.record_beside(
                 key,

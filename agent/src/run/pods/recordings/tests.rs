@@ -1,6 +1,6 @@
 use bellows_core::{
     Bytes,
-    pod::{MODE, ORIGINAL},
+    pod::{MODE, ORIGINAL, way::Server},
 };
 use tokio::sync::mpsc::unbounded_channel;
 
@@ -105,6 +105,39 @@ async fn a_recording_may_end_after_its_pod_or_another_change() {
     bed.watch.forget("0f8c");
     bed.ends("128Mi", Ok("app=128Mi".to_owned()));
     assert!(bed.watch.originals.is_empty() && bed.watch.recordings.stored.is_empty());
+}
+
+/// The answer of a resize of ours comes after the watch has told of what somebody else has set since.
+#[tokio::test]
+async fn what_is_recorded_while_older_news_hold_is_looked_at_again() {
+    let mut bed = Bed::new().await;
+    bed.watch.context.resizer.ways().knows(Server {
+        minor: 36,
+        has_resize: true,
+        takes_patch: None,
+    });
+    bed.sees("64Mi");
+    bed.is_guarded();
+    assert_eq!(bed.follows().as_deref(), Some("64Mi"));
+    assert!(bed.watch.pending.is_empty());
+    bed.sees("96Mi");
+    assert_eq!(bed.follows(), None);
+    let targets = bed.watch.context.resizer.targets().clone();
+    let is_told = |limit: &str| {
+        let told = targets.with(|targets| {
+            let mut all = targets.values_mut();
+            all.next().map(|target| target.limit = limit.to_owned())
+        });
+        told.unwrap();
+    };
+    is_told("512Mi");
+    bed.ends("96Mi", Ok("app=96Mi".to_owned()));
+    assert_eq!(bed.limit(), None);
+    assert!(bed.watch.pending.contains("0f8c"));
+    is_told("96Mi");
+    bed.watch.retry();
+    assert_eq!(bed.limit().as_deref(), Some("96Mi"));
+    assert!(bed.watch.pending.is_empty());
 }
 
 /// What is seen of the pod is older than what was stored last.
