@@ -41,6 +41,7 @@ pub(crate) use answer::is_uncertain;
 use answer::{counted, only_by_hand, refusal, silent, unrecorded};
 pub use change::{Change, limits_patch, parameters};
 pub(crate) use change::{pointer, test, test_uid};
+pub(crate) use target::CARRIED_OUT;
 pub use target::{Order, Target};
 pub use way::{Probed, Ways, patched};
 
@@ -195,7 +196,7 @@ impl Resizer {
     }
 
     /// Waits until the API may be asked for a change. It bounds what this node asks of it, its urgent changes first.
-    pub(super) async fn may_ask(&self, urgency: Urgency) {
+    pub(crate) async fn may_ask(&self, urgency: Urgency) {
         loop {
             let taken = {
                 let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
@@ -425,9 +426,9 @@ impl Resizer {
         })
     }
 
-    /// Changes something else in a pod than a memory limit; returns whether it may still come, too. What was raised by hand
+    /// Changes something else in a pod than a memory limit that is guarded; returns whether it may still come, too. What was raised by hand
     /// of memory goes with it.
-    pub(super) async fn patch_beside(
+    pub(crate) async fn patch_beside(
         &self,
         uid: &str,
         way: Way,

@@ -14,7 +14,7 @@ use super::change::Change;
 use crate::cgroup::Cgroup;
 
 /// For so long the kubelet may be about to carry out what the API has taken (0.3 to 1.5 s on an idle node).
-const CARRIED_OUT: Duration = Duration::from_secs(2);
+pub(crate) const CARRIED_OUT: Duration = Duration::from_secs(2);
 
 /// Held while a request of a pod is under way.
 pub type Order = Arc<tokio::sync::Mutex<()>>;

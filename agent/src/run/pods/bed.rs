@@ -23,6 +23,7 @@ use super::{
     allowances::Allowed,
     autoscalers::Autoscalers,
     conditions::Conditions,
+    give_back::GivingBack,
     policies::Policies,
     recordings::{Recorded, Recordings},
     requests::Requests,
@@ -116,7 +117,7 @@ impl Bed {
             known: BTreeMap::new(),
             pending: BTreeSet::new(),
             retried: String::new(),
-            giving_back: BTreeMap::new(),
+            giving_back: GivingBack::default(),
             watched: BTreeMap::new(),
             originals: BTreeMap::new(),
             orders: BTreeMap::new(),
@@ -158,7 +159,7 @@ impl Bed {
             },
             "spec": { "containers": [{ "name": "app", "resources": { "limits": limits } }] },
             "status": { "phase": "Running", "containerStatuses": [{
-                "name": "app", "containerID": "containerd://1f", "state": { "running": {} },
+                "name": "app", "containerID": "containerd://1f", "state": { "running": {} }, "resources": {},
             }] },
         });
         let pod: Pod = serde_json::from_value(pod).unwrap();

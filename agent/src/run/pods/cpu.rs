@@ -199,7 +199,7 @@ impl Watch {
             });
             Some(quota_of(wish, quota))
         });
-        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let order = self.order(&seen.uid);
         let target = CpuTarget {
             namespace: seen.namespace.clone(),
             name: seen.name.clone(),

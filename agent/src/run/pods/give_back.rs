@@ -5,11 +5,19 @@
 //! kubelet lets it live. It cannot do so once its account is gone, so whoever takes everything away deletes the
 //! DaemonSet first ([`uninstall`]).
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bellows_core::{
+    bucket::Urgency,
     elastic::Mode,
-    pod::{self, Level, Raised},
+    pod::{self, Level, Raised, way::Way},
     quantity,
 };
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -17,17 +25,19 @@ use kube::{
     Api, Client,
     api::{DeleteParams, ListParams},
 };
+use thiserror::Error;
 use tokio::{
-    task::spawn_blocking,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::{JoinHandle, spawn_blocking},
     time::{Instant, sleep, timeout},
 };
 
-use super::{Key, Watch, node, one};
+use super::{Key, RETRY, Watch, node, one};
 use crate::{
     actuate::{
         containers::Owner as _,
         pod_cpu::CpuResizer,
-        resize::{Change, Order, Probed, Resizer, TIMEOUT, Ways, limits_patch, patched},
+        resize::{CARRIED_OUT, Change, Order, Probed, Resizer},
         shrink,
     },
     attribution::{api::Pod, pods::convert},
@@ -42,12 +52,85 @@ const LAST: Duration = Duration::from_secs(20);
 /// How long it takes to find out whether it does.
 const ASKED: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_secs(1);
+/// How many limits are given back beside the watch at a time.
+const AT_A_TIME: usize = 4;
+/// How seldom at last what the API does not take.
+const LONGEST: Duration = Duration::from_secs(60);
 /// For how long the end of all agents is waited for. A node that does not answer must not keep Bellows installed.
 const ALL_AGENTS: Duration = Duration::from_secs(180);
 
+/// Limits that are given back beside the watch.
+pub(super) struct GivingBack {
+    tries: BTreeMap<Key, Try>,
+    few: Arc<Semaphore>,
+}
+
+/// The last try of a limit.
+struct Try {
+    task: JoinHandle<()>,
+    begun: Instant,
+    /// How often in a row the API has not taken it.
+    in_vain: Arc<AtomicU32>,
+}
+
+/// Why a limit is not what it was.
+#[derive(Debug, Error)]
+enum NotBack {
+    #[error("more than {0} is in use")]
+    InUse(String),
+    #[error("{0}")]
+    Refused(String),
+    /// It may come all the same.
+    #[error("{0}")]
+    Uncertain(String),
+}
+
+impl Default for GivingBack {
+    fn default() -> Self {
+        Self {
+            tries: BTreeMap::new(),
+            few: Arc::new(Semaphore::new(AT_A_TIME)),
+        }
+    }
+}
+
+impl GivingBack {
+    /// Whether one may be tried now: with the turn, which is held until it has ended, and what counts its failures. Who has
+    /// no turn does not wait for it: it is guarded if somebody asks for it meanwhile.
+    fn may_begin(&self, key: &Key) -> Option<(OwnedSemaphorePermit, Arc<AtomicU32>)> {
+        let before = self.tries.get(key);
+        if before.is_some_and(|before| !before.may_be_repeated()) {
+            return None;
+        }
+        let turn = Arc::clone(&self.few).try_acquire_owned().ok()?;
+        let in_vain = before.map(|before| Arc::clone(&before.in_vain));
+        Some((turn, in_vain.unwrap_or_default()))
+    }
+
+    pub(super) fn forget(&mut self, uid: &str) {
+        self.tries.retain(|(own, _), _| own != uid);
+    }
+}
+
+impl Try {
+    fn may_be_repeated(&self) -> bool {
+        let in_vain = self.in_vain.load(Ordering::Relaxed);
+        self.task.is_finished() && self.begun.elapsed() >= not_before(in_vain)
+    }
+}
+
+/// How long after a try that the API has not taken the next may begin. What is in use is not asked for, and is looked at with
+/// the pod.
+fn not_before(in_vain: u32) -> Duration {
+    let doubled = in_vain.checked_sub(1).map(|doubled| doubled.min(5));
+    let wait = doubled.map(|doubled| RETRY * (1 << doubled));
+    wait.unwrap_or_default().min(LONGEST)
+}
+
 impl Watch {
     /// Gives back what is left raised of a pod and nobody asks for any more, beside the watch: to reclaim page cache takes
-    /// seconds, and so may the API. It is tried again until the API says that it is so.
+    /// seconds, and so may the API. It is tried again until the API says that it is so, few at a time and ever more seldom
+    /// while the API refuses it: a policy that is deleted leaves all containers of a node at once.
     pub(super) fn give_back_left(&mut self, seen: &pod::Pod, wishes: &pod::Wishes) {
         for raised in pod::left_raised(seen) {
             let wish = wishes.get(&raised.container);
@@ -58,83 +141,130 @@ impl Watch {
             self.pending.insert(seen.uid.clone());
             let key = (seen.uid.clone(), raised.container.clone());
             // With any resize the kubelet would take back another that stands on the node alone.
-            let resizer = &self.context.resizer;
-            if self.is_given_back(&key) || resizer.is_only_by_hand(&seen.uid, None) {
+            if self.context.resizer.is_only_by_hand(&seen.uid, None) {
                 continue;
             }
-            let (client, ways) = (self.context.client.clone(), resizer.ways().clone());
-            let (order, seen) = (self.order(&seen.uid), seen.clone());
-            let giving = tokio::spawn(async move {
-                if let Err(why) = give_back(&client, &ways, order, &seen, &raised).await {
-                    tracing::warn!(
-                        pod.namespace = seen.namespace,
-                        pod.name = seen.name,
-                        container = raised.container,
-                        why,
-                        "a limit is not given back yet"
-                    );
+            let Some((turn, in_vain)) = self.giving_back.may_begin(&key) else {
+                continue;
+            };
+            let (resizer, order) = (self.context.resizer.clone(), self.order(&seen.uid));
+            let (seen, counted) = (seen.clone(), Arc::clone(&in_vain));
+            let task = tokio::spawn(async move {
+                let given = given_back(&resizer, &order, &seen, &raised).await;
+                drop(turn);
+                if let Err(why) = &given {
+                    not_given_back(&seen, &raised.container, why);
                 }
+                until_carried_out(given, &counted).await;
             });
-            self.giving_back.insert(key, giving);
+            let last = Try {
+                task,
+                begun: Instant::now(),
+                in_vain,
+            };
+            self.giving_back.tries.insert(key, last);
         }
     }
 
     /// Whether a container's limit is being given back: whoever guards it meanwhile would see it lowered in the middle of a
     /// burst.
     pub(super) fn is_given_back(&self, key: &Key) -> bool {
-        let giving = self.giving_back.get(key);
-        giving.is_some_and(|giving| !giving.is_finished())
+        let last = self.giving_back.tries.get(key);
+        last.is_some_and(|last| !last.task.is_finished())
     }
 }
 
-/// As soon as usage allows it: the kubelet refuses a limit below usage, does not look again until the pod changes, and
-/// carries out no other resize of the pod meanwhile.
-async fn give_back(
-    client: &Client,
-    ways: &Ways,
-    order: Order,
+fn not_given_back(seen: &pod::Pod, container: &str, why: &NotBack) {
+    tracing::warn!(
+        pod.namespace = seen.namespace,
+        pod.name = seen.name,
+        container,
+        %why,
+        "a limit is not given back yet"
+    );
+}
+
+/// As soon as usage allows it, in the order of the pod's requests.
+async fn given_back(
+    resizer: &Resizer,
+    order: &Order,
     seen: &pod::Pod,
     raised: &Raised,
-) -> Result<(), String> {
+) -> Result<(), NotBack> {
+    room_is_made(seen, raised).await?;
+    resizer.may_ask(Urgency::Later).await;
+    let (level, change) = back(raised);
+    let way = way(resizer, seen, level, &change).await?;
+    let _turn = order.lock().await;
+    changed_back(resizer, way, seen, change).await
+}
+
+/// The API's answer is not the end of it: whoever guards the container before the kubelet has carried it out, and so takes the
+/// limit in force for its own, is lowered in the middle of a burst.
+async fn until_carried_out(given: Result<(), NotBack>, in_vain: &AtomicU32) {
+    match given {
+        Ok(()) => in_vain.store(0, Ordering::Relaxed),
+        Err(NotBack::InUse(_)) => return,
+        Err(NotBack::Refused(_) | NotBack::Uncertain(_)) => {
+            in_vain.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    if !matches!(given, Err(NotBack::Refused(_))) {
+        sleep(CARRIED_OUT).await;
+    }
+}
+
+/// The kubelet refuses a limit below usage, does not look again until the pod changes, and carries out no other resize of
+/// the pod meanwhile.
+async fn room_is_made(seen: &pod::Pod, raised: &Raised) -> Result<(), NotBack> {
     let Raised {
         level,
-        limit,
         original,
         id,
         ..
     } = raised;
     let path = one::find(&seen.uid, *level, id.as_deref());
-    let to = quantity::parse(original).map_err(|error| error.to_string())?;
+    let to = quantity::parse(original).map_err(|error| NotBack::Refused(error.to_string()))?;
     if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
         let made = spawn_blocking(move || shrink::make_room_in(&cgroup, to));
         if !matches!(made.await, Ok(Ok(true))) {
-            return Err(format!("more than {original} is in use"));
+            return Err(NotBack::InUse(original.clone()));
         }
     }
-    let _turn = order.lock_owned().await;
-    let change = Change::memory(*level, limit.clone(), original.clone());
-    changed_back(client, ways, seen, *level, change).await
+    Ok(())
 }
 
-async fn changed_back(
-    client: &Client,
-    ways: &Ways,
+fn back(raised: &Raised) -> (Level, Change) {
+    let (from, to) = (raised.limit.clone(), raised.original.clone());
+    (raised.level, Change::memory(raised.level, from, to))
+}
+
+async fn way(
+    resizer: &Resizer,
     seen: &pod::Pod,
     level: Level,
+    change: &Change,
+) -> Result<Way, NotBack> {
+    let probed = Probed::of(seen, level, change.clone());
+    resizer.ways().of(&probed).await.map_err(NotBack::Refused)
+}
+
+/// Whoever is guarded in the same pod is told of it, and what was raised there by hand goes with it: with any resize the
+/// kubelet sets all limits to what the spec says.
+async fn changed_back(
+    resizer: &Resizer,
+    way: Way,
+    seen: &pod::Pod,
     change: Change,
-) -> Result<(), String> {
-    let patch = limits_patch(&seen.uid, std::slice::from_ref(&change));
-    let way = ways.of(&Probed::of(seen, level, change)).await?;
+) -> Result<(), NotBack> {
     let named = (seen.namespace.as_str(), seen.name.as_str());
-    match timeout(TIMEOUT, patched(client, way, named, &patch)).await {
+    let (patched, is_uncertain) = resizer.patch_beside(&seen.uid, way, named, change).await;
+    match patched {
         Ok(Ok(_patched)) => Ok(()),
-        // It has changed since, which will be told.
-        Ok(Err(kube::Error::Api(status))) if [404, 409, 422].contains(&status.code) => {
-            tracing::debug!(pod.name = seen.name, %status, "a limit is not what it was");
-            Ok(())
-        }
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_elapsed) => Err("the API does not answer".to_owned()),
+        Ok(Err(error)) if is_uncertain => Err(NotBack::Uncertain(error.to_string())),
+        // It may have changed since, which will be told.
+        Ok(Err(error)) => Err(NotBack::Refused(error.to_string())),
+        Err(_elapsed) => Err(NotBack::Uncertain("the API does not answer".to_owned())),
     }
 }
 
@@ -215,16 +345,8 @@ impl Leaving {
             let seen = convert(&pod);
             for raised in pod::left_raised(&seen) {
                 found += 1;
-                let (client, ways) = (&self.client, self.movers.resizer.ways());
-                let given = give_back(client, ways, Order::default(), &seen, &raised).await;
-                if let Err(why) = given {
-                    tracing::warn!(
-                        pod.namespace = seen.namespace,
-                        pod.name = seen.name,
-                        container = raised.container,
-                        why,
-                        "a limit is not given back yet"
-                    );
+                if let Err(why) = self.give_back(&seen, &raised).await {
+                    not_given_back(&seen, &raised.container, &why);
                 }
             }
             let cpus = pod::cpu_wishes(&seen, &[]).into_values().flatten();
@@ -244,18 +366,35 @@ impl Leaving {
             });
             for (level, change) in cpus.chain(requests) {
                 found += 1;
-                let (client, ways) = (&self.client, self.movers.resizer.ways());
-                if let Err(why) = changed_back(client, ways, &seen, level, change).await {
+                if let Err(why) = self.change_back(&seen, level, change).await {
                     tracing::warn!(
                         pod.namespace = seen.namespace,
                         pod.name = seen.name,
-                        why,
+                        %why,
                         "a CPU limit or memory request is not given back yet"
                     );
                 }
             }
         }
         Ok(found)
+    }
+
+    async fn give_back(&self, seen: &pod::Pod, raised: &Raised) -> Result<(), NotBack> {
+        room_is_made(seen, raised).await?;
+        let (level, change) = back(raised);
+        self.change_back(seen, level, change).await
+    }
+
+    /// Nobody else moves anything any more: it is in nobody's order, and waits for no token.
+    async fn change_back(
+        &self,
+        seen: &pod::Pod,
+        level: Level,
+        change: Change,
+    ) -> Result<(), NotBack> {
+        let resizer = &self.movers.resizer;
+        let way = way(resizer, seen, level, &change).await?;
+        changed_back(resizer, way, seen, change).await
     }
 }
 
@@ -288,9 +427,14 @@ pub async fn uninstall(daemon_set: &str) -> Result<bool, RunError> {
 
 #[cfg(test)]
 mod tests {
-    use bellows_core::pod::MANAGER;
+    use bellows_core::{Bytes, CgroupId, decide::ByHand, pod::MANAGER};
+    use futures::FutureExt as _;
 
-    use super::super::bed::{Bed, key};
+    use super::{
+        super::bed::{Bed, key},
+        *,
+    };
+    use crate::guard::Requester as _;
 
     /// A policy is gone while limits are raised: others go on being guarded, whatever the API does.
     #[tokio::test]
@@ -306,9 +450,10 @@ mod tests {
         assert!(!bed.watch.is_given_back(&app));
         follow(&mut bed, "Off", "256Mi");
         assert!(bed.watch.is_given_back(&app) && bed.watch.pending.contains("0f8c"));
-        let task = bed.watch.giving_back[&app].id();
+        let task = |bed: &Bed| bed.watch.giving_back.tries[&app].task.id();
+        let first = task(&bed);
         follow(&mut bed, "Off", "256Mi");
-        assert_eq!(bed.watch.giving_back[&app].id(), task, "one at a time");
+        assert_eq!(task(&bed), first, "one at a time");
         // Nor is it guarded before that has ended.
         bed.sees_of("Act", "256Mi", MANAGER);
         bed.is_guarded();
@@ -317,7 +462,7 @@ mod tests {
         assert_eq!(bed.limit().as_deref(), Some("256Mi"));
         assert!(bed.watch.pending.contains("0f8c"));
         bed.watch.forget("0f8c");
-        assert!(bed.watch.giving_back.is_empty());
+        assert!(bed.watch.giving_back.tries.is_empty());
     }
 
     /// A limit stays raised for as long as it is in use: that is no reason to raise it further.
@@ -336,5 +481,76 @@ mod tests {
             let targets = bed.watch.context.resizer.targets();
             assert!(targets.with(|targets| targets.is_empty()), "{mode}");
         }
+    }
+
+    /// With the patch of one container the kubelet may set the limit of another: nobody raises that beyond it meanwhile, and
+    /// nothing is asked for where the patch could not carry it.
+    #[tokio::test]
+    async fn whoever_is_guarded_beside_it_is_told() {
+        let mut bed = Bed::new().await;
+        bed.sees_of("Act", "64Mi", MANAGER);
+        bed.is_guarded();
+        bed.raised_by_hand(Some(Bytes::mib(128)));
+        let (_, seen, _) = bed.wish();
+        let resizer = bed.watch.context.resizer.clone();
+        let may = || resizer.by_hand(CgroupId(1), Bytes::mib(256));
+        let changed = || {
+            let change = Change::memory(Level::Container(1), "512Mi".to_owned(), "64Mi".to_owned());
+            changed_back(&resizer, Way::Resize, &seen, change)
+        };
+        assert_eq!(may(), ByHand::Yes);
+        let mut asked = Box::pin(changed());
+        assert!(asked.as_mut().now_or_never().is_none());
+        assert_eq!(may(), ByHand::NotYet);
+        let targets = resizer.targets();
+        targets.with(|targets| {
+            targets
+                .values_mut()
+                .for_each(|target| target.way = Way::Node);
+        });
+        let refused = changed().now_or_never();
+        assert!(matches!(refused, Some(Err(NotBack::Refused(_)))));
+    }
+
+    #[tokio::test]
+    async fn it_is_not_over_before_the_kubelet_has_carried_it_out() {
+        let in_vain = AtomicU32::new(3);
+        let ends = |given| until_carried_out(given, &in_vain).now_or_never().is_some();
+        let why = || "for a reason".to_owned();
+        assert!(ends(Err(NotBack::InUse(why()))));
+        assert_eq!(in_vain.load(Ordering::Relaxed), 3);
+        assert!(ends(Err(NotBack::Refused(why()))));
+        assert!(!ends(Err(NotBack::Uncertain(why()))));
+        assert_eq!(in_vain.load(Ordering::Relaxed), 5);
+        assert!(!ends(Ok(())));
+        assert_eq!(in_vain.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn few_are_given_back_at_a_time_and_what_is_refused_ever_more_seldom() {
+        assert_eq!(not_before(0), Duration::ZERO);
+        let waits = [1, 2, 5, 6, u32::MAX].map(|in_vain| not_before(in_vain).as_secs());
+        assert_eq!(waits, [2, 4, 32, 60, 60]);
+        let mut bed = Bed::new().await;
+        let app = key("app");
+        let few = Arc::clone(&bed.watch.giving_back.few);
+        let others = few.acquire_many(u32::try_from(AT_A_TIME).unwrap()).await;
+        let others = others.unwrap();
+        let follow = |bed: &mut Bed| {
+            bed.sees_of("Off", "256Mi", MANAGER);
+            let pod = bed.watch.pods["0f8c"].clone();
+            bed.watch.apply(pod);
+            bed.watch.is_given_back(&key("app"))
+        };
+        assert!(!follow(&mut bed) && bed.watch.pending.contains("0f8c"));
+        drop(others);
+        assert!(follow(&mut bed));
+        // In the order of whoever else comes to ask for something of the pod.
+        assert!(bed.watch.orders.contains_key("0f8c"));
+        let last = bed.watch.giving_back.tries.get_mut(&app).unwrap();
+        last.task.abort();
+        drop((&mut last.task).await);
+        last.in_vain.store(1, Ordering::Relaxed);
+        assert!(!follow(&mut bed), "too soon");
     }
 }

@@ -74,6 +74,7 @@ use allowances::{Allowed, News};
 use autoscalers::Autoscalers;
 use conditions::Conditions;
 use cpu::KnownCpu;
+use give_back::GivingBack;
 use node::Teller;
 use policies::Policies;
 use recordings::Recordings;
@@ -187,7 +188,7 @@ pub(super) async fn watch(context: Context) {
         // A predecessor may have raised by hand what nobody asks for any more.
         is_any_left: Arc::new(AtomicBool::new(true)),
         lowering: None,
-        giving_back: BTreeMap::new(),
+        giving_back: GivingBack::default(),
         asking: None,
         way_found,
         is_listed: false,
@@ -326,7 +327,7 @@ struct Watch {
     /// While such limits are lowered.
     lowering: Option<JoinHandle<()>>,
     /// While limits are given back that the API knows, and nobody asks for any more.
-    giving_back: BTreeMap<Key, JoinHandle<()>>,
+    giving_back: GivingBack,
     /// While the API is asked how limits are changed here.
     asking: Option<JoinHandle<()>>,
     /// To this watch: that is known.
@@ -734,8 +735,8 @@ impl Watch {
     }
 
     /// Held while a request of a pod is under way.
-    fn order(&self, uid: &str) -> Order {
-        self.orders.get(uid).cloned().unwrap_or_default()
+    fn order(&mut self, uid: &str) -> Order {
+        Order::clone(self.orders.entry(uid.to_owned()).or_default())
     }
 
     fn forget_cgroup(&mut self, key: &Key) {
@@ -757,7 +758,7 @@ impl Watch {
         self.starting.retain(|(own, _), _| own != uid);
         self.cpu_refused.retain(|((own, _), _), _| own != uid);
         self.recordings.forget(uid);
-        self.giving_back.retain(|(own, _), _| own != uid);
+        self.giving_back.forget(uid);
         let keys: Vec<Key> = self.keys(uid).cloned().collect();
         for key in keys {
             self.forget_cgroup(&key);

@@ -21,7 +21,7 @@ use super::{Context, Key, Known, Watch, Watched, record::Place};
 use crate::{
     actuate::{
         by_hand::PINNED,
-        resize::{Change, Order, Probed, Target},
+        resize::{Change, Probed, Target},
     },
     attribution::{self, CGROUP_ROOT, api::Pod},
     cgroup::Cgroup,
@@ -114,7 +114,7 @@ impl Watch {
             self.pending.insert(key.0.clone());
             return Ok(());
         }
-        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let order = self.order(&seen.uid);
         let mut target = Target::new(seen, wish, cgroup.clone(), (policy.original, way), order);
         let is_by_hand = self.context.resizer.by_hands().contains(cgroup.path());
         if is_by_hand {

@@ -166,7 +166,7 @@ impl Watch {
         let path = one::find(&seen.uid, Level::Container(wish.index), wish.id.as_deref());
         let path = path.ok_or("it has no cgroup yet")?;
         let cgroup = Cgroup::open(&path).map_err(|error| error.to_string())?;
-        let order = Order::clone(self.orders.entry(seen.uid.clone()).or_default());
+        let order = self.order(&seen.uid);
         let name = format!("{}/{}/{}", seen.namespace, seen.name, key.1);
         if let Some(known) = self.requests.known.get_mut(key) {
             tracing::info!(container = name, "it was started again");
