@@ -17,7 +17,7 @@ const LONGEST_NOTE: usize = 1024;
 const NOTE_END: usize = 320;
 
 /// All reasons.
-pub(super) const REASONS: [&str; 37] = [
+pub(super) const REASONS: [&str; 38] = [
     "BoostPartlySupported",
     "CpuLimitNotRecorded",
     "CriticalPodNotSupported",
@@ -30,6 +30,7 @@ pub(super) const REASONS: [&str; 37] = [
     "InvalidAnnotation",
     "InvalidLimit",
     "InvalidPolicy",
+    "LimitNotRecorded",
     "LimitRangeReached",
     "NoCpuLimit",
     "NoKernelPrograms",

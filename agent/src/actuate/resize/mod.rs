@@ -508,12 +508,15 @@ impl Resizer {
     }
 
     /// Lowers a limit to what the spec says all the time: nobody else would. Where limits are moved on the node alone, to
-    /// whatever is wanted.
+    /// whatever is wanted, and while nothing may be asked of the API because what somebody else has set is not recorded, to
+    /// what the spec says at least: it would stay where it is for as long as that is refused.
     async fn is_lowered_by_hand(&self, cgroup: CgroupId, to: Bytes) -> Result<bool, Refused> {
         let raised = self.target(cgroup, |target| {
             let by_hand = target.by_hand?;
-            let is_said = target.in_spec() == Some(to.page_floor());
-            let is_lowering = to < by_hand && (is_said || target.way == Way::Node);
+            let in_spec = target.in_spec()?;
+            let is_said = to.page_floor() == in_spec;
+            let is_above = !target.is_recorded && to.page_floor() > in_spec;
+            let is_lowering = to < by_hand && (is_said || is_above || target.way == Way::Node);
             is_lowering.then(|| (target.cgroup.clone(), by_hand))
         })?;
         let Some((own, by_hand)) = raised else {
@@ -839,5 +842,30 @@ mod tests {
         assert_eq!(asked(true).await, (true, 1));
         assert_eq!(asked(false).await, (false, 0));
         fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_raised_by_hand_comes_down_while_nothing_is_recorded() {
+        let resizer = resizer();
+        let by_hand = Bytes::mib(512);
+        let lowered = async |is_recorded, to| {
+            let raised = Target {
+                by_hand: Some(by_hand),
+                is_recorded,
+                ..target()
+            };
+            let targets = &resizer.targets;
+            targets.with(|targets| targets.insert(CgroupId(1), raised));
+            let is_lowered = resizer
+                .is_lowered_by_hand(CgroupId(1), Bytes::mib(to))
+                .await;
+            let left = targets.of(CgroupId(1), |target| target.by_hand);
+            (is_lowered.unwrap(), left.flatten())
+        };
+        assert_eq!(lowered(true, 256).await, (false, Some(by_hand)));
+        assert_eq!(lowered(false, 256).await, (true, Some(Bytes::mib(256))));
+        assert_eq!(lowered(false, 64).await, (true, None));
+        // The spec would still say more.
+        assert_eq!(lowered(false, 32).await, (false, Some(by_hand)));
     }
 }

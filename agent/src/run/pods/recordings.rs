@@ -212,13 +212,17 @@ impl Watch {
                 self.request_not_recorded(&key, &pod, not.why);
             }
             Err(not) => {
+                self.pending.insert(key.0.clone());
+                if not.is_refused {
+                    self.refuse(&key, &pod, "LimitNotRecorded", not.why);
+                    return;
+                }
                 tracing::warn!(
                     pod.name = pod.name_any(),
                     container = key.1,
                     why = not.why,
                     "a limit or request is not recorded yet"
                 );
-                self.pending.insert(key.0);
                 return;
             }
         }

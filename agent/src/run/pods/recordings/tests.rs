@@ -140,6 +140,28 @@ async fn what_is_recorded_while_older_news_hold_is_looked_at_again() {
     assert!(bed.watch.pending.is_empty());
 }
 
+#[tokio::test]
+async fn a_memory_limit_whose_recording_is_refused_is_told_of_and_tried_again() {
+    let mut bed = Bed::new().await;
+    bed.sees("64Mi");
+    bed.is_guarded();
+    bed.sees("96Mi");
+    assert_eq!(bed.follows(), None);
+    bed.watch.pending.clear();
+    let refused = || NotRecorded {
+        why: "no annotations here".to_owned(),
+        is_refused: true,
+    };
+    bed.ends("96Mi", Err(refused()));
+    assert!(bed.watch.pending.contains("0f8c"));
+    let told = |bed: &Bed| bed.watch.known[&key("app")].refusal.clone();
+    assert_eq!(told(&bed), Some(refused().why));
+    // It stays told, so that it is told once.
+    assert_eq!(bed.follows(), None);
+    assert!(bed.is_recording());
+    assert_eq!(told(&bed), Some(refused().why));
+}
+
 /// What is seen of the pod is older than what was stored last.
 #[tokio::test]
 async fn a_recording_goes_on_from_what_was_stored_last() {
