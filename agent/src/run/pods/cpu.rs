@@ -27,7 +27,6 @@ use crate::{
         containers::{Containers, Owner as _, QuotaTimes},
         pod::{Pod as PodCgroup, PodRecords},
         pod_cpu::CpuTarget,
-        resize::Order,
     },
     attribution::{self, api::Pod, places::id_in},
     cgroup::{Cgroup, quota::Quota},

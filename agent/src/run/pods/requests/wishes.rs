@@ -18,7 +18,6 @@ use tokio::time::Instant;
 
 use super::{Key, Watch, change::REFUSED, known::KnownRequest, recent::Recent};
 use crate::{
-    actuate::resize::Order,
     attribution::api::Pod,
     cgroup::Cgroup,
     run::pods::{one, record::Place},
