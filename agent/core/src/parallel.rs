@@ -378,8 +378,7 @@ impl Jobs {
         for known in self.known.values().filter(|known| known.is_job) {
             let most = largest.entry(&known.program).or_default();
             most.of_all = most.of_all.max(known.peak);
-            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
-            if !is_flat && known.state != State::Pinned {
+            if !known.is_flat(look.now) && known.state != State::Pinned {
                 most.growing = most.growing.max(known.peak);
             }
         }
@@ -393,7 +392,7 @@ impl Jobs {
                 continue;
             }
             let largest = largest.get(&*known.program).copied().unwrap_or_default();
-            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
+            let is_flat = known.is_flat(look.now);
             let projected = if is_flat {
                 seen.memory.per_mille(FLAT_PER_MILLE)
             } else {
@@ -517,7 +516,7 @@ impl Jobs {
         let candidates = look.processes.iter().filter(|seen| seen.may_pause);
         let known = candidates.filter_map(|seen| self.known.get(&seen.id));
         let paces = known.map(|known| {
-            let is_flat = look.now.since(known.grown.0) >= FLAT_AFTER;
+            let is_flat = known.is_flat(look.now);
             let is_known = self.ended.contains_key(&known.program);
             match (known.looks < SETTLED || known.is_job && !is_flat, is_known) {
                 (false, _) => Pace::Calm,
@@ -543,6 +542,10 @@ impl Jobs {
 }
 
 impl Known {
+    fn is_flat(&self, now: Nanos) -> bool {
+        now.since(self.grown.0) >= FLAT_AFTER
+    }
+
     fn new(now: Nanos, seen: &Seen) -> Self {
         Self {
             program: seen.program.clone(),

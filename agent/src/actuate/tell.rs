@@ -119,14 +119,7 @@ impl Updater {
             // Whatever grew is raised again.
             return Told::Untold(to);
         }
-        let delivered = self.deliver(
-            target,
-            Some(to),
-            WHATEVER_IT_TAKES,
-            None,
-            || Ok(()),
-            || Ok(()),
-        );
+        let delivered = self.deliver_anyway(target, Some(to));
         match delivered.await {
             Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
             Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
@@ -139,20 +132,9 @@ impl Updater {
     /// remembers, which may be below usage.
     async fn tell_quota(&self, target: &Target) -> Told {
         let told = match target.cgroup.limit("memory.max") {
-            Ok(Limit::At(limit)) => {
-                self.deliver(
-                    target,
-                    Some(limit),
-                    WHATEVER_IT_TAKES,
-                    None,
-                    || Ok(()),
-                    || Ok(()),
-                )
-                .await
-            }
+            Ok(Limit::At(limit)) => self.deliver_anyway(target, Some(limit)).await,
             Ok(Limit::Max) if self.has_no_limit(target).await => {
-                self.deliver(target, None, WHATEVER_IT_TAKES, None, || Ok(()), || Ok(()))
-                    .await
+                self.deliver_anyway(target, None).await
             }
             // Somebody has lifted a limit behind the runtime's back, which it would set again.
             Ok(Limit::Max) | Err(_) => Ok(Delivered::Silent),
@@ -171,6 +153,17 @@ impl Updater {
     async fn has_no_limit(&self, target: &Target) -> bool {
         let said = self.said(target).await;
         said.is_ok_and(|said| memory_limit(&said).is_none())
+    }
+
+    /// Tells the runtime what is in force already, however long that takes.
+    async fn deliver_anyway(
+        &self,
+        target: &Target,
+        memory: Option<Bytes>,
+    ) -> Result<Delivered, Refused> {
+        let (always, nothing) = (|| Ok(()), || Ok(()));
+        self.deliver(target, memory, WHATEVER_IT_TAKES, None, always, nothing)
+            .await
     }
 
     /// Asks the runtime, if it still may when it has its turn, and waits for its answer: for as long as `longest`, and once

@@ -57,7 +57,7 @@ pub(super) struct Wanted {
     pub(super) deadline: Option<Instant>,
 }
 
-/// What systemd takes at least to set a limit; it is about as much on an emulated node.
+/// Where there is less time than this systemd is not asked first.
 const SYSTEMD_TAKES: Duration = Duration::from_millis(200);
 
 /// A guarded container, as its runtime knows it.
@@ -441,9 +441,10 @@ impl Updater {
             // Where there is no time it is not even begun: a call that is given up may come through all the same.
             May::Rise => {
                 let late = late_after(deadline);
-                let settled = match late {
-                    late if late < SYSTEMD_TAKES => None,
-                    late => timeout(late, settled).await.ok(),
+                let settled = if late < SYSTEMD_TAKES {
+                    None
+                } else {
+                    timeout(late, settled).await.ok()
                 };
                 match settled {
                     Some(Ok(())) => Ok(()),

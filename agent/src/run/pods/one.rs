@@ -17,7 +17,7 @@ use bellows_core::{
 };
 use kube::Resource as _;
 
-use super::{Context, Key, Known, Watch, Watched, record::Place};
+use super::{Context, Key, Known, Watch, Watched};
 use crate::{
     actuate::{
         by_hand::PINNED,
@@ -103,13 +103,7 @@ impl Watch {
             return Ok(());
         }
         if !wish.recorded {
-            self.record_beside(
-                key,
-                pod,
-                seen,
-                Place::Memory(wish.level),
-                &wish.original_text,
-            );
+            self.record_memory(key, pod, seen, wish);
             // It is about to be guarded.
             self.pending.insert(key.0.clone());
             return Ok(());
@@ -342,13 +336,7 @@ impl Watch {
             self.pending.insert(key.0.clone());
         }
         if !wish.recorded {
-            self.record_beside(
-                key,
-                pod,
-                seen,
-                Place::Memory(wish.level),
-                &wish.original_text,
-            );
+            self.record_memory(key, pod, seen, wish);
         }
         if wanted != policy {
             if let Some(known) = self.known.get_mut(key) {

@@ -22,7 +22,7 @@ use std::{
     sync::Arc,
 };
 
-use bellows_core::pod::{self, CpuWish, ORIGINAL_CPU, ORIGINAL_REQUESTS};
+use bellows_core::pod::{self, CpuWish, ORIGINAL_CPU, ORIGINAL_REQUESTS, Wish};
 use kube::ResourceExt as _;
 use tokio::sync::{Semaphore, mpsc::UnboundedSender};
 
@@ -144,6 +144,12 @@ impl Watch {
         self.begin_recording(key, None, recording, turn);
     }
 
+    /// The same of a memory limit.
+    pub(super) fn record_memory(&mut self, key: &Key, pod: &Pod, seen: &pod::Pod, wish: &Wish) {
+        let place = Place::Memory(wish.level);
+        self.record_beside(key, pod, seen, place, &wish.original_text);
+    }
+
     fn recording(
         &self,
         key: &Key,
@@ -215,14 +221,14 @@ impl Watch {
                 self.pending.insert(key.0.clone());
                 if not.is_refused {
                     self.refuse(&key, &pod, "LimitNotRecorded", not.why);
-                    return;
+                } else {
+                    tracing::warn!(
+                        pod.name = pod.name_any(),
+                        container = key.1,
+                        why = not.why,
+                        "a limit or request is not recorded yet"
+                    );
                 }
-                tracing::warn!(
-                    pod.name = pod.name_any(),
-                    container = key.1,
-                    why = not.why,
-                    "a limit or request is not recorded yet"
-                );
                 return;
             }
         }
