@@ -13,7 +13,8 @@
 //!
 //! **Down.** A burst is over when demand has not grown for the quiet period. The limit goes to
 //! 1.25 times the demand, never below the original, and only if that gives back at least a fifth:
-//! a limit that follows every breath would pay a request for each.
+//! a limit that follows every breath would pay a request for each. Where somebody waits for room, a burst is over as soon as
+//! most of it has been gone for a moment.
 //!
 //! **Page cache** that is a working set and does not fit is served slowly, by trial ([`crate::thrash`]).
 //!
@@ -38,6 +39,10 @@ use crate::{
 const SHRINK_MARGIN_PER_MILLE: u64 = 1250;
 /// A shrink that gives back less than this share of the limit is not worth its cost.
 const SHRINK_WORTH_PER_MILLE: u64 = 800;
+/// Where others wait for room, a burst most of which has been gone for this long is over: the next process of one that goes
+/// on begins within milliseconds. By the rules' own time whoever waits has been held for most of its patience, or for all of
+/// it (`storm`: three of twenty were granted what came back a second after theirs was over, and killed).
+const SHRINK_FOR_OTHERS: Nanos = Nanos::millis(1000);
 /// A refused shrink is tried again after this time even if demand has not fallen.
 const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
 /// For how long the kernel's own caches that were not given back when they were asked for count as in use: nobody tells when
@@ -79,6 +84,8 @@ pub struct Snapshot {
     pub by_hand: ByHand,
     /// For how long demand must not have grown before the limit comes down, if longer than by the rules.
     pub quiet: Nanos,
+    /// Whether anybody else waits for room: what is kept for what may come is whoever's who needs it now.
+    pub others_wait: bool,
     /// What of the demand are the kernel's own caches, of names and inodes: they may be given back when the limit comes
     /// down. How many are in use nobody knows, so a burst that grows beside them is as large as it looks.
     pub slab: Bytes,
@@ -284,12 +291,18 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
         refused_shrink,
         thrash,
         quiet,
+        others_wait,
         slab,
         slab_kept,
         ..
     } = snapshot;
-    let quiet = policy.shrink_after.max(*quiet);
-    let is_quiet = now.since(history.last_growth) >= quiet;
+    let is_quiet = if *others_wait {
+        let since = history.last_growth.max(history.last_large);
+        now.since(history.last_growth) >= policy.shrink_after
+            || now.since(since) >= SHRINK_FOR_OTHERS
+    } else {
+        now.since(history.last_growth) >= policy.shrink_after.max(*quiet)
+    };
     let is_busy = requested.is_some() || held_since.is_some() || thrash.keeps(*now);
     if *limit <= policy.original || !is_quiet || is_busy {
         return None;
@@ -338,6 +351,7 @@ mod tests {
             request_failed: false,
             by_hand: ByHand::No,
             quiet: Nanos(0),
+            others_wait: false,
             slab: Bytes::ZERO,
             slab_kept: None,
         }
@@ -595,6 +609,29 @@ mod tests {
     }
 
     #[test]
+    fn a_burst_whose_processes_have_ended_gives_back_soon_where_others_wait() {
+        let mut snapshot = snapshot(Actuation::Direct);
+        snapshot.policy.shrink_after = Nanos::millis(5000);
+        snapshot.limit = Bytes::mib(1000);
+        snapshot.history = History {
+            demand: Bytes::mib(10),
+            burst_peak: Bytes::mib(700),
+            last_growth: Nanos::millis(8_000),
+            last_large: Nanos::millis(9_000),
+            ..History::default()
+        };
+        assert_eq!(decide(&snapshot).actions, [], "nobody waits");
+        snapshot.others_wait = true;
+        let back = Action::Shrink {
+            from: Bytes::mib(1000),
+            to: Bytes::mib(64),
+        };
+        assert_eq!(decide(&snapshot).actions, [(back, Reason::BurstOver)]);
+        snapshot.history.last_large = Nanos::millis(9_001);
+        assert_eq!(decide(&snapshot).actions, [], "it may only draw breath");
+    }
+
+    #[test]
     fn shrinks_when_quiet_to_a_margin_above_demand_and_not_below_the_original() {
         let mut snapshot = snapshot(Actuation::Direct);
         snapshot.limit = Bytes::mib(1000);
@@ -614,6 +651,9 @@ mod tests {
         // It has paused for longer before.
         snapshot.quiet = Nanos::millis(2001);
         assert_eq!(decide(&snapshot).actions, []);
+        snapshot.others_wait = true;
+        assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(500)));
+        snapshot.others_wait = false;
         snapshot.quiet = Nanos::millis(2000);
         assert_eq!(decide(&snapshot).actions, shrink(Bytes::mib(500)));
         snapshot.history.demand = Bytes::mib(10);

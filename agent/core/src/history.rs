@@ -16,6 +16,8 @@ pub struct History {
     pub burst_peak: Bytes,
     /// When demand last rose by more than 1 % above what it was, and by more than a twentieth of what the burst had at most.
     pub last_growth: Nanos,
+    /// When demand was last above half of what the burst had at most: since then most of it is gone.
+    pub last_large: Nanos,
     /// Demand at [`Self::last_growth`].
     pub grown_to: Bytes,
     /// Growth per second over the kernel's last complete window.
@@ -35,6 +37,9 @@ impl History {
         self.demand = demand;
         self.peak_demand = self.peak_demand.max(demand);
         self.burst_peak = self.burst_peak.max(demand);
+        if demand > self.burst_peak.per_mille(500) {
+            self.last_large = now;
+        }
         let is_more = demand > self.grown_to.per_mille(1010);
         let is_of_the_burst =
             demand.minus(self.grown_to) > self.burst_peak.per_mille(OF_BURST_PER_MILLE);
@@ -106,6 +111,17 @@ mod tests {
         history.observe(Nanos(1), Bytes::mib(100));
         history.resumed(Nanos(9));
         assert_eq!(history.last_growth, Nanos(9));
+    }
+
+    #[test]
+    fn what_has_fallen_to_half_is_large_no_more() {
+        let mut history = History::default();
+        for (at, mib) in [(1, 100), (2, 51), (3, 50), (4, 3)] {
+            history.observe(Nanos(at), Bytes::mib(mib));
+        }
+        assert_eq!(history.last_large, Nanos(2));
+        history.observe(Nanos(5), Bytes::mib(60));
+        assert_eq!(history.last_large, Nanos(5));
     }
 
     #[test]

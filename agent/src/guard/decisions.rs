@@ -7,7 +7,7 @@
 //! It must not act on what core has not planned, nor raise beyond what was found to be there.
 
 use bellows_core::{
-    Action, CgroupId, Nanos, Reason, Snapshot,
+    Action, CgroupId, Reason, Snapshot,
     decide::{ByHand, decide},
 };
 
@@ -46,12 +46,7 @@ impl<R: Requester> Controller<R> {
             _ => ByHand::No,
         };
         let snapshot = |guarded: &Guarded| Snapshot {
-            // What is kept for what may come is whoever's who needs it now.
-            quiet: if somebody_waits {
-                Nanos(0)
-            } else {
-                guarded.quiet()
-            },
+            others_wait: somebody_waits,
             ..guarded.snapshot(at, by_hand)
         };
         let mut plan = decide(&snapshot(guarded));

@@ -33,6 +33,10 @@ const RAISE_LOST: Nanos = Nanos::millis(15_000);
 /// it read up to 15 s before, reports a refusal after 12.9 s (measured on 1.37), and looks again only when the
 /// pod changes.
 const LOWERING_LOST: Nanos = Nanos::millis(7_000);
+/// A kubelet that carries out twenty resizes takes its time over each (one a second where 20 pods give back at once, on
+/// two emulated CPUs): as long as any other comes into force none is lost, for so many times as long at most. Who takes
+/// his own back meanwhile doubles what it has to do.
+const LOWERING_LAST: u64 = 4;
 /// So many lowerings in a row are waited for as long: by then the kubelet has read its figures again.
 const LOWERINGS: u32 = 3;
 /// Who uses less than this share of the limit at rest, and was not raised, has no burst.
@@ -307,19 +311,29 @@ impl Guarded {
         }
     }
 
-    /// The request that was not carried out in time.
-    pub(super) fn lost(&self, at: Nanos) -> Option<Bytes> {
+    /// The request that was not carried out in time, where any other was carried out last at `others`.
+    pub(super) fn lost(&self, at: Nanos, others: Nanos) -> Option<Bytes> {
         let (to, asked) = self.requested?;
+        let (mut since, mut last) = (asked, Nanos(u64::MAX));
         let patience = if to < self.limit {
             let doubles = self
                 .lost_lowerings
                 .saturating_add(1)
                 .saturating_sub(LOWERINGS);
-            Nanos(LOWERING_LOST.0 << doubles.min(LOWERING_DOUBLES))
+            let patience = LOWERING_LOST.0 << doubles.min(LOWERING_DOUBLES);
+            since = since.max(others);
+            last = Nanos(patience.saturating_mul(LOWERING_LAST));
+            Nanos(patience)
         } else {
             RAISE_LOST
         };
-        (at.since(asked) >= patience).then_some(to)
+        (at.since(since) >= patience || at.since(asked) >= last).then_some(to)
+    }
+
+    /// Waits on for a lowering that was not carried out in time.
+    pub(super) fn waits_on(&mut self, at: Nanos, to: Bytes) {
+        self.requested = Some((to, at));
+        self.lost_lowerings = self.lost_lowerings.saturating_add(1);
     }
 
     /// Takes new rules from whoever watches the pod; what was learnt stays.
@@ -424,7 +438,8 @@ impl Guarded {
             raise_not_before: self.raise_not_before,
             request_failed: self.request_failed,
             by_hand,
-            quiet: Nanos(0),
+            quiet: self.quiet(),
+            others_wait: false,
             slab: self.slab,
             slab_kept: self.slab_kept,
         }
@@ -626,7 +641,22 @@ mod tests {
 
     fn patience_seconds(to: Bytes, lost_lowerings: u32) -> Option<u64> {
         let guarded = guarded(to, lost_lowerings);
-        (0..1000).find(|&seconds| guarded.lost(Nanos::millis(seconds * 1000)).is_some())
+        let lost = |seconds| guarded.lost(Nanos::millis(seconds * 1000), Nanos(0));
+        (0..1000).find(|&seconds| lost(seconds).is_some())
+    }
+
+    /// Twenty that are given back at once are carried out one after another.
+    #[test]
+    fn a_lowering_is_not_lost_while_others_are_carried_out() {
+        let seconds = |at: u64| Nanos::millis(at * 1000);
+        let waits = |others| {
+            let guarded = guarded(Bytes::mib(64), 0);
+            (0..1000).find(|&at| guarded.lost(seconds(at), others).is_some())
+        };
+        assert_eq!(waits(seconds(9)), Some(16));
+        assert_eq!(waits(seconds(600)), Some(28));
+        let raise = guarded(Bytes::mib(512), 0);
+        assert_eq!(raise.lost(seconds(15), seconds(14)), Some(Bytes::mib(512)));
     }
 
     /// Without `memory.reclaim` the kernel would swap out, or brake, for names and inodes that are in use.

@@ -125,6 +125,9 @@ impl<R: Requester> Controller<R> {
                     }
                 };
                 if limit != guarded.limit {
+                    if guarded.requested.is_some() {
+                        self.carried_out = at;
+                    }
                     // In force by a request, or changed by somebody else, who wins.
                     guarded.limit_is(at, limit);
                     guarded.learn_latency();
@@ -133,11 +136,17 @@ impl<R: Requester> Controller<R> {
                     self.arm(&self.guards[&id], None);
                 } else if is_new_brake {
                     self.arm(&self.guards[&id], None);
-                } else if let Some(to) = guarded.lost(at) {
-                    self.requester.take_back(&guarded.cgroup, to, limit);
-                    self.give_up(id, Loss::Silent);
-                    // What is asked for next must not be sent beside what is taken back.
-                    return;
+                } else if let Some(to) = guarded.lost(at, self.carried_out) {
+                    let bound = self.requester.bound(id);
+                    if to < limit && bound.is_some_and(|bound| bound.most < limit.0) {
+                        // It may not have back what others have taken since: it waits, and is guarded below it.
+                        guarded.waits_on(at, to);
+                    } else {
+                        self.requester.take_back(&guarded.cgroup, to, limit);
+                        self.give_up(id, Loss::Silent);
+                        // What is asked for next must not be sent beside what is taken back.
+                        return;
+                    }
                 }
                 self.decide(id);
             }

@@ -72,6 +72,8 @@ pub struct Controller<R> {
     observed: BTreeMap<CgroupId, Watched>,
     raise_times: Answers,
     memory: Memory,
+    /// When any request was carried out last.
+    carried_out: Nanos,
     /// Whether the reflex still writes into the ledger that was put aside.
     reflex_is_behind: bool,
     /// Cgroups of which something was seen that is to be decided on.
@@ -102,6 +104,7 @@ impl<R: Requester> Controller<R> {
             observed: BTreeMap::new(),
             raise_times: Answers::default(),
             memory: Memory::new(),
+            carried_out: Nanos(0),
             reflex_is_behind: false,
             due: BTreeSet::new(),
             leaving: BTreeMap::new(),

@@ -88,6 +88,7 @@ pub(crate) fn events(bytes: &[u8]) {
             by_hand: [ByHand::No, ByHand::NotYet, ByHand::Yes]
                 [usize::from(input.flag()) + usize::from(input.flag())],
             quiet: Nanos(0),
+            others_wait: input.flag(),
             slab: Bytes::ZERO,
             slab_kept: None,
         };
@@ -112,6 +113,7 @@ pub(crate) fn events(bytes: &[u8]) {
             request_failed: false,
             by_hand: ByHand::No,
             quiet: Nanos(0),
+            others_wait: false,
             slab: Bytes::ZERO,
             slab_kept: None,
         };
