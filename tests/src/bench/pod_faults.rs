@@ -27,7 +27,7 @@ use crate::{
     agent::Agent,
     api_proxy::{ApiProxy, Way},
     load::BurstResult,
-    node::{ApiServer, Node, wait},
+    node::{ApiServer, Node, log_text, wait},
     pods::{self, Cluster, Spec},
 };
 
@@ -121,6 +121,8 @@ struct Record {
     /// The same until that was the original again, in the pod's cgroup, too.
     restored_ms: Option<u64>,
     ledger: Vec<LedgerRecord>,
+    /// What the agent has logged meanwhile, where somebody was killed or the case was none.
+    log: Vec<String>,
 }
 
 pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
@@ -217,6 +219,7 @@ impl Bench {
         // It may be gone in the end.
         let pod = path_of_pod(&cgroup)?;
         let began = now();
+        let logged = log_text("bellows").len();
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
         let guarded = wait("it is guarded", Duration::from_secs(8), || {
@@ -257,9 +260,13 @@ impl Bench {
                 }
             )
         };
+        let attempted = guarded.is_ok() && is_early && has_burst && burst.is_ok();
+        let log = log_text("bellows");
+        let since = log.get(logged..).unwrap_or(&log).lines();
+        let log = since.filter(|_| !attempted || track.oom_kill > 0);
         let record = Record {
             case,
-            attempted: guarded.is_ok() && is_early && has_burst && burst.is_ok(),
+            attempted,
             fault_at: fault_at.0,
             over_at: over_at.0,
             oom_kill: track.oom_kill,
@@ -275,6 +282,7 @@ impl Bench {
             agreed_ms,
             restored_ms: restored_ms.filter(|_| is_pod_restored),
             ledger,
+            log: log.map(str::to_owned).collect(),
         };
         self.cluster.delete(&name)?;
         Ok(record)
