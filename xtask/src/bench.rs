@@ -511,19 +511,33 @@ const OLD_NODE_PACKAGES: [&str; 6] = [
     "systemd",
 ];
 
+fn old_root() -> Result<PathBuf> {
+    debian::root_image("old-node", "bookworm", &OLD_NODE_PACKAGES)
+}
+
+fn new_root() -> Result<PathBuf> {
+    debian::root_image("node", "forky", &NODE_PACKAGES)
+}
+
+/// Makes the root file systems that benches need.
+pub(crate) fn roots() -> Result<()> {
+    new_root()?;
+    old_root().map(drop)
+}
+
 /// The disk that a bench needs.
 fn disk(options: &Options) -> Result<Option<PathBuf>> {
     match options.name {
         Name::PageCache | Name::Thrash => guest::empty_disk().map(Some),
         Name::Bursts if options.swap.is_some() => guest::empty_disk().map(Some),
         Name::ContainerBursts | Name::ContainerEdges | Name::Faults if options.old_containerd => {
-            debian::root_image("old-node", "bookworm", &OLD_NODE_PACKAGES).map(Some)
+            old_root().map(Some)
         }
         name if name.needs_containerd()
             || matches!(name, Name::Build | Name::Parallelism)
             || options.systemd =>
         {
-            debian::root_image("node", "forky", &NODE_PACKAGES).map(Some)
+            new_root().map(Some)
         }
         _ => Ok(None),
     }

@@ -44,6 +44,8 @@ pub(crate) struct Kernel {
 /// apt with our own suites and directories.
 struct Apt {
     directory: PathBuf,
+    /// Held as long as it is used: apt waits for nobody else who uses the same lists.
+    _lock: fs::File,
 }
 
 impl Apt {
@@ -56,7 +58,12 @@ impl Apt {
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(directory.join(part))?;
         }
-        let apt = Self { directory };
+        let lock = fs::File::create(directory.join("in-use"))?;
+        lock.lock()?;
+        let apt = Self {
+            directory,
+            _lock: lock,
+        };
         let mirror = mirror()?;
         let sources: Vec<String> = suites
             .iter()
@@ -153,7 +160,7 @@ fn numbers(name: &str) -> Vec<u64> {
 }
 
 /// The mirror of Debian's main archive.
-fn mirror() -> Result<String> {
+pub(crate) fn mirror() -> Result<String> {
     if let Ok(mirror) = std::env::var("BELLOWS_DEBIAN_MIRROR") {
         return Ok(mirror);
     }

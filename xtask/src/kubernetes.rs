@@ -54,11 +54,7 @@ pub(crate) fn controllers(release: &str) -> Result<Controllers> {
         manager: directory.join("kube-controller-manager"),
     };
     fs::create_dir_all(&directory)?;
-    for component in [&built.scheduler, &built.manager] {
-        if !tools::is_intact(component) {
-            build(release, &directory, component)?;
-        }
-    }
+    build(release, &directory, &[&built.scheduler, &built.manager])?;
     Ok(built)
 }
 
@@ -97,21 +93,22 @@ pub(crate) fn binaries(release: &str) -> Result<Binaries> {
         fs::copy(executable, &built.etcd)?;
         tools::seal(&built.etcd)?;
     }
-    for component in [&built.kubelet, &built.apiserver] {
-        if !tools::is_intact(component) {
-            build(release, &directory, component)?;
-        }
-    }
+    build(release, &directory, &[&built.kubelet, &built.apiserver])?;
     Ok(built)
 }
 
-fn build(release: &str, directory: &Path, component: &Path) -> Result<()> {
+/// Builds components that are not there, at once: the linker of each has one CPU to do.
+fn build(release: &str, directory: &Path, components: &[&Path]) -> Result<()> {
+    let missing = components.iter().filter(|file| !tools::is_intact(file));
+    let missing: Vec<&Path> = missing.copied().collect();
+    let names = missing.iter().filter_map(|file| file.file_name()?.to_str());
+    let names: Vec<&str> = names.collect();
+    if names.is_empty() {
+        return Ok(());
+    }
     tools::go()?;
-    let name = component
-        .file_name()
-        .and_then(|name| name.to_str())
-        .context("a component has a name")?;
-    step(&format!("build {name} {release} (minutes, once)"), || {
+    let what = format!("build {} {release} (minutes, once)", names.join(" and "));
+    step(&what, || {
         let module = directory.join("module");
         fs::create_dir_all(&module)?;
         if !module.join("go.sum").exists() {
@@ -121,9 +118,12 @@ fn build(release: &str, directory: &Path, component: &Path) -> Result<()> {
         let mut command = go(&module);
         command
             .args(["build", "-trimpath", "-ldflags", &flags, "-o"])
-            .arg(component);
-        quiet(command.arg(format!("k8s.io/kubernetes/cmd/{name}")))?;
-        tools::seal(component)
+            .arg(directory);
+        let packages = names
+            .iter()
+            .map(|name| format!("k8s.io/kubernetes/cmd/{name}"));
+        quiet(command.args(packages))?;
+        missing.iter().try_for_each(|file| tools::seal(file))
     })
 }
 

@@ -16,6 +16,7 @@ mod fuzz;
 mod guest;
 mod image;
 mod kubernetes;
+mod prepare;
 mod shell;
 mod test;
 mod tools;
@@ -57,6 +58,8 @@ enum Command {
     },
     /// Make the container image, as target/image/bellows.tar.
     Image(image::Options),
+    /// Fetch and build ahead what the guests of `test` need and takes minutes.
+    Prepare,
     /// Run the checks: all tiers, or the named ones.
     Test {
         /// unit, kernel, node, pod; or deploy, which is not among all of them.
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Command::Codegen { part, check } => codegen(part, check),
         Command::Demo { pod } => demo::run(pod),
         Command::Image(options) => image::command(&options),
+        Command::Prepare => prepare::command(),
         Command::Test { tiers, only } => test::run(&tiers, only),
         Command::Bench(options) => bench::command(&options),
         Command::Fuzz(options) => fuzz::command(&options),

@@ -12,7 +12,9 @@ use crate::{
     bench::{self, Name},
     build::{self, Binaries},
     checks::{Checks, at_least, at_most, edges, judge},
-    deploy, root,
+    deploy,
+    prepare::Ahead,
+    root,
     shell::{quiet, step},
     tools,
 };
@@ -38,8 +40,15 @@ const ALL: [Tier; 4] = [Tier::Unit, Tier::Kernel, Tier::Node, Tier::Pod];
 /// Runs tiers; returns whether all checks passed.
 pub(crate) fn run(tiers: &[Tier], only: Option<String>) -> Result<bool> {
     let tiers = if tiers.is_empty() { &ALL[..] } else { tiers };
+    let is_first = |tier: &Tier| matches!(tier, Tier::Unit | Tier::Kernel);
+    let needs_more = |tier: &Tier| matches!(tier, Tier::Node | Tier::Pod);
+    let begins_ahead = is_first(&tiers[0]) && tiers.iter().any(needs_more) && only.is_none();
+    let mut ahead = begins_ahead.then(Ahead::begin).flatten();
     let mut checks = Checks::new(only);
     for tier in tiers {
+        if let Some(ahead) = ahead.take_if(|_| !is_first(tier)) {
+            ahead.wait()?;
+        }
         let result = match tier {
             Tier::Unit => unit(&mut checks),
             Tier::Kernel => kernel(&mut checks),
