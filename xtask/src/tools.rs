@@ -247,3 +247,26 @@ pub(crate) fn sha256(bytes: &[u8]) -> Result<String> {
     let sum = text.split_whitespace().next();
     Ok(sum.context("sha256sum said nothing")?.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_was_checked_and_changed_is_checked_again() {
+        let directory = env::temp_dir().join(format!("bellows-intact-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let file = directory.join("artifact");
+        fs::write(&file, "made").unwrap();
+        assert!(!is_intact(&file), "nobody has sealed it");
+        seal(&file).unwrap();
+        assert!(is_intact(&file) && is_intact(&file));
+        let later = fs::metadata(&file).unwrap().modified().unwrap() + Duration::from_secs(1);
+        fs::write(&file, "torn").unwrap();
+        fs::File::open(&file).unwrap().set_modified(later).unwrap();
+        assert!(!is_intact(&file));
+        fs::remove_dir_all(&directory).unwrap();
+    }
+}
