@@ -34,6 +34,7 @@ use std::{
     time::Duration,
 };
 
+use backon::ExponentialBuilder;
 use bellows_core::{
     Actuation, Bytes, CgroupId, Nanos, Policy, Signals,
     allowance::Reached,
@@ -45,7 +46,7 @@ use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::{LimitRange, ObjectReference, ResourceQuota};
 use kube::{
     Api, Client, ResourceExt as _,
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::{WatchStreamExt as _, utils::ResetTimerBackoff, watcher},
 };
 use tokio::{
     sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender},
@@ -144,11 +145,25 @@ struct Watched {
     told: Option<Instant>,
 }
 
+/// A watch of pods that failed is taken up again after this long at least, and after at most `PODS_AGAIN_LAST` and as much of
+/// chance. The library's own longest (30 s, client-go's) leaves a pod that starts when the API is back unguarded for a minute:
+/// it was seen not to be guarded 20 s after it started. What is listed is one node's pods.
+const PODS_AGAIN: Duration = Duration::from_millis(800);
+const PODS_AGAIN_LAST: Duration = Duration::from_secs(4);
+/// Without a failure for this long the next is a first one.
+const PODS_WELL: Duration = Duration::from_secs(30);
+
 /// Watches for ever; broken connections are taken up again with a backoff.
 pub(super) async fn watch(context: Context) {
     let api: Api<Pod> = Api::all(context.client.clone());
     let config = watched().fields(&format!("spec.nodeName={}", context.node));
-    let mut pods = pin!(watcher(api, config).default_backoff());
+    let again = ExponentialBuilder::new()
+        .with_min_delay(PODS_AGAIN)
+        .with_max_delay(PODS_AGAIN_LAST)
+        .with_jitter()
+        .without_max_times();
+    let again = ResetTimerBackoff::new(watcher::ExponentialBackoff::from(again), PODS_WELL);
+    let mut pods = pin!(watcher(api, config).backoff(again));
     let mut rules = pin!(watcher(policies::api(&context.client), watched()).default_backoff());
     let ranges: Api<LimitRange> = Api::all(context.client.clone());
     let mut ranges = pin!(watcher(ranges, watched()).default_backoff());
