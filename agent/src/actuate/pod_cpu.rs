@@ -36,7 +36,7 @@ use tokio::{
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
     pod::Pod,
-    resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer},
+    resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer, code_of},
 };
 use crate::{
     attribution::{
@@ -479,7 +479,7 @@ struct Untold {
 /// answered without a word on the pod (`NewGenericServerResponse`, k8s.io/apimachinery/pkg/api/errors/errors.go).
 fn is_refusal(status: &Status) -> bool {
     const TEST_FAILED: &str = "the server rejected our request due to an error in our request";
-    match status.code {
+    match code_of(status) {
         403 => true,
         422 => !status.message.contains(TEST_FAILED),
         _ => false,

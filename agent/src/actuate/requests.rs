@@ -6,7 +6,7 @@
 //!
 //! It must not lower a request before what it was is recorded on the pod.
 
-use super::resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer};
+use super::resize::{Change, Order, Probed, RESIZE_TIMEOUT, Resizer, code_of};
 use bellows_core::{
     bucket::Urgency,
     pod::way::{Way, Whose},
@@ -135,7 +135,7 @@ fn is_passing(error: &kube::Error) -> bool {
     let kube::Error::Api(status) = error else {
         return true;
     };
-    match status.code {
+    match code_of(status) {
         403 => false,
         422 => status
             .message
@@ -170,6 +170,7 @@ mod tests {
             "pods \"a\" is forbidden: ValidatingAdmissionPolicy 'no' denied request"
         ));
         assert!(!of(403, "exceeded quota"));
+        assert!(of(403, "not yet ready to handle request"));
         for code in [409, 429, 500, 503] {
             assert!(of(code, ""), "{code}");
         }

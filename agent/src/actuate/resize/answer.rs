@@ -10,6 +10,18 @@ use crate::{
     metrics::{self, Call, METRICS},
 };
 
+/// The code of an answer, as it is meant. An API server that has just started forbids what its admission cannot judge yet
+/// (403, "not yet ready to handle request": `Lifecycle.Admit`, k8s.io/apiserver/pkg/admission/plugin/namespace/lifecycle, and
+/// a dozen others; 1.37), and means 503: a burst would be let go at its limit for what passes in a second.
+pub(crate) fn code_of(status: &Status) -> u16 {
+    let is_starting = status.message.contains("not yet ready to handle request");
+    if status.code == 403 && is_starting {
+        503
+    } else {
+        status.code
+    }
+}
+
 /// Whether what was asked for may still come.
 pub(crate) fn is_uncertain<T, E>(ended: &Result<Result<T, kube::Error>, E>) -> bool {
     match ended {
@@ -40,7 +52,7 @@ fn count(result: &'static str) {
 /// reached it.
 pub(super) fn refusal(error: &kube::Error) -> (Refused, Option<u16>) {
     let code = match error {
-        kube::Error::Api(status) => Some(status.code),
+        kube::Error::Api(status) => Some(code_of(status)),
         _ => None,
     };
     let uncertain = code.is_none_or(|code| code >= 500 && code != 503) && !was_not_sent(error);
@@ -133,5 +145,24 @@ mod tests {
         for code in [400, 403, 404, 422] {
             assert_eq!(status(code), (false, false), "{code}");
         }
+    }
+
+    #[test]
+    fn who_has_just_started_forbids_nothing() {
+        let refused = |message: &str| {
+            let status = Status {
+                code: 403,
+                message: message.to_owned(),
+                ..Status::default()
+            };
+            let refused = refusal(&kube::Error::Api(Box::new(status))).0;
+            (refused.uncertain, refused.is_passing)
+        };
+        let starting = "pods \"a\" is forbidden: not yet ready to handle request";
+        assert_eq!(refused(starting), (false, true));
+        assert_eq!(
+            refused("pods \"a\" is forbidden: exceeded quota: b"),
+            (false, false)
+        );
     }
 }

@@ -37,7 +37,7 @@ use tokio::{
     time::{error::Elapsed, sleep, timeout},
 };
 
-pub(crate) use answer::is_uncertain;
+pub(crate) use answer::{code_of, is_uncertain};
 use answer::{counted, only_by_hand, refusal, silent, unrecorded};
 pub use change::{Change, limits_patch, parameters};
 pub(crate) use change::{pointer, test, test_uid};

@@ -15,7 +15,7 @@ use kube::{
 };
 use tokio::{sync::Mutex, time::timeout};
 
-use super::{Change, TIMEOUT, limits_patch, parameters};
+use super::{Change, TIMEOUT, code_of, limits_patch, parameters};
 use crate::attribution::api::Pod;
 
 /// What is known of the API server; clones share it.
@@ -242,7 +242,7 @@ fn is_denied_by_ours(status: &Status) -> bool {
 /// changed: it validates first (`Store.Update`, k8s.io/apiserver/pkg/registry/generic/registry/store.go). A right that is
 /// missing says nothing.
 fn is_of_this_value(status: &Status) -> bool {
-    status.code == 403 && !status.message.contains("cannot patch resource")
+    code_of(status) == 403 && !status.message.contains("cannot patch resource")
 }
 
 /// "pod updates may not change fields other than …" (`ValidatePodUpdate`, pkg/apis/core/validation/validation.go).
@@ -410,6 +410,7 @@ mod tests {
         assert_eq!(said(403, range), Some(true));
         let right = "pods \"a\" is forbidden: User \"b\" cannot patch resource \"pods\" in API group \"\" in the namespace \"c\"";
         assert_eq!(said(403, right), None);
+        assert_eq!(said(403, "not yet ready to handle request"), None);
         assert_eq!(said(500, "etcdserver: request timed out"), None);
         let other = "Pod \"a\" is invalid: spec.containers[0].resources.requests: Invalid value: must be less than or equal to memory limit";
         assert_eq!(said(422, other), None);

@@ -34,7 +34,7 @@ use tokio::time::{sleep, timeout};
 
 use super::policies::resource;
 use crate::{
-    actuate::resize::{TIMEOUT, is_uncertain},
+    actuate::resize::{TIMEOUT, code_of, is_uncertain},
     run::events::{Events, fitting},
 };
 
@@ -238,7 +238,9 @@ impl Conditions {
                     return;
                 }
                 // Gone, not allowed (a chart of before), or a definition without a status.
-                Ok(Err(kube::Error::Api(status))) if [403, 404, 422].contains(&status.code) => {
+                Ok(Err(kube::Error::Api(status)))
+                    if [403, 404, 422].contains(&code_of(&status)) =>
+                {
                     tracing::debug!(policy = key.1, %status, "a policy's condition is not written");
                     if !wanted.is_accepted && !is_told {
                         is_told = true;

@@ -41,7 +41,7 @@ use tokio::{
 };
 
 use crate::{
-    actuate::resize::{TIMEOUT, Ways},
+    actuate::resize::{TIMEOUT, Ways, code_of},
     guard::{Counts, Input},
 };
 
@@ -187,7 +187,7 @@ impl Teller {
                     written = Written(Some((status, Instant::now())));
                     is_made = true;
                 }
-                Ok(Err(kube::Error::Api(said))) if is_refused(said.code) => {
+                Ok(Err(kube::Error::Api(said))) if is_refused(code_of(&said)) => {
                     tracing::debug!(%said, "this node's ElasticNode is not written");
                     if !std::mem::replace(&mut is_made, false) {
                         sleep(MISSING).await;

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    actuate::resize::{TIMEOUT, parameters, pointer, test, test_uid},
+    actuate::resize::{TIMEOUT, code_of, parameters, pointer, test, test_uid},
     attribution::{api::Pod, pods::convert},
 };
 
@@ -89,7 +89,7 @@ impl NotRecorded {
     fn of(error: &kube::Error) -> Self {
         Self {
             // 422 is how an admission policy refuses that gives no reason.
-            is_refused: matches!(error, kube::Error::Api(status) if [403, 422].contains(&status.code)),
+            is_refused: matches!(error, kube::Error::Api(status) if [403, 422].contains(&code_of(status))),
             why: format!(
                 "what it was cannot be recorded: {error}; look for the admission policy or webhook that refuses it"
             ),
