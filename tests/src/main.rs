@@ -12,6 +12,7 @@ mod control_plane;
 mod fake;
 mod heartbeat;
 mod init;
+mod kmsg;
 mod load;
 mod node;
 mod pods;

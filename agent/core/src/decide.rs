@@ -239,8 +239,8 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let (to, asked) = requested.filter(|(to, _)| to > limit)?;
     let last_moment = policy.last_moment();
     // Nobody is held for long enough to be answered: what was waited for was room.
-    let is_late = |since: Nanos| now.since(since) >= last_moment;
-    let is_held_too_long = held_since.is_some_and(is_late);
+    let is_held_for = |patience| held_since.is_some_and(|since| now.since(since) >= patience);
+    let is_held_too_long = is_held_for(last_moment);
     let is_urgent = *is_let_go || is_held_too_long;
     let reason = if after == Nanos(0) {
         Reason::RaisedFirst
@@ -254,7 +254,7 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let may = match by_hand {
         ByHand::No => false,
         // Who was let go may live without it: a smaller limit that comes after it kills.
-        ByHand::NotYet => is_held_too_long,
+        ByHand::NotYet => is_held_for(policy.very_last_moment()),
         ByHand::Yes => true,
     };
     may.then_some((Action::RaiseByHand { from: *limit, to }, reason))
@@ -432,8 +432,8 @@ mod tests {
         // Another limit is on its way: it is waited for until patience ends.
         late.by_hand = ByHand::NotYet;
         late.held_since = Some(late.now);
-        assert_eq!(after(&late, 7000), []);
-        assert_eq!(after(&late, 7500), by_hand(Reason::RequestFailed));
+        assert_eq!(after(&late, 8900), []);
+        assert_eq!(after(&late, 9000), by_hand(Reason::RequestFailed));
         late.by_hand = ByHand::No;
         assert_eq!(after(&late, 60_000), []);
         late.by_hand = ByHand::Yes;

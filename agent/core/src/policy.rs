@@ -69,6 +69,13 @@ const LEARNT_PER_MILLE: u64 = 1100;
 /// The share of a container's patience after which its raise is written by hand, however short that is.
 const PATIENT_PER_MILLE: u64 = 750;
 
+/// The same where a smaller limit may still come after it, and kill: each moment more may be the one in which that comes, and
+/// does no harm (an API that stood still for ten seconds, on a slow node: the kubelet set the smaller one half a second after
+/// the raise).
+const WARY_PER_MILLE: u64 = 900;
+/// What is left for that at least.
+const WARY_LEFT: Nanos = Nanos::millis(400);
+
 /// All of a limit can be used.
 pub const WHOLE: u64 = 1000;
 
@@ -129,6 +136,15 @@ impl Policy {
     #[must_use]
     pub fn last_moment(&self) -> Nanos {
         self.allowance().per_mille(PATIENT_PER_MILLE)
+    }
+
+    /// The same where another limit may still come that is smaller.
+    #[must_use]
+    pub fn very_last_moment(&self) -> Nanos {
+        let allowance = self.allowance();
+        let left = allowance.since(WARY_LEFT);
+        left.min(allowance.per_mille(WARY_PER_MILLE))
+            .max(self.last_moment())
     }
 
     /// Checks that the limits are possible, and rounds them down to pages as the kernel will, whose pages have this size.

@@ -23,7 +23,10 @@ use super::{
     pod_bursts::{is_guarded, ledger_of},
     record::{Records, parsed, rounded},
 };
-use crate::containers::{Machine, Spec, Standalone, Started, policy_with};
+use crate::{
+    containers::{Machine, Spec, Standalone, Started, policy_with},
+    kmsg::OomKills,
+};
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Options {
@@ -58,7 +61,7 @@ struct Outcome {
     /// Its exit code; `None` if it did not end.
     code: Option<i32>,
     oom_kill: u64,
-    /// When a kill was first seen.
+    /// When it was killed first, by the kernel's own log.
     killed_at: Option<Nanos>,
     highest_limit: Bytes,
     /// Milliseconds from the beginning of the storm to its end.
@@ -264,7 +267,9 @@ fn watch(
     all_at: Nanos,
     record: &mut Record,
 ) -> Result<()> {
+    let mut kills = OomKills::begin()?;
     while now().since(all_at) < LONGEST && watched.iter().any(|one| one.outcome.code.is_none()) {
+        kills.look()?;
         let before = Look::at(watched);
         let available = available()?;
         let after = Look::at(watched);
@@ -284,9 +289,6 @@ fn watch(
             {
                 one.outcome.highest_limit = one.outcome.highest_limit.max(limit);
                 one.outcome.oom_kill = one.outcome.oom_kill.max(events.oom_kill);
-                if events.oom_kill > 0 {
-                    one.outcome.killed_at.get_or_insert(now());
-                }
             }
             if !cgroup.populated().unwrap_or(false) {
                 ended.push(number);
@@ -299,12 +301,21 @@ fn watch(
                 // Its cgroup was gone before its last kill was seen.
                 if code == KILLED {
                     one.outcome.oom_kill = one.outcome.oom_kill.max(1);
-                    one.outcome.killed_at.get_or_insert(now());
                 }
                 one.outcome.ended_ms = Some(now().since(all_at).as_millis());
             }
         }
         thread::sleep(LOOK);
+    }
+    kills.look()?;
+    for one in watched {
+        let at = kills.of(one.started.cgroup.path());
+        ensure!(
+            at.is_some() || one.outcome.oom_kill == 0,
+            "the kernel's log does not tell of the kill in {}",
+            one.started.cgroup.path().display()
+        );
+        one.outcome.killed_at = at;
     }
     Ok(())
 }
