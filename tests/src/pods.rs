@@ -286,6 +286,31 @@ impl Cluster {
         })
     }
 
+    /// Deletes what a case that failed has left: pods, and what bounds or guards them.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let kinds = [
+            ("", "v1", "LimitRange"),
+            ("", "v1", "ResourceQuota"),
+            ("bellows.dev", "v1alpha1", "ElasticPolicy"),
+        ];
+        let (all, at_once) = (ListParams::default(), DeleteParams::default());
+        self.runtime.block_on(async {
+            for (group, version, kind) in kinds {
+                let kind = GroupVersionKind::gvk(group, version, kind);
+                let client = self.nodes.clone().into_client();
+                let (resource, _) = pinned_kind(&client, &kind).await?;
+                let api: Api<DynamicObject> = Api::namespaced_with(client, NAMESPACE, &resource);
+                api.delete_collection(&at_once, &all).await?;
+            }
+            let at_once = at_once.grace_period(0);
+            self.pods.delete_collection(&at_once, &all).await?;
+            anyhow::Ok(())
+        })?;
+        wait("no pod is left", Duration::from_secs(120), || {
+            Ok(self.runtime.block_on(self.pods.list(&all))?.items.is_empty())
+        })
+    }
+
     /// Adds annotations, as anybody might.
     pub(crate) fn annotate(&self, name: &str, annotations: &Value) -> Result<()> {
         let patch = Patch::Merge(json!({ "metadata": { "annotations": annotations } }));

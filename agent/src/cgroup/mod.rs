@@ -1,7 +1,7 @@
 //! One cgroup v2 directory: reading what the kernel says, writing what it should do.
 //!
-//! Values that the kernel does not have are `None`, never zero. Nothing here decides. What is written
-//! again and again is a [`Control`].
+//! Files that the kernel does not have are `None`, never zero; a count that a file of counts lacks is zero. Nothing here
+//! decides. What is written again and again is a [`Control`].
 
 mod control;
 mod limits;

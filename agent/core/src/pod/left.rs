@@ -23,7 +23,7 @@ pub struct Raised {
     pub id: Option<String>,
 }
 
-/// What is left raised of a pod: its limit is ours, and above the original that stands on it. It can be so
+/// What is left raised of a pod: its limit is ours, and another than the original that stands on it. It can be so
 /// although nobody that lives has raised it.
 #[must_use]
 pub fn left_raised(pod: &Pod) -> Vec<Raised> {
