@@ -307,7 +307,11 @@ impl Cluster {
             anyhow::Ok(())
         })?;
         wait("no pod is left", Duration::from_secs(120), || {
-            Ok(self.runtime.block_on(self.pods.list(&all))?.items.is_empty())
+            Ok(self
+                .runtime
+                .block_on(self.pods.list(&all))?
+                .items
+                .is_empty())
         })
     }
 
