@@ -214,7 +214,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         checks,
         binaries,
         "bursts survive under bellows exec",
-        &of(Name::Bursts, 6, 11),
+        &bench::Options {
+            without_unlimited: true,
+            ..of(Name::Bursts, 6, 11)
+        },
         |summary| {
             survived_alone(summary)?;
             at_most(summary, "raises_max", 5.0)?;
@@ -454,6 +457,7 @@ fn pod(checks: &mut Checks) -> Result<()> {
     // Of each way through the kernel one: page faults, shared ones, long system calls.
     let bursts = bench::Options {
         kind: Some("all".to_owned()),
+        without_unlimited: true,
         ..options(Name::PodBursts, "6.12", Some(4), 21)
     };
     judge(

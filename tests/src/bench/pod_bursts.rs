@@ -59,6 +59,9 @@ pub(crate) struct Options {
     /// Limits are raised first, and the API asked right after.
     #[arg(long)]
     raise_first: bool,
+    /// Without the same burst at its maximum, which stalls are compared with.
+    #[arg(long)]
+    without_unlimited: bool,
     #[command(flatten)]
     server: ApiServer,
 }
@@ -220,7 +223,7 @@ pub(super) fn answers(
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     case: Case,
-    unlimited: Outcome,
+    unlimited: Option<Outcome>,
     fixed: Outcome,
     bellows: Outcome,
 }
@@ -278,7 +281,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             raise_first: options.raise_first,
         };
         set_thp(case.thp)?;
-        let record = run_case(&cluster, &probe, case)?;
+        let record = run_case(&cluster, &probe, case, options.without_unlimited)?;
         node.check()?;
         agent.check()?;
         eprintln!(
@@ -303,8 +306,14 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     Ok(())
 }
 
-fn run_case(cluster: &Cluster, probe: &Probe, case: Case) -> Result<Record> {
-    let unlimited = run_pod(cluster, probe, case, "unlimited", case.max, None)?;
+fn run_case(
+    cluster: &Cluster,
+    probe: &Probe,
+    case: Case,
+    without_unlimited: bool,
+) -> Result<Record> {
+    let unlimited = || run_pod(cluster, probe, case, "unlimited", case.max, None);
+    let unlimited = (!without_unlimited).then(unlimited).transpose()?;
     let fixed = run_pod(cluster, probe, case, "fixed", case.limit, None)?;
     let bellows = run_pod(cluster, probe, case, "bellows", case.limit, Some(case.max))?;
     Ok(Record {
@@ -526,8 +535,9 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         let seconds = |us: u64| us as f64 / 1e6;
         times.extend(bellows.api_times(0).into_iter().map(seconds));
         second_times.extend(bellows.api_times(1).into_iter().map(seconds));
-        stalls.extend(bellows.stall(0, unlimited));
-        second_stalls.extend(bellows.stall(1, unlimited));
+        let stall = |burst| bellows.stall(burst, unlimited.as_ref()?);
+        stalls.extend(stall(0));
+        second_stalls.extend(stall(1));
     }
     let sleeps: Vec<f64> = records
         .iter()
@@ -550,7 +560,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "bursts": records.len(),
         "kills_without": count(&|record| record.fixed.killed()),
         "kills_with": count(&|record| record.bellows.killed()),
-        "kills_unlimited": count(&|record| record.unlimited.killed()),
+        "kills_unlimited": count(&|record| record.unlimited.as_ref().is_some_and(Outcome::killed)),
         "restarts": records.iter().map(|record| record.bellows.restarts).sum::<i32>(),
         "raise_patches_max_x8": patches(8000),
         "raise_patches_max_x16": patches(16000),
