@@ -265,6 +265,17 @@ impl Boosts {
         }
     }
 
+    /// A process has begun another, which is waited for by its own number from now on: returns whether that is new.
+    pub fn join(&mut self, process: u32, other: u32) -> bool {
+        let mut is_new = false;
+        for boost in &mut self.0 {
+            if boost.processes.contains(&process) {
+                is_new |= boost.processes.insert(other);
+            }
+        }
+        is_new
+    }
+
     /// A process has ended, and what it had begun goes on: these take its place.
     pub fn hand_on(&mut self, process: u32, heirs: &[u32]) {
         for boost in &mut self.0 {
@@ -422,7 +433,11 @@ mod tests {
         assert_eq!(boosts.processes().collect::<Vec<_>>(), [11, 12]);
         boosts.exit(11);
         assert_eq!(end(&mut boosts, &rules, 5, QUIET), None);
+        assert!(boosts.join(12, 13) && !boosts.join(12, 13) && !boosts.join(77, 79));
         boosts.hand_on(12, &[]);
+        assert_eq!(boosts.processes().collect::<Vec<_>>(), [13]);
+        assert_eq!(end(&mut boosts, &rules, 5, QUIET), None);
+        boosts.exit(13);
         assert_eq!(end(&mut boosts, &rules, 5, QUIET), Some(End::Exited));
         assert_eq!(boosts.memory(), None);
     }

@@ -1,6 +1,12 @@
 //! One container: its quota as it was last seen, and the boosts that it has.
 
-use std::{collections::BTreeMap, fs::File, io::Read as _, os::fd::OwnedFd, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::Read as _,
+    os::fd::OwnedFd,
+    path::Path,
+};
 
 use bellows_core::{
     CgroupId, Cpu, Nanos, Reason,
@@ -111,7 +117,7 @@ impl Row {
         row.boosts.adopt(at);
         let left: Vec<u32> = row.boosts.processes().collect();
         for process in left {
-            row.follow(process);
+            row.follow(process, at);
         }
         row
     }
@@ -213,8 +219,20 @@ impl Row {
         // What cannot be read is not taken for ended.
         if let Ok(processes) = self.cgroup.processes() {
             let living = living(processes.into_iter());
-            self.trees.values_mut().for_each(|tree| tree.look(&living));
+            let trees = self.trees.values_mut();
+            trees.for_each(|tree| tree.look(&living, at));
+            self.await_lasting(at);
         }
+    }
+
+    /// Waits for what lasts of a tree by its own number, too: a successor knows no trees.
+    fn await_lasting(&mut self, at: Nanos) {
+        let mut new = BTreeSet::new();
+        for (&root, tree) in &self.trees {
+            let lasting = tree.lasting(at);
+            new.extend(lasting.filter(|&process| self.boosts.join(root, process)));
+        }
+        new.into_iter().for_each(|process| self.follow(process, at));
     }
 
     /// Without PSI nobody is known to wait.
@@ -279,12 +297,12 @@ impl Row {
         };
         self.boosts.execute(rules, *at, *process, file, &words);
         if self.boosts.processes().any(|awaited| awaited == *process) {
-            self.follow(*process);
+            self.follow(*process, *at);
         }
     }
 
     /// Follows a process until its end. One that cannot be followed is waited for as long as its boost may last.
-    fn follow(&mut self, process: u32) {
+    fn follow(&mut self, process: u32, at: Nanos) {
         if !self.sees_processes {
             // Its end is not seen: what waits for that ends otherwise.
             return;
@@ -297,7 +315,7 @@ impl Row {
             Ok(descriptor) => {
                 self.processes.insert(process, descriptor);
                 let tree = self.trees.entry(process);
-                tree.or_insert_with(|| Tree::of(process));
+                tree.or_insert_with(|| Tree::of(process, at));
             }
             Err(Errno::SRCH) => self.boosts.exit(process),
             Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
@@ -335,7 +353,7 @@ impl Row {
             let heirs: Vec<u32> = tree.ids().filter(|&heir| heir != process).collect();
             self.boosts.hand_on(process, &heirs);
             // Those that have ended, too, are taken out again.
-            heirs.into_iter().for_each(|heir| self.follow(heir));
+            heirs.into_iter().for_each(|heir| self.follow(heir, at));
         }
         if self.rules.is_ready == Some(true) {
             while let Some(ready) = self.boosts.asks().cloned() {

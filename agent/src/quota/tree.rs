@@ -3,8 +3,16 @@
 //! Who is whose child is asked of `/proc`, when a program is executed in the container and once a tick. What loses its
 //! parent between two looks is not found any more: a daemon that detaches itself is not part of a build, and must not keep
 //! it going for ever.
+//!
+//! A tree dies with its agent, and a program may end before the next one looks. So what [lasts](Tree::lasting) is to be
+//! waited for by its own number, which is written down.
 
 use std::{collections::BTreeMap, fs};
+
+use bellows_core::Nanos;
+
+/// From what age on a process is one that lasts: a build begins hundreds a second that do not.
+const LASTING: Nanos = Nanos::millis(1000);
 
 /// What the kernel says of a process (`/proc/PID/stat`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,21 +25,31 @@ pub(super) struct Process {
 
 /// A process and what has come of it.
 #[derive(Debug, Default)]
-pub(super) struct Tree(BTreeMap<u32, u64>);
+pub(super) struct Tree(BTreeMap<u32, Known>);
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    started: u64,
+    /// When it was first seen.
+    since: Nanos,
+}
 
 impl Tree {
     /// One that has just begun.
-    pub(super) fn of(root: u32) -> Self {
-        let root = process(root).map(|process| (process.id, process.started));
+    pub(super) fn of(root: u32, at: Nanos) -> Self {
+        let root = process(root).map(|process| process.seen(at));
         Self(root.into_iter().collect())
     }
 
     /// Looks who of it lives, among all processes that might.
-    pub(super) fn look(&mut self, processes: &[Process]) {
+    pub(super) fn look(&mut self, processes: &[Process], at: Nanos) {
         let before = std::mem::take(&mut self.0);
-        let is_known = |process: &&Process| before.get(&process.id) == Some(&process.started);
-        let known = processes.iter().filter(is_known);
-        self.0 = known.map(|process| (process.id, process.started)).collect();
+        let known = processes.iter().filter_map(|process| {
+            let known = before.get(&process.id);
+            let known = known.filter(|known| known.started == process.started)?;
+            Some((process.id, *known))
+        });
+        self.0 = known.collect();
         // Children of those that have just ended are told by their parents' number as long as they have it.
         loop {
             let is_new = |process: &&Process| {
@@ -43,14 +61,27 @@ impl Tree {
             if new.is_empty() {
                 return;
             }
-            self.0
-                .extend(new.iter().map(|process| (process.id, process.started)));
+            self.0.extend(new.iter().map(|process| process.seen(at)));
         }
     }
 
     /// Who of it lived at the last look.
     pub(super) fn ids(&self) -> impl Iterator<Item = u32> {
         self.0.keys().copied()
+    }
+
+    /// Who of these is known for so long that it is no passing one.
+    pub(super) fn lasting(&self, at: Nanos) -> impl Iterator<Item = u32> {
+        let lasting = move |known: &Known| at.since(known.since) >= LASTING;
+        let known = self.0.iter().filter(move |(_, known)| lasting(known));
+        known.map(|(&id, _)| id)
+    }
+}
+
+impl Process {
+    const fn seen(&self, at: Nanos) -> (u32, Known) {
+        let started = self.started;
+        (self.id, Known { started, since: at })
     }
 }
 
@@ -95,18 +126,25 @@ mod tests {
 
     #[test]
     fn it_lives_as_long_as_any_of_it() {
-        let mut tree = Tree([(10, 1)].into());
-        tree.look(&[
+        let seconds = |seconds: u64| Nanos::millis(seconds * 1000);
+        let mut tree = Tree([process_of(10, 1, 1).seen(seconds(0))].into());
+        let all = [
             process_of(10, 1, 1),
             process_of(12, 11, 3),
             process_of(11, 10, 2),
             process_of(20, 1, 1),
-        ]);
+        ];
+        tree.look(&all, seconds(3));
         assert_eq!(tree.ids().collect::<Vec<_>>(), [10, 11, 12]);
+        assert_eq!(tree.lasting(seconds(3)).collect::<Vec<_>>(), [10]);
         // The first two have ended; the third has got another parent, and the first's number was given away.
-        tree.look(&[process_of(10, 1, 9), process_of(12, 1, 3)]);
+        tree.look(&[process_of(10, 1, 9), process_of(12, 1, 3)], seconds(4));
         assert_eq!(tree.ids().collect::<Vec<_>>(), [12]);
-        tree.look(&[process_of(10, 1, 9)]);
+        assert_eq!(tree.lasting(seconds(4)).collect::<Vec<_>>(), [12]);
+        // Its number was given away, too.
+        tree.look(&[process_of(12, 12, 9)], seconds(5));
+        assert_eq!(tree.lasting(seconds(5)).count(), 0);
+        tree.look(&[process_of(10, 1, 9)], seconds(6));
         assert!(tree.0.is_empty());
     }
 
@@ -128,24 +166,24 @@ mod tests {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let mut tree = Tree::of(child.id());
+        let mut tree = Tree::of(child.id(), Nanos(0));
         let all = || {
             let entries = fs::read_dir("/proc").unwrap().flatten();
             living(entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()))
         };
         let two = |tree: &Tree| tree.0.len() == 2;
         while !two(&tree) {
-            tree.look(&all());
+            tree.look(&all(), Nanos(0));
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        tree.look(&all());
+        tree.look(&all(), Nanos(0));
         let left: Vec<u32> = tree.ids().collect();
         assert_eq!(left.len(), 1, "its child lives on");
         let ended = Command::new("kill").arg(left[0].to_string()).status();
         assert!(ended.unwrap().success());
         while !tree.0.is_empty() {
-            tree.look(&all());
+            tree.look(&all(), Nanos(0));
         }
     }
 }

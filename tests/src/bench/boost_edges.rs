@@ -1,9 +1,9 @@
 //! What boosts promise at their edges; a part of `container-edges`.
 
-use std::{fs, thread, time::Duration};
+use std::{collections::BTreeSet, fs, thread, time::Duration};
 
 use anyhow::{Result, ensure};
-use bellows::clock::now;
+use bellows::{clock::now, originals::Records};
 use bellows_core::{Bytes, Cpu};
 
 use super::{
@@ -60,13 +60,26 @@ fn rests(bed: &Bed, started: &Started) -> Result<()> {
     })
 }
 
-/// Kills the agent, if there is one, and starts the next.
+/// Kills the agent, if there is one.
+fn stop(bed: &mut Bed) -> Result<()> {
+    bed.agent.take().map_or(Ok(()), Standalone::kill_all)
+}
+
+/// The same, and starts the next.
 fn restart(bed: &mut Bed, policies: &str) -> Result<()> {
-    if let Some(agent) = bed.agent.take() {
-        agent.kill_all()?;
-    }
+    stop(bed)?;
     bed.agent = Some(Standalone::start(policies)?);
     Ok(())
+}
+
+/// Those of a container's processes that are what its boost is for.
+fn programs(started: &Started) -> Result<BTreeSet<u32>> {
+    let is_one = |process: &u32| {
+        let words = fs::read(format!("/proc/{process}/cmdline"));
+        words.is_ok_and(|words| words.starts_with(b"/bin/dash\0-e\0"))
+    };
+    let processes = started.cgroup.processes()?;
+    Ok(processes.into_iter().filter(is_one).collect())
 }
 
 fn program(bed: &mut Bed) -> Result<()> {
@@ -78,11 +91,13 @@ fn program(bed: &mut Bed) -> Result<()> {
         ),
     );
     restart(bed, &policies)?;
-    // The program ends after a moment; what it has begun goes on.
+    // What the program has begun goes on after it.
     let words = [
         "/bin/sh",
         "-c",
-        "until [ -e /begin ]; do sleep 0.1; done; /bin/dash -e -c 'sleep 40 & sleep 3'; sleep 600",
+        "until [ -e /begin ]; do sleep 0.1; done; \
+         /bin/dash -e -c 'until [ -e /over ]; do sleep 0.1; done & until [ -e /end ]; do sleep 0.1; done'; \
+         sleep 600",
     ];
     let started = bed.machine.run(&spec("program", "program", &words))?;
     wait_guarded(&started)?;
@@ -91,7 +106,22 @@ fn program(bed: &mut Bed) -> Result<()> {
     wait("it is lent both", BEGUN, || {
         Ok(lent_cpu(&started)? && started.cgroup.limit("memory.max")?.bytes() == LENT)
     })?;
+    wait("what it has begun is written down", BEGUN, || {
+        let record = Records::containers().read(&started.id);
+        let noted: BTreeSet<u32> = record
+            .iter()
+            .flat_map(|one| one.boosts.processes())
+            .collect();
+        let running = programs(&started)?;
+        Ok(running.len() == 2 && running.is_subset(&noted))
+    })?;
     let died = now();
+    stop(bed)?;
+    // It ends while there is no agent, which leaves what it has begun.
+    gate::make(&started.cgroup, "/end")?;
+    wait("the program has ended", BEGUN, || {
+        Ok(programs(&started)?.len() == 1)
+    })?;
     restart(bed, &policies)?;
     wait("the next agent knows of it", BEGUN, || {
         Ok(is_guarded_since(&started.cgroup, died))
@@ -99,10 +129,7 @@ fn program(bed: &mut Bed) -> Result<()> {
     // Time to end it, if that were what it does.
     thread::sleep(Duration::from_secs(2));
     ensure!(lent_cpu(&started)?, "the next agent has ended it");
-    let end = wait("the program has ended", Duration::from_secs(60), || {
-        Ok(!lent_cpu(&started)?)
-    });
-    end?;
+    gate::make(&started.cgroup, "/over")?;
     rests(bed, &started)?;
     bed.machine.remove(&started)
 }

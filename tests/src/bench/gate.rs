@@ -35,9 +35,14 @@ pub(super) fn close() -> Result<()> {
 /// Lets the processes of a container begin. That of a probe may have ended meanwhile, or not have the container's root
 /// yet.
 pub(super) fn open(container: &Cgroup) -> Result<()> {
+    make(container, FILE)
+}
+
+/// Makes a file in a container's root.
+pub(super) fn make(container: &Cgroup, file: &str) -> Result<()> {
     let mut last = Err(anyhow!("nobody waits in it"));
     for process in container.processes()? {
-        let path = format!("/proc/{process}/root{FILE}");
+        let path = format!("/proc/{process}/root{file}");
         let opened = File::create(&path).context(path);
         last = last.or(opened.map(drop));
     }
