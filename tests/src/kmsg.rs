@@ -2,25 +2,27 @@
 //!
 //! Whoever looks at `memory.events` from time to time learns of a kill late, and seconds late where a dozen kills keep two
 //! emulated CPUs busy: then a raise of what was dead already looks like one of what was killed after it.
+//!
+//! The line that names the cgroup is one of ten in five seconds at most (`oom_kill_process`, mm/oom_kill.c); that which
+//! names the process is told of each.
 
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{ErrorKind, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
-use bellows::{attribution::CGROUP_ROOT, clock::now};
+use bellows::clock::now;
 use bellows_core::Nanos;
 
-/// The first kill in each cgroup since it was begun.
+/// When each process was killed since it was begun.
 pub(crate) struct OomKills {
     log: File,
     /// `CLOCK_MONOTONIC` when the clock of the log began.
     began: Nanos,
-    killed: BTreeMap<PathBuf, Nanos>,
+    killed: BTreeMap<u32, Nanos>,
 }
 
 impl OomKills {
@@ -52,16 +54,18 @@ impl OomKills {
     /// Reads on: the log keeps no more than its buffer has room for.
     pub(crate) fn look(&mut self) -> Result<()> {
         while let Some(record) = self.record()? {
-            if let Some((at, Some(cgroup))) = parsed(&record) {
+            if let Some((at, Some(process))) = parsed(&record) {
                 let at = Nanos(self.began.0 + at.0);
-                self.killed.entry(cgroup).or_insert(at);
+                self.killed.insert(process, at);
             }
         }
         Ok(())
     }
 
-    pub(crate) fn of(&self, cgroup: &Path) -> Option<Nanos> {
-        self.killed.get(cgroup).copied()
+    /// The first kill of any of these.
+    pub(crate) fn of(&self, processes: &[u32]) -> Option<Nanos> {
+        let killed = processes.iter().filter_map(|one| self.killed.get(one));
+        killed.min().copied()
     }
 
     /// The next record; `None` if there is none yet.
@@ -82,15 +86,13 @@ impl OomKills {
     }
 }
 
-/// When a record is from, and the cgroup whose limit it tells a kill for (`dump_oom_summary`, mm/oom_kill.c).
-fn parsed(record: &str) -> Option<(Nanos, Option<PathBuf>)> {
+/// When a record is from, and the process that it tells to be killed (`__oom_kill_process`, mm/oom_kill.c).
+fn parsed(record: &str) -> Option<(Nanos, Option<u32>)> {
     let (head, text) = record.split_once(';')?;
     let micros: u64 = head.split(',').nth(2)?.parse().ok()?;
-    let fields = text.strip_prefix("oom-kill:");
-    let mut fields = fields.into_iter().flat_map(|fields| fields.split(','));
-    let of = fields.find_map(|field| field.strip_prefix("oom_memcg="));
-    let cgroup = of.map(|path| Path::new(CGROUP_ROOT).join(path.trim_start_matches('/')));
-    Some((Nanos(micros * 1000), cgroup))
+    let (_, killed) = text.split_once("ut of memory: Killed process ").unzip();
+    let process = killed.and_then(|killed| killed.split_whitespace().next()?.parse().ok());
+    Some((Nanos(micros * 1000), process))
 }
 
 #[cfg(test)]
@@ -99,14 +101,11 @@ mod tests {
 
     #[test]
     fn a_kill_is_told_from_other_records() {
-        let kill = "6,1234,143804000,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=a,mems_allowed=0,oom_memcg=/kubepods/pod1/c,task_memcg=/kubepods/pod1/c,task=load,pid=7,uid=0\n";
+        let kill = "3,1234,143804000,-;Memory cgroup out of memory: Killed process 1085 (load) total-vm:383028kB, anon-rss:47748kB, UID:0\n";
         let at = Nanos::millis(143_804);
-        let cgroup = PathBuf::from("/sys/fs/cgroup/kubepods/pod1/c");
-        assert_eq!(parsed(kill), Some((at, Some(cgroup))));
+        assert_eq!(parsed(kill), Some((at, Some(1085))));
         let other = "4,1235,143804000,-;Memory cgroup stats for /kubepods/pod1/c:\n";
         assert_eq!(parsed(other), Some((at, None)));
-        let of_the_node = "6,1,2,-;oom-kill:constraint=CONSTRAINT_NONE,global_oom,task_memcg=/a\n";
-        assert_eq!(parsed(of_the_node), Some((Nanos(2000), None)));
         assert_eq!(parsed("nothing"), None);
     }
 }

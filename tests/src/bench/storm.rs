@@ -183,6 +183,8 @@ impl Look {
 /// A container of the storm, as it is watched.
 struct Watched {
     started: Started,
+    /// Its processes before it bursts.
+    processes: Vec<u32>,
     outcome: Outcome,
 }
 
@@ -219,7 +221,11 @@ fn storm(
             ended_ms: None,
             ledger: Vec::new(),
         };
-        watched.push(Watched { started, outcome });
+        watched.push(Watched {
+            started,
+            processes: Vec::new(),
+            outcome,
+        });
     }
     // Whoever is not guarded yet when it bursts is nobody's failure but the machine's.
     let are_guarded = || watched.iter().all(|one| is_guarded(&one.started.cgroup));
@@ -232,6 +238,9 @@ fn storm(
         options.starts,
         PER_CONTAINER.as_millis() * options.starts / 1000
     );
+    for one in &mut watched {
+        one.processes = one.started.cgroup.processes()?;
+    }
     let mut record = Record {
         index,
         seed: options.seed,
@@ -251,6 +260,7 @@ fn storm(
     for Watched {
         started,
         mut outcome,
+        ..
     } in watched
     {
         outcome.ledger = ledger_of(started.cgroup.id());
@@ -309,7 +319,7 @@ fn watch(
     }
     kills.look()?;
     for one in watched {
-        let at = kills.of(one.started.cgroup.path());
+        let at = kills.of(&one.processes);
         ensure!(
             at.is_some() || one.outcome.oom_kill == 0,
             "the kernel's log does not tell of the kill in {}",
