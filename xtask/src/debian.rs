@@ -338,6 +338,7 @@ pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<P
     let image = tools::cache()?.join(format!("{name}-{suite}.ext4"));
     let recipe = image.with_extension("recipe");
     let wanted = format!("{suite} {}\n", packages.join(" "));
+    let _maker = tools::only_maker(&image)?;
     if fs::read_to_string(&recipe).ok().as_deref() == Some(&wanted) && tools::is_intact(&image) {
         return Ok(image);
     }

@@ -88,17 +88,20 @@ pub(crate) fn binaries(release: &str) -> Result<Binaries> {
         etcd: directory.join("etcd"),
     };
     fs::create_dir_all(&directory)?;
+    let maker = tools::only_maker(&built.etcd)?;
     if !tools::is_intact(&built.etcd) {
         let executable = debian::file("etcd-server", "forky", "usr/bin/etcd")?;
         fs::copy(executable, &built.etcd)?;
         tools::seal(&built.etcd)?;
     }
+    drop(maker);
     build(release, &directory, &[&built.kubelet, &built.apiserver])?;
     Ok(built)
 }
 
 /// Builds components that are not there, at once: the linker of each has one CPU to do.
 fn build(release: &str, directory: &Path, components: &[&Path]) -> Result<()> {
+    let _maker = tools::only_maker(directory)?;
     let missing = components.iter().filter(|file| !tools::is_intact(file));
     let missing: Vec<&Path> = missing.copied().collect();
     let names = missing.iter().filter_map(|file| file.file_name()?.to_str());

@@ -2,8 +2,8 @@
 //!
 //! `cargo xtask test` has it done beside its first tiers, by what runs only where nothing else wants to (`SCHED_IDLE`): root
 //! file systems and Kubernetes take a quarter of an hour on two CPUs, which guests do not use all the time. Whoever
-//! needs a thing makes it where it is missing, and says why it cannot: nothing may depend on this, and no guest that has
-//! use for the same may run beside it.
+//! needs a thing makes it where it is missing, and says why it cannot: nothing may depend on this. Who needs what is being made
+//! waits for it, and leaves it the CPUs by that.
 
 use std::process::{Child, Command, Stdio};
 

@@ -210,6 +210,15 @@ fn is_as_sealed(file: &Path) -> bool {
     checksum(file).is_ok_and(|sum| sum == expected.trim())
 }
 
+/// Keeps others from making the same artifact, as long as it is held: another process may make it ahead.
+pub(crate) fn only_maker(file: &Path) -> Result<fs::File> {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".lock");
+    let lock = fs::File::create(&name)?;
+    lock.lock()?;
+    Ok(lock)
+}
+
 /// Writes the checksum of an artifact that has been made completely.
 pub(crate) fn seal(file: &Path) -> Result<()> {
     fs::write(checksum_file(file), checksum(file)?)?;

@@ -299,7 +299,7 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let is_quiet = if *others_wait {
         let since = history.last_growth.max(history.last_large);
         now.since(history.last_growth) >= policy.shrink_after
-            || now.since(since) >= SHRINK_FOR_OTHERS
+            || now.since(since) >= SHRINK_FOR_OTHERS.max(*quiet)
     } else {
         now.since(history.last_growth) >= policy.shrink_after.max(*quiet)
     };
@@ -629,6 +629,11 @@ mod tests {
         assert_eq!(decide(&snapshot).actions, [(back, Reason::BurstOver)]);
         snapshot.history.last_large = Nanos::millis(9_001);
         assert_eq!(decide(&snapshot).actions, [], "it may only draw breath");
+        snapshot.history.last_large = Nanos::millis(8_000);
+        snapshot.quiet = Nanos::millis(2_001);
+        assert_eq!(decide(&snapshot).actions, [], "and has done so for longer");
+        snapshot.quiet = Nanos::millis(2_000);
+        assert_eq!(decide(&snapshot).actions, [(back, Reason::BurstOver)]);
     }
 
     #[test]

@@ -3,7 +3,11 @@
 //! Who may not be raised at all is at its ceiling: no hold and no brake are left of us. It is armed again when the
 //! allowance has changed, which whoever watches that tells.
 
-use bellows_core::{Action, Bytes, CgroupId, Policy, Snapshot, allowance::Bound, decide::decide};
+use bellows_core::{
+    Action, Bytes, CgroupId, Policy, Snapshot,
+    allowance::{Bound, Reached},
+    decide::decide,
+};
 
 use super::{Controller, Guarded, Requester};
 use crate::{clock::now, ledger::Record, machine, metrics::METRICS};
@@ -20,6 +24,14 @@ impl Guarded {
         let ceiling = ceiling.max(self.policy.original);
         self.bound = bound.filter(|_| ceiling < self.asked_ceiling);
         ceiling != std::mem::replace(&mut self.policy.ceiling, ceiling)
+    }
+
+    /// Whether it is short of what another has: of room on the node, or of a quota of the namespace of both.
+    pub(super) fn is_short_of(&self, other: &Self) -> bool {
+        let namespace = |own: &Self| own.name.split('/').next().map(str::to_owned);
+        let quota = self.bound.as_ref().filter(|_| self.told_bound.is_some());
+        let is_by_quota = quota.is_some_and(|bound| bound.by.reason() == Reached::Quota);
+        self.waiting.is_some() || (is_by_quota && namespace(self) == namespace(other))
     }
 
     /// The raise that it would be asked for if nothing bounded it, where that is more than it is asked for.
@@ -196,6 +208,34 @@ mod tests {
         assert_eq!(guarded.policy.ceiling, Bytes::mib(100));
         guarded.take_bound(None);
         assert_eq!(guarded.policy.ceiling, Bytes::mib(512));
+    }
+
+    #[test]
+    fn others_are_short_of_what_one_has_on_its_node_or_in_its_namespace() {
+        let other = |name: &str| {
+            let mut other = guarded();
+            name.clone_into(&mut other.name);
+            other
+        };
+        let mut one = guarded();
+        assert!(!one.is_short_of(&other("a/d/e")));
+        one.take_bound(Some(bound(Bytes::mib(64))));
+        assert!(!one.is_short_of(&other("a/d/e")), "it wants no more");
+        one.told_bound = Some(Reached::Quota);
+        assert!(one.is_short_of(&other("a/d/e")) && !one.is_short_of(&other("b/d/e")));
+        let mut of_range = bound(Bytes::mib(64));
+        of_range.by = By::RangeMax {
+            name: "r".to_owned(),
+            what: What::MemoryLimit,
+            is_of_pod: false,
+            max: 64 << 20,
+        };
+        one.take_bound(Some(of_range));
+        assert!(!one.is_short_of(&other("a/d/e")), "nobody has it");
+        // At rest, and with less, it wants nothing any more.
+        one.history.demand = Bytes::mib(10);
+        one.calm_down();
+        assert_eq!(one.told_bound, None);
     }
 
     /// What is written before the API is asked is bounded by the same.

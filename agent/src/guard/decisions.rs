@@ -29,13 +29,19 @@ impl<R: Requester> Controller<R> {
         self.lend(id);
     }
 
+    /// Whether somebody else waits for what a guard has. Who has nothing to give back keeps nothing from anybody.
+    fn keeps_from_others(&self, id: CgroupId) -> bool {
+        let own = self.guards.get(&id);
+        let own = own.filter(|own| own.limit > own.policy.original);
+        own.is_some_and(|own| {
+            let mut others = self.guards.iter().filter(|(other, _)| **other != id);
+            others.any(|(_, other)| other.is_short_of(own))
+        })
+    }
+
     fn decide_once(&mut self, id: CgroupId) {
         self.take_bound(id);
-        let is_short = |own: &Guarded| own.waiting.is_some() || own.told_bound.is_some();
-        // Who has nothing to give back keeps nothing from anybody.
-        let is_raised = |own: &Guarded| own.limit > own.policy.original;
-        let somebody_waits =
-            self.guards.get(&id).is_some_and(is_raised) && self.guards.values().any(is_short);
+        let somebody_waits = self.keeps_from_others(id);
         let Some(guarded) = self.guards.get_mut(&id) else {
             return;
         };

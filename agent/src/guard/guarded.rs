@@ -43,6 +43,8 @@ const LOWERINGS: u32 = 3;
 const CALM_PER_MILLE: u64 = 900;
 /// From then on each is waited for twice as long as the one before, so many times.
 const LOWERING_DOUBLES: u32 = 5;
+/// How much more than a lost lowering is asked for where the limit in force may not be had back.
+const LOWERED_ANEW_BY: Bytes = Bytes::mib(1);
 
 /// What happened to a guarded cgroup, for the summary and the benches.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -330,10 +332,16 @@ impl Guarded {
         (at.since(since) >= patience || at.since(asked) >= last).then_some(to)
     }
 
-    /// Waits on for a lowering that was not carried out in time.
-    pub(super) fn waits_on(&mut self, at: Nanos, to: Bytes) {
-        self.requested = Some((to, at));
+    /// A lowering was not carried out in time, and no more than `most` may be asked for in its place. Returns a limit a
+    /// little above it, since who has refused the one looks again only at another; `None` where that is not allowed either,
+    /// and it waits on.
+    pub(super) fn lowers_anew(&mut self, at: Nanos, to: Bytes, most: Bytes) -> Option<Bytes> {
+        let anew = to.plus(LOWERED_ANEW_BY);
+        let anew = (anew <= most && anew < self.limit).then_some(anew);
+        self.requested = Some((anew.unwrap_or(to), at));
+        self.lowering = self.requested.map(|(to, _)| to);
         self.lost_lowerings = self.lost_lowerings.saturating_add(1);
+        anew
     }
 
     /// Takes new rules from whoever watches the pod; what was learnt stays.
@@ -543,6 +551,9 @@ impl Guarded {
         self.let_go.take_if(|_| self.requested.is_none());
         let is_at_rest = self.limit <= self.policy.original && self.requested.is_none();
         let is_calm = self.history.demand < self.limit.per_mille(CALM_PER_MILLE);
+        if is_at_rest && is_calm {
+            self.told_bound = None;
+        }
         if is_at_rest && is_calm && self.policy.actuation != Actuation::Direct {
             (self.burst_since, self.trigger, self.policy.learnt) = (None, None, None);
             self.has_rested();
@@ -682,6 +693,19 @@ mod tests {
         let patience = |lost| patience_seconds(Bytes::mib(64), lost).unwrap();
         assert_eq!([0, 1, 2, 3, 4].map(patience), [7, 7, 7, 14, 28]);
         assert_eq!(patience(u32::MAX), 224);
+    }
+
+    #[test]
+    fn a_lost_lowering_is_asked_for_a_little_otherwise_as_far_as_that_is_allowed() {
+        let at = Nanos::millis(7000);
+        let mut lowered = guarded(Bytes::mib(64), 0);
+        let allowed = lowered.lowers_anew(at, Bytes::mib(64), Bytes::mib(65));
+        assert_eq!(allowed, Some(Bytes::mib(65)));
+        assert_eq!(lowered.requested, Some((Bytes::mib(65), at)));
+        assert_eq!(lowered.lowering, Some(Bytes::mib(65)));
+        let again = lowered.lowers_anew(at, Bytes::mib(65), Bytes::mib(65));
+        assert_eq!((again, lowered.lost_lowerings), (None, 2));
+        assert_eq!(lowered.requested, Some((Bytes::mib(65), at)));
     }
 
     #[test]

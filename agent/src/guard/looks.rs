@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 
-use bellows_core::{CgroupId, Nanos, thrash::Look};
+use bellows_core::{Bytes, CgroupId, Nanos, thrash::Look};
 use bellows_ebpf_common::{KIND_EXIT, KIND_RECLAIM, KIND_WRITTEN};
 
 use super::{Controller, Requester, requests::Loss};
@@ -137,10 +137,10 @@ impl<R: Requester> Controller<R> {
                 } else if is_new_brake {
                     self.arm(&self.guards[&id], None);
                 } else if let Some(to) = guarded.lost(at, self.carried_out) {
-                    let bound = self.requester.bound(id);
-                    if to < limit && bound.is_some_and(|bound| bound.most < limit.0) {
-                        // It may not have back what others have taken since: it waits, and is guarded below it.
-                        guarded.waits_on(at, to);
+                    let most = self.requester.bound(id).map(|bound| Bytes(bound.most));
+                    if let Some(most) = most.filter(|&most| to < limit && most < limit) {
+                        // It may not have back what others have taken since.
+                        self.lower_anew(id, to, most);
                     } else {
                         self.requester.take_back(&guarded.cgroup, to, limit);
                         self.give_up(id, Loss::Silent);

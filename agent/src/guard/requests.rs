@@ -18,8 +18,9 @@ use crate::{
 /// A refused raise is not asked for again for this long.
 const REFUSED_FOR: Nanos = Nanos::millis(10_000);
 
-/// So long after it failed a raise by hand is tried again.
+/// So long after it failed a raise by hand is tried again, and for who is held, whose patience may be over before that.
 const BY_HAND_AGAIN: Nanos = Nanos::millis(1000);
+const BY_HAND_AGAIN_HELD: Nanos = Nanos::millis(100);
 
 /// How a request ended that was not carried out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -99,7 +100,10 @@ impl<R: Requester> Controller<R> {
                 self.arm(&self.guards[&id], None);
             }
             (raised, _) => {
-                guarded.by_hand_not_before = Nanos(now().0.saturating_add(BY_HAND_AGAIN.0));
+                let again = guarded
+                    .held_since
+                    .map_or(BY_HAND_AGAIN, |_| BY_HAND_AGAIN_HELD);
+                guarded.by_hand_not_before = Nanos(now().0.saturating_add(again.0));
                 let why = raised.err();
                 let why = why.unwrap_or_else(|| format!("the limit is not {to}"));
                 tracing::warn!(path = %guarded.cgroup.path().display(), %to, why, "a limit cannot be raised by hand");
@@ -222,6 +226,22 @@ impl<R: Requester> Controller<R> {
             self.verify(id, Some(error));
         }
         self.look_at(id);
+    }
+
+    /// A lowering got lost, and the limit in force may not be had back: it is guarded below the lower one on, and asked for
+    /// once more.
+    pub(super) fn lower_anew(&mut self, id: CgroupId, to: Bytes, most: Bytes) {
+        let Some(guarded) = self.guards.get_mut(&id) else {
+            return;
+        };
+        METRICS.requests_failed.inc();
+        let path = guarded.cgroup.path().display();
+        let limit = guarded.limit;
+        tracing::warn!(%path, %to, %limit, %most, "a lower limit does not come into force");
+        if let Some(anew) = guarded.lowers_anew(now(), to, most) {
+            self.arm(&self.guards[&id], None);
+            self.requester.lower(&self.guards[&id].cgroup, anew);
+        }
     }
 
     /// A request was refused or got lost: what waited for it waits no more.

@@ -66,6 +66,10 @@ impl<R: Requester> Controller<R> {
                 guarded.refused_shrink = Some((guarded.history.demand, at));
             }),
             Verdict::LimitRose { cgroup, limit } => {
+                let risen = self.guards.get(&cgroup);
+                if risen.is_some_and(|risen| risen.requested.is_some()) {
+                    self.carried_out = at;
+                }
                 self.update(cgroup, |guarded| {
                     guarded.limit_is(at, limit);
                     guarded.learn_latency();

@@ -556,11 +556,14 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
             .max()
     };
     let p = |values: &[f64], percent| rounded(percentile(values, percent));
+    let is_tried = records.iter().any(|record| record.unlimited.is_some());
+    let kills_unlimited =
+        is_tried.then(|| count(&|record| record.unlimited.as_ref().is_some_and(Outcome::killed)));
     Ok(json!({
         "bursts": records.len(),
         "kills_without": count(&|record| record.fixed.killed()),
         "kills_with": count(&|record| record.bellows.killed()),
-        "kills_unlimited": count(&|record| record.unlimited.as_ref().is_some_and(Outcome::killed)),
+        "kills_unlimited": kills_unlimited,
         "restarts": records.iter().map(|record| record.bellows.restarts).sum::<i32>(),
         "raise_patches_max_x8": patches(8000),
         "raise_patches_max_x16": patches(16000),

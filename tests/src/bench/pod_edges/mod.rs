@@ -185,14 +185,15 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
             )
         });
         eprintln!("case {case}: {}", failure.as_deref().unwrap_or("ok"));
-        if failure.is_some() {
-            // The next is not to fail by what this one has left.
-            bed.cluster.clear()?;
-        }
+        let has_failed = failure.is_some();
         records.write(&Record {
             case: case.to_owned(),
             failure,
         })?;
+        if has_failed {
+            // The next is not to fail by what this one has left.
+            bed.cluster.clear()?;
+        }
     }
     Ok(())
 }
