@@ -175,12 +175,13 @@ fn kernel(checks: &mut Checks) -> Result<()> {
     );
     let exec = bench::Options::of(Name::ExecCli);
     edges(checks, &binaries, &exec, "exec");
+    benches(checks, &binaries);
+    // What needs a root file system comes last: it may be made still (`prepare`).
     let systemd = bench::Options {
         systemd: true,
         ..exec
     };
     edges(checks, &binaries, &systemd, "exec under systemd");
-    benches(checks, &binaries);
     Ok(())
 }
 
