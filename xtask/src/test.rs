@@ -222,7 +222,8 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
         |summary| {
             survived_alone(summary)?;
             at_most(summary, "raises_max", 5.0)?;
-            at_most(summary, "sleeps_p50", 0.0)?;
+            // Sixty have none in the median; of six, on a machine that does something else besides, most may have one.
+            at_most(summary, "sleeps_p50", 1.0)?;
             at_most(summary, "overgrant_p50", 1.35)?;
             at_most(summary, "final_ratio_p50", 1.5)
         },
