@@ -88,7 +88,8 @@ pub(crate) fn binaries(release: &str) -> Result<Binaries> {
         etcd: directory.join("etcd"),
     };
     fs::create_dir_all(&directory)?;
-    let maker = tools::only_maker(&built.etcd)?;
+    // What it is unpacked to is every release's.
+    let maker = tools::only_maker(&tools::cache()?.join("etcd"))?;
     if !tools::is_intact(&built.etcd) {
         let executable = debian::file("etcd-server", "forky", "usr/bin/etcd")?;
         fs::copy(executable, &built.etcd)?;

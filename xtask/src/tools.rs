@@ -215,7 +215,12 @@ pub(crate) fn only_maker(file: &Path) -> Result<fs::File> {
     let mut name = file.as_os_str().to_owned();
     name.push(".lock");
     let lock = fs::File::create(&name)?;
-    lock.lock()?;
+    if lock.try_lock().is_err() {
+        let what = file.file_name().unwrap_or_default().to_string_lossy();
+        step(&format!("wait for whoever makes {what}"), || {
+            Ok(lock.lock()?)
+        })?;
+    }
     Ok(lock)
 }
 

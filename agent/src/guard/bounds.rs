@@ -29,13 +29,24 @@ impl Guarded {
     /// Whether it is short of what another has: of room on the node, or of a quota of the namespace of both.
     pub(super) fn is_short_of(&self, other: &Self) -> bool {
         let namespace = |own: &Self| own.name.split('/').next().map(str::to_owned);
-        let quota = self.bound.as_ref().filter(|_| self.told_bound.is_some());
+        let quota = self.bound.as_ref().filter(|_| self.is_cut);
         let is_by_quota = quota.is_some_and(|bound| bound.by.reason() == Reached::Quota);
         self.waiting.is_some() || (is_by_quota && namespace(self) == namespace(other))
     }
 
+    /// Takes note of whether its raise is cut, and returns what it would be raised to. What it was told of is of another
+    /// burst once it needs nothing any more.
+    pub(super) fn take_cut(&mut self, snapshot: &Snapshot, actions: &[Action]) -> Option<Bytes> {
+        let wanted = self.cut(snapshot, actions);
+        self.is_cut = wanted.is_some();
+        if !self.is_cut && self.is_calm() {
+            self.told_bound = None;
+        }
+        wanted
+    }
+
     /// The raise that it would be asked for if nothing bounded it, where that is more than it is asked for.
-    pub(super) fn cut(&self, snapshot: &Snapshot, actions: &[Action]) -> Option<Bytes> {
+    fn cut(&self, snapshot: &Snapshot, actions: &[Action]) -> Option<Bytes> {
         self.bound.as_ref()?;
         let raise = |action: &Action| match action {
             Action::Raise { to, .. } => Some(*to),
@@ -221,6 +232,12 @@ mod tests {
         assert!(!one.is_short_of(&other("a/d/e")));
         one.take_bound(Some(bound(Bytes::mib(64))));
         assert!(!one.is_short_of(&other("a/d/e")), "it wants no more");
+        one.history.demand = Bytes::mib(63);
+        let look = |one: &mut Guarded| {
+            let snapshot = one.snapshot(Nanos::millis(1), ByHand::No);
+            one.take_cut(&snapshot, &[]).is_some()
+        };
+        assert!(look(&mut one));
         one.told_bound = Some(Reached::Quota);
         assert!(one.is_short_of(&other("a/d/e")) && !one.is_short_of(&other("b/d/e")));
         let mut of_range = bound(Bytes::mib(64));
@@ -232,10 +249,13 @@ mod tests {
         };
         one.take_bound(Some(of_range));
         assert!(!one.is_short_of(&other("a/d/e")), "nobody has it");
-        // At rest, and with less, it wants nothing any more.
-        one.history.demand = Bytes::mib(10);
+        // What it was told of lasts until it wants nothing any more, and not until it uses a little less.
+        one.take_bound(Some(bound(Bytes::mib(64))));
         one.calm_down();
-        assert_eq!(one.told_bound, None);
+        assert!(look(&mut one) && one.told_bound.is_some());
+        one.history.demand = Bytes::mib(10);
+        assert!(!look(&mut one) && one.told_bound.is_none());
+        assert!(!one.is_short_of(&other("a/d/e")));
     }
 
     /// What is written before the API is asked is bounded by the same.

@@ -71,8 +71,9 @@ impl<R: Requester> Controller<R> {
             plan = decide(&snapshot(guarded));
         }
         let planned: Vec<Action> = plan.actions.iter().map(|(action, _)| *action).collect();
-        let cut = self.guards.get(&id);
-        if let Some(wanted) = cut.and_then(|guarded| guarded.cut(&snapshot(guarded), &planned)) {
+        let cut = self.guards.get_mut(&id);
+        if let Some(wanted) = cut.and_then(|guarded| guarded.take_cut(&snapshot(guarded), &planned))
+        {
             self.tell_of_bound(id, wanted);
         }
         for (action, reason) in plan.actions {

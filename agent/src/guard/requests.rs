@@ -216,6 +216,8 @@ impl<R: Requester> Controller<R> {
                 && by_hand != ByHand::No
             {
                 guarded.request_failed = true;
+            } else if is_meant && guarded.waits_on(now(), to) {
+                tracing::debug!(cgroup.id = id.0, "the lower limit before it may still come");
             } else if is_meant {
                 if uncertain {
                     let limit = guarded.limit;

@@ -232,7 +232,10 @@ impl Row {
             let lasting = tree.lasting(at);
             new.extend(lasting.filter(|&process| self.boosts.join(root, process)));
         }
-        new.into_iter().for_each(|process| self.follow(process, at));
+        // What comes of it is in the tree that it is of, and its own once that has lost its root.
+        for process in new {
+            self.await_end(process);
+        }
     }
 
     /// Without PSI nobody is known to wait.
@@ -303,9 +306,17 @@ impl Row {
 
     /// Follows a process until its end. One that cannot be followed is waited for as long as its boost may last.
     fn follow(&mut self, process: u32, at: Nanos) {
+        if self.await_end(process) {
+            let tree = self.trees.entry(process);
+            tree.or_insert_with(|| Tree::of(process, at));
+        }
+    }
+
+    /// Waits for a process's end; returns whether it is still to come.
+    fn await_end(&mut self, process: u32) -> bool {
         if !self.sees_processes {
             // Its end is not seen: what waits for that ends otherwise.
-            return;
+            return false;
         }
         let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
         let opened = pid.ok_or(Errno::SRCH);
@@ -314,12 +325,12 @@ impl Row {
             Ok(_) if !is_in(process, &self.cgroup) => self.boosts.exit(process),
             Ok(descriptor) => {
                 self.processes.insert(process, descriptor);
-                let tree = self.trees.entry(process);
-                tree.or_insert_with(|| Tree::of(process, at));
+                return true;
             }
             Err(Errno::SRCH) => self.boosts.exit(process),
             Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
         }
+        false
     }
 
     /// Asks whether the service is ready, if a boost waits for that, and nobody else.

@@ -1,14 +1,17 @@
 //! What the controller knows of one guarded cgroup, and what is told of it at the end.
 
+mod lost;
+mod run;
+
 use std::{collections::VecDeque, path::PathBuf};
 
 use bellows_core::{
-    Actuation, Bytes, History, Learnt, Nanos, Policy, Reason, Snapshot, Thrash, Thresholds,
+    Actuation, Bytes, History, Learnt, Nanos, Policy, Reason, Snapshot, Thrash,
     allowance::{Bound, Reached},
     arbiter::Why,
     decide::ByHand,
-    growth::{Nature, Spell, UNTRIGGERED},
-    learnt::{CONTINUED, Part, quiet_after},
+    growth::{Nature, Spell},
+    learnt::Part,
     parallel::Balance,
 };
 
@@ -24,28 +27,10 @@ use crate::{
     ledger::Record,
     metrics::METRICS,
 };
+use run::LastRun;
 
 /// How many raises the 95th percentile of their time is taken over.
 const LATENCIES: usize = 20;
-/// A raise that is not in force after this long got lost or was deferred.
-const RAISE_LOST: Nanos = Nanos::millis(15_000);
-/// A lowering that is not in force after this long is asked for again: the kubelet compares with usage that
-/// it read up to 15 s before, reports a refusal after 12.9 s (measured on 1.37), and looks again only when the
-/// pod changes.
-const LOWERING_LOST: Nanos = Nanos::millis(7_000);
-/// A kubelet that carries out twenty resizes takes its time over each (one a second where 20 pods give back at once, on
-/// two emulated CPUs): as long as any other comes into force none is lost, for so many times as long at most. Who takes
-/// his own back meanwhile doubles what it has to do.
-const LOWERING_LAST: u64 = 4;
-/// So many lowerings in a row are waited for as long: by then the kubelet has read its figures again.
-const LOWERINGS: u32 = 3;
-/// Who uses less than this share of the limit at rest, and was not raised, has no burst.
-const CALM_PER_MILLE: u64 = 900;
-/// From then on each is waited for twice as long as the one before, so many times.
-const LOWERING_DOUBLES: u32 = 5;
-/// How much more than a lost lowering is asked for where the limit in force may not be had back.
-const LOWERED_ANEW_BY: Bytes = Bytes::mib(1);
-
 /// What happened to a guarded cgroup, for the summary and the benches.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Report {
@@ -108,6 +93,8 @@ pub(super) struct Guarded {
     pub(super) bound: Option<Bound>,
     /// Why, as it was told in this burst.
     pub(super) told_bound: Option<Reached>,
+    /// Whether it would be raised now if nothing bounded it.
+    pub(super) is_cut: bool,
     pub(super) history: History,
     pub(super) thrash: Thrash,
     /// `memory.high`, where it is not ours to move.
@@ -180,14 +167,6 @@ pub(super) struct Guarded {
     pub(super) report: Report,
 }
 
-/// A run that has ended, unless it goes on.
-struct LastRun {
-    trigger: String,
-    ended: Nanos,
-    /// When it had grown last.
-    grown: Nanos,
-}
-
 /// How long the latest raises took, of all guards: what those are told of that are only watched.
 #[derive(Default)]
 pub(super) struct Answers(VecDeque<Nanos>);
@@ -231,6 +210,7 @@ impl Guarded {
             asked_ceiling: policy.ceiling,
             bound: None,
             told_bound: None,
+            is_cut: false,
             history: History {
                 last_growth: at,
                 ..History::default()
@@ -313,37 +293,6 @@ impl Guarded {
         }
     }
 
-    /// The request that was not carried out in time, where any other was carried out last at `others`.
-    pub(super) fn lost(&self, at: Nanos, others: Nanos) -> Option<Bytes> {
-        let (to, asked) = self.requested?;
-        let (mut since, mut last) = (asked, Nanos(u64::MAX));
-        let patience = if to < self.limit {
-            let doubles = self
-                .lost_lowerings
-                .saturating_add(1)
-                .saturating_sub(LOWERINGS);
-            let patience = LOWERING_LOST.0 << doubles.min(LOWERING_DOUBLES);
-            since = since.max(others);
-            last = Nanos(patience.saturating_mul(LOWERING_LAST));
-            Nanos(patience)
-        } else {
-            RAISE_LOST
-        };
-        (at.since(since) >= patience || at.since(asked) >= last).then_some(to)
-    }
-
-    /// A lowering was not carried out in time, and no more than `most` may be asked for in its place. Returns a limit a
-    /// little above it, since who has refused the one looks again only at another; `None` where that is not allowed either,
-    /// and it waits on.
-    pub(super) fn lowers_anew(&mut self, at: Nanos, to: Bytes, most: Bytes) -> Option<Bytes> {
-        let anew = to.plus(LOWERED_ANEW_BY);
-        let anew = (anew <= most && anew < self.limit).then_some(anew);
-        self.requested = Some((anew.unwrap_or(to), at));
-        self.lowering = self.requested.map(|(to, _)| to);
-        self.lost_lowerings = self.lost_lowerings.saturating_add(1);
-        anew
-    }
-
     /// Takes new rules from whoever watches the pod; what was learnt stays.
     pub(super) fn follow(&mut self, policy: Policy) {
         self.asked_ceiling = policy.ceiling;
@@ -422,15 +371,6 @@ impl Guarded {
             || self.waiting.is_some()
     }
 
-    /// For how long nothing must come before what it has more than at rest is taken from it. It has paused before, and went on.
-    /// What no policy allows any more is not kept for that.
-    pub(super) fn quiet(&self) -> Nanos {
-        if self.policy.ceiling <= self.policy.original {
-            return Nanos(0);
-        }
-        quiet_after(self.learnt_pause.max(self.pause))
-    }
-
     pub(super) fn snapshot(&self, now: Nanos, by_hand: ByHand) -> Snapshot {
         Snapshot {
             now,
@@ -458,107 +398,6 @@ impl Guarded {
         self.history.observe(at, stat.demand());
         if self.gives_slab {
             self.slab = stat.slab;
-        }
-    }
-
-    /// Takes note of what a burst uses.
-    pub(super) fn look_at_burst(&mut self, at: Nanos) {
-        if let Some(spell) = &mut self.spell {
-            spell.observe(at, self.history.demand);
-            if spell.age(at) < UNTRIGGERED {
-                self.nature = Nature::Burst;
-            }
-        }
-        // A limit that comes down in steps has room for more of the same.
-        if self.burst_since.is_some() || self.raised_since.is_some() {
-            self.burst_peak = self.burst_peak.max(self.history.demand);
-        }
-        let grown = std::mem::replace(&mut self.grown, self.history.last_growth);
-        if self.raised_since.is_some_and(|since| grown >= since) {
-            self.pause = self.pause.max(self.grown.since(grown));
-        }
-    }
-
-    /// Remembers what runs have needed that were for the same. Where the reflex raises by itself there is nobody to ask when
-    /// it does: all runs are of one kind.
-    pub(super) fn recall(&mut self, trigger: String) {
-        self.learnt_pause = self.learnt.pause(&trigger);
-        let expected = self.learnt.expected(&trigger);
-        self.policy.learnt = expected.map(|needed| self.policy.limit_for(needed).round_up_mib());
-        self.trigger = Some(trigger);
-    }
-
-    /// What it needed is learnt, and room is kept for it no longer.
-    pub(super) fn burst_is_over(&mut self, at: Nanos) {
-        let since = self.burst_since.take();
-        self.reserved = None;
-        self.told_bound = None;
-        self.told_stop = None;
-        let worst = std::mem::replace(&mut self.worst, Nature::Burst);
-        let peak = std::mem::take(&mut self.burst_peak);
-        let mut pause = std::mem::replace(&mut self.pause, Nanos(0));
-        let last = self.last_run.take();
-        // Without a raise it is what the last one was for that comes down further.
-        let named = last.as_ref().filter(|_| since.is_none());
-        let named = named.map(|last| last.trigger.clone());
-        let trigger = self.trigger.take().or(named).unwrap_or_default();
-        // Of a raise for page cache nothing is learnt, and of a leak neither: whoever comes after it would begin with more.
-        if worst < Nature::Leak
-            && Thresholds::under(&self.policy, self.policy.original).watermark <= peak
-        {
-            let is_soon =
-                |last: &LastRun| since.is_none_or(|since| since.since(last.ended) < CONTINUED);
-            let last = last.filter(|last| last.trigger == trigger && is_soon(last));
-            if let (Some(last), Some(since)) = (&last, since) {
-                pause = pause.max(since.since(last.grown));
-            }
-            let part = Part {
-                peak,
-                pause,
-                continues: last.is_some(),
-            };
-            self.learnt.ended(&trigger, part);
-            self.ended = Some((trigger.clone(), part));
-            self.last_run = Some(LastRun {
-                trigger: trigger.clone(),
-                ended: at,
-                grown: self.history.last_growth,
-            });
-        } else {
-            self.last_run = last;
-        }
-        if self.policy.actuation == Actuation::Direct {
-            self.recall(trigger);
-        } else {
-            self.policy.learnt = None;
-        }
-    }
-
-    /// Takes note of what is thought of its growth.
-    pub(super) fn is_thought(&mut self, nature: Nature) {
-        self.nature = nature;
-        self.worst = self.worst.max(nature);
-    }
-
-    /// What it grows by from now on is another matter.
-    const fn has_rested(&mut self) {
-        self.spell = None;
-        self.nature = Nature::Burst;
-    }
-
-    /// A burst that was expected did not come: what begins next may be for something else.
-    pub(super) fn calm_down(&mut self) {
-        self.let_go.take_if(|_| self.requested.is_none());
-        let is_at_rest = self.limit <= self.policy.original && self.requested.is_none();
-        let is_calm = self.history.demand < self.limit.per_mille(CALM_PER_MILLE);
-        if is_at_rest && is_calm {
-            self.told_bound = None;
-        }
-        if is_at_rest && is_calm && self.policy.actuation != Actuation::Direct {
-            (self.burst_since, self.trigger, self.policy.learnt) = (None, None, None);
-            self.has_rested();
-            self.burst_peak = Bytes::ZERO;
-            self.learnt_pause = Nanos(0);
         }
     }
 
@@ -622,7 +461,7 @@ mod tests {
 
     const LIMIT: Bytes = Bytes::mib(256);
 
-    fn guarded(to: Bytes, lost_lowerings: u32) -> Guarded {
+    pub(super) fn guarded(to: Bytes, lost_lowerings: u32) -> Guarded {
         let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
         let policy = Policy {
             original: Bytes::mib(64),
@@ -650,26 +489,6 @@ mod tests {
         guarded
     }
 
-    fn patience_seconds(to: Bytes, lost_lowerings: u32) -> Option<u64> {
-        let guarded = guarded(to, lost_lowerings);
-        let lost = |seconds| guarded.lost(Nanos::millis(seconds * 1000), Nanos(0));
-        (0..1000).find(|&seconds| lost(seconds).is_some())
-    }
-
-    /// Twenty that are given back at once are carried out one after another.
-    #[test]
-    fn a_lowering_is_not_lost_while_others_are_carried_out() {
-        let seconds = |at: u64| Nanos::millis(at * 1000);
-        let waits = |others| {
-            let guarded = guarded(Bytes::mib(64), 0);
-            (0..1000).find(|&at| guarded.lost(seconds(at), others).is_some())
-        };
-        assert_eq!(waits(seconds(9)), Some(16));
-        assert_eq!(waits(seconds(600)), Some(28));
-        let raise = guarded(Bytes::mib(512), 0);
-        assert_eq!(raise.lost(seconds(15), seconds(14)), Some(Bytes::mib(512)));
-    }
-
     /// Without `memory.reclaim` the kernel would swap out, or brake, for names and inodes that are in use.
     #[test]
     fn what_cannot_be_given_back_alone_keeps_the_limit_up() {
@@ -689,31 +508,6 @@ mod tests {
     }
 
     #[test]
-    fn a_lowering_is_asked_for_again_soon_and_then_ever_more_seldom() {
-        let patience = |lost| patience_seconds(Bytes::mib(64), lost).unwrap();
-        assert_eq!([0, 1, 2, 3, 4].map(patience), [7, 7, 7, 14, 28]);
-        assert_eq!(patience(u32::MAX), 224);
-    }
-
-    #[test]
-    fn a_lost_lowering_is_asked_for_a_little_otherwise_as_far_as_that_is_allowed() {
-        let at = Nanos::millis(7000);
-        let mut lowered = guarded(Bytes::mib(64), 0);
-        let allowed = lowered.lowers_anew(at, Bytes::mib(64), Bytes::mib(65));
-        assert_eq!(allowed, Some(Bytes::mib(65)));
-        assert_eq!(lowered.requested, Some((Bytes::mib(65), at)));
-        assert_eq!(lowered.lowering, Some(Bytes::mib(65)));
-        let again = lowered.lowers_anew(at, Bytes::mib(65), Bytes::mib(65));
-        assert_eq!((again, lowered.lost_lowerings), (None, 2));
-        assert_eq!(lowered.requested, Some((Bytes::mib(65), at)));
-    }
-
-    #[test]
-    fn a_raise_is_waited_for_longer_than_a_lowering() {
-        assert_eq!(patience_seconds(Bytes::mib(512), 3), Some(15));
-    }
-
-    #[test]
     fn only_raises_tell_how_long_a_raise_takes() {
         let mut lowered = guarded(Bytes::mib(64), 1);
         lowered.limit_is(Nanos::millis(6000), Bytes::mib(64));
@@ -722,94 +516,6 @@ mod tests {
         let mut raised = guarded(Bytes::mib(512), 0);
         raised.limit_is(Nanos::millis(400), Bytes::mib(512));
         assert_eq!(raised.report.latencies, [Nanos::millis(400)]);
-    }
-
-    #[test]
-    fn a_run_that_ends_is_learnt_by_what_it_was_for() {
-        let mut run = guarded(Bytes::mib(512), 0);
-        run.recall("make".to_owned());
-        assert_eq!(run.policy.learnt, None);
-        run.limit_is(Nanos::millis(400), Bytes::mib(512));
-        run.history.observe(Nanos::millis(500), Bytes::mib(400));
-        run.look_at_burst(Nanos::millis(500));
-        run.limit_is(Nanos::millis(9000), Bytes::mib(64));
-        let part = |continues, pause| Part {
-            peak: Bytes::mib(400),
-            pause: Nanos::millis(pause),
-            continues,
-        };
-        assert_eq!(run.ended, Some(("make".to_owned(), part(false, 500))));
-        for (trigger, learnt) in [("make", Some(Bytes::mib(460))), ("node", None)] {
-            run.recall(trigger.to_owned());
-            assert_eq!(run.policy.learnt, learnt);
-        }
-        // What begins again at once belongs to it, and later does not.
-        for (seconds, continues, pause) in [(12, true, 11_500), (60, false, 0)] {
-            run.recall("make".to_owned());
-            run.limit_is(Nanos::millis(seconds * 1000), Bytes::mib(512));
-            run.look_at_burst(Nanos::millis(seconds * 1000));
-            run.limit_is(Nanos::millis(seconds * 1000 + 1), Bytes::mib(64));
-            let ended = Some(("make".to_owned(), part(continues, pause)));
-            assert_eq!(run.ended, ended);
-        }
-        run.recall("make".to_owned());
-        // What is at rest and uses little has nothing under way.
-        run.history.observe(Nanos::millis(70_000), Bytes::mib(10));
-        run.calm_down();
-        assert_eq!((run.trigger, run.policy.learnt), (None, None));
-    }
-
-    /// Seen: a build used more after its limit had come down a first time, and that was not remembered.
-    #[test]
-    fn what_comes_after_the_first_step_down_is_of_the_same_run() {
-        let mut run = guarded(Bytes::mib(512), 0);
-        let at = |run: &mut Guarded, seconds: u64, mib| {
-            let at = Nanos::millis(seconds * 1000);
-            run.history.observe(at, Bytes::mib(mib));
-            run.look_at_burst(at);
-        };
-        run.limit = Bytes::mib(64);
-        run.raised_since = None;
-        at(&mut run, 1, 63);
-        run.recall("make".to_owned());
-        run.limit_is(Nanos::millis(1000), Bytes::mib(512));
-        at(&mut run, 2, 300);
-        run.limit_is(Nanos::millis(7000), Bytes::mib(375));
-        at(&mut run, 9, 350);
-        at(&mut run, 10, 360);
-        run.limit_is(Nanos::millis(15_000), Bytes::mib(64));
-        let part = Part {
-            peak: Bytes::mib(360),
-            pause: Nanos::millis(7000),
-            continues: true,
-        };
-        assert_eq!(run.ended, Some(("make".to_owned(), part)));
-        run.recall("make".to_owned());
-        assert_eq!(run.policy.learnt, Some(Bytes::mib(414)));
-        assert_eq!(run.quiet(), Nanos::millis(10_500));
-        run.policy.ceiling = run.policy.original;
-        assert_eq!(run.quiet(), Nanos(0));
-    }
-
-    #[test]
-    fn a_hold_is_no_pause() {
-        let mut held = guarded(Bytes::mib(512), 0);
-        let at = |seconds: u64| Nanos::millis(seconds * 1000);
-        held.limit_is(at(1), Bytes::mib(512));
-        held.history.observe(at(2), Bytes::mib(300));
-        held.look_at_burst(at(2));
-        held.resumed(at(22));
-        held.history.observe(at(23), Bytes::mib(400));
-        held.look_at_burst(at(23));
-        assert_eq!(held.quiet(), Nanos::millis(1500 * 2));
-        // Nor is what somebody else has made its rest.
-        held.follow(Policy {
-            original: Bytes::mib(512),
-            ..held.policy
-        });
-        held.history.observe(at(5000), Bytes::mib(500));
-        held.look_at_burst(at(5000));
-        assert_eq!(held.quiet(), Nanos(0));
     }
 
     /// There was no room for it until its patience was over: whoever is asked then must not be waited for.
@@ -844,15 +550,5 @@ mod tests {
         own.released(at(70), Reason::HoldExpired);
         own.is_held(at(71), at(81));
         assert_eq!(own.patience(at(71)), all);
-    }
-
-    #[test]
-    fn of_a_raise_for_page_cache_nothing_is_learnt() {
-        let mut run = guarded(Bytes::mib(512), 0);
-        run.limit_is(Nanos::millis(400), Bytes::mib(512));
-        run.history.observe(Nanos::millis(500), Bytes::mib(40));
-        run.look_at_burst(Nanos::millis(500));
-        run.limit_is(Nanos::millis(9000), Bytes::mib(64));
-        assert_eq!(run.learnt, Learnt::default());
     }
 }
