@@ -44,7 +44,7 @@ const SHRINK_WORTH_PER_MILLE: u64 = 800;
 /// it (`storm`: three of twenty were granted what came back a second after theirs was over, and killed).
 const SHRINK_FOR_OTHERS: Nanos = Nanos::millis(1000);
 /// A refused shrink is tried again after this time even if demand has not fallen.
-const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
+pub const SHRINK_REFUSED_FOR: Nanos = Nanos::millis(10_000);
 /// For how long the kernel's own caches that were not given back when they were asked for count as in use: nobody tells when
 /// they are not any more.
 pub const SLAB_IN_USE_FOR: Nanos = Nanos::millis(300_000);

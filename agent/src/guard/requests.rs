@@ -4,7 +4,7 @@ use std::thread;
 
 use bellows_core::{
     Action, Actuation, Bytes, CgroupId, Nanos, Reason,
-    decide::{ByHand, SLAB_IN_USE_FOR},
+    decide::{ByHand, SHRINK_REFUSED_FOR, SLAB_IN_USE_FOR},
 };
 
 use super::{Controller, GuardError, Input, Refused, Requester};
@@ -22,11 +22,16 @@ const REFUSED_FOR: Nanos = Nanos::millis(10_000);
 const BY_HAND_AGAIN: Nanos = Nanos::millis(1000);
 const BY_HAND_AGAIN_HELD: Nanos = Nanos::millis(100);
 
+/// A runtime that does not answer is asked for a lower limit again after this long: it may be about to be back.
+const UNANSWERED_FOR: Nanos = Nanos::millis(2000);
+
 /// How a request ended that was not carried out.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Loss {
     /// It was refused.
     Refused,
+    /// A runtime did not answer.
+    Unanswered,
     /// Nothing came of it.
     Silent,
 }
@@ -223,7 +228,14 @@ impl<R: Requester> Controller<R> {
                     let limit = guarded.limit;
                     self.requester.take_back(&guarded.cgroup, to, limit);
                 }
-                self.give_up(id, Loss::Refused);
+                // An API is not asked that often: each question is a write.
+                let is_runtime = guarded.policy.by_hand_after.is_none();
+                let loss = if uncertain && is_runtime {
+                    Loss::Unanswered
+                } else {
+                    Loss::Refused
+                };
+                self.give_up(id, loss);
             }
             self.verify(id, Some(error));
         }
@@ -261,6 +273,10 @@ impl<R: Requester> Controller<R> {
         if !was_raise {
             match loss {
                 Loss::Refused => guarded.refused_shrink = Some((guarded.history.demand, at)),
+                Loss::Unanswered => {
+                    let before = SHRINK_REFUSED_FOR.since(UNANSWERED_FOR);
+                    guarded.refused_shrink = Some((guarded.history.demand, at.since(before)));
+                }
                 Loss::Silent => guarded.lost_lowerings = guarded.lost_lowerings.saturating_add(1),
             }
         } else {

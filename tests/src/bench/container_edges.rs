@@ -211,11 +211,9 @@ fn foreign(bed: &mut Bed) -> Result<()> {
     wait("it is guarded no more", LOOKED, || {
         Ok(recorded(&started).is_none())
     })?;
-    let log = log_tail("bellows", LOG_LINES);
-    ensure!(
-        log.contains("is below the limit of 2 GiB"),
-        "it is not told"
-    );
+    wait("it is told", LOOKED, || {
+        Ok(log_tail("bellows", LOG_LINES).contains("is below the limit of 2 GiB"))
+    })?;
     bed.machine.remove(&started)
 }
 
