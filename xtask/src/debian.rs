@@ -58,8 +58,7 @@ impl Apt {
         for part in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(directory.join(part))?;
         }
-        let lock = fs::File::create(directory.join("in-use"))?;
-        lock.lock()?;
+        let lock = tools::only_user(&directory)?;
         let apt = Self {
             directory,
             _lock: lock,
@@ -338,7 +337,7 @@ pub(crate) fn root_image(name: &str, suite: &str, packages: &[&str]) -> Result<P
     let image = tools::cache()?.join(format!("{name}-{suite}.ext4"));
     let recipe = image.with_extension("recipe");
     let wanted = format!("{suite} {}\n", packages.join(" "));
-    let _maker = tools::only_maker(&image)?;
+    let _maker = tools::only_user(&image)?;
     if fs::read_to_string(&recipe).ok().as_deref() == Some(&wanted) && tools::is_intact(&image) {
         return Ok(image);
     }

@@ -89,7 +89,7 @@ pub(crate) fn binaries(release: &str) -> Result<Binaries> {
     };
     fs::create_dir_all(&directory)?;
     // What it is unpacked to is every release's.
-    let maker = tools::only_maker(&tools::cache()?.join("etcd"))?;
+    let maker = tools::only_user(&tools::cache()?.join("etcd"))?;
     if !tools::is_intact(&built.etcd) {
         let executable = debian::file("etcd-server", "forky", "usr/bin/etcd")?;
         fs::copy(executable, &built.etcd)?;
@@ -102,7 +102,7 @@ pub(crate) fn binaries(release: &str) -> Result<Binaries> {
 
 /// Builds components that are not there, at once: the linker of each has one CPU to do.
 fn build(release: &str, directory: &Path, components: &[&Path]) -> Result<()> {
-    let _maker = tools::only_maker(directory)?;
+    let _maker = tools::only_user(directory)?;
     let missing = components.iter().filter(|file| !tools::is_intact(file));
     let missing: Vec<&Path> = missing.copied().collect();
     let names = missing.iter().filter_map(|file| file.file_name()?.to_str());

@@ -210,16 +210,17 @@ fn is_as_sealed(file: &Path) -> bool {
     checksum(file).is_ok_and(|sum| sum == expected.trim())
 }
 
-/// Keeps others from making the same artifact, as long as it is held: another process may make it ahead.
-pub(crate) fn only_maker(file: &Path) -> Result<fs::File> {
+/// Keeps other processes from what is there or to be made there, as long as it is held: one may make it ahead.
+pub(crate) fn only_user(file: &Path) -> Result<fs::File> {
     let mut name = file.as_os_str().to_owned();
     name.push(".lock");
     let lock = fs::File::create(&name)?;
     if lock.try_lock().is_err() {
         let what = file.file_name().unwrap_or_default().to_string_lossy();
-        step(&format!("wait for whoever makes {what}"), || {
-            Ok(lock.lock()?)
-        })?;
+        step(
+            &format!("wait for another process that uses {what}"),
+            || Ok(lock.lock()?),
+        )?;
     }
     Ok(lock)
 }

@@ -131,47 +131,18 @@ pub fn told_bound(wanted: Bytes, why: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use bellows_core::{
-        Nanos, Patience, Signals, WHOLE,
+        Nanos,
         allowance::{Amount, By, What},
         decide::ByHand,
-        elastic::Parallelism,
-        policy::Actuation,
     };
 
     use super::*;
-    use crate::{cgroup::Cgroup, guard::Named};
 
     fn guarded() -> Guarded {
-        let policy = Policy {
-            learnt: None,
-            original: Bytes::mib(64),
-            ceiling: Bytes::mib(1024),
-            actuation: Actuation::Requested {
-                p95: Nanos::millis(700),
-            },
-            signals: Signals::Programs,
-            patience: Patience::UNPROBED,
-            cpus: 2,
-            shrink_after: Nanos::millis(5000),
-            usable_per_mille: WHOLE,
-            by_hand_after: Some(Nanos(0)),
-            priority: 0,
-            parallelism: Parallelism::Unchanged,
-        };
-        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
-        Guarded::new(
-            cgroup,
-            Named {
-                name: "a/b/c".to_owned(),
-                workload: "a/b/c".to_owned(),
-            },
-            policy,
-            Nanos(0),
-            Bytes::mib(64),
-        )
+        let mut guarded = Guarded::stand_in(Bytes::mib(64));
+        guarded.policy.by_hand_after = Some(Nanos(0));
+        guarded
     }
 
     fn bound(most: Bytes) -> Bound {

@@ -433,28 +433,9 @@ mod tests {
     const AT_REST: Bytes = Bytes::mib(64);
 
     fn guarded(limit: Bytes) -> Guarded {
-        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
-        let policy = bellows_core::Policy {
-            original: AT_REST,
-            ceiling: Bytes::mib(1024),
-            actuation: Actuation::Requested {
-                p95: Nanos::millis(700),
-            },
-            signals: bellows_core::Signals::Programs,
-            patience: bellows_core::Patience::UNPROBED,
-            cpus: 2,
-            shrink_after: Nanos::millis(5000),
-            usable_per_mille: bellows_core::WHOLE,
-            by_hand_after: None,
-            priority: 7,
-            parallelism: bellows_core::elastic::Parallelism::Unchanged,
-            learnt: None,
-        };
-        let named = super::super::Named {
-            name: "a/b-0/c".to_owned(),
-            workload: "a/b/c".to_owned(),
-        };
-        Guarded::new(cgroup, named, policy, Nanos(0), limit)
+        let mut guarded = Guarded::stand_in(limit);
+        guarded.policy.priority = 7;
+        guarded
     }
 
     #[test]

@@ -452,28 +452,22 @@ impl Guarded {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use bellows_core::{CgroupId, Patience, Signals, WHOLE};
-
-    use super::*;
-
-    const LIMIT: Bytes = Bytes::mib(256);
-
-    pub(super) fn guarded(to: Bytes, lost_lowerings: u32) -> Guarded {
-        let cgroup = Cgroup::stand_in(Path::new("/nowhere"), CgroupId(1));
+impl Guarded {
+    /// One that no kernel knows, with 64 MiB at rest and this limit.
+    pub(super) fn stand_in(limit: Bytes) -> Self {
+        let id = bellows_core::CgroupId(1);
+        let cgroup = Cgroup::stand_in(std::path::Path::new("/nowhere"), id);
         let policy = Policy {
             original: Bytes::mib(64),
             ceiling: Bytes::mib(1024),
             actuation: Actuation::Requested {
                 p95: Nanos::millis(700),
             },
-            signals: Signals::Programs,
-            patience: Patience::UNPROBED,
+            signals: bellows_core::Signals::Programs,
+            patience: bellows_core::Patience::UNPROBED,
             cpus: 2,
             shrink_after: Nanos::millis(5000),
-            usable_per_mille: WHOLE,
+            usable_per_mille: bellows_core::WHOLE,
             by_hand_after: None,
             priority: 0,
             parallelism: bellows_core::elastic::Parallelism::Unchanged,
@@ -483,7 +477,18 @@ mod tests {
             name: "a/b-0/c".to_owned(),
             workload: "a/b/c".to_owned(),
         };
-        let mut guarded = Guarded::new(cgroup, named, policy, Nanos(0), LIMIT);
+        Self::new(cgroup, named, policy, Nanos(0), limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Bytes = Bytes::mib(256);
+
+    pub(super) fn guarded(to: Bytes, lost_lowerings: u32) -> Guarded {
+        let mut guarded = Guarded::stand_in(LIMIT);
         guarded.requested = Some((to, Nanos(0)));
         guarded.lost_lowerings = lost_lowerings;
         guarded
