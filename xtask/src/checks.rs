@@ -11,8 +11,8 @@ use crate::{bench, build::Binaries};
 #[derive(Default)]
 pub(crate) struct Checks {
     passed: u32,
-    /// What failed, with why.
-    failed: Vec<String>,
+    /// What failed, and why.
+    failed: Vec<(String, String)>,
     /// Only benches whose checks have this in their name are run.
     only: Option<String>,
     left_out: u32,
@@ -42,17 +42,18 @@ impl Checks {
                 println!("ok      {name}");
             }
             Err(error) => {
-                let failed = format!("{name}: {error:#}");
-                println!("FAILED  {failed}");
-                self.failed.push(failed);
+                let why = format!("{error:#}");
+                println!("FAILED  {name}: {why}");
+                self.failed.push((name.to_owned(), why));
             }
         }
     }
 
-    /// Prints once more what failed, and the counts; returns whether all passed. Nothing is no success.
+    /// Prints once more what failed, and the counts; returns whether all passed. Nothing is no success. Names come last:
+    /// of a long log often only the end is kept.
     pub(crate) fn conclude(&self) -> bool {
-        for failed in &self.failed {
-            println!("failed: {failed}");
+        for (name, why) in &self.failed {
+            println!("failed: {name}: {why}");
         }
         if let Some(only) = &self.only {
             println!(
@@ -66,6 +67,10 @@ impl Checks {
                 self.restarts.iter().sum::<u64>(),
                 self.restarts.len()
             );
+        }
+        if !self.failed.is_empty() {
+            let names: Vec<_> = self.failed.iter().map(|(name, _)| &**name).collect();
+            println!("failed: {}", names.join(" | "));
         }
         println!("{} passed, {} failed", self.passed, self.failed.len());
         self.failed.is_empty() && self.passed > 0

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use bellows::clock::now;
 use bellows_core::{Bytes, Nanos};
 use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -24,7 +25,7 @@ pub(crate) struct Options {
     /// Seed of the cases.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Switch the multi-gen LRU off, or on again, while a case is under way.
+    /// Switch the multi-gen LRU off, or on again, in the middle of each case.
     #[arg(long)]
     flip_lru: bool,
     /// In a cgroup below the guarded one, as a nested container runtime would be.
@@ -114,16 +115,62 @@ fn lru_is_on() -> Result<bool> {
     Ok(mask.trim() != "0x0000")
 }
 
-/// Switches it while the load reads and writes, and returns when that was. The load makes its file when it begins, which
-/// is some time after `bellows exec` does.
+/// Switches it in the middle of the load, and returns when that was. The load makes its file when it begins, which is
+/// some time after `bellows exec` does.
+///
+/// The load is stopped meanwhile: whoever is at a limit while the kernel switches may be killed with nothing but page
+/// cache, guarded or not, because its reclaim looks at the lists that are not filled yet (seen on 6.12; "mm/mglru: fix
+/// cgroup OOM during MGLRU state switching", upstream a6a8c087dc).
 fn switch((after_ms, on): (u64, bool)) -> Result<Nanos> {
     wait("the load begins", Duration::from_secs(120), || {
         Ok(Path::new(FILE).exists())
     })?;
     thread::sleep(Duration::from_millis(after_ms));
-    fs::write(LRU, if on { "y" } else { "n" })?;
+    let load = processes_of_load()?;
+    signal(&load, Signal::STOP)?;
+    wait("the load stands still", Duration::from_secs(30), || {
+        Ok(load.iter().all(|&process| !goes_on(process)))
+    })?;
+    let switched = fs::write(LRU, if on { "y" } else { "n" }).context("switching the LRU");
+    let at = now();
+    signal(&load, Signal::CONT)?;
+    switched?;
     ensure!(lru_is_on()? == on, "the LRU was not switched");
-    Ok(now())
+    Ok(at)
+}
+
+/// Those of this program that read and write [`FILE`].
+fn processes_of_load() -> Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let name = entry.file_name();
+        let Some(process) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = words.split(|&byte| byte == 0);
+        let is_ours = words
+            .next()
+            .is_some_and(|program| program.ends_with(b"bellows-guest"));
+        if is_ours && words.any(|word| word == FILE.as_bytes()) {
+            found.extend(Pid::from_raw(process));
+        }
+    }
+    ensure!(!found.is_empty(), "no load has {FILE} among its arguments");
+    Ok(found)
+}
+
+fn signal(processes: &[Pid], signal: Signal) -> Result<()> {
+    for &process in processes {
+        kill_process(process, signal)?;
+    }
+    Ok(())
+}
+
+/// Whether it is there and not stopped.
+fn goes_on(process: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.as_raw_pid()));
+    status.is_ok_and(|status| !status.contains("State:\tT"))
 }
 
 impl Record {
