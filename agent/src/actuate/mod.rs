@@ -18,6 +18,7 @@ pub mod requests;
 pub mod resize;
 pub mod shrink;
 pub mod squeeze;
+mod systemd;
 pub mod targets;
 mod tell;
 mod turns;

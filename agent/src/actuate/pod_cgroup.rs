@@ -9,19 +9,17 @@
 //! the limit is set as a property of the slice. Setting one may reset what others have written into the slice
 //! behind systemd's back (seen: any hand-written value); those are read before and put back after.
 
-use std::{io, path::Path, time::Duration};
+use std::io;
 
 use bellows_core::Bytes;
 use thiserror::Error;
 use tokio::{process::Command, task::spawn_blocking, time::timeout};
 
+use super::systemd;
 use crate::{
     cgroup::{Cgroup, CgroupError, Limit},
     machine,
 };
-
-/// How long systemd may take: a `daemon-reload` of a large machine takes a few seconds, in which it answers nobody.
-const SYSTEMD: Duration = Duration::from_secs(10);
 
 /// What others may have written into a slice. The CPU quota is not among them: it may be moved while systemd answers,
 /// and whoever moves it puts it back.
@@ -45,7 +43,7 @@ pub enum PodCgroupError {
     )]
     Systemctl(#[source] io::Error),
     /// systemd does not answer.
-    #[error("systemctl set-property {unit}: no answer within {} s", SYSTEMD.as_secs())]
+    #[error("systemctl set-property {unit}: no answer within {} s", systemd::LONGEST.as_secs())]
     Silent {
         /// The slice.
         unit: String,
@@ -77,12 +75,6 @@ pub enum PodCgroupError {
     },
 }
 
-/// Whether systemd owns a cgroup: only it names directories after units.
-fn is_systemds(path: &Path) -> bool {
-    let is_unit = path.extension().is_some_and(|unit| unit == "slice");
-    is_unit && Path::new("/run/systemd/system").is_dir()
-}
-
 /// Sets the memory limit of a pod's cgroup, and reads it back. Lowering reclaims in here, so usage must be below
 /// the limit.
 ///
@@ -90,7 +82,7 @@ fn is_systemds(path: &Path) -> bool {
 ///
 /// [`PodCgroupError`]; the limit may have been set all the same.
 pub async fn set_limit(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> {
-    if is_systemds(pod.path()) {
+    if systemd::owns(pod.path()) {
         set_property(pod, limit).await?;
     } else {
         let pod = pod.clone();
@@ -118,7 +110,7 @@ async fn set_property(pod: &Cgroup, limit: Bytes) -> Result<(), PodCgroupError> 
         .arg(name)
         .arg(format!("MemoryMax={}", limit.0))
         .kill_on_drop(true);
-    let output = match timeout(SYSTEMD, command.output()).await {
+    let output = match timeout(systemd::LONGEST, command.output()).await {
         Ok(output) => output.map_err(PodCgroupError::Systemctl)?,
         Err(_elapsed) => return Err(PodCgroupError::Silent { unit }),
     };

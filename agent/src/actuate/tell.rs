@@ -14,12 +14,12 @@ use std::{
 use bellows_core::{Bytes, CgroupId};
 use tokio::{
     select,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{
     containers::Owner as _,
-    shrink,
+    shrink, systemd,
     update::{LATE, Target, Updater, late_after},
 };
 use crate::{
@@ -207,11 +207,17 @@ impl Updater {
         } else {
             late_after(deadline)
         };
-        let called = match timeout(patience, &mut call).await {
-            Ok(called) => called,
-            Err(_elapsed) => {
-                // Who cannot wait for as long says nothing of the runtime.
-                if is_late || patience == LATE {
+        let path = target.cgroup.path();
+        let late_call = async {
+            sleep(patience).await;
+            systemd::is_waited_for(path, deadline).await
+        };
+        let called = select! {
+            biased;
+            called = &mut call => called,
+            is_systemds = late_call => {
+                // Who cannot wait for as long says nothing of the runtime, nor does one that waits for systemd.
+                if is_late || (patience == LATE && !is_systemds) {
                     self.is_late.store(true, Ordering::Relaxed);
                     METRICS.runtime_late.inc();
                 }

@@ -21,14 +21,15 @@ use std::{
 use bellows_core::{Bytes, CgroupId, Cpu, Nanos, Reason};
 use tokio::{
     runtime::Handle,
+    select,
     sync::Notify,
-    time::{Instant, timeout},
+    time::{Instant, sleep},
 };
 
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
     pod::{May, Pod, Who},
-    shrink,
+    shrink, systemd,
     targets::Targets,
     tell::{Delivered, Told},
     turns::{Turn, Turns},
@@ -437,14 +438,22 @@ impl Updater {
         let settled = pod.settle(&raised, may);
         let settled = match may {
             May::Fall => settled.await,
-            // A container must not wait for longer, nor be killed by its pod because systemd refuses: it is told afterwards.
-            // Where there is no time it is not even begun: a call that is given up may come through all the same.
+            // A container must not wait for longer than it can, nor be killed by its pod because systemd refuses: it is told
+            // afterwards. Where there is no time it is not even begun: a call that is given up may come through all the same.
             May::Rise => {
                 let late = late_after(deadline);
                 let settled = if late < SYSTEMD_TAKES {
                     None
                 } else {
-                    timeout(late, settled).await.ok()
+                    let late = async {
+                        sleep(late).await;
+                        systemd::is_waited_for(pod.cgroup().path(), deadline).await;
+                    };
+                    select! {
+                        biased;
+                        settled = settled => Some(settled),
+                        () = late => None,
+                    }
                 };
                 match settled {
                     Some(Ok(())) => Ok(()),
