@@ -6,6 +6,7 @@
 //!
 //! It must not change a limit that somebody waits for: that is the controller's.
 
+mod again;
 mod allowances;
 mod autoscalers;
 #[cfg(test)]
@@ -20,10 +21,10 @@ mod record;
 mod recordings;
 mod requests;
 mod starts;
+mod telling;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsStr,
     path::{Path, PathBuf},
     pin::pin,
     sync::{
@@ -36,7 +37,7 @@ use std::{
 
 use backon::ExponentialBuilder;
 use bellows_core::{
-    Actuation, Bytes, CgroupId, Nanos, Policy, Signals,
+    Actuation, CgroupId, Nanos, Policy, Signals,
     allowance::Reached,
     autoscalers::{Claims, claims},
     elastic::Mode,
@@ -57,15 +58,14 @@ use tokio::{
 pub use give_back::uninstall;
 pub(super) use give_back::{Leaving, Movers};
 
-use super::{api::watched, events::Events, restore::quotas_in_pods_back};
+use super::{api::watched, events::Events};
 use crate::{
     actuate::{
-        containers::Owner as _,
-        pod_cpu::{CpuResizer, CpuTarget},
+        pod_cpu::CpuResizer,
         requests::RequestResizer,
-        resize::{Observed, Order, Resizer, Target},
+        resize::{Observed, Order, Resizer},
     },
-    attribution::{self, api::Pod, counted::counted, pods::convert, workloads::workloads},
+    attribution::{api::Pod, counted::counted, pods::convert, workloads::workloads},
     explain::LEDGER,
     guard::Input,
     nri,
@@ -110,11 +110,6 @@ pub(super) struct Context {
 
 /// How often a pod is tried again that could not be guarded for a passing reason.
 const RETRY: Duration = Duration::from_secs(2);
-/// For how long they are, one after the other.
-const RETRIES: Duration = Duration::from_secs(1);
-/// Shortest time between two Events of one container that is only watched: one whose workers are killed one after the
-/// other would fill the API with them.
-const EVENTS: Duration = Duration::from_secs(60);
 
 /// A container, by its pod's uid and its own name ([`pod::WHOLE_POD`] for all of the pod).
 type Key = (String, String);
@@ -364,36 +359,6 @@ struct Watch {
 }
 
 impl Watch {
-    /// Hands policies on to whoever sizes heaps, or says that nobody does.
-    fn tell_of_heaps(&mut self) {
-        if self.context.told.is_some() {
-            // First what they come to in each pod: a policy without that is one that raises nobody.
-            let pods: Vec<Pod> = self.pods.values().cloned().collect();
-            for pod in &pods {
-                let seen = self.seen(pod);
-                let wishes = self.wished(pod, &seen);
-                if !self.waits_for_autoscalers(&seen, &wishes) {
-                    self.tell_of_rooms(&seen, &wishes);
-                }
-            }
-        }
-        let policies = self.policies.all();
-        match &self.context.told {
-            Some(told) => drop(told.policies.send_replace(policies.to_vec())),
-            None if nri::is_wanted(policies) => tracing::warn!(
-                "memory.heap of policies is not heeded: nri.enabled of the chart makes the agent a plugin of the runtime"
-            ),
-            None => {}
-        }
-    }
-
-    /// Hands on how far heaps in a pod may go.
-    fn tell_of_rooms(&self, seen: &pod::Pod, wishes: &pod::Wishes) {
-        if let Some(told) = &self.context.told {
-            told.pod(&seen.uid, pod::rooms(seen, wishes));
-        }
-    }
-
     /// What is asked for a pod, whether it runs or not, without what autoscalers claim.
     fn wished(&self, pod: &Pod, seen: &pod::Pod) -> pod::Wishes {
         let mut wishes = pod::all_wishes(seen, self.policies.all());
@@ -402,87 +367,6 @@ impl Watch {
         }
         pod::yield_limits(&mut wishes, |container| self.claims(pod, container));
         wishes
-    }
-
-    fn is_anything_left(&self) -> bool {
-        !self.pending.is_empty() || self.is_any_left.load(Ordering::Relaxed)
-    }
-
-    /// Tries pods again, in turn: on a full node that takes its time, and what is new must not wait for all of them.
-    fn retry(&mut self) {
-        let begun = Instant::now();
-        for _ in 0..self.pending.len() {
-            self.retry_next();
-            if begun.elapsed() >= RETRIES {
-                return;
-            }
-        }
-        // One further on: of several that ask the same thing only the first may.
-        let next = self.pending.range(self.retried.clone()..).next();
-        if let Some(first) = next.or_else(|| self.pending.first()) {
-            self.retried = format!("{first}\0");
-        }
-    }
-
-    fn retry_next(&mut self) {
-        let next = self.pending.range(self.retried.clone()..).next();
-        let next = next.or_else(|| self.pending.iter().next()).cloned();
-        let Some(uid) = next else {
-            return;
-        };
-        self.pending.remove(&uid);
-        if let Some(pod) = self.pods.get(&uid) {
-            self.apply(pod.clone());
-        }
-        // The next one after it.
-        self.retried = uid + "\0";
-    }
-
-    /// Gives back what was raised by hand where nobody asks for it any more: the API says what it was all the time. What
-    /// must be reclaimed for that takes its time, and nobody waits for it.
-    fn lower_left(&mut self) {
-        if let Some(lowering) = &self.lowering {
-            if !lowering.is_finished() {
-                return;
-            }
-            self.lowering = None;
-        }
-        let is_any_left = self.is_any_left.swap(false, Ordering::Relaxed);
-        let is_known = |pod: &Pod| self.knows(&convert(pod));
-        let may = self.is_listed && !self.context.only_observes;
-        if !may || !is_any_left || !self.pods.values().all(is_known) {
-            self.is_any_left.fetch_or(is_any_left, Ordering::Relaxed);
-            return;
-        }
-        // Asked anew for each: somebody may come to be responsible while others are lowered.
-        let memory = self.context.resizer.targets().clone();
-        let has_memory = move |path: &Path| {
-            let is_it = |target: &Target| target.cgroup.path() == path;
-            memory.with(|targets| targets.values().any(is_it))
-        };
-        let cpus = self.context.cpus.containers().targets().clone();
-        let has_cpu = move |path: &Path| {
-            let is_it = |target: &CpuTarget| target.cgroup.path() == path;
-            cpus.with(|targets| targets.values().any(is_it))
-        };
-        let pending: Vec<String> = self.pending.iter().cloned().collect();
-        let by_hands = self.context.resizer.by_hands().clone();
-        let resizer = self.context.resizer.clone();
-        let is_left = Arc::clone(&self.is_any_left);
-        self.lowering = Some(tokio::task::spawn_blocking(move || {
-            // One that is about to be guarded.
-            let is_pending = |path: &Path| {
-                let above = path.ancestors().filter_map(Path::file_name);
-                let mut above = above.map(OsStr::to_string_lossy);
-                above.any(|name| pending.iter().any(|uid| attribution::is_pod(&name, uid)))
-            };
-            let is_any = by_hands.lower_left(has_memory, is_pending);
-            if !is_any {
-                resizer.are_lowered();
-            }
-            let are_back = quotas_in_pods_back(has_cpu, is_pending);
-            is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
-        }));
     }
 
     /// Whether it is known what is asked for a pod.
@@ -497,16 +381,6 @@ impl Watch {
             self.follow_pod(pod);
         }
         // Among all of them, not among those so far.
-        self.step_requests();
-    }
-
-    /// What those have waited for is known.
-    fn apply_pending(&mut self) {
-        let pending = self.pending.iter();
-        let pods = pending.filter_map(|uid| self.pods.get(uid));
-        for pod in pods.cloned().collect::<Vec<_>>() {
-            self.follow_pod(pod);
-        }
         self.step_requests();
     }
 
@@ -592,25 +466,6 @@ impl Watch {
         claims(&workloads(pod), container, all)
     }
 
-    /// Tells once that a guarded pod has a HorizontalPodAutoscaler that goes by its requests, which are not ours to lower.
-    fn tell_of_horizontal(&mut self, pod: &Pod, wishes: &pod::Wishes) {
-        let guarded = wishes.iter();
-        let guarded =
-            guarded.filter(|(_, wish)| wish.as_ref().is_ok_and(|wish| wish.mode == Mode::Act));
-        let mut seen = guarded.filter_map(|(name, _)| self.claims(pod, name).utilization);
-        let Some(name) = seen.next() else {
-            return;
-        };
-        let note = format!(
-            "the HorizontalPodAutoscaler `{name}` goes by what is used of requests: those that it goes by are left alone, limits are moved"
-        );
-        let uid = pod.uid().unwrap_or_default();
-        if self.seen_horizontal.get(&uid) != Some(&name) {
-            self.seen_horizontal.insert(uid, name);
-            self.events.told(pod, "HorizontalPodAutoscalerSeen", note);
-        }
-    }
-
     /// A pod as the API has it, with what was written onto it since.
     fn seen(&self, pod: &Pod) -> pod::Pod {
         let mut seen = convert(pod);
@@ -637,50 +492,6 @@ impl Watch {
         known.take_while(move |(own, _)| own == uid)
     }
 
-    /// Tells of a container that is only watched.
-    fn tell(&mut self, cgroup: CgroupId, observed: Observed) {
-        let (note, is_kill) = match observed {
-            Observed::NotGuarded => return self.try_again(cgroup),
-            Observed::ByHand(note) => return self.tell_guarded(cgroup, "RaisedByHand", note),
-            Observed::Waits(note) => return self.tell_guarded(cgroup, "WaitsForMemory", note),
-            Observed::Stopped(note) => return self.tell_guarded(cgroup, "GrowthStopped", note),
-            Observed::Bounded(reason, note) => return self.tell_guarded(cgroup, reason, note),
-            Observed::Kill(note) => (note, true),
-            Observed::Raise(note) => (note, false),
-        };
-        let Some(watched) = self.watched.get_mut(&cgroup) else {
-            return;
-        };
-        if watched.told.is_some_and(|told| told.elapsed() < EVENTS) {
-            return;
-        }
-        let pod = watched.pod.clone();
-        if is_kill {
-            watched.told = Some(Instant::now());
-            self.events.killed(pod, note);
-        } else if watched.mode == Mode::Recommend {
-            // A kill that may follow is told all the same.
-            self.events.recommended(pod, note);
-        }
-    }
-
-    /// Tells of a container that is guarded, of each kind once a minute.
-    fn tell_guarded(&mut self, cgroup: CgroupId, reason: &'static str, note: String) {
-        let mut known = self.known.iter_mut();
-        let found = known.find(|(_, known)| known.cgroup == Some(cgroup));
-        let Some(((uid, _), known)) = found else {
-            return;
-        };
-        let told = known.told.get(reason);
-        if told.is_some_and(|told| told.elapsed() < EVENTS) {
-            return;
-        }
-        known.told.insert(reason, Instant::now());
-        if let Some(pod) = self.pods.get(uid) {
-            self.events.told(pod, reason, note);
-        }
-    }
-
     /// What namespaces allow has changed, or has come to be known.
     fn take_news(&mut self, news: News) {
         if news == News::None {
@@ -698,48 +509,6 @@ impl Watch {
         let keys: Vec<Key> = self.known.keys().cloned().collect();
         for key in keys {
             self.tell_of_bound(&key);
-        }
-    }
-
-    /// Tells of a guarded container to which its namespace allows nothing beyond what it has, once.
-    fn tell_of_bound(&mut self, key: &Key) {
-        let Some(known) = self.known.get_mut(key) else {
-            return;
-        };
-        let Some(policy) = known.policy.filter(|_| known.mode == Mode::Act) else {
-            return;
-        };
-        let bound = self.context.resizer.allowances();
-        let bound = bound.memory((&key.0, &key.1));
-        let bound = bound.filter(|bound| Bytes(bound.most) <= policy.original);
-        let bound = bound.filter(|_| policy.original < policy.ceiling);
-        let reached = bound.as_ref().map(|bound| bound.by.reason());
-        if known.bounded == reached {
-            return;
-        }
-        known.bounded = reached;
-        let (Some(bound), Some(pod)) = (bound, self.pods.get(&key.0)) else {
-            return;
-        };
-        let note = format!("container {}: it cannot be raised: {bound}", key.1);
-        self.events.refused(pod, bound.by.reason().reason(), note);
-    }
-
-    /// The controller could not guard or watch a container.
-    fn try_again(&mut self, cgroup: CgroupId) {
-        let mut known = self.known.iter_mut();
-        if let Some((key, known)) = known.find(|(_, known)| known.cgroup == Some(cgroup)) {
-            known.cgroup = None;
-            self.pending.insert(key.0.clone());
-        }
-    }
-
-    /// Tells why a container does not get what is asked for it, once.
-    fn refuse(&mut self, key: &Key, pod: &Pod, reason: &str, why: String) {
-        let known = self.known.entry(key.clone()).or_default();
-        if known.refusal.as_ref() != Some(&why) {
-            known.refusal = Some(why.clone());
-            self.events.refused(pod, reason, why);
         }
     }
 
