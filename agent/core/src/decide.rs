@@ -74,7 +74,7 @@ pub struct Snapshot {
     pub held_since: Option<Nanos>,
     /// Whether it was let go because its patience was over, and needs its raise yet.
     pub is_let_go: bool,
-    /// A shrink was refused at this demand and time: tried again with less demand, or later.
+    /// A shrink was refused at this demand: tried again with less, or from this time on.
     pub refused_shrink: Option<(Bytes, Nanos)>,
     /// A raise was refused; do not ask again before this time.
     pub raise_not_before: Nanos,
@@ -307,8 +307,8 @@ fn shrink(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     if *limit <= policy.original || !is_quiet || is_busy {
         return None;
     }
-    let refused = refused_shrink
-        .is_some_and(|(demand, at)| history.demand >= demand && now.since(at) < SHRINK_REFUSED_FOR);
+    let refused =
+        refused_shrink.is_some_and(|(demand, until)| history.demand >= demand && *now < until);
     if refused {
         return None;
     }
@@ -372,8 +372,7 @@ mod tests {
         walked.slab = Bytes::mib(300);
         assert_eq!(to(&walked), Some(Bytes::mib(125)));
         // A refusal of another kind says nothing of them.
-        walked.refused_shrink = Some((Bytes::mib(400), Nanos(0)));
-        walked.now = SHRINK_REFUSED_FOR;
+        walked.refused_shrink = Some((Bytes::mib(400), walked.now));
         assert_eq!(to(&walked), Some(Bytes::mib(125)));
         walked.slab_kept = Some(Nanos(0));
         assert_eq!(to(&walked), Some(Bytes::mib(500)));
@@ -736,12 +735,13 @@ mod tests {
         snapshot.limit = Bytes::mib(1000);
         snapshot.history.last_growth = Nanos(0);
         snapshot.history.demand = Bytes::mib(400);
-        snapshot.refused_shrink = Some((Bytes::mib(400), snapshot.now));
+        let until = Nanos(snapshot.now.0 + SHRINK_REFUSED_FOR.0);
+        snapshot.refused_shrink = Some((Bytes::mib(400), until));
         assert_eq!(decide(&snapshot).actions, []);
         snapshot.history.demand = Bytes::mib(399);
         assert_eq!(decide(&snapshot).actions.len(), 1);
         snapshot.history.demand = Bytes::mib(400);
-        snapshot.now = Nanos(snapshot.now.0 + SHRINK_REFUSED_FOR.0);
+        snapshot.now = until;
         assert_eq!(decide(&snapshot).actions.len(), 1);
     }
 }

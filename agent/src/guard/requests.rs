@@ -177,7 +177,7 @@ impl<R: Requester> Controller<R> {
             false
         });
         if is_busy || !has_room {
-            guarded.refused_shrink = Some((guarded.history.demand, now()));
+            guarded.refuse_shrink(now(), SHRINK_REFUSED_FOR);
             // Puts the brake back where it belongs.
             return self.arm(&self.guards[&id], None);
         }
@@ -272,11 +272,8 @@ impl<R: Requester> Controller<R> {
         let was_raise = to >= guarded.limit;
         if !was_raise {
             match loss {
-                Loss::Refused => guarded.refused_shrink = Some((guarded.history.demand, at)),
-                Loss::Unanswered => {
-                    let before = SHRINK_REFUSED_FOR.since(UNANSWERED_FOR);
-                    guarded.refused_shrink = Some((guarded.history.demand, at.since(before)));
-                }
+                Loss::Refused => guarded.refuse_shrink(at, SHRINK_REFUSED_FOR),
+                Loss::Unanswered => guarded.refuse_shrink(at, UNANSWERED_FOR),
                 Loss::Silent => guarded.lost_lowerings = guarded.lost_lowerings.saturating_add(1),
             }
         } else {

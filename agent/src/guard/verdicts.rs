@@ -6,7 +6,7 @@
 //!
 //! It must not decide by an event, whose container may have died since, nor believe the clock of whoever has sent it.
 
-use bellows_core::{Bytes, CgroupId, History, Nanos};
+use bellows_core::{Bytes, CgroupId, History, Nanos, decide::SHRINK_REFUSED_FOR};
 use bellows_ebpf_common::{KIND_OOM, KIND_WATERMARK, MemoryEvent};
 
 use super::{Controller, Requester, foreign_brake::ForeignBrake, guarded::Guarded, seconds};
@@ -63,7 +63,7 @@ impl<R: Requester> Controller<R> {
                 self.update(cgroup, |guarded| guarded.limit_is(at, limit));
             }
             Verdict::LowerRefused { cgroup } => self.update(cgroup, |guarded| {
-                guarded.refused_shrink = Some((guarded.history.demand, at));
+                guarded.refuse_shrink(at, SHRINK_REFUSED_FOR);
             }),
             Verdict::LimitRose { cgroup, limit } => {
                 let risen = self.guards.get(&cgroup);

@@ -393,6 +393,12 @@ impl Guarded {
         }
     }
 
+    /// A lower limit was refused: not asked for again for so long, unless less is needed.
+    pub(super) const fn refuse_shrink(&mut self, at: Nanos, lasts: Nanos) {
+        let until = Nanos(at.0.saturating_add(lasts.0));
+        self.refused_shrink = Some((self.history.demand, until));
+    }
+
     /// Takes note of what it uses.
     pub(super) fn saw(&mut self, at: Nanos, stat: MemoryStat) {
         self.history.observe(at, stat.demand());
