@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib},
-    pod_bursts::{is_guarded, ledger_of, results},
+    gate,
+    pod_bursts::{ledger_of, results},
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -79,7 +80,7 @@ const PAUSE_MS: u64 = 10_000;
 /// A fault begins so long before its burst.
 const BEFORE_MS: u64 = 1500;
 const LATE: Duration = Duration::from_secs(5);
-/// From its start until a container bursts: time to be adopted, and for the fault to begin.
+/// From its start until a container bursts that has no gate: time to be adopted.
 const REST_MS: u64 = 9000;
 /// How often the kubelet looks at each pod without a reason (`syncFrequency`, its default).
 const SYNC: Nanos = Nanos::millis(60_000);
@@ -104,7 +105,7 @@ struct Case {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
     case: Case,
-    /// Whether it was guarded when the fault began, and burst while that lasted.
+    /// Whether it burst while the fault lasted, which begins when it is guarded.
     attempted: bool,
     /// `CLOCK_MONOTONIC`.
     fault_at: u64,
@@ -213,25 +214,20 @@ impl Bench {
 
     fn case(&mut self, case: Case) -> Result<Record> {
         let name = format!("fault-{}", case.index);
-        let spec = bursting(&name, case.limit, case.peak, case.threads);
+        let spec = bursting_after(gate::closed(), &name, case.limit, case.peak, case.threads);
         self.cluster.create(&spec)?;
         let cgroup = self.cluster.wait_running(&name)?;
         // It may be gone in the end.
         let pod = path_of_pod(&cgroup)?;
-        let began = now();
         let logged = log_text("bellows").len();
         let watched = cgroup.clone();
         let sampler = self.probe.sample(move || Some(watched.clone()));
-        let guarded = wait("it is guarded", Duration::from_secs(8), || {
-            Ok(is_guarded(&cgroup))
-        });
-        // A moment before it bursts.
-        let rest = Nanos::millis(REST_MS - BEFORE_MS).since(now().since(began));
-        thread::sleep(Duration::from_nanos(rest.0));
+        gate::wait_braked(&cgroup)?;
         let fault_at = now();
-        let is_early = fault_at.since(began) < Nanos::millis(REST_MS - BEFORE_MS / 2);
         self.begin(case.fault)?;
-        thread::sleep(Duration::from_millis(case.lasts_ms));
+        thread::sleep(Duration::from_millis(BEFORE_MS));
+        gate::open(&cgroup)?;
+        thread::sleep(Duration::from_millis(case.lasts_ms - BEFORE_MS));
         let over = now();
         // The API may be away until here.
         self.end(case.fault)?;
@@ -260,7 +256,7 @@ impl Bench {
                 }
             )
         };
-        let attempted = guarded.is_ok() && is_early && has_burst && burst.is_ok();
+        let attempted = has_burst && burst.is_ok();
         let log = log_text("bellows");
         let since = log.get(logged..).unwrap_or(&log).lines();
         let log = since.filter(|_| !attempted || track.oom_kill > 0);
@@ -323,17 +319,16 @@ impl Bench {
 
 /// A guarded pod that rests for [`REST_MS`], bursts, and is there long enough to be looked at.
 pub(super) fn bursting(name: &str, limit: Bytes, peak: Bytes, threads: u64) -> Spec {
-    let rest = REST_MS.to_string();
-    let more = [
-        "--rest-ms",
-        &rest,
-        "--hold-ms",
-        "4000",
-        "--after-ms",
-        "240000",
-    ];
+    let rest = ["--rest-ms".to_owned(), REST_MS.to_string()];
+    bursting_after(rest, name, limit, peak, threads)
+}
+
+/// The same after such a rest.
+fn bursting_after(rest: [String; 2], name: &str, limit: Bytes, peak: Bytes, threads: u64) -> Spec {
+    let more = ["--hold-ms", "4000", "--after-ms", "240000"];
     let words = ["/bellows-guest", "load"].map(str::to_owned).into_iter();
     let words = words.chain(burst_words(limit.per_mille(500), peak, threads));
+    let words = words.chain(rest);
     Spec {
         name: name.to_owned(),
         limit,
