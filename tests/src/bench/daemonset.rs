@@ -33,7 +33,7 @@ use tokio::runtime::Runtime;
 
 use super::{
     bursts::burst_words,
-    exec_cli,
+    exec_cli, gate,
     least_privilege::{Attempt, Privileges, least_privilege},
     pod_bursts::results,
     record::{Records, parsed},
@@ -388,10 +388,9 @@ fn survives(bed: &Bed, name: &str, cgroup: &Cgroup) -> Result<()> {
 }
 
 fn burst(bed: &Bed) -> Result<()> {
-    let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
-    words.extend(["--rest-ms", "6000", "--after-ms", "120000"].map(str::to_owned));
-    bed.cluster.create(&spec("burst", &words))?;
+    bed.cluster.create(&spec("burst", &bursting()))?;
     let cgroup = bed.cluster.wait_running("burst")?;
+    gate::open_when_braked(&cgroup)?;
     survives(bed, "burst", &cgroup)?;
     bed.cluster.delete("burst")?;
     restarts(bed)
@@ -481,10 +480,11 @@ fn accepted(bed: &Bed, status: &str, part: &str) -> Result<()> {
     said.with_context(|| last.to_string())
 }
 
-/// Rests, bursts, and then lets time pass with next to nothing.
+/// Bursts when it is let, and then lets time pass with next to nothing.
 fn bursting() -> Vec<String> {
     let mut words = burst_words(LIMIT.per_mille(500), Bytes::mib(220), 2).to_vec();
-    words.extend(["--rest-ms", "10000", "--after-ms", "120000"].map(str::to_owned));
+    words.extend(["--after-ms", "120000"].map(str::to_owned));
+    words.extend(gate::closed());
     words
 }
 
@@ -541,6 +541,7 @@ fn by_policy(bed: &Bed) -> Result<()> {
         let brakes = both()?;
         Ok(brakes.len() == 2 && brakes.iter().all(|&high| high != Limit::Max))
     })?;
+    gate::open(&cgroup)?;
     survives(bed, "elastic", &cgroup)?;
     accepted(bed, "True", "memory up to 1 GiB")?;
     let originals = bed
@@ -612,6 +613,7 @@ fn given_back(bed: &Bed) -> Result<()> {
         &json!({ "memory": { "max": "1Gi", "shrinkAfter": "1h" } }),
     ))?;
     let cgroup = elastic(bed, &[("load", bursting())])?;
+    gate::open_when_braked(&cgroup)?;
     wait("its burst is over", Duration::from_secs(60), || {
         Ok(!results(&bed.cluster, "elastic")?.is_empty())
     })?;

@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     bursts::burst_words,
+    gate,
     pod_bursts::results,
     record::{Records, parsed, rounded},
     runner::set_thp,
@@ -204,11 +205,6 @@ fn run_case(
 }
 
 fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
-    let rest_ms = if case.moment == Moment::Rest {
-        "120000"
-    } else {
-        "4000"
-    };
     let command = ["/bellows-guest", "load"]
         .into_iter()
         .map(str::to_owned)
@@ -217,7 +213,8 @@ fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
             case.peak,
             case.threads,
         ))
-        .chain(["--rest-ms", rest_ms, "--after-ms", "120000"].map(str::to_owned))
+        .chain(["--after-ms", "120000"].map(str::to_owned))
+        .chain(gate::closed())
         .collect();
     cluster.create(&Spec {
         name: name.to_owned(),
@@ -241,6 +238,7 @@ fn wait_for(cluster: &Cluster, name: &str, cgroup: &Cgroup, case: Case) -> Resul
             Ok(cgroup.limit("memory.high")? != Limit::Max)
         })?;
     } else {
+        gate::open_when_braked(cgroup)?;
         wait("the burst starts", Duration::from_secs(60), || {
             Ok(!cluster.said(name)?.is_empty())
         })?;

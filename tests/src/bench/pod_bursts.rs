@@ -333,7 +333,7 @@ fn run_pod(
     max: Option<Bytes>,
 ) -> Result<Outcome> {
     let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
-    // Time for the kubelet to report it running.
+    // Time for what comes of its start. What must have come is waited for at the gate.
     let mut command: Vec<String> = ["/bellows-guest", "load"]
         .into_iter()
         .map(str::to_owned)
@@ -343,8 +343,8 @@ fn run_pod(
     if max.is_some() {
         let again = case.again_after_ms.to_string();
         command.extend(["--again-after-ms", &again, "--after-ms", "120000"].map(str::to_owned));
-        command.extend(gate::closed());
     }
+    command.extend(gate::closed());
     let name = format!("{variant}-{}", case.index);
     observe(
         cluster,
@@ -381,8 +381,11 @@ pub(super) fn observe(
     let start = now();
     let looking = Looking::start(name, &cgroup);
     if spec.command.ends_with(&gate::closed()) {
-        wait("it is guarded", GUARDED, || Ok(is_guarded(&cgroup)))?;
-        gate::open_when_braked(&cgroup)?;
+        if spec.max.is_some() {
+            wait("it is guarded", GUARDED, || Ok(is_guarded(&cgroup)))?;
+            gate::wait_braked(&cgroup)?;
+        }
+        gate::open(&cgroup)?;
     }
     let restored_after_ms = wait_end(cluster, name, &cgroup, spec.limit, restored_after)?;
     let disagreed_ms = looking.finish()?;

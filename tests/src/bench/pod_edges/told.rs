@@ -8,13 +8,13 @@
 use std::{process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use bellows::cgroup::Limit;
+use bellows::{cgroup::Limit, ledger::Record as LedgerRecord};
 use bellows_core::{Bytes, pod};
 use serde_json::{Value, json};
 
-use super::spec;
+use super::{LONG, spec};
 use crate::{
-    bench::bursts::burst_words,
+    bench::{bursts::burst_words, gate, pod_bursts::ledger_of},
     node::wait,
     pods::{Cluster, Spec},
 };
@@ -56,7 +56,7 @@ pub(super) fn watched(cluster: &Cluster) -> Result<()> {
     let mut command = spec(name).command;
     command.truncate(2);
     command.extend(burst_words(limit.per_mille(500), Bytes::mib(256), 2));
-    command.extend(["--rest-ms", "8000"].map(str::to_owned));
+    command.extend(gate::closed());
     let spec = Spec {
         command,
         ..spec(name)
@@ -64,6 +64,12 @@ pub(super) fn watched(cluster: &Cluster) -> Result<()> {
     let annotations = json!({ pod::MODE: "Observe", pod::MAX_MEMORY: "1Gi" });
     cluster.create_with(&spec, &annotations, false)?;
     let cgroup = cluster.wait_running(name)?;
+    wait("it is watched", LONG, || {
+        let ledger = ledger_of(cgroup.id());
+        let mut records = ledger.iter();
+        Ok(records.any(|record| matches!(record, LedgerRecord::Observe { .. })))
+    })?;
+    gate::open(&cgroup)?;
     while cgroup.populated().unwrap_or(false) {
         if let (Ok(limit), Ok(high)) = (cgroup.limit("memory.max"), cgroup.limit("memory.high")) {
             ensure!(
