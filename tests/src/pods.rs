@@ -446,7 +446,7 @@ impl Cluster {
     }
 
     /// Applies the resource definition of policies, and waits until the API server knows it.
-    fn define_policies(&self) -> Result<()> {
+    pub(crate) fn define_policies(&self) -> Result<()> {
         let text = fs::read_to_string("/deploy/elasticpolicies.yaml")?;
         for document in serde_saphyr::from_multiple::<Value>(&text)? {
             self.apply(document)?;

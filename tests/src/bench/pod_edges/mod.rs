@@ -162,6 +162,8 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cluster = Cluster::connect()?;
     cluster.wait_node_ready()?;
     cluster.define_vertical_autoscalers()?;
+    // Known to the agent from its start, and to whoever clears up after a case.
+    cluster.define_policies()?;
     let mut bed = Bed {
         cluster,
         agent: Agent::start()?,
