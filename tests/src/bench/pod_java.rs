@@ -196,9 +196,7 @@ impl Bench {
         while !is_ready(port) {
             let age = begun.elapsed()?;
             ensure!(age < LONGEST, "Tomcat does not start: {}", self.log(name)?);
-            if !cgroup.populated().unwrap_or(false) {
-                let code = self.exit_code(name, asked_restarts)?;
-                died_of_emulator(code, &self.log(name)?)?;
+            if self.has_died(name, cgroup, asked_restarts)? {
                 return Ok(None);
             }
             thread::sleep(Duration::from_millis(50));
@@ -206,11 +204,17 @@ impl Bench {
         let ready = begun.elapsed()?;
         let mut restored_ms = None;
         while how != How::Unlimited && begun.elapsed()? < ready + RESTORED {
+            if self.has_died(name, cgroup, asked_restarts)? {
+                return Ok(None);
+            }
             if self.is_at_rest(name, cgroup)? {
                 restored_ms = Some(u64::try_from((begun.elapsed()? - ready).as_millis())?);
                 break;
             }
             thread::sleep(Duration::from_millis(200));
+        }
+        if self.has_died(name, cgroup, asked_restarts)? {
+            return Ok(None);
         }
         let status = self.cluster.status(name)?.context("it has a status")?;
         let log = self.log(name)?;
@@ -232,6 +236,16 @@ impl Bench {
 
     fn generation(&self, name: &str) -> Result<i64> {
         Ok(self.cluster.get(name)?.metadata.generation.unwrap_or(1))
+    }
+
+    /// Whether its JVM has died of the emulator after so many restarts; fails if it has ended in any other way.
+    fn has_died(&self, name: &str, cgroup: &Cgroup, restarts: i32) -> Result<bool> {
+        if cgroup.populated().unwrap_or(false) {
+            return Ok(false);
+        }
+        let code = self.exit_code(name, restarts)?;
+        died_of_emulator(code, &self.log(name)?)?;
+        Ok(true)
     }
 
     /// With what a container has ended after so many restarts.
