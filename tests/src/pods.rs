@@ -43,6 +43,24 @@ pub(crate) async fn client() -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
+/// Takes what is there already for made: the client asks again when an answer was late (504), and no two have one name at a
+/// time.
+pub(crate) fn made<T>(created: kube::Result<T>) -> Result<()> {
+    done(created, 409)
+}
+
+/// The same of what is to be deleted, and is not there.
+pub(crate) fn gone<T>(deleted: kube::Result<T>) -> Result<()> {
+    done(deleted, 404)
+}
+
+fn done<T>(result: kube::Result<T>, already: u16) -> Result<()> {
+    match result {
+        Err(kube::Error::Api(status)) if status.code == already => Ok(()),
+        result => Ok(result.map(drop)?),
+    }
+}
+
 /// What a pod should be.
 #[derive(Clone, Debug)]
 pub(crate) struct Spec {
@@ -172,11 +190,7 @@ impl Cluster {
         let pod: Pod = serde_json::from_value(manifest)?;
         let parameters = PostParams::default();
         let created = self.pods.create(&parameters, &pod);
-        match self.runtime.block_on(created) {
-            // The client asks again when an answer was late (504); no two pods have one name here.
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-            created => created.map(drop).with_context(|| spec.name.clone()),
-        }
+        made(self.runtime.block_on(created)).with_context(|| spec.name.clone())
     }
 
     /// Says of a pod that its container runs under this id, in place of a kubelet; returns the pod's uid.
@@ -281,8 +295,7 @@ impl Cluster {
             let client = self.nodes.clone().into_client();
             let (resource, _) = pinned_kind(&client, &kind).await?;
             let api: Api<DynamicObject> = Api::namespaced_with(client, NAMESPACE, &resource);
-            api.delete(name, &DeleteParams::default()).await?;
-            Ok(())
+            gone(api.delete(name, &DeleteParams::default()).await)
         })
     }
 
@@ -520,10 +533,8 @@ impl Cluster {
 
     /// Deletes it and waits until it is gone.
     pub(crate) fn delete(&self, name: &str) -> Result<()> {
-        self.runtime.block_on(
-            self.pods
-                .delete(name, &DeleteParams::default().grace_period(0)),
-        )?;
+        let at_once = DeleteParams::default().grace_period(0);
+        gone(self.runtime.block_on(self.pods.delete(name, &at_once)))?;
         wait(
             &format!("pod {name} is gone"),
             Duration::from_secs(60),

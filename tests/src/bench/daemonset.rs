@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     node::{self, ApiServer, Node, import_image, shell, wait},
-    pods::{Cluster, Spec},
+    pods::{Cluster, Spec, gone, made},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -249,8 +249,7 @@ impl Bed {
             let (resource, _) = pinned_kind(&self.client, &kind).await?;
             let policies: Api<DynamicObject> =
                 Api::namespaced_with(self.client.clone(), "default", &resource);
-            policies.delete("elastic", &DeleteParams::default()).await?;
-            Ok(())
+            gone(policies.delete("elastic", &DeleteParams::default()).await)
         })
     }
 
@@ -285,8 +284,7 @@ impl Bed {
         }
         let pod: Pod = serde_json::from_value(pod)?;
         let (pods, parameters) = (self.pods(), PostParams::default());
-        self.tasks.block_on(pods.create(&parameters, &pod))?;
-        Ok(())
+        made(self.tasks.block_on(pods.create(&parameters, &pod)))
     }
 
     pub(super) fn agent(&self) -> Result<Pod> {
@@ -510,8 +508,8 @@ fn elastic(bed: &Bed, containers: &[(&str, Vec<String>)]) -> Result<Cgroup> {
         },
     }))?;
     let pods: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
-    bed.tasks
-        .block_on(pods.create(&PostParams::default(), &pod))?;
+    let parameters = PostParams::default();
+    made(bed.tasks.block_on(pods.create(&parameters, &pod)))?;
     bed.cluster.wait_running("elastic")
 }
 
@@ -597,7 +595,7 @@ fn deleted(bed: &Bed) -> Result<()> {
         Ok(cgroup.limit("memory.high")? != Limit::Max)
     })?;
     let parameters = DeleteParams::default().grace_period(0);
-    bed.tasks.block_on(bed.pods().delete(AGENT, &parameters))?;
+    gone(bed.tasks.block_on(bed.pods().delete(AGENT, &parameters)))?;
     wait("its brake is lifted", Duration::from_secs(30), || {
         Ok(cgroup.limit("memory.high")? == Limit::Max)
     })?;
@@ -620,11 +618,11 @@ fn given_back(bed: &Bed) -> Result<()> {
     let raised = cgroup.limit("memory.max")?;
     ensure!(raised.bytes() > LIMIT, "its limit is {raised:?}");
     let daemons: Api<DaemonSet> = Api::namespaced(bed.client.clone(), NAMESPACE);
-    bed.tasks
-        .block_on(daemons.delete("agent", &DeleteParams::foreground()))?;
+    let parameters = DeleteParams::foreground();
+    gone(bed.tasks.block_on(daemons.delete("agent", &parameters)))?;
     // Which the garbage collector does.
     let parameters = DeleteParams::default();
-    bed.tasks.block_on(bed.pods().delete(AGENT, &parameters))?;
+    gone(bed.tasks.block_on(bed.pods().delete(AGENT, &parameters)))?;
     wait("its limit is what it was", Duration::from_secs(60), || {
         Ok(cgroup.limit("memory.max")? == Limit::At(LIMIT))
     })?;

@@ -16,7 +16,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::daemonset::{Bed, spec};
-use crate::node::{self, wait};
+use crate::{
+    node::{self, wait},
+    pods::{gone, made},
+};
 
 /// What the agent's token may do, as it was tried and as the API server says.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -78,8 +81,8 @@ pub(super) fn least_privilege(bed: &Bed) -> Result<()> {
         },
     }))?;
     let admin: Api<Pod> = Api::namespaced(bed.client.clone(), "default");
-    bed.tasks
-        .block_on(admin.create(&PostParams::default(), &elsewhere))?;
+    let parameters = PostParams::default();
+    made(bed.tasks.block_on(admin.create(&parameters, &elsewhere)))?;
     // One that has room: what refuses a resize there must be the policy.
     bed.apply(json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "another" } }))?;
     let nodes: Api<ApiNode> = Api::all(bed.client.clone());
@@ -290,8 +293,8 @@ pub(super) fn least_privilege(bed: &Bed) -> Result<()> {
     privileges.reads = reads(bed, &client)?;
     *bed.privileges.borrow_mut() = Some(privileges);
     bed.cluster.delete("own")?;
-    bed.tasks
-        .block_on(admin.delete("elsewhere", &DeleteParams::default().grace_period(0)))?;
+    let at_once = DeleteParams::default().grace_period(0);
+    gone(bed.tasks.block_on(admin.delete("elsewhere", &at_once)))?;
     ensure!(wrong.is_empty(), "{}", wrong.join(", "));
     Ok(())
 }
