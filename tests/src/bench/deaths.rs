@@ -4,7 +4,7 @@
 //! `deaths` ends it in every way that it can end, with a releaser beside it as in a DaemonSet, and
 //! measures how long brake and hold outlive it.
 
-use std::{path::Path, thread, time::Duration};
+use std::{fs, path::Path, thread, time::Duration};
 
 use anyhow::Result;
 use bellows::{
@@ -84,6 +84,7 @@ struct Record {
     limit_after: Option<u64>,
     /// Whether the new agent guards the pod.
     guarded_again: bool,
+    /// Lines of the ledgers, but for torn ends.
     unreadable: usize,
 }
 
@@ -175,7 +176,7 @@ fn run_case(
     };
     agent.end()?;
     let unreadable = [LEDGER.into(), ledger::previous(Path::new(LEDGER))]
-        .map(|path| ledger::read(&path).unwrap_or_default().unreadable)
+        .map(|path| unreadable(&path))
         .into_iter()
         .sum();
     let started = now();
@@ -202,6 +203,14 @@ fn run_case(
         guarded_again,
         unreadable,
     })
+}
+
+/// Lines of a ledger that cannot be read, but for the last: one that is torn by the death was never written.
+fn unreadable(path: &Path) -> usize {
+    let bytes = fs::read(path).unwrap_or_default();
+    let lines = bytes.trim_ascii_end();
+    let last = lines.iter().rposition(|&byte| byte == b'\n');
+    ledger::parse(&lines[..last.unwrap_or(0)]).unreadable
 }
 
 fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
