@@ -139,58 +139,27 @@ impl Cluster {
 
     /// Creates a pod with this metadata but for its name.
     pub(crate) fn create_as(&self, spec: &Spec, metadata: &Value, guaranteed: bool) -> Result<()> {
-        let mut metadata = metadata.clone();
-        metadata["name"] = json!(spec.name);
-        let mut limits = json!({ "memory": quantity::format(spec.limit) });
-        // Below the limit, so that the pod is Burstable and its limit may move alone.
-        let mut requests = json!({ "memory": quantity::format(spec.limit.per_mille(500)) });
-        if let Some(cpu) = spec.cpu {
-            limits["cpu"] = json!(cpu.to_string());
-            requests["cpu"] = json!("10m");
-        }
-        if guaranteed {
-            limits["cpu"] = json!("100m");
-            requests = limits.clone();
-        }
-        let mut container = json!({
-            "name": CONTAINER,
-            "image": node::IMAGE,
-            "imagePullPolicy": "Never",
-            "command": spec.command,
-        });
-        let resources = json!({ "limits": limits, "requests": requests });
-        let mut whole = json!({});
-        if spec.whole_pod {
-            whole = resources;
-        } else {
-            container["resources"] = resources;
-        }
-        if let Some(liveness) = &spec.liveness {
-            container["livenessProbe"] = liveness.clone();
-        }
-        let mut volumes = json!([]);
-        if spec.host {
-            container["volumeMounts"] = json!([{ "name": "host", "mountPath": "/host" }]);
-            volumes = json!([{ "name": "host", "hostPath": { "path": "/" } }]);
-        }
-        let manifest = json!({
-            "metadata": metadata,
-            "spec": {
-                "nodeName": node::NAME,
-                "hostNetwork": true,
-                "restartPolicy": if spec.restarts { "Always" } else { "Never" },
-                "terminationGracePeriodSeconds": 0,
-                "automountServiceAccountToken": false,
-                "enableServiceLinks": false,
-                "resources": whole,
-                "containers": [container],
-                "volumes": volumes,
-            },
-        });
-        let pod: Pod = serde_json::from_value(manifest)?;
+        let pod = manifest(spec, metadata, guaranteed)?;
         let parameters = PostParams::default();
         let created = self.pods.create(&parameters, &pod);
         made(self.runtime.block_on(created)).with_context(|| spec.name.clone())
+    }
+
+    /// Whether a quota would refuse a pod, which is not created.
+    pub(crate) fn is_beyond_quota(&self, spec: &Spec) -> Result<bool> {
+        let pod = manifest(spec, &json!({}), false)?;
+        let parameters = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let created = self.pods.create(&parameters, &pod);
+        match self.runtime.block_on(created) {
+            // It may be forbidden for the want of what is known of a quota, too.
+            Err(kube::Error::Api(status)) if status.code == 403 => {
+                Ok(status.message.contains("exceeded quota"))
+            }
+            created => Ok(created.map(|_pod| false)?),
+        }
     }
 
     /// Says of a pod that its container runs under this id, in place of a kubelet; returns the pod's uid.
@@ -541,4 +510,57 @@ impl Cluster {
             || Ok(self.runtime.block_on(self.pods.get_opt(name))?.is_none()),
         )
     }
+}
+
+/// What the API is asked for.
+fn manifest(spec: &Spec, metadata: &Value, guaranteed: bool) -> Result<Pod> {
+    let mut metadata = metadata.clone();
+    metadata["name"] = json!(spec.name);
+    let mut limits = json!({ "memory": quantity::format(spec.limit) });
+    // Below the limit, so that the pod is Burstable and its limit may move alone.
+    let mut requests = json!({ "memory": quantity::format(spec.limit.per_mille(500)) });
+    if let Some(cpu) = spec.cpu {
+        limits["cpu"] = json!(cpu.to_string());
+        requests["cpu"] = json!("10m");
+    }
+    if guaranteed {
+        limits["cpu"] = json!("100m");
+        requests = limits.clone();
+    }
+    let mut container = json!({
+        "name": CONTAINER,
+        "image": node::IMAGE,
+        "imagePullPolicy": "Never",
+        "command": spec.command,
+    });
+    let resources = json!({ "limits": limits, "requests": requests });
+    let mut whole = json!({});
+    if spec.whole_pod {
+        whole = resources;
+    } else {
+        container["resources"] = resources;
+    }
+    if let Some(liveness) = &spec.liveness {
+        container["livenessProbe"] = liveness.clone();
+    }
+    let mut volumes = json!([]);
+    if spec.host {
+        container["volumeMounts"] = json!([{ "name": "host", "mountPath": "/host" }]);
+        volumes = json!([{ "name": "host", "hostPath": { "path": "/" } }]);
+    }
+    let manifest = json!({
+        "metadata": metadata,
+        "spec": {
+            "nodeName": node::NAME,
+            "hostNetwork": true,
+            "restartPolicy": if spec.restarts { "Always" } else { "Never" },
+            "terminationGracePeriodSeconds": 0,
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "resources": whole,
+            "containers": [container],
+            "volumes": volumes,
+        },
+    });
+    Ok(serde_json::from_value(manifest)?)
 }
