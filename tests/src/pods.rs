@@ -23,7 +23,7 @@ use kube::{
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::node::{self, wait};
+use crate::node;
 
 const NAMESPACE: &str = "default";
 const CONTAINER: &str = "load";
@@ -59,6 +59,24 @@ fn done<T>(result: kube::Result<T>, already: u16) -> Result<()> {
         Err(kube::Error::Api(status)) if status.code == already => Ok(()),
         result => Ok(result.map(drop)?),
     }
+}
+
+/// What a look at the API has found; nothing where it was not reached.
+pub(crate) fn reached<T>(found: Result<T>) -> Result<Option<T>> {
+    let is_answer = |error: &kube::Error| matches!(error, kube::Error::Api(_));
+    match found {
+        Err(error) if error.downcast_ref().is_some_and(|error| !is_answer(error)) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// Waits for what the API says, which may not be reached at each look.
+pub(crate) fn wait(
+    what: &str,
+    limit: Duration,
+    mut is_met: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    node::wait(what, limit, || Ok(reached(is_met())?.unwrap_or_default()))
 }
 
 /// What a pod should be.

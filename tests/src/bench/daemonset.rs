@@ -39,8 +39,8 @@ use super::{
     record::{Records, parsed},
 };
 use crate::{
-    node::{self, ApiServer, Node, import_image, shell, wait},
-    pods::{Cluster, Spec, gone, made},
+    node::{self, ApiServer, Node, import_image, shell},
+    pods::{Cluster, Spec, gone, made, wait},
 };
 
 #[derive(Args, Clone, Debug)]

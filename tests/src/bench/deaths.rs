@@ -27,8 +27,8 @@ use super::{
 };
 use crate::{
     agent::{Agent, Death, Releaser},
-    node::{ApiServer, Node, wait},
-    pods::{Cluster, Spec},
+    node::{ApiServer, Node},
+    pods::{Cluster, Spec, reached, wait},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -311,10 +311,13 @@ fn limit_after(
     let mut end = None;
     while now().since(start) < Nanos::millis(120_000) {
         thread::sleep(Duration::from_millis(300));
-        if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
+        let Some(is_running) = reached(cluster.is_running(name))? else {
+            continue;
+        };
+        if !is_running {
             return Ok(None);
         }
-        let over = results(cluster, name)?;
+        let over = reached(results(cluster, name))?.unwrap_or_default();
         end = end.or_else(|| over.first().map(|said| Nanos(said.end_ns)));
         // A cgroup that is gone is a pod that died: nothing guarded it while the agent was dead.
         let Ok(limit) = cgroup.limit("memory.max").map(Limit::bytes) else {

@@ -32,7 +32,7 @@ use crate::{
     agent::Agent,
     load::{BurstResult, Kind},
     node::{ApiServer, Node, wait},
-    pods::{Cluster, Spec},
+    pods::{Cluster, Spec, reached},
     sampler::Sample,
 };
 
@@ -487,13 +487,17 @@ fn wait_end(
     let start = now();
     while now().since(start) < LONGEST {
         thread::sleep(Duration::from_millis(200));
-        if matches!(cluster.phase(name)?.as_str(), "Failed" | "Succeeded") {
+        let Some(is_running) = reached(cluster.is_running(name))? else {
+            continue;
+        };
+        if !is_running {
             return Ok(None);
         }
         let Some(bursts) = restored_after else {
             continue;
         };
-        let Some(last) = results(cluster, name)?.get(bursts - 1).copied() else {
+        let said = reached(results(cluster, name))?.unwrap_or_default();
+        let Some(last) = said.get(bursts - 1) else {
             continue;
         };
         let after = now().since(Nanos(last.end_ns));

@@ -28,8 +28,8 @@ use crate::{
     agent::Agent,
     api_proxy::{ApiProxy, Way},
     load::BurstResult,
-    node::{ApiServer, Node, log_text, wait},
-    pods::{self, Cluster, Spec},
+    node::{ApiServer, Node, log_text},
+    pods::{self, Cluster, Spec, reached, wait},
 };
 
 #[derive(Args, Clone, Debug)]
@@ -293,11 +293,13 @@ impl Bench {
         is_met: impl Fn(&[Option<Bytes>]) -> bool,
     ) -> Result<Option<u64>> {
         while Duration::from_nanos(now().since(from).0) < limit {
-            if !self.cluster.is_running(name)? {
-                return Ok(None);
-            }
-            if is_met(&self.limits(name)?) {
-                return Ok(Some(now().since(from).as_millis()));
+            let look = || Ok((self.cluster.is_running(name)?, self.limits(name)?));
+            match reached(look())? {
+                Some((false, _)) => return Ok(None),
+                Some((true, limits)) if is_met(&limits) => {
+                    return Ok(Some(now().since(from).as_millis()));
+                }
+                _ => {}
             }
             thread::sleep(Duration::from_millis(200));
         }

@@ -25,8 +25,8 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    node::{ApiServer, Node, wait},
-    pods::{Cluster, Spec},
+    node::{ApiServer, Node},
+    pods::{Cluster, Spec, wait},
 };
 
 #[derive(Args, Clone, Debug)]

@@ -27,8 +27,8 @@ use crate::{
         gate, heaps,
         pod_bursts::{ledger_of, results},
     },
-    node::{log_text, wait},
-    pods::{Cluster, Spec},
+    node::log_text,
+    pods::{Cluster, Spec, wait},
 };
 
 /// The raises that a container was granted, and what the API server has refused of them.

@@ -22,8 +22,8 @@ use serde_json::json;
 use super::{exec_cli::Record, record::Records};
 use crate::{
     agent::Agent,
-    node::{ApiServer, Node, log_tail, wait},
-    pods::{Cluster, Spec},
+    node::{ApiServer, Node, log_tail},
+    pods::{Cluster, Spec, wait},
 };
 
 const LONG: Duration = Duration::from_secs(60);

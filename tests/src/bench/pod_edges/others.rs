@@ -16,8 +16,7 @@ use serde_json::json;
 use super::{Bed, LONG, braked_below, guarded, is_told, original, spec};
 use crate::{
     bench::{bursts::burst_words, gate, pod_bursts::is_guarded_since},
-    node::wait,
-    pods::{Cluster, Spec},
+    pods::{Cluster, Spec, wait},
 };
 
 /// Without an agent for as long as `meanwhile` takes.

@@ -25,8 +25,7 @@ use crate::{
         gate,
         pod_bursts::{ledger_of, results},
     },
-    node::wait,
-    pods::{Cluster, Spec},
+    pods::{Cluster, Spec, wait},
 };
 
 /// An exec probe that may not fail once leaves only the brake, which must do.

@@ -15,8 +15,7 @@ use serde_json::{Value, json};
 use super::{LONG, spec};
 use crate::{
     bench::{bursts::burst_words, gate, pod_bursts::ledger_of},
-    node::wait,
-    pods::{Cluster, Spec},
+    pods::{Cluster, Spec, wait},
 };
 
 pub(super) fn refused(
