@@ -59,7 +59,10 @@ impl Sampler {
         let thread = thread::spawn(move || {
             let mut track = Track::default();
             let mut cgroup = None;
-            while !stopped.load(Ordering::Relaxed) {
+            // Once more after the end: a kill may have come since the look before.
+            let mut is_last = false;
+            while !is_last {
+                is_last = stopped.load(Ordering::Relaxed);
                 if cgroup.is_none() {
                     cgroup = find().inspect(&appeared);
                 }
@@ -67,7 +70,9 @@ impl Sampler {
                     look(cgroup, &mut track);
                     track.sleeps = track.sleeps.max(sleeps(cgroup));
                 }
-                thread::sleep(INTERVAL);
+                if !is_last {
+                    thread::sleep(INTERVAL);
+                }
             }
             track
         });

@@ -419,8 +419,6 @@ fn run_on_all(options: &Options, binaries: &Binaries) -> Result<Value> {
 pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
     let kernel = debian::kernel(&options.kernel)?;
     let name = options.file_name();
-    let mut files = build_sources()?;
-    let cluster = Cluster::of(options)?;
     let (records, evidence) = (options.evidence("jsonl")?, options.evidence("json")?);
     for old in [&records, &evidence] {
         // A bench that fails must not leave a summary of another run beside its records.
@@ -428,12 +426,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
             fs::remove_file(old)?;
         }
     }
-    let mut command = options.guest_command();
-    if let Some(cluster) = &cluster {
-        files.extend_from_slice(&cluster.files);
-        command.extend_from_slice(&cluster.words);
-    }
-    let guest = Guest {
+    let mut guest = Guest {
         name: &name,
         kernel: &kernel,
         binaries,
@@ -442,15 +435,22 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         node: options.name.needs_containerd(),
         systemd: options.systemd,
         counts_instructions: options.name == Name::HookCost,
-        files,
-        command,
+        files: Vec::new(),
+        command: Vec::new(),
         skips: matches!(options.name, Name::Bursts | Name::ContainerEdges),
         limit: options.limit(),
+    };
+    let mut cluster = equip(&mut guest, options)?;
+    // What an API server has kept of a boot before is none of this one's.
+    let again = |guest: &mut Guest<'_>| {
+        drop(cluster.take());
+        cluster = equip(guest, options)?;
+        Ok(())
     };
     let ended = step(
         &format!("bench {name} on kernel {}", options.kernel),
         || {
-            guest::run(&guest, |line| {
+            guest::run(&mut guest, again, |line| {
                 if line.starts_with("case ")
                     || line.starts_with("build ")
                     || line.starts_with("bellows:")
@@ -482,6 +482,18 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<Value> {
         format!("{}\n", serde_json::to_string_pretty(&file)?),
     )?;
     Ok(file)
+}
+
+/// Gives a guest what its bench is, and the cluster that it is in; `None` where it is in none.
+fn equip(guest: &mut Guest<'_>, options: &Options) -> Result<Option<Cluster>> {
+    guest.files = build_sources()?;
+    guest.command = options.guest_command();
+    let cluster = Cluster::of(options)?;
+    if let Some(cluster) = &cluster {
+        guest.files.extend_from_slice(&cluster.files);
+        guest.command.extend_from_slice(&cluster.words);
+    }
+    Ok(cluster)
 }
 
 /// What a machine has that builds, runs containers, or has systemd.

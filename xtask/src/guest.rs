@@ -80,7 +80,13 @@ const LOCKUP: &str = "softlockup: hung tasks";
 /// no hardware and says nothing of what is tested, so such a guest, and only such a one, is booted again, and
 /// said so. What it had recorded stays where its command can go on from there: a bench that attaches for each of
 /// its cases meets one in every 50 to 100.
-pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<Ended> {
+///
+/// `again` makes new, before another boot, what the one before has used up outside of its guest.
+pub(crate) fn run(
+    guest: &mut Guest<'_>,
+    mut again: impl FnMut(&mut Guest<'_>) -> Result<()>,
+    mut progress: impl FnMut(&str),
+) -> Result<Ended> {
     let mut attempt = 1;
     let mut recorded = String::new();
     loop {
@@ -106,6 +112,7 @@ pub(crate) fn run(guest: &Guest<'_>, mut progress: impl FnMut(&str)) -> Result<E
                 } else {
                     attempt += 1;
                 }
+                again(guest)?;
             }
             Err(error) => return Err(error),
         }

@@ -95,7 +95,7 @@ impl<R: Requester> Controller<R> {
             observed: Observed::new(watching.policy, limit),
             pod: pod.map(|pod| pod.id()),
             is_armed: false,
-            kills: cgroup.events()?.oom_kill,
+            kills: 0,
             oom: None,
             watching,
         };
@@ -116,6 +116,11 @@ impl<R: Requester> Controller<R> {
     fn arm_observed(&mut self, id: CgroupId) {
         if let Some(watched) = self.observed.get_mut(&id) {
             watched.is_armed = true;
+            // Whoever was killed before was not so by this limit. Not with the watermark's event: that may be taken after
+            // the kill.
+            if let Ok(events) = watched.watching.cgroup.events() {
+                watched.kills = events.oom_kill;
+            }
             let watermark = watched.observed.thresholds().map(Thresholds::watermarks);
             self.reflex.send(Command::Watch(id, watermark));
         }
@@ -123,6 +128,8 @@ impl<R: Requester> Controller<R> {
 
     /// Watches it no more.
     pub(super) fn stop_observing(&mut self, id: CgroupId) {
+        // It may have been killed since the last look.
+        self.look_for_kills();
         let Some(watched) = self.observed.remove(&id) else {
             return;
         };
@@ -180,10 +187,6 @@ impl<R: Requester> Controller<R> {
             .is_ok_and(|high| high != Limit::Max)
         {
             watched.observed.without_brake();
-        }
-        // Whoever was killed before was not so by this limit.
-        if let Ok(events) = cgroup.events() {
-            watched.kills = events.oom_kill;
         }
         self.reflex.send(Command::Watch(id, None));
         let demand = Bytes::from_pages(event.usage_pages.saturating_sub(event.file_pages));

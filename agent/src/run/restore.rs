@@ -15,9 +15,11 @@ use super::{RunError, lock::AgentLock, text};
 use crate::{
     actuate::{by_hand::ByHands, pod_cgroup, shrink},
     cgroup::{Cgroup, CgroupError, Limit},
-    cri::{self, LinuxContainerResources, Runtime, resources, with_memory, with_quota},
+    cri::{
+        self, LinuxContainerResources, Runtime, memory_limit, resources, with_memory, with_quota,
+    },
     explain::LEDGER,
-    machine::online_cpus,
+    machine::{online_cpus, page_floor},
     originals::{MovedQuota, Original, PodOriginal, PodQuota, Recorded as _, Records},
     recover::recover,
 };
@@ -217,8 +219,10 @@ async fn memory_back(
             ));
         }
     }
+    // Whoever asked last may have died of it while the runtime was at that: then the kernel has it, and the runtime not.
+    let is_untold = memory_limit(said).is_some_and(|told| page_floor(told) != at_rest);
     // Also where a policy had it below what it was given.
-    if limit != at_rest {
+    if limit != at_rest || is_untold {
         let resources = with_memory(at_rest, said);
         containers
             .update(&original.id, resources)

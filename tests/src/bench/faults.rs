@@ -382,7 +382,7 @@ impl Bed {
         // What lasts no time comes when there is something to be lost.
         if case.fault == Fault::DaemonReload {
             gate::open(&started.cgroup)?;
-            if !self.comes(started, || is_raised(case, started))? {
+            if !comes(started, || is_raised(case, started)) {
                 times.over = now().0;
                 return Ok(false);
             }
@@ -443,18 +443,6 @@ impl Bed {
         Ok(())
     }
 
-    /// Waits for a moment for as long as the container lives; returns whether it came.
-    fn comes(&self, started: &Started, is_now: impl Fn() -> bool) -> Result<bool> {
-        let begun = now();
-        while !is_now() {
-            if now().since(begun) > LONGEST || self.machine.exit_code(started)?.is_some() {
-                return Ok(false);
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        Ok(true)
-    }
-
     fn kill_agent(
         &mut self,
         step: Step,
@@ -478,7 +466,7 @@ impl Bed {
         if step != Step::Rest {
             gate::open(&started.cgroup)?;
         }
-        if !self.comes(started, is_now)? {
+        if !comes(started, is_now) {
             times.over = now().0;
             return Ok(false);
         }
@@ -582,6 +570,20 @@ impl Bed {
         }
         wrong
     }
+}
+
+/// Waits for a moment for as long as the container lives; returns whether it came. The runtime is not asked: it answers
+/// nobody while it updates, which is when some of these moments are.
+fn comes(started: &Started, is_now: impl Fn() -> bool) -> bool {
+    let begun = now();
+    while !is_now() {
+        let lives = started.cgroup.populated().unwrap_or(false);
+        if !lives || now().since(begun) > LONGEST {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
 
 fn spec(case: Case) -> Spec {
