@@ -637,7 +637,7 @@ mod tests {
     }
 
     /// There was no room until its patience was nearly over: the runtime would answer to somebody who is dead.
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn who_can_wait_no_longer_is_raised_before_the_runtime_answers() {
         assert_eq!(is_raised("urgent", Nanos::millis(50)).await, [true, true]);
         assert_eq!(is_raised("soon", Nanos::millis(300)).await, [false, true]);

@@ -27,8 +27,11 @@ const CHECK: &str = "brake in system calls";
 const HIGH: Bytes = Bytes::mib(8);
 /// Whoever is past this was not braked: with the brake it is seconds away.
 const PAST: Bytes = Bytes::mib(16);
-/// How long is watched. An unbraked call is through in a tenth of it, on an emulated machine too.
+/// How long is watched from when it has reached the brake. An unbraked call is through in a tenth of it, on an emulated machine
+/// too.
 const WATCHED: Duration = Duration::from_millis(600);
+/// How long it may take until then: on a busy machine a process may not even have begun for seconds.
+const BEGINS: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(5);
 
 pub(super) fn finding() -> Finding {
@@ -78,10 +81,18 @@ fn braked(cgroup: &Cgroup) -> Result<Child, CgroupError> {
 
 fn watch(cgroup: &Cgroup, child: &mut Child) -> Result<Bytes, CgroupError> {
     let start = Instant::now();
+    let failed = |source| touch::failed(cgroup, source);
     let mut most = Bytes::ZERO;
-    while most < PAST && start.elapsed() < WATCHED {
+    let mut reached: Option<Instant> = None;
+    while most < PAST && reached.is_none_or(|reached| reached.elapsed() < WATCHED) {
+        if reached.is_none() && start.elapsed() > BEGINS {
+            let why = format!("it did not grow to {HIGH} within {} s", BEGINS.as_secs());
+            return Err(failed(io::Error::other(why)));
+        }
         most = most.max(cgroup.usage()?);
-        let failed = |source| touch::failed(cgroup, source);
+        if most >= HIGH {
+            reached.get_or_insert_with(Instant::now);
+        }
         match child.try_wait().map_err(failed)? {
             // Between two looks, so nothing was in its way.
             Some(status) if status.success() => return Ok(TOUCHED),

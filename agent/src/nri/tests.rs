@@ -154,7 +154,7 @@ async fn who_is_made_again_in_a_burst_has_the_heap_of_before() {
     assert_eq!(told(&mut plugin, "app", 1536).await, 512);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_pod_is_waited_for_and_then_the_limit_is_the_most() {
     let (mut plugin, all) = of_pods(Heap::Maximum);
     let late = async {

@@ -98,19 +98,19 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_was_kept_is_as_good_as_another() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let pods: Api<Pod> = Api::all(client(&listener, Duration::from_millis(3000)));
+        let pods: Api<Pod> = Api::all(client(&listener, Duration::from_millis(6000)));
         let server = tokio::spawn(async move {
             let (mut stream, _) = listener.accept().await.unwrap();
             for _ in 0..2 {
                 asked(&mut stream).await;
-                sleep(Duration::from_millis(1800)).await;
+                sleep(Duration::from_millis(3500)).await;
                 let length = LIST.len();
                 let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{LIST}");
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
         });
         pods.list(&ListParams::default()).await.unwrap();
-        sleep(Duration::from_millis(1800)).await;
+        sleep(Duration::from_millis(3500)).await;
         pods.list(&ListParams::default()).await.unwrap();
         server.await.unwrap();
     }
