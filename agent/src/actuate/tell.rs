@@ -41,6 +41,8 @@ pub(super) enum Told {
     Known,
     /// The limit is in force, and it must be told again.
     Untold(Bytes),
+    /// The same, and the runtime is away: it is nobody's work to be asked soon.
+    Away(Bytes),
     /// Something else is asked for meanwhile.
     Overtaken,
 }
@@ -85,7 +87,14 @@ impl Updater {
                     let told = self.update(&target, wanted).await;
                     told.unwrap_or_else(|refused| {
                         self.answer(id, wanted.to, Err(refused));
-                        Told::Known
+                        // What was raised without the runtime is still to be told where it is in force.
+                        let in_force = target.cgroup.limit("memory.max").map(Limit::bytes);
+                        if untold.is_some_and(|untold| in_force.is_ok_and(|limit| limit == untold))
+                        {
+                            Told::Overtaken
+                        } else {
+                            Told::Known
+                        }
                     })
                 }
                 (None, Some(to), _) => {
@@ -93,8 +102,12 @@ impl Updater {
                         () = changed.notified() => continue,
                         () = sleep_until(again) => {}
                     }
-                    wait = (wait * 2).min(LONGEST_SETTLE);
-                    self.tell_again(&target, to).await
+                    let told = self.tell_again(&target, to).await;
+                    wait = match told {
+                        Told::Away(_) => SETTLE,
+                        _ => (wait * 2).min(LONGEST_SETTLE),
+                    };
+                    told
                 }
                 (None, None, Some(due)) => {
                     select! {
@@ -108,7 +121,7 @@ impl Updater {
             again = Instant::now() + wait;
             untold = match told {
                 Told::Known => None,
-                Told::Untold(to) => Some(to),
+                Told::Untold(to) | Told::Away(to) => Some(to),
                 Told::Overtaken => untold,
             };
         }
@@ -121,6 +134,7 @@ impl Updater {
         }
         let delivered = self.deliver_anyway(target, Some(to));
         match delivered.await {
+            Ok(Delivered::Answered(Err(error))) if error.is_uncertain() => Told::Away(to),
             Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
             Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
             Ok(Delivered::Silent) => Told::Untold(to),

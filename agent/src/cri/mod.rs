@@ -27,6 +27,7 @@ mod v1;
 
 use std::{
     collections::BTreeMap,
+    error::Error as _,
     fs,
     future::Future,
     os::unix::fs::FileTypeExt as _,
@@ -74,6 +75,9 @@ const QUESTION: Duration = Duration::from_secs(5);
 /// How long an update may take: it runs `runc`, which waits for up to 10 s for a container to be frozen
 /// (`waitFrozen`, libcontainer's cgroups/fs2/freezer.go).
 const UPDATE: Duration = Duration::from_secs(15);
+/// What containerd says while it starts, in older releases as if it was a refusal (`checkInitialized`,
+/// internal/cri/instrument/instrumented_service.go).
+const STARTING: &str = "server is not initialized yet";
 /// A list of a thousand containers with their labels is one message; tonic's own limit is 4 MiB.
 const LARGEST_MESSAGE: usize = 64 << 20;
 
@@ -138,10 +142,15 @@ impl RuntimeError {
     pub fn is_uncertain(&self) -> bool {
         match self {
             Self::Silent { .. } => true,
-            Self::Refused { status, .. } => matches!(
-                status.code(),
-                Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded
-            ),
+            Self::Refused { status, .. } => {
+                // What comes from the connection has a source, whatever code it is given; what the runtime says has none.
+                let is_of_connection = status.source().is_some();
+                let is_no_answer = matches!(
+                    status.code(),
+                    Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded
+                );
+                is_of_connection || is_no_answer || status.message().contains(STARTING)
+            }
             Self::NoSocket
             | Self::NotASocket { .. }
             | Self::Address { .. }
@@ -467,6 +476,25 @@ mod tests {
             limit: QUESTION,
         };
         assert!(!silent.is_answer());
+    }
+
+    /// A runtime that ends in the middle of a call, or starts, has refused nothing.
+    #[test]
+    fn a_broken_connection_is_no_refusal() {
+        let is_uncertain = |status: Status| {
+            let refused = RuntimeError::Refused {
+                call: "UpdateContainerResources",
+                path: PathBuf::new(),
+                status: Box::new(status),
+            };
+            refused.is_uncertain()
+        };
+        let broken = std::io::Error::other("stream closed because of a broken pipe");
+        assert!(is_uncertain(Status::from_error(Box::new(broken))));
+        assert!(is_uncertain(Status::unknown(STARTING)));
+        assert!(!is_uncertain(Status::unknown(
+            "runc did not terminate successfully"
+        )));
     }
 
     #[test]
