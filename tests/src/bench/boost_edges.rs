@@ -134,8 +134,8 @@ fn program(bed: &mut Bed) -> Result<()> {
     bed.machine.remove(&started)
 }
 
-/// Answers with a page after a while, each time that it is asked.
-const SERVICE: &str = "use IO::Socket::INET; sleep 10; \
+/// Answers with a page once it is let begin, each time that it is asked.
+const SERVICE: &str = "use IO::Socket::INET; select(undef, undef, undef, 0.1) until -e '/begin'; \
     my $s = IO::Socket::INET->new(Listen => 5, LocalPort => 8099, ReuseAddr => 1) or die; \
     while (my $c = $s->accept) { my $l = <$c>; print $c \"HTTP/1.1 200 OK\\r\\n\\r\\n\"; close $c }";
 
@@ -154,6 +154,7 @@ fn start(bed: &mut Bed) -> Result<()> {
     wait("both are lent it", BEGUN, || {
         Ok(lent_cpu(&service)? && lent_cpu(&other)?)
     })?;
+    gate::open(&service.cgroup)?;
     rests(bed, &service)?;
     let code = bed.machine.exit_code(&service)?;
     ensure!(code.is_none(), "the service has ended with {code:?}");

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     containers::{Machine, Spec, Standalone, Started, policy},
+    heartbeat::Heartbeat,
     load::BurstResult,
     sampler::Sample,
 };
@@ -61,6 +62,8 @@ struct Outcome {
     wall_ms: u64,
     /// What its burst said of itself.
     said: Option<BurstResult>,
+    /// The longest time for which a CPU of the machine stood still while it grew.
+    stood_still_us: u64,
     samples: Vec<Sample>,
     /// How long after its burst its limit was the original again, in its cgroup, in its pod's and for its runtime.
     restored_after_ms: Option<u64>,
@@ -122,10 +125,11 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let mut agent = Standalone::start(&policy(GUARDED, Bytes::mib(2048)))?;
     let probe = Probe::start()?;
+    let heartbeat = Heartbeat::start()?;
     for case in cases(options) {
         set_thp(case.thp)?;
         agent.check()?;
-        let record = run_case(&mut machine, &probe, case)?;
+        let record = run_case(&mut machine, &probe, &heartbeat, case)?;
         eprintln!(
             "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} raises, {:?} ms, {} sleeps, restored {:?})",
             case.index,
@@ -150,7 +154,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     Ok(())
 }
 
-fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> {
+fn run_case(
+    machine: &mut Machine,
+    probe: &Probe,
+    heartbeat: &Heartbeat,
+    case: Case,
+) -> Result<Record> {
     let mut variant = |name: &str, limit: Bytes, is_guarded: bool| {
         let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
         let rest = ["--rest-ms", "2000"].map(str::to_owned);
@@ -172,7 +181,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
             binds: Vec::new(),
             labels,
         };
-        observe(machine, probe, &spec, is_guarded)
+        observe(machine, probe, heartbeat, &spec, is_guarded)
     };
     Ok(Record {
         unlimited: variant("unlimited", case.max, false)?,
@@ -184,7 +193,14 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
 
 /// Runs a container to its end or, a guarded one, until its limit is the original again, and observes it from
 /// outside.
-fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) -> Result<Outcome> {
+fn observe(
+    machine: &mut Machine,
+    probe: &Probe,
+    heartbeat: &Heartbeat,
+    spec: &Spec,
+    is_guarded: bool,
+) -> Result<Outcome> {
+    heartbeat.forget();
     let started = machine.run(spec)?;
     let watched = started.cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
@@ -195,12 +211,18 @@ fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) 
     let (exit_code, restored_after_ms) = wait_end(machine, &started, spec, is_guarded)?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
+    let said = said(&started);
+    let stood_still = said.map_or(Nanos(0), |said| {
+        let began = said.end_ns.saturating_sub(said.growth_us * 1000);
+        heartbeat.longest(Nanos(began), Nanos(said.end_ns))
+    });
     let outcome = Outcome {
         exit_code,
         oom_kill: track.oom_kill,
         sleeps: track.sleeps,
         wall_ms,
-        said: said(&started),
+        said,
+        stood_still_us: stood_still.0 / 1000,
         samples: track.samples,
         restored_after_ms,
         ledger: if is_guarded {
@@ -281,7 +303,11 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         if let (Some(with), Some(without), Some(&slowest)) =
             (gap(bellows), gap(unlimited), took.iter().max())
         {
-            stalls.push(with.saturating_sub(without) as f64 / slowest.max(1) as f64);
+            // One answer is short beside a pause of the machine, in which nobody could grow.
+            let stall = with
+                .saturating_sub(without)
+                .saturating_sub(bellows.stood_still_us);
+            stalls.push(stall as f64 / slowest.max(1) as f64);
         }
     }
     let raises = records.iter().map(|record| record.bellows.raises().count());

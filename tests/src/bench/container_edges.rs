@@ -91,6 +91,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let cases = CASES.into_iter();
     let cases = cases.chain(boost_edges::CASES).chain(observe_edges::CASES);
     for (name, case) in cases.skip(options.skip) {
+        // One that failed may have left none.
+        if bed.agent.is_none() {
+            bed.start_agent()?;
+        }
         keep(records, name, case(&mut bed))?;
     }
     Ok(())

@@ -62,7 +62,11 @@ fn touched(started: &Started) -> Result<()> {
 fn watched(bed: &mut Bed) -> Result<()> {
     fs::write(POLICIES, policies("Recommend"))?;
     let started = bed.burst("observed", WATCHED)?;
-    wait_watched("observed", 1)?;
+    wait("it is in the ledger", LOOKED, || {
+        let log = log_text("bellows");
+        let mut records = log.lines().filter(|line| line.contains("Observe {"));
+        Ok(records.any(|record| record.contains("dev/observed/observed")))
+    })?;
     // That is told a moment before it is true.
     thread::sleep(Duration::from_secs(1));
     gate::open(&started.cgroup)?;
