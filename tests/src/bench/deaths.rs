@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     agent::{Agent, Death, Releaser},
+    heartbeat::Heartbeat,
     node::{ApiServer, Node},
     pods::{Cluster, Spec, reached, wait},
 };
@@ -77,6 +78,8 @@ struct Record {
     /// Milliseconds from the death until brake and hold were seen lifted, with nobody started again; of no meaning
     /// for one that was not restrained.
     released_after_death_ms: Option<u64>,
+    /// The longest time, in milliseconds, for which a CPU of the machine stood still meanwhile.
+    stood_still_ms: u64,
     /// Milliseconds from the new agent's start until brake and hold of the old one were seen lifted.
     released_after_start_ms: Option<u64>,
     phase: String,
@@ -124,6 +127,7 @@ fn run(
     cluster.wait_node_ready()?;
     set_thp(false)?;
     let mut agent = Agent::start()?;
+    let heartbeat = Heartbeat::start()?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
         let limit = Bytes::mib(random.u64(64..=160));
@@ -140,7 +144,7 @@ fn run(
             delay_ms,
             death,
         };
-        let record = run_case(&cluster, &mut agent, releaser.is_some(), case)?;
+        let record = run_case(&cluster, &mut agent, &heartbeat, releaser.is_some(), case)?;
         eprintln!("case {index}: {record:?}");
         records.write(&record)?;
         node.check()?;
@@ -154,6 +158,7 @@ fn run(
 fn run_case(
     cluster: &Cluster,
     agent: &mut Agent,
+    heartbeat: &Heartbeat,
     with_releaser: bool,
     case: Case,
 ) -> Result<Record> {
@@ -166,6 +171,7 @@ fn run_case(
         || cgroup
             .limit("memory.high")
             .is_ok_and(|high| high != Limit::Max);
+    heartbeat.forget();
     let died = now();
     agent.die(case.death)?;
     let released_after_death_ms = if with_releaser {
@@ -174,6 +180,7 @@ fn run_case(
         thread::sleep(Duration::from_secs(1));
         None
     };
+    let stood_still_ms = heartbeat.longest(died, now()).as_millis();
     agent.end()?;
     let unreadable = [LEDGER.into(), ledger::previous(Path::new(LEDGER))]
         .map(|path| unreadable(&path))
@@ -197,6 +204,7 @@ fn run_case(
         held,
         restrained,
         released_after_death_ms,
+        stood_still_ms,
         released_after_start_ms,
         phase,
         limit_after,
@@ -367,7 +375,11 @@ pub(crate) fn summarize_kill(records: &[Value]) -> Result<Value> {
 pub(crate) fn summarize_deaths(records: &[Value]) -> Result<Value> {
     let records: Vec<Record> = parsed(records)?;
     let restrained = || records.iter().filter(|record| record.restrained);
-    let release = |record: &Record| record.released_after_death_ms;
+    // Without the time in which nobody could run on a CPU.
+    let release = |record: &Record| {
+        let after = record.released_after_death_ms?;
+        Some(after.saturating_sub(record.stood_still_ms))
+    };
     let mut slowest = Map::new();
     for death in Death::ALL {
         let mut of = restrained().filter(|record| record.case.death == death);
@@ -386,6 +398,7 @@ pub(crate) fn summarize_deaths(records: &[Value]) -> Result<Value> {
         "pods_dead": records.iter().filter(|record| record.limit_after.is_none()).count(),
         "brake_release_max_s": slowest_seconds(restrained(), release),
         "brake_release_max_s_by_death": slowest,
+        "stood_still_max_s": slowest_seconds(restrained(), |record| Some(record.stood_still_ms)),
         "left_raised": left_raised(&records),
         "wrong_state": wrong,
     }))
