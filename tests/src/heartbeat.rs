@@ -94,6 +94,16 @@ impl Heartbeat {
         let all = self.standstills.lock();
         longest(&all.unwrap_or_else(PoisonError::into_inner), from, to)
     }
+
+    /// The same without what was before `from`.
+    pub(crate) fn longest_after(&self, from: Nanos, to: Nanos) -> Nanos {
+        let all = self.standstills.lock();
+        let mut all = all.unwrap_or_else(PoisonError::into_inner).clone();
+        for one in &mut all {
+            one.from = one.from.max(from);
+        }
+        longest(&all, from, to)
+    }
 }
 
 impl Drop for Heartbeat {

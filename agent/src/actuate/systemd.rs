@@ -13,7 +13,7 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-/// How long it may take: a `daemon-reload` of a large machine takes a few seconds.
+/// How long a limit may take to be set: a `daemon-reload` of a large machine takes a few seconds.
 pub(super) const LONGEST: Duration = Duration::from_secs(10);
 /// An answer that takes longer was waited for. On a busy emulated node one takes up to 0.3 s.
 const SOON: Duration = Duration::from_millis(500);
@@ -31,15 +31,13 @@ pub(super) fn owns(path: &Path) -> bool {
 }
 
 /// Waits while systemd answers nobody, if a cgroup is its own, and then for those who have waited for it, too: until shortly
-/// before `deadline` at the latest. Returns whether it had to be waited for.
+/// before `deadline` at the latest, and not at all where nobody is held. Returns whether it had to be waited for.
 pub(super) async fn is_waited_for(cgroup: &Path, deadline: Option<Instant>) -> bool {
-    if !owns(cgroup) {
-        return false;
-    }
     let began = Instant::now();
-    let until = deadline.map_or(began + LONGEST, |deadline| {
-        deadline.checked_sub(TO_WRITE).unwrap_or(began)
-    });
+    let until = deadline.and_then(|deadline| deadline.checked_sub(TO_WRITE));
+    let Some(until) = until.filter(|&until| until > began && owns(cgroup)) else {
+        return false;
+    };
     let answers = async {
         let mut question = Command::new("systemctl");
         question
@@ -48,11 +46,11 @@ pub(super) async fn is_waited_for(cgroup: &Path, deadline: Option<Instant>) -> b
         if let Err(error) = question.output().await {
             tracing::warn!(%error, "cannot run systemctl: whether systemd answers is not known");
         }
-        let is_busy = began.elapsed() > SOON;
-        if is_busy {
+        if began.elapsed() > SOON {
             sleep(THEN).await;
         }
-        is_busy
     };
-    timeout_at(until, answers).await.unwrap_or(true)
+    // Whoever waits next looks at the clock, too.
+    drop(timeout_at(until, answers).await);
+    began.elapsed() > SOON
 }

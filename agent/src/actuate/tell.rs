@@ -1,7 +1,8 @@
 //! Telling a runtime of limits until it knows them.
 //!
 //! One task for each container, one call at a time, always with the latest of memory and CPU: a call that carries what
-//! was true before the last would undo it. While the runtime is known to be late, raises are written first. A call that
+//! was true before the last would undo it. While the runtime is known to be late, raises are written first, where systemd owns the cgroup once
+//! that answers. A call that
 //! is late is waited for no longer when a newer value of memory is asked for, but it goes on, and its successor takes its
 //! turn after it ([`super::turns`]).
 
@@ -41,7 +42,7 @@ pub(super) enum Told {
     Known,
     /// The limit is in force, and it must be told again.
     Untold(Bytes),
-    /// The same, and the runtime is away: it is nobody's work to be asked soon.
+    /// The same, and the runtime is away: to be asked soon costs it nothing.
     Away(Bytes),
     /// Something else is asked for meanwhile.
     Overtaken,
@@ -87,14 +88,8 @@ impl Updater {
                     let told = self.update(&target, wanted).await;
                     told.unwrap_or_else(|refused| {
                         self.answer(id, wanted.to, Err(refused));
-                        // What was raised without the runtime is still to be told where it is in force.
-                        let in_force = target.cgroup.limit("memory.max").map(Limit::bytes);
-                        if untold.is_some_and(|untold| in_force.is_ok_and(|limit| limit == untold))
-                        {
-                            Told::Overtaken
-                        } else {
-                            Told::Known
-                        }
+                        self.left_untold(id, wanted.to, untold)
+                            .map_or(Told::Known, Told::Untold)
                     })
                 }
                 (None, Some(to), _) => {
@@ -127,6 +122,16 @@ impl Updater {
         }
     }
 
+    /// The limit in force, if it is ours and was raised without the runtime, which is to be told of it all the same when what
+    /// was `wanted` is refused.
+    fn left_untold(&self, id: CgroupId, wanted: Bytes, untold: Option<Bytes>) -> Option<Bytes> {
+        let target = self.targets().of(id, |target| target.clone())?;
+        let moved = target.original.limit?;
+        let in_force = target.cgroup.limit("memory.max").ok()?.bytes();
+        let is_raised = in_force > moved.at_rest && moved.is_ours(in_force);
+        (is_raised && (in_force == wanted || untold.is_some())).then_some(in_force)
+    }
+
     async fn tell_again(&self, target: &Target, to: Bytes) -> Told {
         if !shrink::fits(&target.cgroup, to).unwrap_or(false) {
             // Whatever grew is raised again.
@@ -134,7 +139,11 @@ impl Updater {
         }
         let delivered = self.deliver_anyway(target, Some(to));
         match delivered.await {
-            Ok(Delivered::Answered(Err(error))) if error.is_uncertain() => Told::Away(to),
+            Ok(Delivered::Answered(Err(error @ RuntimeError::Refused { .. })))
+                if error.is_uncertain() =>
+            {
+                Told::Away(to)
+            }
             Ok(Delivered::Answered(Err(error))) if !error.is_gone() => Told::Untold(to),
             Ok(Delivered::Answered(_)) | Err(_) => Told::Known,
             Ok(Delivered::Silent) => Told::Untold(to),

@@ -52,6 +52,11 @@ impl Turns {
         }
     }
 
+    /// The turn, if no call is under way.
+    pub(super) fn at_once(&self) -> Option<Turn> {
+        Arc::clone(&self.turn).try_lock_owned().ok()
+    }
+
     /// Whether a call is under way.
     pub(super) fn is_busy(&self) -> bool {
         self.turn.try_lock().is_err()

@@ -365,19 +365,29 @@ impl Updater {
     }
 
     /// Raises the limit of who has no patience left by writing it: until a task has its turn it may be dead (seen: after 0.2 s
-    /// on a busy node). The runtime is told as of any other. Not while a call is under way that may set an older limit.
-    fn raise_at_once(&self, cgroup: &Cgroup, to: Bytes) -> Result<(), Refused> {
-        let target = self.target(cgroup.id(), |target| target.clone())?;
-        if target.turns.is_busy() {
-            return Ok(());
+    /// on a busy node). The runtime is told as of any other. Not while a call is under way that may set an older limit, and
+    /// none begins before the turn is dropped: by then it must be known what is wanted.
+    fn raise_at_once(&self, cgroup: &Cgroup, to: Bytes) -> Option<Turn> {
+        let id = cgroup.id();
+        let target = self.targets().of(id, |target| target.clone())?;
+        if self.left.of(id, |turns| turns.is_busy()) == Some(true) {
+            return None;
         }
-        self.ask(cgroup, to)?;
+        let turn = target.turns.at_once()?;
+        if let Err(refused) = self.write(&target, to) {
+            tracing::warn!(path = %cgroup.path().display(), why = refused.why, "the limit is not raised at once");
+        }
+        Some(turn)
+    }
+
+    fn write(&self, target: &Target, to: Bytes) -> Result<(), Refused> {
+        self.ask(&target.cgroup, to)?;
         if let Some(pod) = target.pod.as_deref() {
             let raised = |who| self.raised_in(pod, who);
             pod.raise_by_hand(&raised).map_err(text)?;
         }
-        if fall_back(cgroup, to)? {
-            self.answer(cgroup.id(), to, Ok(()));
+        if fall_back(&target.cgroup, to)? {
+            self.answer(target.cgroup.id(), to, Ok(()));
         }
         Ok(())
     }
@@ -558,11 +568,9 @@ fn refusal(error: &RuntimeError) -> Refused {
 impl Requester for Updater {
     fn raise(&mut self, cgroup: &Cgroup, to: Bytes, patience: Nanos) {
         let patience = Duration::from_nanos(patience.0);
-        if patience < SYSTEMD_TAKES
-            && let Err(refused) = self.raise_at_once(cgroup, to)
-        {
-            tracing::warn!(path = %cgroup.path().display(), why = refused.why, "the limit is not raised at once");
-        }
+        let _turn = (patience < SYSTEMD_TAKES)
+            .then(|| self.raise_at_once(cgroup, to))
+            .flatten();
         let deadline = Some(Instant::now() + patience);
         self.want(cgroup.id(), Wanted { to, deadline });
     }

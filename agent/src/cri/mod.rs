@@ -143,7 +143,7 @@ impl RuntimeError {
         match self {
             Self::Silent { .. } => true,
             Self::Refused { status, .. } => {
-                // What comes from the connection has a source, whatever code it is given; what the runtime says has none.
+                // What the runtime says has no source; a connection that breaks has one, whatever code that is given.
                 let is_of_connection = status.source().is_some();
                 let is_no_answer = matches!(
                     status.code(),

@@ -95,7 +95,8 @@ impl<R: Requester> Controller<R> {
             observed: Observed::new(watching.policy, limit),
             pod: pod.map(|pod| pod.id()),
             is_armed: false,
-            kills: 0,
+            // Whoever was killed before was not so by this limit.
+            kills: cgroup.events()?.oom_kill,
             oom: None,
             watching,
         };
@@ -116,11 +117,6 @@ impl<R: Requester> Controller<R> {
     fn arm_observed(&mut self, id: CgroupId) {
         if let Some(watched) = self.observed.get_mut(&id) {
             watched.is_armed = true;
-            // Whoever was killed before was not so by this limit. Not with the watermark's event: that may be taken after
-            // the kill.
-            if let Ok(events) = watched.watching.cgroup.events() {
-                watched.kills = events.oom_kill;
-            }
             let watermark = watched.observed.thresholds().map(Thresholds::watermarks);
             self.reflex.send(Command::Watch(id, watermark));
         }

@@ -214,7 +214,7 @@ fn observe(
     let said = said(&started);
     let stood_still = said.map_or(Nanos(0), |said| {
         let began = said.end_ns.saturating_sub(said.growth_us * 1000);
-        heartbeat.longest(Nanos(began), Nanos(said.end_ns))
+        heartbeat.longest_after(Nanos(began), Nanos(said.end_ns))
     });
     let outcome = Outcome {
         exit_code,

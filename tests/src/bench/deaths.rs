@@ -180,7 +180,7 @@ fn run_case(
         thread::sleep(Duration::from_secs(1));
         None
     };
-    let stood_still_ms = heartbeat.longest(died, now()).as_millis();
+    let stood_still_ms = heartbeat.longest_after(died, now()).as_millis();
     agent.end()?;
     let unreadable = [LEDGER.into(), ledger::previous(Path::new(LEDGER))]
         .map(|path| unreadable(&path))
@@ -213,12 +213,11 @@ fn run_case(
     })
 }
 
-/// Lines of a ledger that cannot be read, but for the last: one that is torn by the death was never written.
+/// Lines of a ledger that cannot be read, but for a last one without an end: that is torn by the death, and was never written.
 fn unreadable(path: &Path) -> usize {
     let bytes = fs::read(path).unwrap_or_default();
-    let lines = bytes.trim_ascii_end();
-    let last = lines.iter().rposition(|&byte| byte == b'\n');
-    ledger::parse(&lines[..last.unwrap_or(0)]).unreadable
+    let whole = bytes.iter().rposition(|&byte| byte == b'\n');
+    ledger::parse(&bytes[..whole.unwrap_or(0)]).unreadable
 }
 
 fn start_pod(cluster: &Cluster, name: &str, case: Case) -> Result<Cgroup> {
