@@ -61,6 +61,10 @@ pub(super) struct Wanted {
 /// Where there is less time than this systemd is not asked first.
 const SYSTEMD_TAKES: Duration = Duration::from_millis(200);
 
+/// Who can wait for less than an update usually takes is raised by writing it first: on a busy node one was asked for 0.24 s
+/// before the end of a patience, and its container killed 0.4 s after that (seen in `storm`).
+const UPDATE_TAKES: Duration = Duration::from_millis(500);
+
 /// A guarded container, as its runtime knows it.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -568,7 +572,7 @@ fn refusal(error: &RuntimeError) -> Refused {
 impl Requester for Updater {
     fn raise(&mut self, cgroup: &Cgroup, to: Bytes, patience: Nanos) {
         let patience = Duration::from_nanos(patience.0);
-        let _turn = (patience < SYSTEMD_TAKES)
+        let _turn = (patience < UPDATE_TAKES)
             .then(|| self.raise_at_once(cgroup, to))
             .flatten();
         let deadline = Some(Instant::now() + patience);
@@ -638,7 +642,7 @@ mod tests {
         let is_in_force = || cgroup.limit("memory.max").unwrap().bytes() == to;
         Requester::raise(&mut updater, &cgroup, to, patience);
         let at_once = is_in_force();
-        sleep(LATE / 3).await;
+        sleep(LATE / 2).await;
         let soon = is_in_force();
         drop(fs::remove_dir_all(cgroup.path()));
         [at_once, soon]
@@ -648,7 +652,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn who_can_wait_no_longer_is_raised_before_the_runtime_answers() {
         assert_eq!(is_raised("urgent", Nanos::millis(50)).await, [true, true]);
-        assert_eq!(is_raised("soon", Nanos::millis(300)).await, [false, true]);
+        assert_eq!(is_raised("soon", Nanos::millis(600)).await, [false, true]);
         assert_eq!(
             is_raised("patient", Nanos::millis(5000)).await,
             [false, false]
