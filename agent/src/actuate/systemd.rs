@@ -30,9 +30,16 @@ pub(super) fn owns(path: &Path) -> bool {
     is_unit && Path::new("/run/systemd/system").is_dir()
 }
 
+/// Waits until whoever was asked is late `after` some time, and where that may be systemd's doing for it, too. Returns
+/// whether it was.
+pub(super) async fn late(after: Duration, cgroup: &Path, deadline: Option<Instant>) -> bool {
+    sleep(after).await;
+    is_waited_for(cgroup, deadline).await
+}
+
 /// Waits while systemd answers nobody, if a cgroup is its own, and then for those who have waited for it, too: until shortly
 /// before `deadline` at the latest, and not at all where nobody is held. Returns whether it had to be waited for.
-pub(super) async fn is_waited_for(cgroup: &Path, deadline: Option<Instant>) -> bool {
+async fn is_waited_for(cgroup: &Path, deadline: Option<Instant>) -> bool {
     let began = Instant::now();
     let until = deadline.and_then(|deadline| deadline.checked_sub(TO_WRITE));
     let Some(until) = until.filter(|&until| until > began && owns(cgroup)) else {
@@ -50,7 +57,7 @@ pub(super) async fn is_waited_for(cgroup: &Path, deadline: Option<Instant>) -> b
             sleep(THEN).await;
         }
     };
-    // Whoever waits next looks at the clock, too.
+    // Answered or not: what counts is how long that took.
     drop(timeout_at(until, answers).await);
     began.elapsed() > SOON
 }

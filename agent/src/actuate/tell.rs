@@ -1,8 +1,8 @@
 //! Telling a runtime of limits until it knows them.
 //!
 //! One task for each container, one call at a time, always with the latest of memory and CPU: a call that carries what
-//! was true before the last would undo it. While the runtime is known to be late, raises are written first, where systemd owns the cgroup once
-//! that answers. A call that
+//! was true before the last would undo it. While the runtime is known to be late, raises are written first, where systemd
+//! owns the cgroup once that answers. A call that
 //! is late is waited for no longer when a newer value of memory is asked for, but it goes on, and its successor takes its
 //! turn after it ([`super::turns`]).
 
@@ -15,7 +15,7 @@ use std::{
 use bellows_core::{Bytes, CgroupId};
 use tokio::{
     select,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
@@ -230,15 +230,10 @@ impl Updater {
         } else {
             late_after(deadline)
         };
-        let path = target.cgroup.path();
-        let late_call = async {
-            sleep(patience).await;
-            systemd::is_waited_for(path, deadline).await
-        };
         let called = select! {
             biased;
             called = &mut call => called,
-            is_systemds = late_call => {
+            is_systemds = systemd::late(patience, target.cgroup.path(), deadline) => {
                 // Who cannot wait for as long says nothing of the runtime, nor does one that waits for systemd.
                 if is_late || (patience == LATE && !is_systemds) {
                     self.is_late.store(true, Ordering::Relaxed);

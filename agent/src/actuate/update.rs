@@ -19,12 +19,7 @@ use std::{
 };
 
 use bellows_core::{Bytes, CgroupId, Cpu, Nanos, Reason};
-use tokio::{
-    runtime::Handle,
-    select,
-    sync::Notify,
-    time::{Instant, sleep},
-};
+use tokio::{runtime::Handle, select, sync::Notify, time::Instant};
 
 use super::{
     containers::{Containers, Moved, Owner, QuotaTimes},
@@ -384,14 +379,20 @@ impl Updater {
         Some(turn)
     }
 
+    /// Writes a limit for its pod, then for itself, and answers when it is in force.
     fn write(&self, target: &Target, to: Bytes) -> Result<(), Refused> {
         self.ask(&target.cgroup, to)?;
         if let Some(pod) = target.pod.as_deref() {
             let raised = |who| self.raised_in(pod, who);
             pod.raise_by_hand(&raised).map_err(text)?;
         }
-        if fall_back(&target.cgroup, to)? {
-            self.answer(target.cgroup.id(), to, Ok(()));
+        self.write_own(&target.cgroup, to)
+    }
+
+    /// The same of the container alone.
+    fn write_own(&self, cgroup: &Cgroup, to: Bytes) -> Result<(), Refused> {
+        if fall_back(cgroup, to)? {
+            self.answer(cgroup.id(), to, Ok(()));
         }
         Ok(())
     }
@@ -420,12 +421,7 @@ impl Updater {
     async fn raise(&self, target: &Target, wanted: Wanted) -> Result<Told, Refused> {
         let Wanted { to, deadline } = wanted;
         let cgroup = &target.cgroup;
-        let by_hand = || {
-            if fall_back(cgroup, to)? {
-                self.answer(cgroup.id(), to, Ok(()));
-            }
-            Ok(())
-        };
+        let by_hand = || self.write_own(cgroup, to);
         let error = match self
             .deliver(target, Some(to), RAISE, deadline, || Ok(()), by_hand)
             .await?
@@ -477,14 +473,10 @@ impl Updater {
                 let settled = if late < SYSTEMD_TAKES {
                     None
                 } else {
-                    let late = async {
-                        sleep(late).await;
-                        systemd::is_waited_for(pod.cgroup().path(), deadline).await;
-                    };
                     select! {
                         biased;
                         settled = settled => Some(settled),
-                        () = late => None,
+                        _ = systemd::late(late, pod.cgroup().path(), deadline) => None,
                     }
                 };
                 match settled {
