@@ -43,9 +43,20 @@ impl Growing {
     }
 }
 
-/// Where `memory.high` must stand so that the room left lasts for `time`.
+/// Where `memory.high` must stand so that the room left lasts for `time`. Who is charged sleeps for as long as that takes,
+/// the kernel's 2 s at most: of few charges that are left each thread needs more than `time` itself.
 #[must_use]
 pub fn high(growing: Growing, time: Nanos) -> Bytes {
+    with_sleeps(growing, time, LONGEST_SLEEP)
+}
+
+/// The same where whoever wakes up cannot go on by then, for he is frozen: nobody sleeps for longer than `time`.
+#[must_use]
+pub fn high_until_frozen(growing: Growing, time: Nanos) -> Bytes {
+    with_sleeps(growing, time, time.min(LONGEST_SLEEP))
+}
+
+fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos) -> Bytes {
     let Growing {
         usage,
         limit,
@@ -57,7 +68,7 @@ pub fn high(growing: Growing, time: Nanos) -> Bytes {
     let charge = charge.max(batch);
     let charges_left = (limit.minus(usage).0 / charge.0).max(1);
     let sleep = u128::from(time.0) * u128::from(growers.max(1)) / u128::from(charges_left);
-    let sleep = sleep.min(u128::from(LONGEST_SLEEP.0));
+    let sleep = sleep.min(u128::from(longest.0));
     let batches = u128::from(charge.0 / batch.0.max(1));
     // r², scaled by the square of ONE.
     let square = sleep * u128::from(ONE) * u128::from(ONE) / (u128::from(UNIT.0) * batches);
@@ -117,6 +128,32 @@ mod tests {
                         lasted >= time.0.min(possible) * 9 / 10,
                         "{limit} {growers} {charge}: {lasted}"
                     );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_sleeps_for_longer_than_the_freeze_is_late() {
+        for room in [0, 1, 4, 40, 400] {
+            for growers in [1, 4, 16] {
+                let growing = Growing {
+                    usage: Bytes::mib(1024).minus(BATCH.scaled(room, 1)),
+                    limit: Bytes::mib(1024),
+                    charge: BATCH,
+                    growers,
+                    page: PAGE,
+                };
+                let time = Nanos::millis(200);
+                let usage = growing.usage.plus(BATCH);
+                let sleep =
+                    |high: Bytes| kernel_sleep(usage.min(growing.limit), high, BATCH).as_millis();
+                let short = sleep(high_until_frozen(growing, time));
+                // The kernel sleeps for what is used after the charge.
+                assert!(short <= 225, "{room} {growers}: {short}");
+                assert!(short <= sleep(high(growing, time)), "{room} {growers}");
+                if room <= growers {
+                    assert!(short >= 190, "{room} {growers}: {short}");
                 }
             }
         }

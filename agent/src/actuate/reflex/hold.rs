@@ -9,7 +9,9 @@
 //! that. So a freeze that is not complete before runc may ask is lifted, too, unless only page faults have been
 //! charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages that
 //! the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU quota, that
-//! takes long. Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
+//! takes long. (A freeze that is written late needs a brake meanwhile. Where only page faults are charged for, that is one
+//! from which everybody wakes up before runc may ask, and is frozen then: set for the whole answer, and this is where room
+//! is scarcest, it made four threads sleep for five times as long as the answer took.) Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
 //! more, only a freeze that is complete. Where probes forbid the freezer there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
@@ -91,6 +93,15 @@ enum Freeze {
     Replaced,
     /// Nothing.
     Off,
+}
+
+/// What a brake that is set below usage must last until.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// The freeze is in force.
+    Frozen,
+    /// The limit is raised.
+    Answered,
 }
 
 /// How much of its patience a container has used up in holds that follow each other.
@@ -182,8 +193,8 @@ impl Row {
             Bytes::from_pages(event.usage_pages),
             Bytes::from_pages(event.charge_pages.into()),
         );
-        let freeze = self.freeze_beside_brake(event, held, growing)?;
-        self.brake(growing, freeze, Nanos(event.at_ns), demand, means)
+        let beside = self.freeze_beside_brake(event, held, growing)?;
+        self.brake(growing, beside, Nanos(event.at_ns), demand, means)
     }
 
     fn growing(&self, usage: Bytes, charge: Bytes) -> Growing {
@@ -196,15 +207,16 @@ impl Row {
         }
     }
 
-    /// What becomes of the freeze when a brake is set for this charge; `None` if none is needed.
+    /// What becomes of the freeze when a brake is set for this charge, and until when that is; `None` if none is needed.
     fn freeze_beside_brake(
         &mut self,
         event: &MemoryEvent,
         held: Held,
         growing: Growing,
-    ) -> Option<Freeze> {
+    ) -> Option<(Freeze, Until)> {
+        let until_answer = |freeze| (freeze, Until::Answered);
         if matches!(held.freeze, Freeze::Replaced | Freeze::Off) {
-            return Some(held.freeze);
+            return Some(until_answer(held.freeze));
         }
         let at = Nanos(event.at_ns);
         let is_scarce = brake::is_scarce(growing);
@@ -214,19 +226,23 @@ impl Row {
         } else {
             UNWRITTEN
         };
-        if frozen_at.is_none() && at.since(held.since) >= patience && !self.foreign_brake {
-            // It is late: the brake is not.
-            return Some(Freeze::Replaced);
-        }
-        // One that was about to be thawed is frozen for longer than it is held.
-        let frozen_for =
-            frozen_at.map_or(Nanos(0), |frozen_at| at.since(frozen_at.max(held.since)));
-        let is_after_freeze = frozen_for > Nanos(0);
         let held = Held {
             is_faults: held.is_faults && event.entry == ENTRY_FAULT,
             ..held
         };
         self.held = Some(held);
+        if frozen_at.is_none() && at.since(held.since) >= patience && !self.foreign_brake {
+            // It is late: the brake is not.
+            return Some(if held.is_faults && at.since(held.since) < FREEZING {
+                (held.freeze, Until::Frozen)
+            } else {
+                until_answer(Freeze::Replaced)
+            });
+        }
+        // One that was about to be thawed is frozen for longer than it is held.
+        let frozen_for =
+            frozen_at.map_or(Nanos(0), |frozen_at| at.since(frozen_at.max(held.since)));
+        let is_after_freeze = frozen_for > Nanos(0);
         match event.entry {
             // It is back in user mode when that is served.
             ENTRY_FAULT => None,
@@ -235,22 +251,22 @@ impl Row {
                 if frozen_for >= LONG_CALL
                     || (is_after_freeze && held.grower == Some(event.thread)) =>
             {
-                Some(Freeze::Replaced)
+                Some(until_answer(Freeze::Replaced))
             }
             ENTRY_CALL => {
                 let grower = is_after_freeze.then_some(event.thread);
                 self.held = Some(Held { grower, ..held });
-                is_scarce.then_some(held.freeze)
+                is_scarce.then_some(until_answer(held.freeze))
             }
-            _unknown => (is_scarce || frozen_for >= SETTLING).then_some(held.freeze),
+            _unknown => (is_scarce || frozen_for >= SETTLING).then_some(until_answer(held.freeze)),
         }
     }
 
-    /// Sets the brake below usage, for as long as the answer should take from now.
+    /// Sets the brake below usage, for as long as what it is waited for should take from now.
     fn brake(
         &mut self,
         growing: Growing,
-        freeze: Freeze,
+        (freeze, until): (Freeze, Until),
         at: Nanos,
         demand: Bytes,
         means: &mut Means<'_>,
@@ -270,8 +286,12 @@ impl Row {
         if is_recent && freeze == held.freeze {
             return None;
         }
-        let answer = p95.per_mille(1250).since(at.since(held.since));
-        let high = brake::high(growing, answer.max(SHORTEST_BRAKE));
+        let elapsed = at.since(held.since);
+        let left = |time: Nanos| time.since(elapsed).max(SHORTEST_BRAKE);
+        let high = match until {
+            Until::Frozen => brake::high_until_frozen(growing, left(self.asked_after())),
+            Until::Answered => brake::high(growing, left(p95.per_mille(1250))),
+        };
         let action = Action::Brake { high };
         if let Err(error) = self.intend(means.ledger, action, Reason::GrowsWhileHeld, demand) {
             return Some(Err(error));
@@ -339,7 +359,8 @@ impl Row {
         }
         let usage = self.controls.current.get().ok()?.bytes();
         let growing = self.growing(usage, Bytes::ZERO);
-        self.brake(growing, Freeze::Replaced, at, usage, means)
+        let beside = (Freeze::Replaced, Until::Answered);
+        self.brake(growing, beside, at, usage, means)
     }
 
     /// When runc may ask for a freeze that is under way.

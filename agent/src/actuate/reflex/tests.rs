@@ -407,6 +407,8 @@ fn what_may_be_a_system_call_is_not_waited_for() {
 #[test]
 fn whoever_grows_while_the_freeze_is_late_is_braked() {
     let mut stage = Stage::new("late", REQUESTED);
+    let usage = LIMIT.0 - 450 * 4096;
+    fs::write(stage.directory.join("memory.current"), usage.to_string()).unwrap();
     let (stuck, _queue) = Freezer::stuck();
     stage.freezer = stuck;
     let fault = |later| entered(ENTRY_FAULT, Nanos::millis(later));
@@ -423,9 +425,24 @@ fn whoever_grows_while_the_freeze_is_late_is_braked() {
         assert!(now().since(start) < Nanos::millis(3000), "it is not braked");
         thread::yield_now();
     }
-    // Runc would wait for a freeze that comes yet.
-    stage.look_after(Nanos::millis(7));
+    // Everybody wakes up before runc asks for a freeze that comes yet: 200 of 600 ms.
+    let sleep = |stage: &Stage| {
+        let (_, high) = stage.row.held.unwrap().braked.unwrap();
+        64_000.0 * (usage as f64 / high.0 as f64 - 1.0).powi(2)
+    };
+    // Three threads have seven charges of a quarter of a MiB.
+    assert!((70.0..90.0).contains(&sleep(&stage)), "{}", sleep(&stage));
+    assert!(stage.row_looks_after(Nanos::millis(50)).is_empty());
     assert_eq!(stage.content("cgroup.freeze"), "0");
+    // One that does not come is replaced.
+    let replaced = stage.row_looks_after(Nanos::millis(110));
+    assert!(
+        matches!(replaced[..], [Verdict::Braked { .. }]),
+        "{replaced:?}"
+    );
+    assert!(sleep(&stage) > 250.0, "{}", sleep(&stage));
+    stage.settle();
+    stage.wait_until_thawed(Nanos::millis(111));
     assert_eq!(stage.row.controls.freeze.frozen_at(), None);
     // Three threads need 384 pages to fall asleep.
     let mut stage = Stage::new("late-scarce", REQUESTED);
