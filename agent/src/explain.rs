@@ -218,7 +218,9 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::WatermarkReached => "reached the watermark",
         Reason::RaiseUnderWay => "reached the limit before its raise",
         Reason::CacheThrashes => "its page cache is read back again and again",
-        Reason::GrowsWhileHeld => "grows inside a system call, where the freezer does not hold it",
+        Reason::GrowsWhileHeld => {
+            "grows although it is held: inside a system call, or before the freezer has come"
+        }
         Reason::AnswerLate => "no answer in time",
         Reason::RequestFailed => "the raise could not be asked for",
         Reason::RaisedFirst => "its policy raises first and asks at once",

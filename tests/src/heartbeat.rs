@@ -83,12 +83,6 @@ impl Heartbeat {
         })
     }
 
-    /// Forgets what was before.
-    pub(crate) fn forget(&self) {
-        let all = self.standstills.lock();
-        all.unwrap_or_else(PoisonError::into_inner).clear();
-    }
-
     /// The longest time for which a CPU has stood still that was not over before `from`, and had begun before `to`.
     pub(crate) fn longest(&self, from: Nanos, to: Nanos) -> Nanos {
         let all = self.standstills.lock();

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
+    excused,
     record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Outcome, Runner, set_thp},
     swap::Swap,
@@ -92,11 +93,6 @@ struct Record {
     stood_still: Vec<Outcome>,
 }
 
-/// Longer than any sleep of a brake that stands where it should: a kill after a CPU gave nobody time for so long is not
-/// the guard's. What `exec` raises takes less than a millisecond.
-const STOOD_STILL_US: u64 = 100_000;
-/// So many runs of a case may say nothing.
-const MOST_STOOD_STILL: usize = 2;
 const LARGEST_PEAK: Bytes = Bytes::mib(2048);
 /// CPUs of the guest.
 const CPUS: u64 = 2;
@@ -237,15 +233,8 @@ fn run_case(runner: &Runner, case: Case) -> Result<Record> {
             0 => unlimited = Some(runner.fixed(Limit::Max, &load)?),
             1 => fixed = runner.fixed(Limit::At(case.limit), &load)?,
             _ => {
-                bellows = loop {
-                    let outcome = runner.bellows(case.limit, case.max, &options, &load)?;
-                    let says_nothing = outcome.killed() && outcome.stood_still_us > STOOD_STILL_US;
-                    if !says_nothing || stood_still.len() == MOST_STOOD_STILL {
-                        break outcome;
-                    }
-                    eprintln!("the machine stood still: {}", last_seconds(&outcome));
-                    stood_still.push(outcome);
-                }
+                let run = || runner.bellows(case.limit, case.max, &options, &load);
+                (bellows, stood_still) = excused::repeated(run)?;
             }
         }
     }

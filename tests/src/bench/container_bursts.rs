@@ -10,13 +10,14 @@ use bellows::{
     cri::memory_limit,
     ledger::Record as LedgerRecord,
 };
-use bellows_core::{Bytes, Nanos};
+use bellows_core::{Action, Bytes, Nanos};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
+    excused::{self, Ended},
     gate,
     pod_bursts::{answers, ledger_of, raises},
     record::{Records, fate, parsed, percentile, rounded},
@@ -24,7 +25,6 @@ use super::{
 };
 use crate::{
     containers::{Machine, Spec, Standalone, Started, policy},
-    heartbeat::Heartbeat,
     load::BurstResult,
     sampler::Sample,
 };
@@ -62,7 +62,7 @@ struct Outcome {
     wall_ms: u64,
     /// What its burst said of itself.
     said: Option<BurstResult>,
-    /// The longest time for which a CPU of the machine stood still while it grew.
+    /// The longest time for which a CPU of the machine stood still while it grew, or shortly before it was killed.
     stood_still_us: u64,
     samples: Vec<Sample>,
     /// How long after its burst its limit was the original again, in its cgroup, in its pod's and for its runtime.
@@ -79,9 +79,33 @@ impl Outcome {
         raises(&self.ledger)
     }
 
+    /// Whether it was braked below what it used, which nobody is woken from.
+    fn was_braked(&self) -> bool {
+        let is_brake = |record: &LedgerRecord| {
+            matches!(
+                record,
+                LedgerRecord::Intend {
+                    action: Action::Brake { .. },
+                    ..
+                }
+            )
+        };
+        self.ledger.iter().any(is_brake)
+    }
+
     /// What its raises took, in microseconds.
     fn answers(&self) -> Vec<u64> {
         answers(self.raises(), &self.samples)
+    }
+}
+
+impl Ended for Outcome {
+    fn killed(&self) -> bool {
+        self.killed()
+    }
+
+    fn stood_still(&self) -> Nanos {
+        Nanos(self.stood_still_us * 1000)
     }
 }
 
@@ -91,12 +115,19 @@ struct Record {
     unlimited: Outcome,
     fixed: Outcome,
     bellows: Outcome,
+    /// Runs with Bellows that ended with a kill while the machine itself stood still.
+    #[serde(default)]
+    stood_still: Vec<Outcome>,
 }
 
 /// A container that takes longer is taken for stuck.
 const LONGEST: Nanos = Nanos::millis(180_000);
 /// The same for a limit that does not come down.
 const RESTORE_LIMIT: Nanos = Nanos::millis(60_000);
+/// A stall may last for so many answers.
+const STALL: u64 = 3;
+/// Of whom the freezer could not hold in time, the kernel's longest sleep may come to the answer, in microseconds.
+const LONGEST_SLEEP: u64 = 2_000_000;
 /// The label of those that are guarded.
 const GUARDED: &str = "bursts";
 
@@ -125,11 +156,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let mut agent = Standalone::start(&policy(GUARDED, Bytes::mib(2048)))?;
     let probe = Probe::start()?;
-    let heartbeat = Heartbeat::start()?;
     for case in cases(options) {
         set_thp(case.thp)?;
         agent.check()?;
-        let record = run_case(&mut machine, &probe, &heartbeat, case)?;
+        let record = run_case(&mut machine, &probe, case)?;
         eprintln!(
             "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} raises, {:?} ms, {} sleeps, restored {:?})",
             case.index,
@@ -154,12 +184,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     Ok(())
 }
 
-fn run_case(
-    machine: &mut Machine,
-    probe: &Probe,
-    heartbeat: &Heartbeat,
-    case: Case,
-) -> Result<Record> {
+fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> {
     let mut variant = |name: &str, limit: Bytes, is_guarded: bool| {
         let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
         let rest = ["--rest-ms", "2000"].map(str::to_owned);
@@ -181,26 +206,23 @@ fn run_case(
             binds: Vec::new(),
             labels,
         };
-        observe(machine, probe, heartbeat, &spec, is_guarded)
+        observe(machine, probe, &spec, is_guarded)
     };
+    let unlimited = variant("unlimited", case.max, false)?;
+    let fixed = variant("fixed", case.limit, false)?;
+    let (bellows, stood_still) = excused::repeated(|| variant("bellows", case.limit, true))?;
     Ok(Record {
-        unlimited: variant("unlimited", case.max, false)?,
-        fixed: variant("fixed", case.limit, false)?,
-        bellows: variant("bellows", case.limit, true)?,
         case,
+        unlimited,
+        fixed,
+        bellows,
+        stood_still,
     })
 }
 
 /// Runs a container to its end or, a guarded one, until its limit is the original again, and observes it from
 /// outside.
-fn observe(
-    machine: &mut Machine,
-    probe: &Probe,
-    heartbeat: &Heartbeat,
-    spec: &Spec,
-    is_guarded: bool,
-) -> Result<Outcome> {
-    heartbeat.forget();
+fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) -> Result<Outcome> {
     let started = machine.run(spec)?;
     let watched = started.cgroup.clone();
     let sampler = probe.sample(move || Some(watched.clone()));
@@ -212,10 +234,13 @@ fn observe(
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
     let said = said(&started);
-    let stood_still = said.map_or(Nanos(0), |said| {
-        let began = said.end_ns.saturating_sub(said.growth_us * 1000);
-        heartbeat.longest_after(Nanos(began), Nanos(said.end_ns))
-    });
+    let stood_still = said.map_or_else(
+        || probe.stood_still(&track),
+        |said| {
+            let began = said.end_ns.saturating_sub(said.growth_us * 1000);
+            probe.stood_still_within(Nanos(began), Nanos(said.end_ns))
+        },
+    );
     let outcome = Outcome {
         exit_code,
         oom_kill: track.oom_kill,
@@ -289,6 +314,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let count =
         |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
     let (mut stalls, mut answers, mut overgrants) = (Vec::new(), Vec::new(), Vec::new());
+    let mut too_long = 0;
     for Record {
         case,
         unlimited,
@@ -308,6 +334,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
                 .saturating_sub(without)
                 .saturating_sub(bellows.stood_still_us);
             stalls.push(stall as f64 / slowest.max(1) as f64);
+            let braked = bellows.was_braked().then_some(LONGEST_SLEEP + slowest);
+            too_long += usize::from(stall > braked.unwrap_or(0).max(STALL * slowest));
         }
     }
     let raises = records.iter().map(|record| record.bellows.raises().count());
@@ -322,6 +350,9 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "sleeps_max": sleeps.max(),
         "stall_vs_cri_p50": p(&stalls, 50.0),
         "stall_vs_cri_max": p(&stalls, 100.0),
+        "stalls_too_long": too_long,
+        "braked": count(&|record| record.bellows.was_braked()),
+        "stood_still": records.iter().map(|record| record.stood_still.len()).sum::<usize>(),
         "cri_seconds_p50": p(&answers, 50.0),
         "cri_seconds_max": p(&answers, 100.0),
         "restored": count(&|record| record.bellows.restored_after_ms.is_some()),

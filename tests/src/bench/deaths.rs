@@ -171,7 +171,6 @@ fn run_case(
         || cgroup
             .limit("memory.high")
             .is_ok_and(|high| high != Limit::Max);
-    heartbeat.forget();
     let died = now();
     agent.die(case.death)?;
     let released_after_death_ms = if with_releaser {

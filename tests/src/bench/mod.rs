@@ -14,6 +14,7 @@ mod crio;
 mod daemonset;
 mod deaths;
 mod density;
+mod excused;
 mod exec_cli;
 mod faults;
 mod fold;

@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 
 use super::{
     bursts::{Kinds, burst_words, log_uniform, mib, overgrant, parse_kinds, thousandths},
+    excused::{self, Ended},
     gate,
     record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
@@ -104,6 +105,9 @@ pub(super) struct Outcome {
     pub(super) patches: i64,
     /// Times that the memory controller held a thread for 10 ms or more.
     pub(super) sleeps: u64,
+    /// The longest time for which a CPU of the machine stood still shortly before its kill, or its end.
+    #[serde(default)]
+    stood_still_us: u64,
     /// Milliseconds from when it was seen running to its end.
     pub(super) wall_ms: u64,
     /// What each burst said of itself.
@@ -116,6 +120,16 @@ pub(super) struct Outcome {
     restored_after_ms: Option<u64>,
     /// The ledger's records of this cgroup.
     ledger: Vec<LedgerRecord>,
+}
+
+impl Ended for Outcome {
+    fn killed(&self) -> bool {
+        self.killed()
+    }
+
+    fn stood_still(&self) -> Nanos {
+        Nanos(self.stood_still_us * 1000)
+    }
 }
 
 impl Outcome {
@@ -226,6 +240,9 @@ struct Record {
     unlimited: Option<Outcome>,
     fixed: Outcome,
     bellows: Outcome,
+    /// Runs with Bellows that ended with a kill while the machine itself stood still.
+    #[serde(default)]
+    stood_still: Vec<Outcome>,
 }
 
 impl Record {
@@ -315,12 +332,14 @@ fn run_case(
     let unlimited = || run_pod(cluster, probe, case, "unlimited", case.max, None);
     let unlimited = (!without_unlimited).then(unlimited).transpose()?;
     let fixed = run_pod(cluster, probe, case, "fixed", case.limit, None)?;
-    let bellows = run_pod(cluster, probe, case, "bellows", case.limit, Some(case.max))?;
+    let (bellows, stood_still) =
+        excused::repeated(|| run_pod(cluster, probe, case, "bellows", case.limit, Some(case.max)))?;
     Ok(Record {
         case,
         unlimited,
         fixed,
         bellows,
+        stood_still,
     })
 }
 
@@ -391,6 +410,7 @@ pub(super) fn observe(
     let disagreed_ms = looking.finish()?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
+    let stood_still = probe.stood_still(&track);
     let pod = cluster.get(name)?;
     let status = cluster.status(name)?;
     let terminated = status
@@ -406,6 +426,7 @@ pub(super) fn observe(
         // The API counts the generations of a spec from 1.
         patches: pod.metadata.generation.unwrap_or(1) - 1,
         sleeps: track.sleeps,
+        stood_still_us: stood_still.0 / 1000,
         wall_ms,
         said: results(cluster, name)?,
         samples: track.samples,
@@ -572,6 +593,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "kills_with": count(&|record| record.bellows.killed()),
         "kills_unlimited": kills_unlimited,
         "restarts": records.iter().map(|record| record.bellows.restarts).sum::<i32>(),
+        "stood_still": records.iter().map(|record| record.stood_still.len()).sum::<usize>(),
         "raise_patches_max_x8": patches(8000),
         "raise_patches_max_x16": patches(16000),
         "stall_vs_api_p50": p(&stalls, 50.0),

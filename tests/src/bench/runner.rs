@@ -22,10 +22,11 @@ use bellows_core::{Bytes, Nanos};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::excused::Ended;
 use crate::{
     heartbeat::Heartbeat,
     node::wait,
-    sampler::{Sample, Sampler},
+    sampler::{Sample, Sampler, Track},
 };
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -67,9 +68,22 @@ impl Outcome {
     }
 }
 
-/// The bench's own probe: counts the holds of the cgroups that it is told of.
+impl Ended for Outcome {
+    fn killed(&self) -> bool {
+        self.killed()
+    }
+
+    fn stood_still(&self) -> Nanos {
+        Nanos(self.stood_still_us * 1000)
+    }
+}
+
+/// The bench's own probe: counts the holds of the cgroups that it is told of, and notes when the machine stands still.
 #[derive(Clone)]
-pub(crate) struct Probe(Arc<Mutex<Kernel>>);
+pub(crate) struct Probe {
+    kernel: Arc<Mutex<Kernel>>,
+    heartbeat: Arc<Heartbeat>,
+}
 
 impl Probe {
     pub(crate) fn start() -> Result<Self> {
@@ -79,7 +93,10 @@ impl Probe {
             "the bench's probe is incomplete: {:?}",
             probe.missing()
         );
-        Ok(Self(Arc::new(Mutex::new(probe))))
+        Ok(Self {
+            kernel: Arc::new(Mutex::new(probe)),
+            heartbeat: Arc::new(Heartbeat::start()?),
+        })
     }
 
     /// Samples a cgroup, its sleeps included, as soon as it can be found.
@@ -88,18 +105,36 @@ impl Probe {
         Sampler::start(
             find,
             move |cgroup| {
-                if let Ok(mut probe) = tracked.0.lock()
+                if let Ok(mut probe) = tracked.kernel.lock()
                     && let Err(error) = probe.track_holds(cgroup.id())
                 {
                     eprintln!("sleeps are not counted: {error}");
                 }
             },
             move |cgroup| {
-                let probe = asked.0.lock().ok();
+                let probe = asked.kernel.lock().ok();
                 let holds = probe.and_then(|probe| probe.holds(cgroup.id()));
                 holds.map_or(0, |holds| holds.long_holds)
             },
         )
+    }
+}
+
+impl Probe {
+    /// The longest time for which a CPU stood still shortly before the kill that was seen, or before this moment.
+    pub(crate) fn stood_still(&self, track: &Track) -> Nanos {
+        let last = if track.killed_at_ns > 0 {
+            Nanos(track.killed_at_ns)
+        } else {
+            now()
+        };
+        let before = Nanos(last.0.saturating_sub(SHORTLY.0));
+        self.heartbeat.longest(before, last)
+    }
+
+    /// The same of what a CPU stood still within these times.
+    pub(crate) fn stood_still_within(&self, from: Nanos, to: Nanos) -> Nanos {
+        self.heartbeat.longest_after(from, to)
     }
 }
 
@@ -108,7 +143,6 @@ pub(crate) struct Runner {
     probe: Probe,
     executable: PathBuf,
     runs: AtomicU64,
-    heartbeat: Heartbeat,
 }
 
 impl Runner {
@@ -118,7 +152,6 @@ impl Runner {
             probe: Probe::start()?,
             executable: env::current_exe()?,
             runs: AtomicU64::new(0),
-            heartbeat: Heartbeat::start()?,
         })
     }
 
@@ -200,7 +233,6 @@ impl Runner {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let start = Instant::now();
-        self.heartbeat.forget();
         let child = command.spawn().context("run the load")?;
         let path = if cgroup.as_os_str().is_empty() {
             Path::new(ROOT).join(format!("bellows-exec-{}", child.id()))
@@ -214,16 +246,8 @@ impl Runner {
             stderr,
         } = child.wait_with_output()?;
         let wall_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let ended = now();
         let track = sampler.finish();
-        let is_seen = track.killed_at_ns > 0;
-        let last = if is_seen {
-            Nanos(track.killed_at_ns)
-        } else {
-            ended
-        };
-        let before = Nanos(last.0.saturating_sub(SHORTLY.0));
-        let stood_still = self.heartbeat.longest(before, last);
+        let stood_still = self.probe.stood_still(&track);
         Ok(Outcome {
             code: status
                 .code()
