@@ -186,6 +186,9 @@ pub(crate) struct Options {
     /// Containers that start at once (java), or real ones (churn).
     #[arg(long)]
     pub(crate) starts: Option<u64>,
+    /// Processes that move between cgroups without end, while which freezes come late (container-bursts).
+    #[arg(long)]
+    pub(crate) movers: Option<u64>,
     /// Switch the multi-gen LRU off, or on again, while a case is under way (page-cache).
     #[arg(long)]
     pub(crate) flip_lru: bool,
@@ -249,6 +252,7 @@ impl Options {
             case: None,
             swap: None,
             starts: None,
+            movers: None,
             without_bpf: false,
             flip_lru: false,
             nested: false,
@@ -294,6 +298,9 @@ impl Options {
         if let Some(starts) = self.starts {
             name += &format!("-starts-{starts}");
         }
+        if let Some(movers) = self.movers {
+            name += &format!("-movers-{movers}");
+        }
         for (given, suffix) in [
             (self.without_resize, "-without-resize"),
             (self.without_bpf, "-without-bpf"),
@@ -327,6 +334,7 @@ impl Options {
             ("--threads", self.threads),
             ("--units", self.units),
             ("--starts", self.starts),
+            ("--movers", self.movers),
         ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);

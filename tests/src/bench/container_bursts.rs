@@ -19,6 +19,7 @@ use super::{
     bursts::{burst_words, log_uniform, mib, overgrant, thousandths},
     excused::{self, Ended},
     gate,
+    movers::Movers,
     pod_bursts::{answers, ledger_of, raises},
     record::{Records, fate, parsed, percentile, rounded},
     runner::{HugePages, Probe, set_thp},
@@ -40,6 +41,9 @@ pub(crate) struct Options {
     /// Which cases run with transparent huge pages.
     #[arg(long, value_enum, default_value_t)]
     thp: HugePages,
+    /// Processes that move between cgroups without end, while which freezes come late.
+    #[arg(long, default_value_t = 0)]
+    movers: u64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -118,6 +122,9 @@ struct Record {
     /// Runs with Bellows that ended with a kill while the machine itself stood still.
     #[serde(default)]
     stood_still: Vec<Outcome>,
+    /// Of processes between cgroups, meanwhile.
+    #[serde(default)]
+    moves: u64,
 }
 
 /// A container that takes longer is taken for stuck.
@@ -156,10 +163,13 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     let mut machine = Machine::start()?;
     let mut agent = Standalone::start(&policy(GUARDED, Bytes::mib(2048)))?;
     let probe = Probe::start()?;
+    let movers = Movers::start(options.movers)?;
     for case in cases(options) {
         set_thp(case.thp)?;
         agent.check()?;
-        let record = run_case(&mut machine, &probe, case)?;
+        let moves = movers.moves();
+        let mut record = run_case(&mut machine, &probe, case)?;
+        record.moves = movers.moves() - moves;
         eprintln!(
             "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} raises, {:?} ms, {} sleeps, restored {:?})",
             case.index,
@@ -217,6 +227,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
         fixed,
         bellows,
         stood_still,
+        moves: 0,
     })
 }
 
@@ -351,6 +362,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "stall_vs_cri_p50": p(&stalls, 50.0),
         "stall_vs_cri_max": p(&stalls, 100.0),
         "stalls_too_long": too_long,
+        "moves": records.iter().map(|record| record.moves).sum::<u64>(),
         "braked": count(&|record| record.bellows.was_braked()),
         "stood_still": records.iter().map(|record| record.stood_still.len()).sum::<usize>(),
         "cri_seconds_p50": p(&answers, 50.0),

@@ -28,6 +28,7 @@ mod leak;
 mod learned;
 mod least_privilege;
 mod make_room;
+mod movers;
 mod observe_edges;
 mod page_cache;
 mod parallelism;
