@@ -5,8 +5,9 @@
 //! `cgroup.freeze` waits for that.
 
 use std::{
+    env,
     path::Path,
-    process::{Child, Command},
+    process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -38,12 +39,14 @@ impl Movers {
             let places =
                 ["a", "b"].map(|place| root.create_child(&format!("mover-{index}-{place}")));
             let places = places.into_iter().collect::<Result<Vec<_>, _>>()?;
-            let sleep = Command::new("/bin/busybox")
-                .args(["sleep", "86400"])
+            let words = "load burst --rest 1Mi --peak 1Mi --rest-ms 86400000";
+            let moved = Command::new(env::current_exe()?)
+                .args(words.split(' '))
+                .stdout(Stdio::null())
                 .spawn()
                 .context("something to move")?;
-            let id = sleep.id().to_string();
-            movers.children.push(sleep);
+            let id = moved.id().to_string();
+            movers.children.push(moved);
             let (is_over, moves) = (Arc::clone(&movers.is_over), Arc::clone(&movers.moves));
             movers.threads.push(thread::spawn(move || {
                 for place in places.iter().cycle() {
