@@ -372,7 +372,7 @@ fn node(checks: &mut Checks) -> Result<()> {
                 at_most(summary, "kills_unlimited", 0.0)?;
                 at_least(summary, "restored", 1.0)?;
                 at_most(summary, "raises_max", 5.0)?;
-                at_most(summary, "stalls_too_long", 0.0)?;
+                at_most(summary, "stall_vs_cri_max", 3.0)?;
                 hardly_excused(summary)
             },
         );

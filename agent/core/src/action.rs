@@ -14,7 +14,7 @@ pub enum Reason {
     RaiseUnderWay,
     /// A working set of page cache does not fit the limit.
     CacheThrashes,
-    /// Growth goes on inside a system call although the container is held.
+    /// Growth goes on although the container is held: inside a system call, or before the freezer has come.
     GrowsWhileHeld,
     /// The raise that was asked for is late.
     AnswerLate,

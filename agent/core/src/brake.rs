@@ -9,7 +9,8 @@
 //! needs. Whoever sleeps is not woken by the answer, so the brake is not deeper than that, and it is
 //! set again with each charge that comes through.
 //!
-//! It must not be used where the freezer works: it stalls whoever it holds beyond the answer.
+//! It must not be used where the freezer works: it stalls whoever it holds beyond the answer. Where the freezer is only late,
+//! it is not the answer that the room must last for ([`high_until_frozen`]).
 
 use crate::units::{Bytes, Nanos};
 
@@ -47,16 +48,22 @@ impl Growing {
 /// the kernel's 2 s at most: of few charges that are left each thread needs more than `time` itself.
 #[must_use]
 pub fn high(growing: Growing, time: Nanos) -> Bytes {
-    with_sleeps(growing, time, LONGEST_SLEEP)
+    with_sleeps(growing, time, LONGEST_SLEEP, growing.usage)
 }
 
-/// The same where whoever wakes up cannot go on by then, for he is frozen: nobody sleeps for longer than `time`.
+/// The same where whoever wakes up cannot go on by then, for he is frozen: nobody sleeps for longer than `time` for a charge
+/// of this size, also when all the others have been charged, too. In a small limit those who were charged before them sleep for
+/// less, or not at all: it may be above usage.
 #[must_use]
 pub fn high_until_frozen(growing: Growing, time: Nanos) -> Bytes {
-    with_sleeps(growing, time, time.min(LONGEST_SLEEP))
+    let charge = growing.charge.max(growing.batch());
+    let after_all = growing.usage.plus(charge.scaled(growing.growers, 1));
+    let most = after_all.min(growing.limit).max(growing.usage);
+    with_sleeps(growing, time, time.min(LONGEST_SLEEP), most)
 }
 
-fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos) -> Bytes {
+/// With sleeps of this length where `at` is used.
+fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos, at: Bytes) -> Bytes {
     let Growing {
         usage,
         limit,
@@ -73,7 +80,7 @@ fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos) -> Bytes {
     // r², scaled by the square of ONE.
     let square = sleep * u128::from(ONE) * u128::from(ONE) / (u128::from(UNIT.0) * batches);
     let overage = u64::try_from(square.isqrt()).unwrap_or(ONE);
-    let high = usage.scaled(ONE, ONE.saturating_add(overage));
+    let high = at.scaled(ONE, ONE.saturating_add(overage));
     high.floor_to(page)
 }
 
@@ -94,7 +101,8 @@ mod tests {
 
     /// The kernel's sleep for one charge (`calculate_high_delay` and its caller).
     fn kernel_sleep(usage: Bytes, high: Bytes, charge: Bytes) -> Nanos {
-        let overage = u128::from(usage.0 - high.0) * u128::from(ONE) / u128::from(high.0);
+        let overage =
+            u128::from(usage.0.saturating_sub(high.0)) * u128::from(ONE) / u128::from(high.0);
         let per_batch =
             u128::from(UNIT.0) * overage * overage / (u128::from(ONE) * u128::from(ONE));
         let sleep = per_batch * u128::from(charge.0) / u128::from(BATCH.0);
@@ -135,25 +143,34 @@ mod tests {
 
     #[test]
     fn nobody_sleeps_for_longer_than_the_freeze_is_late() {
-        for room in [0, 1, 4, 40, 400] {
-            for growers in [1, 4, 16] {
+        for (limit, charge) in [32, 64, 1024]
+            .map(Bytes::mib)
+            .into_iter()
+            .flat_map(|limit| [(limit, BATCH), (limit, Bytes::mib(2))])
+        {
+            for (room, growers) in [(0, 1), (1, 4), (4, 4), (5, 8), (40, 16)] {
                 let growing = Growing {
-                    usage: Bytes::mib(1024).minus(BATCH.scaled(room, 1)),
-                    limit: Bytes::mib(1024),
-                    charge: BATCH,
+                    usage: limit
+                        .minus(charge.scaled(room, 1))
+                        .max(limit.per_mille(500)),
+                    limit,
+                    charge,
                     growers,
                     page: PAGE,
                 };
-                let time = Nanos::millis(200);
-                let usage = growing.usage.plus(BATCH);
-                let sleep =
-                    |high: Bytes| kernel_sleep(usage.min(growing.limit), high, BATCH).as_millis();
-                let short = sleep(high_until_frozen(growing, time));
-                // The kernel sleeps for what is used after the charge.
-                assert!(short <= 225, "{room} {growers}: {short}");
-                assert!(short <= sleep(high(growing, time)), "{room} {growers}");
+                let time = Nanos::millis(150);
+                let (short, long) = (high_until_frozen(growing, time), high(growing, time));
+                let sleep = |after: u64, high| {
+                    let usage = growing.usage.plus(charge.scaled(after, 1)).min(limit);
+                    kernel_sleep(usage, high, charge).as_millis()
+                };
+                let what = format!("{limit} {charge} {room} {growers}");
+                for after in 0..=growers {
+                    assert!(sleep(after, short) <= 151, "{what} {after}");
+                }
+                assert!(sleep(growers, short) <= sleep(growers, long), "{what}");
                 if room <= growers {
-                    assert!(short >= 190, "{room} {growers}: {short}");
+                    assert!(sleep(growers, short) >= 140, "{what}");
                 }
             }
         }

@@ -233,7 +233,7 @@ fn run_case(runner: &Runner, case: Case) -> Result<Record> {
             0 => unlimited = Some(runner.fixed(Limit::Max, &load)?),
             1 => fixed = runner.fixed(Limit::At(case.limit), &load)?,
             _ => {
-                let run = || runner.bellows(case.limit, case.max, &options, &load);
+                let run = |_| runner.bellows(case.limit, case.max, &options, &load);
                 (bellows, stood_still) = excused::repeated(run)?;
             }
         }

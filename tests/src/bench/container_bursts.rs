@@ -3,7 +3,7 @@
 
 use std::{thread, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bellows::{
     cgroup::{Cgroup, Limit},
     clock::now,
@@ -66,8 +66,11 @@ struct Outcome {
     wall_ms: u64,
     /// What its burst said of itself.
     said: Option<BurstResult>,
-    /// The longest time for which a CPU of the machine stood still while it grew, or shortly before it was killed.
+    /// The longest time for which a CPU of the machine stood still while it grew.
     stood_still_us: u64,
+    /// The same shortly before it was killed.
+    #[serde(default)]
+    stood_still_before_kill_us: u64,
     samples: Vec<Sample>,
     /// How long after its burst its limit was the original again, in its cgroup, in its pod's and for its runtime.
     restored_after_ms: Option<u64>,
@@ -109,7 +112,7 @@ impl Ended for Outcome {
     }
 
     fn stood_still(&self) -> Nanos {
-        Nanos(self.stood_still_us * 1000)
+        Nanos(self.stood_still_before_kill_us * 1000)
     }
 }
 
@@ -131,10 +134,6 @@ struct Record {
 const LONGEST: Nanos = Nanos::millis(180_000);
 /// The same for a limit that does not come down.
 const RESTORE_LIMIT: Nanos = Nanos::millis(60_000);
-/// A stall may last for so many answers.
-const STALL: u64 = 3;
-/// Of whom the freezer could not hold in time, the kernel's longest sleep may come to the answer, in microseconds.
-const LONGEST_SLEEP: u64 = 2_000_000;
 /// The label of those that are guarded.
 const GUARDED: &str = "bursts";
 
@@ -170,6 +169,10 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         let moves = movers.moves();
         let mut record = run_case(&mut machine, &probe, case)?;
         record.moves = movers.moves() - moves;
+        ensure!(
+            options.movers == 0 || record.moves > 0,
+            "nothing was moved meanwhile"
+        );
         eprintln!(
             "case {}: limit {}, peak {}, {} threads, thp {}: fixed {}, bellows {} ({} raises, {:?} ms, {} sleeps, restored {:?})",
             case.index,
@@ -195,7 +198,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
 }
 
 fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> {
-    let mut variant = |name: &str, limit: Bytes, is_guarded: bool| {
+    let mut variant = |name: &str, limit: Bytes, is_guarded: bool, before: usize| {
         let words = burst_words(case.limit.per_mille(500), case.peak, case.threads);
         let rest = ["--rest-ms", "2000"].map(str::to_owned);
         let mut command: Vec<String> = ["/bellows-guest", "load"].map(str::to_owned).to_vec();
@@ -207,7 +210,7 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
             command.extend(gate::closed());
         }
         let spec = Spec {
-            name: format!("{name}-{}", case.index),
+            name: excused::name(name, case.index, before),
             container: None,
             limit: Some(limit),
             pod_limit: None,
@@ -218,9 +221,10 @@ fn run_case(machine: &mut Machine, probe: &Probe, case: Case) -> Result<Record> 
         };
         observe(machine, probe, &spec, is_guarded)
     };
-    let unlimited = variant("unlimited", case.max, false)?;
-    let fixed = variant("fixed", case.limit, false)?;
-    let (bellows, stood_still) = excused::repeated(|| variant("bellows", case.limit, true))?;
+    let unlimited = variant("unlimited", case.max, false, 0)?;
+    let fixed = variant("fixed", case.limit, false, 0)?;
+    let (bellows, stood_still) =
+        excused::repeated(|before| variant("bellows", case.limit, true, before))?;
     Ok(Record {
         case,
         unlimited,
@@ -245,13 +249,11 @@ fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) 
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
     let said = said(&started);
-    let stood_still = said.map_or_else(
-        || probe.stood_still(&track),
-        |said| {
-            let began = said.end_ns.saturating_sub(said.growth_us * 1000);
-            probe.stood_still_within(Nanos(began), Nanos(said.end_ns))
-        },
-    );
+    let stood_still = said.map_or(Nanos(0), |said| {
+        let began = said.end_ns.saturating_sub(said.growth_us * 1000);
+        probe.stood_still_within(Nanos(began), Nanos(said.end_ns))
+    });
+    let before_kill = probe.stood_still_before_kill(&track);
     let outcome = Outcome {
         exit_code,
         oom_kill: track.oom_kill,
@@ -259,6 +261,7 @@ fn observe(machine: &mut Machine, probe: &Probe, spec: &Spec, is_guarded: bool) 
         wall_ms,
         said,
         stood_still_us: stood_still.0 / 1000,
+        stood_still_before_kill_us: before_kill.0 / 1000,
         samples: track.samples,
         restored_after_ms,
         ledger: if is_guarded {
@@ -325,7 +328,6 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let count =
         |matches: &dyn Fn(&Record) -> bool| records.iter().filter(|record| matches(record)).count();
     let (mut stalls, mut answers, mut overgrants) = (Vec::new(), Vec::new(), Vec::new());
-    let mut too_long = 0;
     for Record {
         case,
         unlimited,
@@ -345,8 +347,6 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
                 .saturating_sub(without)
                 .saturating_sub(bellows.stood_still_us);
             stalls.push(stall as f64 / slowest.max(1) as f64);
-            let braked = bellows.was_braked().then_some(LONGEST_SLEEP + slowest);
-            too_long += usize::from(stall > braked.unwrap_or(0).max(STALL * slowest));
         }
     }
     let raises = records.iter().map(|record| record.bellows.raises().count());
@@ -361,7 +361,6 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "sleeps_max": sleeps.max(),
         "stall_vs_cri_p50": p(&stalls, 50.0),
         "stall_vs_cri_max": p(&stalls, 100.0),
-        "stalls_too_long": too_long,
         "moves": records.iter().map(|record| record.moves).sum::<u64>(),
         "braked": count(&|record| record.bellows.was_braked()),
         "stood_still": records.iter().map(|record| record.stood_still.len()).sum::<usize>(),

@@ -1,8 +1,9 @@
 //! Processes that move from cgroup to cgroup, as fast as the kernel lets them: what a node does whenever a container
 //! starts or a probe executes something, without end.
 //!
-//! Each move holds `cgroup_mutex` for a grace period of RCU (`cgroup_attach_lock`, kernel/cgroup/cgroup.c), and a write to
-//! `cgroup.freeze` waits for that.
+//! Each move takes `cgroup_mutex`, as a write to `cgroup.freeze` does, and the first after a quiet moment holds it for a grace
+//! period of RCU (`cgroup_attach_lock`, kernel/cgroup/cgroup.c). Without end it is not that which a freeze waits for, but its
+//! turn.
 
 use std::{
     env,

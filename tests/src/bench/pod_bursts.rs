@@ -105,7 +105,7 @@ pub(super) struct Outcome {
     pub(super) patches: i64,
     /// Times that the memory controller held a thread for 10 ms or more.
     pub(super) sleeps: u64,
-    /// The longest time for which a CPU of the machine stood still shortly before its kill, or its end.
+    /// The longest time for which a CPU of the machine stood still shortly before it was killed.
     #[serde(default)]
     stood_still_us: u64,
     /// Milliseconds from when it was seen running to its end.
@@ -329,11 +329,15 @@ fn run_case(
     case: Case,
     without_unlimited: bool,
 ) -> Result<Record> {
-    let unlimited = || run_pod(cluster, probe, case, "unlimited", case.max, None);
+    let run = |variant, limit, max, before| {
+        let name = excused::name(variant, case.index, before);
+        run_pod(cluster, probe, case, name, limit, max)
+    };
+    let unlimited = || run("unlimited", case.max, None, 0);
     let unlimited = (!without_unlimited).then(unlimited).transpose()?;
-    let fixed = run_pod(cluster, probe, case, "fixed", case.limit, None)?;
+    let fixed = run("fixed", case.limit, None, 0)?;
     let (bellows, stood_still) =
-        excused::repeated(|| run_pod(cluster, probe, case, "bellows", case.limit, Some(case.max)))?;
+        excused::repeated(|before| run("bellows", case.limit, Some(case.max), before))?;
     Ok(Record {
         case,
         unlimited,
@@ -347,7 +351,7 @@ fn run_pod(
     cluster: &Cluster,
     probe: &Probe,
     case: Case,
-    variant: &str,
+    name: String,
     limit: Bytes,
     max: Option<Bytes>,
 ) -> Result<Outcome> {
@@ -364,7 +368,6 @@ fn run_pod(
         command.extend(["--again-after-ms", &again, "--after-ms", "120000"].map(str::to_owned));
     }
     command.extend(gate::closed());
-    let name = format!("{variant}-{}", case.index);
     observe(
         cluster,
         probe,
@@ -410,7 +413,7 @@ pub(super) fn observe(
     let disagreed_ms = looking.finish()?;
     let wall_ms = now().since(start).as_millis();
     let track = sampler.finish();
-    let stood_still = probe.stood_still(&track);
+    let stood_still = probe.stood_still_before_kill(&track);
     let pod = cluster.get(name)?;
     let status = cluster.status(name)?;
     let terminated = status

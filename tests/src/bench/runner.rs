@@ -34,7 +34,7 @@ pub(crate) const BELLOWS: &str = "bellows";
 /// What `bellows exec` keeps of what runs have needed.
 const LEARNT: &str = "/run/bellows/learnt";
 /// A CPU that stood still longer ago than this is not the cause of a kill.
-const SHORTLY: Nanos = Nanos::millis(2000);
+const SHORTLY: Nanos = Nanos::millis(500);
 
 /// How a load went.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -121,15 +121,19 @@ impl Probe {
 }
 
 impl Probe {
-    /// The longest time for which a CPU stood still shortly before the kill that was seen, or before this moment.
-    pub(crate) fn stood_still(&self, track: &Track) -> Nanos {
-        let last = if track.killed_at_ns > 0 {
-            Nanos(track.killed_at_ns)
-        } else {
-            now()
-        };
+    /// The longest time for which a CPU stood still shortly before `last`.
+    fn stood_still_before(&self, last: Nanos) -> Nanos {
         let before = Nanos(last.0.saturating_sub(SHORTLY.0));
         self.heartbeat.longest(before, last)
+    }
+
+    /// The same before the kill that was seen; nothing where none was.
+    pub(crate) fn stood_still_before_kill(&self, track: &Track) -> Nanos {
+        if track.killed_at_ns > 0 {
+            self.stood_still_before(Nanos(track.killed_at_ns))
+        } else {
+            Nanos(0)
+        }
     }
 
     /// The same of what a CPU stood still within these times.
@@ -246,8 +250,15 @@ impl Runner {
             stderr,
         } = child.wait_with_output()?;
         let wall_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let ended = now();
         let track = sampler.finish();
-        let stood_still = self.probe.stood_still(&track);
+        // The cgroup of `bellows exec` goes with its command: its kill may not have been seen.
+        let last = if track.killed_at_ns > 0 {
+            Nanos(track.killed_at_ns)
+        } else {
+            ended
+        };
+        let stood_still = self.probe.stood_still_before(last);
         Ok(Outcome {
             code: status
                 .code()

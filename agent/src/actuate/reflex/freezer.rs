@@ -182,12 +182,14 @@ impl Freezer {
         (freezer, queue)
     }
 
-    /// Asks for a freeze; never waits. Where there is no room it does not come.
-    pub(super) fn freeze(&self, freeze: &Arc<Freeze>) {
+    /// Asks for a freeze; never waits. Returns whether it comes: where there is no room it does not.
+    pub(super) fn freeze(&self, freeze: &Arc<Freeze>) -> bool {
         freeze.is_wanted.store(true, Ordering::Release);
-        if !self.ask(freeze) {
+        let comes = self.ask(freeze);
+        if !comes {
             freeze.is_wanted.store(false, Ordering::Release);
         }
+        comes
     }
 
     /// Asks for a thaw, which comes in any case.
@@ -248,13 +250,13 @@ mod tests {
         let (directory, freeze) = stand_in("wanted");
         let content = || fs::read_to_string(directory.join("cgroup.freeze")).unwrap();
         let (freezer, queue) = Freezer::stuck();
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         freezer.thaw(&freeze).unwrap();
         assert_eq!(queue.try_iter().count(), 1);
         freeze.settle().unwrap();
         assert_eq!(content(), "0");
         assert_eq!(freeze.frozen_at(), None);
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         freeze.settle().unwrap();
         assert_eq!(content(), "1");
         assert!(freeze.frozen_at().is_some());
@@ -270,22 +272,24 @@ mod tests {
     #[test]
     fn a_thaw_comes_where_there_is_no_room_for_it() {
         let (directory, freeze) = stand_in("full");
-        let (_other, first) = stand_in("first");
+        let (other, first) = stand_in("first");
         let (freezer, queue) = Freezer::without_thread(1);
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         freeze.settle().unwrap();
         drop(queue.recv().unwrap());
         freeze.is_waiting.store(false, Ordering::Release);
-        freezer.freeze(&first);
+        assert!(freezer.freeze(&first));
         freezer.thaw(&freeze).unwrap();
         assert_eq!(
             fs::read_to_string(directory.join("cgroup.freeze")).unwrap(),
             "0"
         );
         // Nor does a freeze wait for room.
-        freezer.freeze(&freeze);
+        assert!(!freezer.freeze(&freeze));
         freeze.settle().unwrap();
         assert_eq!(freeze.frozen_at(), None);
+        fs::remove_dir_all(directory).unwrap();
+        fs::remove_dir_all(other).unwrap();
     }
 
     #[test]
@@ -303,12 +307,12 @@ mod tests {
                 thread::sleep(Duration::from_millis(1));
             }
         };
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         is("1");
         freezer.thaw(&freeze).unwrap();
         is("0");
         // One that leaves is told of when it is thawed.
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         is("1");
         while !freezer.leave(&freeze).unwrap() {
             let told = left.recv_timeout(Duration::from_secs(3)).unwrap();
@@ -317,7 +321,7 @@ mod tests {
         }
         assert!(left.try_recv().is_err());
         // Whatever is wanted is written before the thread ends.
-        freezer.freeze(&freeze);
+        assert!(freezer.freeze(&freeze));
         freezer.thaw(&freeze).unwrap();
         drop(freezer);
         is("0");

@@ -10,8 +10,8 @@
 //! charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages that
 //! the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU quota, that
 //! takes long. (A freeze that is written late needs a brake meanwhile. Where only page faults are charged for, that is one
-//! from which everybody wakes up before runc may ask, and is frozen then: set for the whole answer, and this is where room
-//! is scarcest, it made four threads sleep for five times as long as the answer took.) Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
+//! from which everybody wakes up before runc may ask, and is frozen then: a brake for the whole answer, in scarce room, made
+//! four threads sleep for five times as long as that took.) Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
 //! more, only a freeze that is complete. Where probes forbid the freezer there is only the brake from the start.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
@@ -35,8 +35,8 @@ use crate::{cgroup::Limit, clock::now, ledger::Ledger, machine};
 const SETTLING: Nanos = Nanos::millis(2);
 /// Of a thread that is charged for inside a system call so long after the freeze, that call is a long one.
 const LONG_CALL: Nanos = Nanos::millis(10);
-/// When a freeze must be written, or whoever grows is braked instead (see [`super::freezer`]): the sleeps of a brake outlast
-/// the answer, so it is waited for a little longer while there is room.
+/// When a freeze must be written, or whoever grows is braked meanwhile (see [`super::freezer`]): the sleeps of a brake may
+/// outlast the answer, so it is waited for a little longer while there is room.
 const UNWRITTEN: Nanos = Nanos::millis(5);
 /// The same where the room may be used up before anybody sleeps.
 const UNWRITTEN_WHILE_SCARCE: Nanos = Nanos::millis(1);
@@ -47,6 +47,12 @@ const FREEZING: Nanos = Nanos::millis(100);
 const LOOKED_AT: Nanos = Nanos::millis(50);
 /// Of the time that an answer takes, what passes at least until runc asks.
 const UNTIL_ASKED_PER_MILLE: u64 = 333;
+/// Whoever sleeps until a freeze is written wakes up well before that, so that what he does then is seen in time; and
+/// before any runc asks, whatever answers have taken lately.
+const AWAKE_PER_MILLE: u64 = 750;
+const AWAKE: Nanos = Nanos::millis(150);
+/// Shorter sleeps than this are not worth a brake.
+const SHORTEST_SLEEP: Nanos = Nanos::millis(30);
 /// Whoever has neither run nor waited for CPU or memory for a quarter of such a time waits for something else.
 const INACTIVE: Nanos = Nanos::millis(25);
 /// Shortest time between two brakes of one container.
@@ -64,8 +70,8 @@ pub(super) struct Held {
     /// When it expires.
     until: Nanos,
     freeze: Freeze,
-    /// When its brake was last set below usage, and where.
-    pub(super) braked: Option<(Nanos, Bytes)>,
+    /// How its brake was last set below usage.
+    pub(super) braked: Option<Braked>,
     /// The thread that was last charged for inside a system call while it was to be frozen.
     grower: Option<u32>,
     /// Whether all that was charged since is known to be page faults.
@@ -95,8 +101,16 @@ enum Freeze {
     Off,
 }
 
+/// A brake that is set below usage.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Braked {
+    at: Nanos,
+    pub(super) high: Bytes,
+    until: Until,
+}
+
 /// What a brake that is set below usage must last until.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Until {
     /// The freeze is in force.
     Frozen,
@@ -128,7 +142,8 @@ impl Row {
         let until = self.patience_ends(by, now())?;
         let freeze = match by {
             Hold::Freezer => match self.freeze(demand, means) {
-                Ok(()) => Freeze::Begun,
+                Ok(true) => Freeze::Begun,
+                Ok(false) => Freeze::Replaced,
                 Err(error) => return Some(Err(error)),
             },
             Hold::Brake => Freeze::Off,
@@ -160,10 +175,19 @@ impl Row {
         }))
     }
 
-    fn freeze(&self, demand: Bytes, means: &mut Means<'_>) -> Result<(), String> {
+    /// Returns whether the freeze comes.
+    fn freeze(&self, demand: Bytes, means: &mut Means<'_>) -> Result<bool, String> {
         self.intend(means.ledger, Action::Hold, Reason::RaiseUnderWay, demand)?;
-        means.freezer.freeze(&self.controls.freeze);
-        Ok(())
+        Ok(means.freezer.freeze(&self.controls.freeze))
+    }
+
+    /// The freezer could not write what was wanted of it: whoever grows is braked instead.
+    pub(super) fn freeze_failed(&mut self) {
+        if self.held.is_some_and(|held| held.freeze == Freeze::Begun)
+            && self.controls.freeze.frozen_at().is_none()
+        {
+            self.set_freeze(Freeze::Replaced);
+        }
     }
 
     /// When a hold that begins at `at` has to end.
@@ -233,7 +257,8 @@ impl Row {
         self.held = Some(held);
         if frozen_at.is_none() && at.since(held.since) >= patience && !self.foreign_brake {
             // It is late: the brake is not.
-            return Some(if held.is_faults && at.since(held.since) < FREEZING {
+            let asleep = self.awake_after().since(at.since(held.since));
+            return Some(if held.is_faults && asleep >= SHORTEST_SLEEP {
                 (held.freeze, Until::Frozen)
             } else {
                 until_answer(Freeze::Replaced)
@@ -282,15 +307,17 @@ impl Row {
         }
         let is_recent = held
             .braked
-            .is_some_and(|(braked_at, _)| at.since(braked_at) < BRAKE_INTERVAL);
+            .is_some_and(|braked| braked.until == until && at.since(braked.at) < BRAKE_INTERVAL);
         if is_recent && freeze == held.freeze {
             return None;
         }
-        let elapsed = at.since(held.since);
-        let left = |time: Nanos| time.since(elapsed).max(SHORTEST_BRAKE);
+        let left = |time: Nanos| time.since(at.since(held.since));
         let high = match until {
-            Until::Frozen => brake::high_until_frozen(growing, left(self.asked_after())),
-            Until::Answered => brake::high(growing, left(p95.per_mille(1250))),
+            Until::Frozen => brake::high_until_frozen(growing, left(self.awake_after())),
+            Until::Answered => {
+                let answer = left(p95.per_mille(1250));
+                brake::high(growing, answer.max(SHORTEST_BRAKE))
+            }
         };
         let action = Action::Brake { high };
         if let Err(error) = self.intend(means.ledger, action, Reason::GrowsWhileHeld, demand) {
@@ -303,7 +330,7 @@ impl Row {
         }
         self.held = Some(Held {
             freeze,
-            braked: Some((at, high)),
+            braked: Some(Braked { at, high, until }),
             ..held
         });
         Some(Ok(Verdict::Braked { cgroup }))
@@ -351,10 +378,15 @@ impl Row {
             // There is nothing else to hold it by, and nobody waits for what is not written.
             return None;
         }
-        if may_end {
-            if elapsed >= self.asked_after() {
-                self.set_freeze(Freeze::Complete);
-            }
+        if may_end && elapsed < self.asked_after() {
+            return None;
+        }
+        // Of whoever was put to sleep and is not frozen by now, nobody knows where he sleeps.
+        let may_sleep = held
+            .braked
+            .is_some_and(|braked| braked.until == Until::Frozen);
+        if may_end && !may_sleep {
+            self.set_freeze(Freeze::Complete);
             return None;
         }
         let usage = self.controls.current.get().ok()?.bytes();
@@ -369,6 +401,11 @@ impl Row {
             Actuation::Requested { p95 } => p95.per_mille(UNTIL_ASKED_PER_MILLE),
             Actuation::Direct => Nanos(0),
         }
+    }
+
+    /// When whoever a brake has put to sleep until he is frozen has woken up.
+    fn awake_after(&self) -> Nanos {
+        self.asked_after().per_mille(AWAKE_PER_MILLE).min(AWAKE)
     }
 
     fn set_freeze(&mut self, freeze: Freeze) {
@@ -393,7 +430,7 @@ impl Row {
     fn is_brake_set(&self, held: Held) -> bool {
         let set = self.controls.high.get().ok();
         held.braked
-            .is_some_and(|(_, high)| set == Some(Limit::At(high)))
+            .is_some_and(|braked| set == Some(Limit::At(braked.high)))
     }
 
     /// Lifts a hold if the limit was raised, or if it has lasted for longer than anybody may be held.

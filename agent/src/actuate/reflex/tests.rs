@@ -426,12 +426,17 @@ fn whoever_grows_while_the_freeze_is_late_is_braked() {
         thread::yield_now();
     }
     // Everybody wakes up before runc asks for a freeze that comes yet: 200 of 600 ms.
-    let sleep = |stage: &Stage| {
-        let (_, high) = stage.row.held.unwrap().braked.unwrap();
+    let sleep = |stage: &Stage, charges: u64| {
+        let high = stage.row.held.unwrap().braked.unwrap().high;
+        let usage = usage + charges * 64 * 4096;
         64_000.0 * (usage as f64 / high.0 as f64 - 1.0).powi(2)
     };
-    // Three threads have seven charges of a quarter of a MiB.
-    assert!((70.0..90.0).contains(&sleep(&stage)), "{}", sleep(&stage));
+    // Three threads have seven charges of a quarter of a MiB: three sevenths of 144 ms.
+    assert!(
+        (50.0..62.0).contains(&sleep(&stage, 3)),
+        "{}",
+        sleep(&stage, 3)
+    );
     assert!(stage.row_looks_after(Nanos::millis(50)).is_empty());
     assert_eq!(stage.content("cgroup.freeze"), "0");
     // One that does not come is replaced.
@@ -440,7 +445,7 @@ fn whoever_grows_while_the_freeze_is_late_is_braked() {
         matches!(replaced[..], [Verdict::Braked { .. }]),
         "{replaced:?}"
     );
-    assert!(sleep(&stage) > 250.0, "{}", sleep(&stage));
+    assert!(sleep(&stage, 0) > 250.0, "{}", sleep(&stage, 0));
     stage.settle();
     stage.wait_until_thawed(Nanos::millis(111));
     assert_eq!(stage.row.controls.freeze.frozen_at(), None);
@@ -501,7 +506,7 @@ fn scarce_room_is_braked_with_the_freeze() {
 fn a_hold_keeps_its_brake_when_it_is_armed_again() {
     let mut stage = Stage::new("armed", REQUESTED);
     stage.react(&event_with_room(380, Nanos(0)));
-    let (_, high) = stage.row.held.unwrap().braked.unwrap();
+    let high = stage.row.held.unwrap().braked.unwrap().high;
     let start = now();
     while stage.content("memory.high") != high.0.to_string() {
         assert!(now().since(start) < Nanos::millis(3000), "it is not braked");
