@@ -52,17 +52,30 @@ pub fn high(growing: Growing, time: Nanos) -> Bytes {
 }
 
 /// The same where whoever wakes up cannot go on by then, for he is frozen: nobody sleeps for longer than `time` for a charge
-/// of this size, also when all the others have been charged, too. In a small limit those who were charged before them sleep for
-/// less, or not at all: it may be above usage.
+/// of this size, also when all the others have been charged, too; in a small limit those who were charged before them sleep for
+/// less. Where there is not another charge for each, the first sleeps for two thirds of it, and the last for longer: who is
+/// back before he is frozen is killed. `None` where that would have to be above usage: it would let those pass who come first.
 #[must_use]
-pub fn high_until_frozen(growing: Growing, time: Nanos) -> Bytes {
+pub fn high_until_frozen(growing: Growing, time: Nanos) -> Option<Bytes> {
+    let Growing {
+        usage,
+        limit,
+        growers,
+        ..
+    } = growing;
     let charge = growing.charge.max(growing.batch());
-    let after_all = growing.usage.plus(charge.scaled(growing.growers, 1));
-    let most = after_all.min(growing.limit).max(growing.usage);
-    with_sleeps(growing, time, time.min(LONGEST_SLEEP), most)
+    let after = |charges| usage.plus(charge.scaled(charges, 1)).min(limit).max(usage);
+    let high = with_sleeps(growing, time, time.min(LONGEST_SLEEP), after(growers));
+    let is_last = charge.scaled(growers, 1) >= limit.minus(usage);
+    let high = if is_last {
+        high.min(with_sleeps(growing, time, time.per_mille(667), after(1)))
+    } else {
+        high
+    };
+    (high < usage).then_some(high)
 }
 
-/// With sleeps of this length where `at` is used.
+/// With sleeps of this length at most, where `at` is used.
 fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos, at: Bytes) -> Bytes {
     let Growing {
         usage,
@@ -159,18 +172,25 @@ mod tests {
                     page: PAGE,
                 };
                 let time = Nanos::millis(150);
-                let (short, long) = (high_until_frozen(growing, time), high(growing, time));
+                let long = high(growing, time);
                 let sleep = |after: u64, high| {
                     let usage = growing.usage.plus(charge.scaled(after, 1)).min(limit);
                     kernel_sleep(usage, high, charge).as_millis()
                 };
                 let what = format!("{limit} {charge} {room} {growers}");
-                for after in 0..=growers {
-                    assert!(sleep(after, short) <= 151, "{what} {after}");
-                }
+                let Some(short) = high_until_frozen(growing, time) else {
+                    assert!(charge.scaled(growers, 1) > limit.per_mille(30), "{what}");
+                    continue;
+                };
+                assert!(short < growing.usage, "{what}");
                 assert!(sleep(growers, short) <= sleep(growers, long), "{what}");
                 if room <= growers {
+                    assert!(sleep(1, short) >= 95, "{what}: {}", sleep(1, short));
                     assert!(sleep(growers, short) >= 140, "{what}");
+                } else {
+                    for after in 0..=growers {
+                        assert!(sleep(after, short) <= 151, "{what} {after}");
+                    }
                 }
             }
         }

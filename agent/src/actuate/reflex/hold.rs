@@ -9,10 +9,12 @@
 //! that. So a freeze that is not complete before runc may ask is lifted, too, unless only page faults have been
 //! charged for and its threads go on. A page fault ends by itself, but that takes the CPU time for the pages that
 //! the kernel clears and reclaims in it, and on a busy node, or where the container has used up its CPU quota, that
-//! takes long. (A freeze that is written late needs a brake meanwhile. Where only page faults are charged for, that is one
-//! from which everybody wakes up before runc may ask, and is frozen then: a brake for the whole answer, in scarce room, made
-//! four threads sleep for five times as long as that took.) Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
+//! takes long. Whoever is let out meanwhile may use up what is left. Once runc has asked, a thaw cannot help it any
 //! more, only a freeze that is complete. Where probes forbid the freezer there is only the brake from the start.
+//!
+//! A freeze that is written late (see [`super::freezer`]) needs a brake meanwhile. Where only page faults are charged for,
+//! that is one from which everybody wakes up before runc may ask, and is frozen then: a brake for the whole answer, in
+//! scarce room, made four threads sleep for five times as long as that took.
 //!
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
@@ -21,7 +23,7 @@ use bellows_core::{
     brake::{self, Growing},
     reflex::Hold,
 };
-use bellows_ebpf_common::{ENTRY_CALL, ENTRY_FAULT, MemoryEvent};
+use bellows_ebpf_common::{BATCH_PAGES, ENTRY_CALL, ENTRY_FAULT, MemoryEvent};
 
 use super::{
     Means, Verdict,
@@ -106,14 +108,15 @@ enum Freeze {
 pub(super) struct Braked {
     at: Nanos,
     pub(super) high: Bytes,
-    until: Until,
+    /// Whether only until the freeze is in force.
+    is_brief: bool,
 }
 
 /// What a brake that is set below usage must last until.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Until {
-    /// The freeze is in force.
-    Frozen,
+    /// The freeze is in force; then it must stand here.
+    Frozen(Bytes),
     /// The limit is raised.
     Answered,
 }
@@ -179,15 +182,6 @@ impl Row {
     fn freeze(&self, demand: Bytes, means: &mut Means<'_>) -> Result<bool, String> {
         self.intend(means.ledger, Action::Hold, Reason::RaiseUnderWay, demand)?;
         Ok(means.freezer.freeze(&self.controls.freeze))
-    }
-
-    /// The freezer could not write what was wanted of it: whoever grows is braked instead.
-    pub(super) fn freeze_failed(&mut self) {
-        if self.held.is_some_and(|held| held.freeze == Freeze::Begun)
-            && self.controls.freeze.frozen_at().is_none()
-        {
-            self.set_freeze(Freeze::Replaced);
-        }
     }
 
     /// When a hold that begins at `at` has to end.
@@ -257,12 +251,9 @@ impl Row {
         self.held = Some(held);
         if frozen_at.is_none() && at.since(held.since) >= patience && !self.foreign_brake {
             // It is late: the brake is not.
-            let asleep = self.awake_after().since(at.since(held.since));
-            return Some(if held.is_faults && asleep >= SHORTEST_SLEEP {
-                (held.freeze, Until::Frozen)
-            } else {
-                until_answer(Freeze::Replaced)
-            });
+            let until_frozen = self.until_frozen(event, held, growing);
+            let brief = until_frozen.map(|high| (held.freeze, Until::Frozen(high)));
+            return Some(brief.unwrap_or_else(|| until_answer(Freeze::Replaced)));
         }
         // One that was about to be thawed is frozen for longer than it is held.
         let frozen_for =
@@ -287,6 +278,20 @@ impl Row {
         }
     }
 
+    /// Where the brake must stand until a freeze that is late is in force, if that can be waited for: of page faults alone,
+    /// and of small pages. A huge one sleeps for eight times as long.
+    fn until_frozen(&self, event: &MemoryEvent, held: Held, growing: Growing) -> Option<Bytes> {
+        let asleep = self
+            .awake_after()
+            .since(Nanos(event.at_ns).since(held.since));
+        let may_wait = held.is_faults
+            && u64::from(event.charge_pages) <= BATCH_PAGES
+            && asleep >= SHORTEST_SLEEP;
+        may_wait
+            .then(|| brake::high_until_frozen(growing, asleep))
+            .flatten()
+    }
+
     /// Sets the brake below usage, for as long as what it is waited for should take from now.
     fn brake(
         &mut self,
@@ -305,17 +310,17 @@ impl Row {
             self.held = Some(Held { freeze, ..held });
             return None;
         }
-        let is_recent = held
-            .braked
-            .is_some_and(|braked| braked.until == until && at.since(braked.at) < BRAKE_INTERVAL);
+        let is_recent = held.braked.is_some_and(|braked| {
+            braked.is_brief == matches!(until, Until::Frozen(_))
+                && at.since(braked.at) < BRAKE_INTERVAL
+        });
         if is_recent && freeze == held.freeze {
             return None;
         }
-        let left = |time: Nanos| time.since(at.since(held.since));
         let high = match until {
-            Until::Frozen => brake::high_until_frozen(growing, left(self.awake_after())),
+            Until::Frozen(high) => high,
             Until::Answered => {
-                let answer = left(p95.per_mille(1250));
+                let answer = p95.per_mille(1250).since(at.since(held.since));
                 brake::high(growing, answer.max(SHORTEST_BRAKE))
             }
         };
@@ -330,7 +335,11 @@ impl Row {
         }
         self.held = Some(Held {
             freeze,
-            braked: Some(Braked { at, high, until }),
+            braked: Some(Braked {
+                at,
+                high,
+                is_brief: matches!(until, Until::Frozen(_)),
+            }),
             ..held
         });
         Some(Ok(Verdict::Braked { cgroup }))
@@ -378,15 +387,10 @@ impl Row {
             // There is nothing else to hold it by, and nobody waits for what is not written.
             return None;
         }
-        if may_end && elapsed < self.asked_after() {
-            return None;
-        }
-        // Of whoever was put to sleep and is not frozen by now, nobody knows where he sleeps.
-        let may_sleep = held
-            .braked
-            .is_some_and(|braked| braked.until == Until::Frozen);
-        if may_end && !may_sleep {
-            self.set_freeze(Freeze::Complete);
+        if may_end {
+            if elapsed >= self.asked_after() {
+                self.set_freeze(Freeze::Complete);
+            }
             return None;
         }
         let usage = self.controls.current.get().ok()?.bytes();

@@ -371,9 +371,6 @@ impl Worker {
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
                 Ok(Command::PutBack(cgroup)) => self.put_back(cgroup),
                 Ok(Command::NotFrozen(cgroup, error)) => {
-                    if let Some(row) = self.table.get_mut(&cgroup) {
-                        row.freeze_failed();
-                    }
                     self.tell(Verdict::Failed { cgroup, error });
                 }
                 Ok(Command::Watch(cgroup, watermark)) => self.watch(cgroup, watermark),
