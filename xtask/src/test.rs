@@ -398,6 +398,7 @@ fn node(checks: &mut Checks) -> Result<()> {
                 at_most(summary, key, 0.0)?;
             }
             at_most(summary, "unguarded_max_s", 30.0)?;
+            hardly_excused(summary)?;
             at_most(summary, "recovery_vs_cri_p99", 10.0)
         },
     );

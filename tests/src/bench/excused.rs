@@ -13,6 +13,11 @@ const STOOD_STILL: Nanos = Nanos::millis(100);
 /// So many runs of a case may say nothing.
 const MOST: usize = 2;
 
+/// Whether a kill is none of the guard's after a CPU stood still for so long.
+pub(super) fn is_excuse(stood_still: Nanos) -> bool {
+    stood_still > STOOD_STILL
+}
+
 /// How a run ended.
 pub(super) trait Ended {
     /// Whether its load was killed.
@@ -28,7 +33,7 @@ pub(super) fn repeated<E: Ended>(mut run: impl FnMut(usize) -> Result<E>) -> Res
     let mut excused = Vec::new();
     loop {
         let ended = run(excused.len())?;
-        let says_nothing = ended.killed() && ended.stood_still() > STOOD_STILL;
+        let says_nothing = ended.killed() && is_excuse(ended.stood_still());
         if !says_nothing || excused.len() == MOST {
             return Ok((ended, excused));
         }

@@ -31,7 +31,7 @@ use super::{
     container_bursts::{is_at_rest, limits, said},
     container_edges::recorded,
     deaths::is_held,
-    gate,
+    excused, gate,
     record::{Records, parsed, percentile, rounded},
     runner::Probe,
 };
@@ -176,6 +176,9 @@ struct Record {
     oom_kill: u64,
     /// When its first kill was seen.
     killed_at: u64,
+    /// The longest time for which a CPU of the machine stood still shortly before that.
+    #[serde(default)]
+    stood_still_before_kill_us: u64,
     /// From the fault's end, or from the first raise where that came later, until cgroup, pod and runtime agreed, and
     /// nobody was held; `None` if it was dead.
     agreed_ms: Option<u64>,
@@ -191,7 +194,13 @@ impl Record {
     /// Whether it was killed while its agent lived, or could have.
     fn is_avoidable(&self) -> bool {
         let is_unguarded = |(from, to)| (from..=to).contains(&self.killed_at);
-        self.oom_kill > 0 && !self.times.unguarded.is_some_and(is_unguarded)
+        self.oom_kill > 0 && !self.times.unguarded.is_some_and(is_unguarded) && !self.is_excused()
+    }
+
+    /// Whether it was killed while the machine itself stood still.
+    fn is_excused(&self) -> bool {
+        let stood_still = Nanos(self.stood_still_before_kill_us * 1000);
+        self.oom_kill > 0 && excused::is_excuse(stood_still)
     }
 
     fn is_uncounted(&self) -> bool {
@@ -352,6 +361,7 @@ impl Bed {
             times,
             oom_kill: track.oom_kill,
             killed_at: track.killed_at_ns,
+            stood_still_before_kill_us: self.probe.stood_still_before_kill(&track).0 / 1000,
             agreed_ms,
             restored_ms,
             wrong,
@@ -694,6 +704,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "moments_missed": count(&|record| !record.attempted),
         "kills": count(&|record| record.oom_kill > 0),
         "avoidable_kills": count(&Record::is_avoidable),
+        "stood_still": count(&Record::is_excused),
         "never_agreed": count(&never),
         "unguarded_max_s": rounded(unguarded.max().unwrap_or(0) as f64 / 1e9),
         "recovery_vs_cri_p99": rounded(percentile(&agreed, 99.0) / p99),
