@@ -42,6 +42,11 @@ impl Growing {
     fn batch(self) -> Bytes {
         self.page.scaled(BATCH, 1)
     }
+
+    /// The kernel charges no less than a batch.
+    fn at_once(self) -> Bytes {
+        self.charge.max(self.batch())
+    }
 }
 
 /// Where `memory.high` must stand so that the room left lasts for `time`. Who is charged sleeps for as long as that takes,
@@ -63,7 +68,7 @@ pub fn high_until_frozen(growing: Growing, time: Nanos) -> Option<Bytes> {
         growers,
         ..
     } = growing;
-    let charge = growing.charge.max(growing.batch());
+    let charge = growing.at_once();
     let after = |charges| usage.plus(charge.scaled(charges, 1)).min(limit).max(usage);
     let high = with_sleeps(growing, time, time.min(LONGEST_SLEEP), after(growers));
     let is_last = charge.scaled(growers, 1) >= limit.minus(usage);
@@ -80,12 +85,12 @@ fn with_sleeps(growing: Growing, time: Nanos, longest: Nanos, at: Bytes) -> Byte
     let Growing {
         usage,
         limit,
-        charge,
         growers,
         page,
+        ..
     } = growing;
     let batch = growing.batch();
-    let charge = charge.max(batch);
+    let charge = growing.at_once();
     let charges_left = (limit.minus(usage).0 / charge.0).max(1);
     let sleep = u128::from(time.0) * u128::from(growers.max(1)) / u128::from(charges_left);
     let sleep = sleep.min(u128::from(longest.0));

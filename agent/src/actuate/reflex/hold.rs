@@ -310,9 +310,9 @@ impl Row {
             self.held = Some(Held { freeze, ..held });
             return None;
         }
+        let is_brief = matches!(until, Until::Frozen(_));
         let is_recent = held.braked.is_some_and(|braked| {
-            braked.is_brief == matches!(until, Until::Frozen(_))
-                && at.since(braked.at) < BRAKE_INTERVAL
+            braked.is_brief == is_brief && at.since(braked.at) < BRAKE_INTERVAL
         });
         if is_recent && freeze == held.freeze {
             return None;
@@ -335,11 +335,7 @@ impl Row {
         }
         self.held = Some(Held {
             freeze,
-            braked: Some(Braked {
-                at,
-                high,
-                is_brief: matches!(until, Until::Frozen(_)),
-            }),
+            braked: Some(Braked { at, high, is_brief }),
             ..held
         });
         Some(Ok(Verdict::Braked { cgroup }))
