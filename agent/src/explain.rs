@@ -227,6 +227,7 @@ fn intention(action: Action, reason: Reason, demand: Bytes, held: Option<Nanos>)
         Reason::RaiseArrived => "the raise has arrived",
         Reason::HoldExpired => "no raise came in time",
         Reason::NoRoom => "there is no room for the raise",
+        Reason::AskedToEnd => "it was sent a signal to end",
         Reason::BurstOver => "the burst is over",
         Reason::GrewWhileShrinking => "grew again while the limit was being lowered",
         Reason::Throttled => "was throttled",

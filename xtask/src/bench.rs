@@ -189,6 +189,9 @@ pub(crate) struct Options {
     /// Processes that move between cgroups without end, while which freezes come late (container-bursts).
     #[arg(long)]
     pub(crate) movers: Option<u64>,
+    /// Seconds for which the policy lets a container be held (storm).
+    #[arg(long)]
+    pub(crate) hold_at_most: Option<u64>,
     /// Switch the multi-gen LRU off, or on again, while a case is under way (page-cache).
     #[arg(long)]
     pub(crate) flip_lru: bool,
@@ -253,6 +256,7 @@ impl Options {
             swap: None,
             starts: None,
             movers: None,
+            hold_at_most: None,
             without_bpf: false,
             flip_lru: false,
             nested: false,
@@ -301,6 +305,9 @@ impl Options {
         if let Some(movers) = self.movers {
             name += &format!("-movers-{movers}");
         }
+        if let Some(seconds) = self.hold_at_most {
+            name += &format!("-hold-at-most-{seconds}");
+        }
         for (given, suffix) in [
             (self.without_resize, "-without-resize"),
             (self.without_bpf, "-without-bpf"),
@@ -335,6 +342,7 @@ impl Options {
             ("--units", self.units),
             ("--starts", self.starts),
             ("--movers", self.movers),
+            ("--hold-at-most", self.hold_at_most),
         ] {
             if let Some(value) = value {
                 words.extend([flag.to_owned(), value.to_string()]);

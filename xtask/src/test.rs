@@ -330,10 +330,10 @@ fn benches(checks: &mut Checks, binaries: &Binaries) {
             at_most(summary, "mixed_grant_ratio", 1.25)
         },
     );
-    // Half of the demo's.
+    // A third of the demo's.
     let build = bench::Options {
         without_unlimited: true,
-        units: Some(6),
+        units: Some(4),
         ..bench::Options::of(Name::Build)
     };
     judge(

@@ -28,6 +28,8 @@ pub enum Reason {
     HoldExpired,
     /// There is no room for the raise, on the node or above the container.
     NoRoom,
+    /// A signal to end waits for it.
+    AskedToEnd,
     /// No growth for the quiet period.
     BurstOver,
     /// Demand rose again while the limit was being lowered.
@@ -44,6 +46,14 @@ pub enum Reason {
     Boosted,
     /// The guard ends.
     Ended,
+}
+
+impl Reason {
+    /// Whether who is released for this is let go: not held again for a while, whatever becomes of it.
+    #[must_use]
+    pub const fn lets_go(self) -> bool {
+        matches!(self, Self::HoldExpired | Self::NoRoom | Self::AskedToEnd)
+    }
 }
 
 /// What can be done to one guarded cgroup.

@@ -34,9 +34,10 @@
 //! and comes later in the order, takes it. If others could not end with what it asks for granted, nobody later begins
 //! at all: it would be one more that has to end. Those that have begun go on whatever their priority, because their
 //! end is what everybody waits for. So it is for as long as the container may be held, and at most for
-//! [`RESERVED_FOR`]: then whoever is held is let go, and what was kept for it is for others. So is what was kept for
-//! the end of a burst that has not moved for so long, and what it has is no longer counted on: a leak or a plateau does
-//! not give back. Where not even the end of all others would help nothing is kept, and the answer says how much there
+//! [`RESERVED_FOR`]: then what was kept for it is for others, which may be able to wait for less, and whoever may be held
+//! for longer has nothing but its place in the order. After its own time it is let go. What is kept for the end of a burst
+//! that has not moved for [`RESERVED_FOR`] and does not wait itself is for others, too, and what it has is no longer counted
+//! on: a leak or a plateau does not give back. Where not even the end of all others would help nothing is kept, and the answer says how much there
 //! is, for whoever can do with less.
 //!
 //! **What may never end.** A leak is granted nothing. One that grows without a trigger and gives nothing back ([`crate::growth`]) is not counted on to end,
@@ -59,7 +60,8 @@
 //! - *Order and names do not matter*: the claims are a map, ids decide ties only.
 //! - *No starvation*: who waits is overtaken only by higher priorities, by those that have begun, of whom there are
 //!   finitely many with finitely much to come, and by those that came less than their share's seconds later.
-//!   So it is served, or has waited for as long as it could and is told what for.
+//!   So it is served, or has waited for as long as it could and is told what for. (Who waits for longer than
+//!   [`RESERVED_FOR`] is overtaken from then on by whoever needs less than it; that is what its own patience is for.)
 //!
 //! All of that is about one look. It holds over time as long as nobody uses more than it is promised, and who needs
 //! more than [`Claim::most`] said is the price of a guess: it has to wait, and may be let go.
@@ -84,9 +86,8 @@ mod tests;
 
 use bursts::{Burst, Bursts};
 
-/// A burst that has not moved for so long is not counted on, and nothing is kept for it. As long as the longest hold
-/// ([`crate::patience`]).
-pub const RESERVED_FOR: Nanos = Nanos::millis(10_000);
+/// A burst that has not moved for so long is not counted on, and nothing is kept for it. As long as the usual hold.
+pub const RESERVED_FOR: Nanos = crate::patience::LONGEST;
 /// A GiB over this weight counts as a second of waiting.
 pub const DEFAULT_WEIGHT: u64 = 100;
 
@@ -150,7 +151,7 @@ pub struct Claim {
     pub since: Nanos,
     /// When it last grew, was granted something, or began to ask after a quiet time. To ask again is not to move.
     pub moved_at: Nanos,
-    /// How long it may be held from then on ([`crate::patience`]).
+    /// How long it may be held from then on, if it asks ([`crate::patience`]).
     pub may_wait: Nanos,
     /// The limit that it comes back to.
     pub at_rest: Bytes,
@@ -240,11 +241,15 @@ impl Claim {
         self.wanted > self.held().max(self.at_rest)
     }
 
-    /// Whether its burst is under way: it has more than at rest, and is counted on to go on and give back.
+    /// Whether its burst is under way: it has more than at rest, and is counted on to go on and give back. Who is held for
+    /// what it asks for cannot move.
     fn has_begun(&self, now: Nanos) -> bool {
-        self.nature == Nature::Burst
-            && self.held() > self.at_rest
-            && now.since(self.moved_at) < RESERVED_FOR
+        let is_counted_on = self.moved_lately(now) || (self.asks() && now < self.patience_ends());
+        self.nature == Nature::Burst && self.held() > self.at_rest && is_counted_on
+    }
+
+    fn moved_lately(&self, now: Nanos) -> bool {
+        now.since(self.moved_at) < RESERVED_FOR
     }
 
     /// What is kept for it from one that may never end: nothing once it has begun, for then it must be able to end.
@@ -258,8 +263,7 @@ impl Claim {
 
     /// Until when it may wait.
     fn patience_ends(&self) -> Nanos {
-        let wait = self.may_wait.min(RESERVED_FOR);
-        Nanos(self.moved_at.0.saturating_add(wait.0))
+        Nanos(self.moved_at.0.saturating_add(self.may_wait.0))
     }
 
     /// Its place in the order, but for its id.
@@ -367,7 +371,7 @@ impl Arbiter<'_> {
         if self.now >= until {
             return Verdict::Refused(why);
         }
-        if !matches!(why, Why::NoRoom(..)) {
+        if claim.moved_lately(self.now) && !matches!(why, Why::NoRoom(..)) {
             // Whoever began now would be one more that has to end before.
             let kept = stranded.map_or(asked, |_| EVERYTHING);
             self.kept.push((burst, kept));

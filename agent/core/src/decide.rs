@@ -237,16 +237,15 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     } = snapshot;
     let after = policy.by_hand_after?;
     let (to, asked) = requested.filter(|(to, _)| to > limit)?;
-    let last_moment = policy.last_moment();
     // Nobody is held for long enough to be answered: what was waited for was room.
     let is_held_for = |patience| held_since.is_some_and(|since| now.since(since) >= patience);
-    let is_held_too_long = is_held_for(last_moment);
+    let is_held_too_long = is_held_for(policy.last_moment());
     let is_urgent = *is_let_go || is_held_too_long;
     let reason = if after == Nanos(0) {
         Reason::RaisedFirst
     } else if *request_failed {
         Reason::RequestFailed
-    } else if is_urgent || now.since(asked) >= after.min(last_moment) {
+    } else if is_urgent || now.since(asked) >= after.min(policy.answer_within()) {
         Reason::AnswerLate
     } else {
         return None;
@@ -254,7 +253,11 @@ fn raise_by_hand(snapshot: &Snapshot) -> Option<(Action, Reason)> {
     let may = match by_hand {
         ByHand::No => false,
         // Who was let go may live without it: a smaller limit that comes after it kills.
-        ByHand::NotYet => is_held_for(policy.very_last_moment()),
+        ByHand::NotYet => {
+            let since = held_since.map(|since| since.max(asked));
+            let is_late = |since| now.since(since) >= policy.answer_within_at_last();
+            is_held_for(policy.very_last_moment()) || since.is_some_and(is_late)
+        }
         ByHand::Yes => true,
     };
     may.then_some((Action::RaiseByHand { from: *limit, to }, reason))
@@ -445,6 +448,16 @@ mod tests {
         };
         assert_eq!(asked(7499), []);
         assert_eq!(asked(7500), by_hand(Reason::AnswerLate));
+        // Who may be held for longer has waited for room, and waits for an answer as long as everybody.
+        let mut patient = late;
+        patient.policy.patience.longest = Nanos::millis(120_000);
+        let asked = Nanos(late.now.0 + Nanos::millis(60_000).0);
+        patient.requested = Some((to, asked));
+        assert_eq!(after(&patient, 61_999), []);
+        assert_eq!(after(&patient, 62_000), by_hand(Reason::AnswerLate));
+        patient.by_hand = ByHand::NotYet;
+        assert_eq!(after(&patient, 68_999), []);
+        assert_eq!(after(&patient, 69_000), by_hand(Reason::AnswerLate));
         let let_go = Snapshot {
             held_since: None,
             is_let_go: true,

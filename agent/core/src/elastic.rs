@@ -106,6 +106,8 @@ pub struct MemoryRules {
     pub floor: Option<Bytes>,
     /// Time without growth after which a raised limit is lowered; longer for what has paused for longer before, and gone on.
     pub shrink_after: Nanos,
+    /// How long one hold may last; `None` for as long as usual ([`crate::patience::LONGEST`]).
+    pub hold_at_most: Option<Nanos>,
     /// In which order it is raised where the Kubernetes API owns it.
     pub order: Order,
     /// What becomes of its jobs where there is not memory for all of them at once.
@@ -184,6 +186,7 @@ mod tests {
                 max: Bytes::mib(mib),
                 floor: None,
                 shrink_after: Nanos::millis(5000),
+                hold_at_most: None,
                 order: Order::PatchFirst,
                 parallelism: Parallelism::Unchanged,
                 heap: None,

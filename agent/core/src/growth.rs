@@ -129,6 +129,13 @@ impl Spell {
         }
     }
 
+    /// Time in which it could not grow, held, is none of its own.
+    pub const fn held_for(&mut self, held: Nanos) {
+        self.since = Nanos(self.since.0.saturating_add(held.0));
+        let (came_at, came) = self.came;
+        self.came = (Nanos(came_at.0.saturating_add(held.0)), came);
+    }
+
     /// For how long it has lasted.
     #[must_use]
     pub fn age(&self, now: Nanos) -> Nanos {
@@ -188,6 +195,17 @@ mod tests {
             spell.observe(at(second), Bytes::mib(60 + second * mib_a_second));
         }
         spell
+    }
+
+    #[test]
+    fn who_was_held_is_no_older_for_it() {
+        let mut spell = grown(100, 30);
+        spell.held_for(Nanos(SECOND.0 * 600));
+        assert_eq!(spell.nature(at(659), NOBODY), Nature::Burst);
+        assert_eq!(spell.nature(at(660), NOBODY), Nature::Suspect);
+        // Nor is what it had grown to before forgotten: nothing could come meanwhile.
+        spell.observe(at(630), Bytes::mib(3200));
+        assert_eq!(spell.nature(at(660), NOBODY), Nature::Suspect);
     }
 
     #[test]

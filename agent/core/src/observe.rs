@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use crate::{
     decide::request_target,
     history::History,
-    patience::Patience,
     policy::{Actuation, Policy},
     reflex::thresholds,
     thresholds::Thresholds,
@@ -161,7 +160,7 @@ impl Observed {
         let would = match lead {
             _ if to <= self.limit => Would::AtCeiling,
             None => Would::Unseen,
-            Some(_) if Patience::left(allowed, Nanos(0)) < answer => Would::Impatient,
+            Some(_) if patience.left(allowed, Nanos(0)) < answer => Would::Impatient,
             Some(lead) if lead < LEAST_LEAD => Would::TooFast,
             Some(_) => Would::Live,
         };
@@ -198,6 +197,7 @@ impl Observed {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patience::Patience;
 
     const LIMIT: Bytes = Bytes::mib(256);
     const ANSWER: Nanos = Nanos::millis(600);
@@ -209,7 +209,7 @@ mod tests {
             patience: Patience {
                 frozen,
                 braked,
-                recovery: Nanos(0),
+                ..Patience::UNPROBED
             },
             ..Policy::direct(LIMIT, Bytes::mib(ceiling))
         };

@@ -45,11 +45,13 @@ pub struct Patience {
     pub braked: Nanos,
     /// Holds that are less than this apart share one allowance.
     pub recovery: Nanos,
+    /// One hold, whatever the probes allow.
+    pub longest: Nanos,
 }
 
-/// One hold, whatever the probes allow: a client outside waits too. On a busy node (four bursts at once on two CPUs)
+/// One hold, where nobody says anything else: a client outside waits too. On a busy node (four bursts at once on two CPUs)
 /// answers took up to 6 s, and who is let go before the answer is killed.
-const LONGEST: Nanos = Nanos::millis(10_000);
+pub const LONGEST: Nanos = Nanos::millis(10_000);
 /// A freeze that must end this soon is not worth its failed probe.
 const SHORTEST_FREEZE: Nanos = Nanos::millis(200);
 /// What is left to jitter of the kubelet's timers.
@@ -61,6 +63,7 @@ impl Patience {
         frozen: Nanos(u64::MAX),
         braked: Nanos(u64::MAX),
         recovery: Nanos(0),
+        longest: LONGEST,
     };
 
     /// For a container with these probes.
@@ -84,8 +87,19 @@ impl Patience {
                     .braked
                     .min(with_timeout.per_mille(CAUTION_PER_MILLE)),
                 recovery: patience.recovery.max(probe.period),
+                ..patience
             }
         })
+    }
+
+    /// The same where a policy says how long one hold may last. Who waits for memory that others have is worth a longer one
+    /// than who waits for an answer; whose client waits with him, perhaps a shorter one.
+    #[must_use]
+    pub fn for_at_most(self, longest: Option<Nanos>) -> Self {
+        Self {
+            longest: longest.unwrap_or(self.longest),
+            ..self
+        }
     }
 
     /// Whether it may be frozen at all; if not, only the brake is left.
@@ -96,8 +110,8 @@ impl Patience {
 
     /// How long a hold may last after so much of the allowance was spent.
     #[must_use]
-    pub fn left(allowed: Nanos, spent: Nanos) -> Nanos {
-        allowed.since(spent).min(LONGEST)
+    pub fn left(&self, allowed: Nanos, spent: Nanos) -> Nanos {
+        allowed.since(spent).min(self.longest)
     }
 }
 

@@ -88,7 +88,7 @@ pub struct Wish {
     pub rest_text: String,
     /// The limit that is never exceeded.
     pub ceiling: Bytes,
-    /// How long its probes let it be held.
+    /// How long its probes and its policy let it be held.
     pub patience: Patience,
     /// Quiet time before a raised limit is lowered, where a policy says that.
     pub shrink_after: Option<Nanos>,
@@ -196,6 +196,7 @@ struct Asked {
     ceiling: Bytes,
     floor: Option<Bytes>,
     shrink_after: Option<Nanos>,
+    hold_at_most: Option<Nanos>,
     order: Order,
     parallelism: Parallelism,
     policy: Option<String>,
@@ -212,6 +213,7 @@ fn by_annotations(pod: &Pod, mode: Mode) -> Result<Wish, Refusal> {
         ceiling,
         floor: None,
         shrink_after: None,
+        hold_at_most: None,
         order: order(pod)?.unwrap_or_default(),
         parallelism: parallelism(pod)?.unwrap_or_default(),
         policy: None,
@@ -288,6 +290,7 @@ fn asked(
         ceiling: memory.max,
         floor: memory.floor,
         shrink_after: Some(memory.shrink_after),
+        hold_at_most: memory.hold_at_most,
         order: order(pod)?.unwrap_or(memory.order),
         parallelism: parallelism(pod)?.unwrap_or(memory.parallelism),
         policy: Some(policy.name.clone()),
@@ -300,6 +303,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> 
         ceiling,
         floor,
         shrink_after,
+        hold_at_most,
         order,
         parallelism,
         policy,
@@ -383,7 +387,7 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> 
         rest,
         rest_text,
         ceiling,
-        patience: Patience::with(&probes),
+        patience: Patience::with(&probes).for_at_most(hold_at_most),
         shrink_after,
         order,
         parallelism,

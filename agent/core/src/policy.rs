@@ -5,7 +5,7 @@ use thiserror::Error;
 
 use crate::{
     elastic::Parallelism,
-    patience::Patience,
+    patience::{LONGEST, Patience},
     units::{Bytes, Nanos},
 };
 
@@ -129,22 +129,32 @@ impl Policy {
         } else {
             self.patience.braked
         };
-        Patience::left(allowed, Nanos(0))
+        self.patience.left(allowed, Nanos(0))
     }
 
     /// After which part of that its raise must be there.
     #[must_use]
     pub fn last_moment(&self) -> Nanos {
-        self.allowance().per_mille(PATIENT_PER_MILLE)
+        last_moment(self.allowance())
     }
 
     /// The same where another limit may still come that is smaller.
     #[must_use]
     pub fn very_last_moment(&self) -> Nanos {
-        let allowance = self.allowance();
-        let left = allowance.since(WARY_LEFT);
-        left.min(allowance.per_mille(WARY_PER_MILLE))
-            .max(self.last_moment())
+        very_last_moment(self.allowance())
+    }
+
+    /// How long an answer is waited for: who may be held for longer than is usual may wait for memory, not for whoever is
+    /// to raise it.
+    #[must_use]
+    pub fn answer_within(&self) -> Nanos {
+        last_moment(self.allowance().min(LONGEST))
+    }
+
+    /// The same where another limit may still come that is smaller.
+    #[must_use]
+    pub fn answer_within_at_last(&self) -> Nanos {
+        very_last_moment(self.allowance().min(LONGEST))
     }
 
     /// Checks that the limits are possible, and rounds them down to pages as the kernel will, whose pages have this size.
@@ -166,6 +176,16 @@ impl Policy {
             ..self
         })
     }
+}
+
+fn last_moment(allowance: Nanos) -> Nanos {
+    allowance.per_mille(PATIENT_PER_MILLE)
+}
+
+fn very_last_moment(allowance: Nanos) -> Nanos {
+    let left = allowance.since(WARY_LEFT);
+    left.min(allowance.per_mille(WARY_PER_MILLE))
+        .max(last_moment(allowance))
 }
 
 #[cfg(test)]

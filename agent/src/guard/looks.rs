@@ -79,6 +79,7 @@ impl<R: Requester> Controller<R> {
         for id in active {
             self.look_at(id);
         }
+        self.look_for_endings(now());
         self.look_at_bounds();
         self.look_at_observed();
     }

@@ -9,6 +9,7 @@
 mod bounds;
 mod counts;
 mod decisions;
+mod ending;
 mod foreign_brake;
 mod growers;
 mod guarded;

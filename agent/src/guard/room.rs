@@ -2,7 +2,7 @@
 //!
 //! The arbiter is asked once a burst, for as much as that is expected to need: what was learnt of the last one, or one step
 //! more than it asks for. Whoever had begun with the first step only would wait, held, for those who cannot end either, and
-//! a hold lasts for ten seconds at most (`storm`: of twenty bursts at once with memory for eight, four were served). What is
+//! a hold lasts for ten seconds, unless a policy says otherwise (`storm`: of twenty bursts at once with memory for eight, four were served). What is
 //! expected and not there is given up when patience ends: then what it asks for is enough.
 //!
 //! A raise that is granted and not there kills whoever happens to be chosen by the node's OOM killer, or has the kubelet
@@ -46,6 +46,8 @@ const LEAST_RESERVE: Bytes = Bytes::mib(128);
 const NO_ROOM_FOR: Nanos = Nanos::millis(1000);
 /// The same for one that may never end.
 const STOPPED_FOR: Nanos = Nanos::millis(10_000);
+/// Who has waited for long asks again so often: to ask is to look at all others.
+const SELDOM: Nanos = Nanos::millis(500);
 /// A raise of one that may never end goes to this multiple of the demand.
 const SUSPECTS_STEP_PER_MILLE: u64 = 1250;
 /// Who waits for a raise is judged again after this time.
@@ -60,6 +62,8 @@ pub(super) struct Waiting {
     since: Nanos,
     /// The limit.
     wanted: Bytes,
+    /// When it was asked for last.
+    asked: Nanos,
     /// What it was told.
     pub(super) told: Option<Why>,
 }
@@ -102,6 +106,8 @@ impl Guarded {
 
     /// Judges its growth when it asks for more. Who can be seen to grow is looked at only when it matters.
     fn judge(&mut self, at: Nanos) {
+        // Who is held does not grow older.
+        let at = self.held_since.unwrap_or(at);
         let spell = *self
             .spell
             .get_or_insert(Spell::begin(at, self.history.demand));
@@ -194,8 +200,13 @@ impl<R: Requester> Controller<R> {
         let waiting = guarded.waiting.get_or_insert(Waiting {
             since: at,
             wanted: expected,
+            asked: Nanos(0),
             told: None,
         });
+        if at.since(waiting.since) >= RESERVED_FOR && at.since(waiting.asked) < SELDOM {
+            return promised;
+        }
+        waiting.asked = at;
         waiting.wanted = expected;
         let verdict = match self.claims(at) {
             Ok((rooms, mut claims)) => {
@@ -576,6 +587,7 @@ mod tests {
         waiting.waiting = Some(Waiting {
             since: Nanos(0),
             wanted: Bytes::mib(620),
+            asked: Nanos(0),
             told: None,
         });
         assert_eq!(waiting.expected(Nanos::millis(7_499), to), Bytes::mib(620));

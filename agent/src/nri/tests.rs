@@ -26,6 +26,7 @@ fn policy(mode: Mode, heap: Option<Heap>) -> ElasticPolicy {
                 max: Bytes::mib(4096),
                 floor: None,
                 shrink_after: Nanos::millis(5000),
+                hold_at_most: None,
                 order: Order::PatchFirst,
                 parallelism: Parallelism::Unchanged,
                 heap,

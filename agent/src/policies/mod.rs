@@ -54,6 +54,7 @@ A policy:
         max: 4Gi           # never more than this, but for boosts
         floor: 128Mi       # the limit at rest; the container's own, if left out
         shrinkAfter: 5s    # 5s, if left out
+        holdAtMost: 10s    # how long it may stand still for a raise, or for memory that others have; 10s, if left out
         order: PatchFirst  # or, in Kubernetes only, RaiseFirst: raised on the node, and the API asked right after
         parallelism: Elastic # some jobs wait where there is not memory for all; Unchanged, if left out
         heap: Original     # the limit by which JVMs and node size their heaps: the container's own, Maximum (max), or a
@@ -283,6 +284,7 @@ struct Memory {
     max: Spanned<String>,
     floor: Option<Spanned<String>>,
     shrink_after: Option<Spanned<String>>,
+    hold_at_most: Option<Spanned<String>>,
     #[serde(default)]
     order: Order,
     #[serde(default)]
@@ -377,6 +379,7 @@ impl Memory {
                 .shrink_after
                 .as_ref()
                 .map_or(Ok(SHRINK_AFTER), duration)?,
+            hold_at_most: self.hold_at_most.as_ref().map(duration).transpose()?,
             order: self.order,
             parallelism: self.parallelism,
             heap: self

@@ -24,6 +24,7 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
+      holdAtMost: 5m
       requests: {makeRoom: true, floor: 64Mi, margin: 10%}
       heap: 512Mi
     cpu: {max: 1.5, throttleTarget: 2.5%}
@@ -64,6 +65,7 @@ fn reads_what_it_documents() {
         max: Bytes::mib(4096),
         floor: Some(Bytes::mib(128)),
         shrink_after: Nanos::millis(90_000),
+        hold_at_most: Some(Nanos::millis(300_000)),
         order: Order::PatchFirst,
         parallelism: Parallelism::Unchanged,
         heap: Some(Heap::At(Bytes::mib(512))),

@@ -51,17 +51,21 @@ fn allowed(rules: &ContainerRules) -> String {
         let MemoryRules {
             max,
             floor,
+            hold_at_most,
             parallelism,
             heap,
             ..
         } = memory;
         let floor = floor.map_or_else(String::new, |floor| format!(", at rest {floor}"));
+        let hold = hold_at_most.map_or_else(String::new, |longest| {
+            format!(", held for {} s at most", longest.as_millis() / 1000)
+        });
         let wait = match parallelism {
             Parallelism::Unchanged => "",
             Parallelism::Elastic => ", jobs wait where it does not suffice",
         };
         let heap = heap.map_or_else(String::new, heap::told);
-        format!("memory up to {max}{floor}{wait}{heap}")
+        format!("memory up to {max}{floor}{hold}{wait}{heap}")
     });
     let requests = rules.memory.and_then(|memory| memory.requests);
     let requests = requests.as_ref().map(requests::told);

@@ -142,11 +142,12 @@ fn action(input: &mut Input<'_>) -> Action {
 }
 
 fn reason(input: &mut Input<'_>) -> Reason {
-    const REASONS: [Reason; 7] = [
+    const REASONS: [Reason; 8] = [
         Reason::WatermarkReached,
         Reason::RaiseUnderWay,
         Reason::RaiseArrived,
         Reason::HoldExpired,
+        Reason::AskedToEnd,
         Reason::BurstOver,
         Reason::GrewWhileShrinking,
         Reason::Ended,

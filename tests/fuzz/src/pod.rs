@@ -112,6 +112,7 @@ fn policy() -> ElasticPolicy {
                 max: Bytes::mib(4096),
                 floor: Some(Bytes::mib(64)),
                 shrink_after: Nanos::millis(5000),
+                hold_at_most: None,
                 order: Order::PatchFirst,
                 parallelism: bellows_core::elastic::Parallelism::Unchanged,
                 heap: None,

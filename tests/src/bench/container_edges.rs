@@ -18,6 +18,7 @@ use super::{
     gate, observe_edges,
     record::Records,
     throttle::has_cpu,
+    wait_edges,
 };
 use crate::{
     containers::{Machine, POLICIES, Spec, Standalone, Started, cpu_policy, policy},
@@ -27,7 +28,7 @@ use crate::{
 /// What a failure tells of the agent's log.
 const LOG_LINES: usize = 60;
 pub(super) const LIMIT: Bytes = Bytes::mib(64);
-const PEAK: Bytes = Bytes::mib(220);
+pub(super) const PEAK: Bytes = Bytes::mib(220);
 pub(super) const MAX: Bytes = Bytes::mib(1024);
 /// The label of those that are guarded.
 pub(super) const GUARD: &str = "edges";
@@ -90,6 +91,7 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
     };
     let cases = CASES.into_iter();
     let cases = cases.chain(boost_edges::CASES).chain(observe_edges::CASES);
+    let cases = cases.chain(wait_edges::CASES);
     for (name, case) in cases.skip(options.skip) {
         // One that failed may have left none.
         if bed.agent.is_none() {

@@ -51,6 +51,7 @@ mod storm;
 mod swap;
 mod thrash;
 mod throttle;
+mod wait_edges;
 
 use std::{
     fs::{self, File},

@@ -2,7 +2,8 @@
 //!
 //! Nothing may be promised that is not there, nobody who was granted what it asked for may be killed, and whoever is not
 //! served in the end must have been told why. Who is refused dies at its limit, as it would have without Bellows: that is
-//! counted, and is no failure of the arbiter's.
+//! counted, and is no failure of the arbiter's. So does who was granted what there was, told that it is less than it asked
+//! for, and needs more than that (`kills_granted_less`).
 
 use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 
@@ -24,7 +25,7 @@ use super::{
     record::{Records, parsed, rounded},
 };
 use crate::{
-    containers::{Machine, Spec, Standalone, Started, policy_with},
+    containers::{Machine, Spec, Standalone, Started, policy_of},
     kmsg::OomKills,
 };
 
@@ -39,6 +40,9 @@ pub(crate) struct Options {
     /// Containers that burst at once.
     #[arg(long, default_value_t = 20)]
     starts: u64,
+    /// Seconds for which the policy lets each be held; as long as usual, if left out.
+    #[arg(long)]
+    hold_at_most: Option<u64>,
 }
 
 const LIMIT: Bytes = Bytes::mib(48);
@@ -52,6 +56,8 @@ const LONGEST: Nanos = Nanos::millis(240_000);
 /// The exit code of what SIGKILL has ended: nobody else sends one here.
 const KILLED: i32 = 137;
 const LOOK: Duration = Duration::from_millis(50);
+/// A grant of less is told why and made in one decision.
+const SAME_DECISION: Nanos = Nanos::millis(100);
 
 /// One container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -79,25 +85,50 @@ impl Outcome {
         self.ledger.iter().any(is_wait)
     }
 
-    /// Whether it was killed although the last word before that was a grant. Who has waited for so long that nothing held
-    /// it any more may be granted something when it is dead.
-    fn is_killed_granted(&self) -> bool {
-        let is_raise = |record: &LedgerRecord| {
-            matches!(
-                record,
-                LedgerRecord::Intend {
-                    action: Action::Raise { .. },
-                    ..
-                }
-            )
+    /// What it was told last before it was killed, if that was a grant. Who has waited for so long that nothing held it any
+    /// more may be granted something when it is dead.
+    fn killed_granted(&self) -> Option<Grant> {
+        let killed = self.killed_at?;
+        let mut words = self.ledger.iter().rev().filter_map(Word::of);
+        let Word::Granted(at, to) = words.find(|word| word.at() < killed)? else {
+            return None;
         };
-        let Some(killed) = self.killed_at else {
-            return false;
-        };
-        let mut words = self.ledger.iter().rev();
-        words
-            .find(|record| record.at() < killed && (is_raise(record) || is_wait(record)))
-            .is_some_and(is_raise)
+        // Why it is less is told right before, each time anew.
+        let is_less = matches!(words.next(), Some(Word::Waits(told, wanted)) if wanted > to && at.since(told) < SAME_DECISION);
+        Some(if is_less { Grant::OfLess } else { Grant::OfAll })
+    }
+}
+
+/// How much of what it asked for somebody was granted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Grant {
+    OfAll,
+    OfLess,
+}
+
+/// What the ledger tells one that asks for more: when, and of which limit.
+enum Word {
+    Granted(Nanos, Bytes),
+    Waits(Nanos, Bytes),
+}
+
+impl Word {
+    const fn of(record: &LedgerRecord) -> Option<Self> {
+        match *record {
+            LedgerRecord::Intend {
+                at,
+                action: Action::Raise { to, .. },
+                ..
+            } => Some(Self::Granted(at, to)),
+            LedgerRecord::Waits { at, wanted, .. } => Some(Self::Waits(at, wanted)),
+            _ => None,
+        }
+    }
+
+    const fn at(&self) -> Nanos {
+        match *self {
+            Self::Granted(at, _) | Self::Waits(at, _) => at,
+        }
     }
 }
 
@@ -128,7 +159,12 @@ pub(crate) fn run(options: &Options, records: &mut Records) -> Result<()> {
         quiet.create_child(&format!("cgroup-{number}"))?;
     }
     let mut machine = Machine::start()?;
-    let mut agent = Standalone::start(&policy_with("storm", MAX, Nanos::millis(3000)))?;
+    let hold = options
+        .hold_at_most
+        .map(|seconds| format!(", holdAtMost: {seconds}s"));
+    let hold = hold.unwrap_or_default();
+    let rules = format!("memory: {{max: {}, shrinkAfter: 3s{hold}}}", MAX.0);
+    let mut agent = Standalone::start(&policy_of("storm", &rules))?;
     let mut random = fastrand::Rng::with_seed(options.seed);
     for index in 0..options.n {
         agent.check()?;
@@ -351,6 +387,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
     let records: Vec<Record> = parsed(records)?;
     let all = || records.iter().flat_map(|record| &record.outcomes);
     let count = |is_so: &dyn Fn(&Outcome) -> bool| all().filter(|outcome| is_so(outcome)).count();
+    let killed_granted = |grant| count(&|outcome| outcome.killed_granted() == Some(grant));
     let ended: BTreeMap<u64, u64> = records
         .iter()
         .map(|record| {
@@ -365,7 +402,8 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "bursts": all().count(),
         "served": count(&Outcome::is_served),
         "kills": count(&|outcome| outcome.oom_kill > 0),
-        "kills_granted": count(&|outcome| outcome.is_killed_granted()),
+        "kills_granted": killed_granted(Grant::OfAll),
+        "kills_granted_less": killed_granted(Grant::OfLess),
         "starved": count(&|outcome| !outcome.is_served() && !outcome.is_told()),
         "told": count(&Outcome::is_told),
         "looks": records.iter().map(|record| record.looks).min(),

@@ -19,7 +19,7 @@ fn claim(wanted: u64, most: u64) -> Claim {
         weight: DEFAULT_WEIGHT,
         since: NOW,
         moved_at: NOW,
-        may_wait: Nanos(u64::MAX),
+        may_wait: RESERVED_FOR,
         at_rest: Bytes::mib(64),
         used: Bytes::mib(64),
         promised: Bytes::ZERO,
@@ -236,7 +236,24 @@ fn whoever_waits_has_it_kept_while_it_can_be_held_and_no_longer() {
         let_go
     );
     let old = Nanos(NOW.0 - RESERVED_FOR.0);
-    assert_eq!(of(waiting(Nanos(u64::MAX), old)), let_go);
+    assert_eq!(of(waiting(RESERVED_FOR, old)), let_go);
+    // Who may be held for longer waits on, and nobody with it.
+    let patient = waiting(Nanos::millis(60_000), old);
+    let until = Nanos(old.0 + 60_000_000_000);
+    let waits_on = (1, Verdict::Waits(until, behind(0)));
+    assert_eq!(of(patient), [waits_on, (2, granted(128))]);
+}
+
+#[test]
+fn who_is_held_for_what_it_asks_is_counted_on_for_as_long_as_that_lasts() {
+    // It cannot move: whoever takes what it needs to end would have it wait for nothing.
+    let mut held = raised(1024, 2048, 2048);
+    held.moved_at = Nanos(NOW.0 - RESERVED_FOR.0);
+    held.may_wait = Nanos::millis(60_000);
+    let of = |held: &Claim| on_node(512, &[held.clone(), claim(512, 2048)])[1];
+    assert_eq!(of(&held), (1, waits(would_strand(0))));
+    held.may_wait = RESERVED_FOR;
+    assert_eq!(of(&held), (1, granted(512)));
 }
 
 #[test]

@@ -97,6 +97,7 @@ mod tests {
             max: Bytes::mib(1024),
             floor: None,
             shrink_after: Nanos(0),
+            hold_at_most: None,
             order: crate::elastic::Order::PatchFirst,
             parallelism: crate::elastic::Parallelism::Unchanged,
             requests: Some(requests),

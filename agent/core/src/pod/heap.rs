@@ -70,6 +70,7 @@ mod tests {
                     max: Bytes::mib(4096),
                     floor: None,
                     shrink_after: Nanos::millis(5000),
+                    hold_at_most: None,
                     order: Order::PatchFirst,
                     parallelism: Parallelism::Unchanged,
                     heap: Some(Heap::Maximum),

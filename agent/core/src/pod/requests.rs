@@ -224,6 +224,7 @@ mod tests {
                     max: Bytes::mib(1024),
                     floor: None,
                     shrink_after: Nanos::millis(5000),
+                    hold_at_most: None,
                     order: Order::PatchFirst,
                     parallelism: Parallelism::Unchanged,
                     heap: None,

@@ -279,6 +279,7 @@ fn policy(name: &str, mode: Mode, container: Option<&str>, max: u64) -> ElasticP
                 max: Bytes::mib(max),
                 floor: None,
                 shrink_after: Nanos::millis(7000),
+                hold_at_most: None,
                 order: Order::RaiseFirst,
                 parallelism: Parallelism::Elastic,
                 heap: None,

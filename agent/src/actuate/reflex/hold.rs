@@ -19,7 +19,7 @@
 //! A hold must end, whatever anybody else does: with the limit's rise or with the container's patience.
 
 use bellows_core::{
-    Action, Actuation, Bytes, Nanos, Patience, Reason,
+    Action, Actuation, Bytes, Nanos, Reason,
     brake::{self, Growing},
     reflex::Hold,
 };
@@ -194,7 +194,7 @@ impl Row {
             Hold::Freezer => patience.frozen,
             Hold::Brake => patience.braked,
         };
-        let left = Patience::left(allowed, self.spent.time);
+        let left = patience.left(allowed, self.spent.time);
         (left >= SHORTEST_HOLD).then_some(Nanos(at.0.saturating_add(left.0)))
     }
 
@@ -486,7 +486,7 @@ impl Row {
         let (cgroup, at) = (self.cgroup, now());
         self.epoch.next();
         let held = self.held.take();
-        let unbraked = if matches!(reason, Reason::HoldExpired | Reason::NoRoom) {
+        let unbraked = if reason.lets_go() {
             self.let_go()
         } else if held.is_some_and(|held| held.braked.is_some()) {
             self.rest_brake()

@@ -527,9 +527,10 @@ impl Worker {
             row.thaw(&mut self.ledger, &self.freezer, reason)
         } else {
             // Whoever asks does not know: an answer was lost.
-            let left_alone = match reason {
-                Reason::HoldExpired | Reason::NoRoom => row.let_go(),
-                _ => Ok(()),
+            let left_alone = if reason.lets_go() {
+                row.let_go()
+            } else {
+                Ok(())
             };
             Verdict::Released {
                 cgroup,

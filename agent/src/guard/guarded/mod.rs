@@ -154,6 +154,8 @@ pub(super) struct Guarded {
     /// Why it was stopped, as far as that was told.
     pub(super) told_stop: Option<Why>,
     pub(super) judged: Nanos,
+    /// When it was last looked at for a signal that waits for it.
+    pub(super) endings_looked: Nanos,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
     /// What its jobs were last said to have, and whether they are many; `None` where nobody looks at them.
@@ -248,6 +250,7 @@ impl Guarded {
             worst: Nature::Burst,
             told_stop: None,
             judged: Nanos(0),
+            endings_looked: Nanos(0),
             reserved: None,
             may_have: None,
             by_hand_not_before: Nanos(0),
@@ -331,14 +334,17 @@ impl Guarded {
         Ok(is_new)
     }
 
-    /// For how long it can still be held for a raise.
+    /// For how long it can still be held for a raise that was asked for.
     pub(super) fn patience(&self, at: Nanos) -> Nanos {
-        let all = self.policy.last_moment();
-        match self.held_since {
-            Some(_) => all.since(at.since(self.patient_since)),
+        let left = match self.held_since {
+            Some(_) => {
+                let held = at.since(self.patient_since);
+                self.policy.last_moment().since(held)
+            }
             None if self.is_let_go(at) => Nanos(0),
-            None => all,
-        }
+            None => Nanos(u64::MAX),
+        };
+        left.min(self.policy.answer_within())
     }
 
     /// Whether it was let go a moment ago, and needs its raise yet. After that it may be held again, or lives without.
@@ -357,9 +363,11 @@ impl Guarded {
 
     /// It is held no more; returns for how long it was.
     pub(super) fn released(&mut self, at: Nanos, reason: Reason) -> Option<Nanos> {
-        let is_let_go = matches!(reason, Reason::HoldExpired | Reason::NoRoom);
-        self.let_go = is_let_go.then_some(at);
+        self.let_go = reason.lets_go().then_some(at);
         let held = at.since(self.held_since.take()?);
+        if let Some(spell) = &mut self.spell {
+            spell.held_for(held);
+        }
         self.resumed(at);
         Some(held)
     }
@@ -561,5 +569,17 @@ mod tests {
         own.released(at(70), Reason::HoldExpired);
         own.is_held(at(71), at(81));
         assert_eq!(own.patience(at(71)), all);
+    }
+
+    #[test]
+    fn who_may_be_held_for_long_waits_for_an_answer_no_longer_than_others() {
+        let mut own = guarded(Bytes::mib(512), 0);
+        let all = own.policy.last_moment();
+        own.policy.patience.longest = Nanos::millis(120_000);
+        let at = |seconds: u64| Nanos::millis(seconds * 1000);
+        own.is_held(at(1), at(121));
+        assert_eq!(own.patience(at(2)), all);
+        assert_eq!(own.patience(at(61)), all);
+        assert_eq!(own.patience(at(90)), Nanos::millis(1000));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::*;
+use super::{super::*, properties::has_begun};
 
 /// Amounts of cases are small multiples of this, so that they often just fit.
 pub(super) const UNIT: u64 = 64 << 20;
@@ -104,7 +104,7 @@ impl Case {
             weight: random.of(&[0, 50, 100, 100, 200]),
             since: moved_at.since(Nanos::millis(500 * random.below(5))),
             moved_at,
-            may_wait: Nanos::millis(random.of(&[0, 800, 5_000, 10_000, u64::MAX])),
+            may_wait: Nanos::millis(random.of(&[0, 800, 5_000, 10_000, 300_000])),
             at_rest,
             used,
             promised,
@@ -131,10 +131,13 @@ impl Case {
         case
     }
 
-    /// The same where one asks for nothing.
+    /// The same where one asks for nothing, and is counted on as before.
     pub(super) fn without(&self, id: CgroupId) -> Self {
         let mut case = self.clone();
         if let Some(claim) = case.claims.get_mut(&id) {
+            if has_begun(self, claim) {
+                claim.moved_at = self.now;
+            }
             claim.most = claim.most.max(claim.wanted);
             claim.wanted = Bytes::ZERO;
         }

@@ -40,8 +40,18 @@ fn asks(claim: &Claim) -> bool {
     asked(claim) > 0 && claim.wanted > claim.at_rest
 }
 
-fn has_begun(case: &Case, claim: &Claim) -> bool {
-    held(claim) > i128::from(claim.at_rest.0) && case.now.since(claim.moved_at) < RESERVED_FOR
+pub(super) fn has_begun(case: &Case, claim: &Claim) -> bool {
+    let is_held = asks(claim) && case.now.0 < ends(claim);
+    held(claim) > i128::from(claim.at_rest.0) && (moved_lately(case, claim) || is_held)
+}
+
+fn moved_lately(case: &Case, claim: &Claim) -> bool {
+    case.now.since(claim.moved_at) < RESERVED_FOR
+}
+
+/// Until when it may wait.
+fn ends(claim: &Claim) -> u64 {
+    claim.moved_at.0.saturating_add(claim.may_wait.0)
 }
 
 /// Indexes of rooms: the node, then the ancestors.
@@ -76,9 +86,7 @@ fn nobody_is_forgotten(case: &Case, verdicts: &Verdicts) -> Checked {
         let is_right = match verdicts.get(id) {
             None => !asks,
             Some(Verdict::Granted(to)) => asks && *to == claim.wanted,
-            Some(Verdict::Waits(until, _)) => {
-                asks && *until > case.now && until.since(claim.moved_at) <= RESERVED_FOR
-            }
+            Some(Verdict::Waits(until, _)) => asks && *until > case.now && until.0 == ends(claim),
             Some(Verdict::Refused(_)) => asks,
         };
         ensure(is_right, || {
@@ -310,7 +318,7 @@ fn each_verdict_is_right(case: &Case, verdicts: &Verdicts) -> Checked {
         let is_possible = !is_large && rooms.iter().all(fits) && may_grant;
         let wrong = || format!("{id:?} is told {verdict:?}");
         ensure(is_possible == is_granted(verdicts, id), wrong)?;
-        let ends = claim.moved_at.0 + claim.may_wait.min(RESERVED_FOR).0;
+        let ends = ends(claim);
         let why = match verdict {
             Verdict::Granted(_) => {
                 model.grant(case, id);
@@ -331,7 +339,7 @@ fn each_verdict_is_right(case: &Case, verdicts: &Verdicts) -> Checked {
         } else {
             i128::from(u64::MAX)
         };
-        if may_wait {
+        if may_wait && moved_lately(case, claim) {
             model.kept.push((id, rooms, kept));
         }
     }

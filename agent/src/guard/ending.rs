@@ -1,0 +1,122 @@
+//! Whoever is held and is told to end is let go.
+//!
+//! A signal waits for whoever is frozen. A container that is stopped while it is held would see nothing of it until its
+//! grace is over, and then be killed without having said goodbye; somebody who presses ^C would have pressed it in vain.
+//! Who is thawed takes its signals before it goes on with anything else.
+//!
+//! In Kubernetes a pod that is deleted is no longer guarded, so this is for those of other runtimes, and for signals that
+//! come from inside. Where processes are not to be seen nobody is found here.
+//!
+//! It must not wait for a memory lock: `status` does not take it.
+
+use std::fs;
+
+use bellows_core::{CgroupId, Nanos, Reason};
+
+use super::{Controller, Requester};
+use crate::{actuate::reflex::Command, cgroup::Cgroup};
+
+/// Holds that are shorter than this are over before anybody has noticed; the longer ones are looked at so often.
+const EVERY: Nanos = Nanos::millis(1000);
+/// A file each: milliseconds of the controller's time.
+const MOST: usize = 1000;
+/// SIGHUP, SIGINT, SIGQUIT and SIGTERM, as bits of a signal set.
+const TO_END: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14;
+
+impl<R: Requester> Controller<R> {
+    /// Lets those go for whom a signal to end is waiting.
+    pub(super) fn look_for_endings(&mut self, at: Nanos) {
+        let due: Vec<CgroupId> = self
+            .guards
+            .iter_mut()
+            .filter(|(_, guarded)| {
+                let since = guarded
+                    .held_since
+                    .map(|since| since.max(guarded.endings_looked));
+                since.is_some_and(|since| at.since(since) >= EVERY)
+            })
+            .map(|(&id, guarded)| {
+                guarded.endings_looked = at;
+                id
+            })
+            .collect();
+        for id in due {
+            if self
+                .guards
+                .get(&id)
+                .is_some_and(|guarded| is_asked_to_end(&guarded.cgroup))
+            {
+                self.reflex.send(Command::Release(id, Reason::AskedToEnd));
+            }
+        }
+    }
+}
+
+/// Whether a signal to end waits for a process of it.
+fn is_asked_to_end(cgroup: &Cgroup) -> bool {
+    let pids = cgroup.processes().unwrap_or_default();
+    pids.len() <= MOST && pids.into_iter().any(has_signal_to_end)
+}
+
+fn has_signal_to_end(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"));
+    status.is_ok_and(|status| pending(&status) & TO_END != 0)
+}
+
+/// The signals that wait for its first thread, and for all of it.
+fn pending(status: &str) -> u64 {
+    let set = |name| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+    };
+    set("SigPnd:").unwrap_or(0) | set("ShdPnd:").unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use rustix::process::{Pid, Signal, kill_process};
+
+    use super::*;
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn signal(&self, signal: Signal) {
+            kill_process(Pid::from_child(&self.0), signal).unwrap();
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            drop(self.0.kill());
+            drop(self.0.wait());
+        }
+    }
+
+    #[test]
+    fn a_signal_that_waits_is_seen_and_only_one_to_end() {
+        let child = Sleeper(Command::new("sleep").arg("60").spawn().unwrap());
+        let pid = child.0.id();
+        // Like one that is frozen it takes no signal.
+        child.signal(Signal::STOP);
+        assert!(!has_signal_to_end(pid));
+        child.signal(Signal::WINCH);
+        child.signal(Signal::USR1);
+        assert!(!has_signal_to_end(pid));
+        child.signal(Signal::TERM);
+        assert!(has_signal_to_end(pid));
+    }
+
+    #[test]
+    fn what_is_no_set_of_signals_has_none() {
+        assert_eq!(
+            pending("SigPnd:\t0000000000000002\nShdPnd:\t0000000000004000\n"),
+            0x4002
+        );
+        for status in ["", "SigPnd:\n", "ShdPnd:\tx", "SigBlk:\t0000000000004000"] {
+            assert_eq!(pending(status), 0, "{status}");
+        }
+    }
+}
