@@ -24,11 +24,10 @@ spec:
       max: 4Gi
       floor: 128Mi
       shrinkAfter: 1m30s
-      holdAtMost: 5m
       requests: {makeRoom: true, floor: 64Mi, margin: 10%}
       heap: 512Mi
     cpu: {max: 1.5, throttleTarget: 2.5%}
-  - memory: {max: 1073741824, parallelism: Elastic}
+  - memory: {max: 1073741824, parallelism: Elastic, holdAtMost: 5m}
     boosts:
     - on: {start: true}
       cpu: 1800m
@@ -65,7 +64,7 @@ fn reads_what_it_documents() {
         max: Bytes::mib(4096),
         floor: Some(Bytes::mib(128)),
         shrink_after: Nanos::millis(90_000),
-        hold_at_most: Some(Nanos::millis(300_000)),
+        hold_at_most: None,
         order: Order::PatchFirst,
         parallelism: Parallelism::Unchanged,
         heap: Some(Heap::At(Bytes::mib(512))),
@@ -93,6 +92,7 @@ fn reads_what_it_documents() {
         (memory.max, memory.shrink_after, memory.parallelism),
         (Bytes::mib(1024), SHRINK_AFTER, Parallelism::Elastic)
     );
+    assert_eq!(memory.hold_at_most, Some(Nanos::millis(300_000)));
     let [start, exec] = &every.boosts[..] else {
         panic!("{every:?}")
     };
@@ -127,7 +127,7 @@ fn the_example_is_one() {
     let policies = parse(&text).unwrap();
     assert_eq!(
         told(&policies),
-        "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, jobs wait where it does not suffice, heaps by its own limit; request down for pods of higher priority, 64 MiB at least; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
+        "workspaces (Act): dev, app=workspace: ide: memory up to 4 GiB, at rest 128 MiB, held for 10 s at most, jobs wait where it does not suffice, heaps by its own limit; request down for pods of higher priority, 64 MiB at least; CPU up to 2000m; at its start 2000m CPU; for make all 2 GiB of memory\n"
     );
 }
 
@@ -215,6 +215,8 @@ fn what_is_wrong_is_named_with_its_line_and_what_to_write() {
         ("heap: 512Mi", "heap: 5Gi", 18, "above max"),
         ("heap: 512Mi", "heap: 8Mi", 18, "at least 16Mi"),
         ("heap: 512Mi", "heaps: 512Mi", 18, "did you mean `heap`"),
+        ("holdAtMost: 5m", "holdAtMost: 0s", 20, "from 1s to 24h"),
+        ("holdAtMost", "holdatmost", 20, "did you mean `holdAtMost`"),
         ("- memory:", "- name: ide\n    memory:", 20, "take one out"),
     ] {
         let (at, what) = refused(from, to);

@@ -429,6 +429,10 @@ fn wrong_policies(bed: &Bed) -> Result<()> {
             json!({ "memory": { "max": "1Gi", "shrinkAfter": "25h" } }),
             "no time from 1s to 24h",
         ),
+        (
+            json!({ "memory": { "max": "1Gi", "holdAtMost": "500ms" } }),
+            "holdAtMost",
+        ),
         (json!({ "boosts": [{ "on": {}, "cpu": 2 }] }), "one trigger"),
         (
             json!({ "boosts": [{ "on": { "start": true } }] }),
