@@ -3,7 +3,8 @@
 //! Nothing may be promised that is not there, nobody who was granted what it asked for may be killed, and whoever is not
 //! served in the end must have been told why. Who is refused dies at its limit, as it would have without Bellows: that is
 //! counted, and is no failure of the arbiter's. So does who was granted what there was, told that it is less than it asked
-//! for, and needs more than that (`kills_granted_less`).
+//! for, and needs more than that (`kills_granted_less`), or was granted something after it had been let go
+//! (`kills_granted_too_late`).
 
 use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 
@@ -90,9 +91,17 @@ impl Outcome {
     fn killed_granted(&self) -> Option<Grant> {
         let killed = self.killed_at?;
         let mut words = self.ledger.iter().rev().filter_map(Word::of);
-        let Word::Granted(at, to) = words.find(|word| word.at() < killed)? else {
+        let is_answer = |word: &Word| matches!(word, Word::Granted(..) | Word::Waits(..));
+        let Word::Granted(at, to) = words.find(|word| word.at() < killed && is_answer(word))?
+        else {
             return None;
         };
+        if matches!(
+            words.clone().find(|word| !matches!(word, Word::Waits(..))),
+            Some(Word::LetGo(_))
+        ) {
+            return Some(Grant::TooLate);
+        }
         // Why it is less is told right before, each time anew.
         let is_less = matches!(words.next(), Some(Word::Waits(told, wanted)) if wanted > to && at.since(told) < SAME_DECISION);
         Some(if is_less { Grant::OfLess } else { Grant::OfAll })
@@ -104,10 +113,14 @@ impl Outcome {
 enum Grant {
     OfAll,
     OfLess,
+    /// It had been let go already, for there was no room until its patience was over.
+    TooLate,
 }
 
 /// What the ledger tells one that asks for more: when, and of which limit.
 enum Word {
+    Held(Nanos),
+    LetGo(Nanos),
     Granted(Nanos, Bytes),
     Waits(Nanos, Bytes),
 }
@@ -120,6 +133,17 @@ impl Word {
                 action: Action::Raise { to, .. },
                 ..
             } => Some(Self::Granted(at, to)),
+            LedgerRecord::Intend {
+                at,
+                action: Action::Hold,
+                ..
+            } => Some(Self::Held(at)),
+            LedgerRecord::Intend {
+                at,
+                action: Action::Release,
+                reason,
+                ..
+            } if reason.lets_go() => Some(Self::LetGo(at)),
             LedgerRecord::Waits { at, wanted, .. } => Some(Self::Waits(at, wanted)),
             _ => None,
         }
@@ -127,7 +151,7 @@ impl Word {
 
     const fn at(&self) -> Nanos {
         match *self {
-            Self::Granted(at, _) | Self::Waits(at, _) => at,
+            Self::Held(at) | Self::LetGo(at) | Self::Granted(at, _) | Self::Waits(at, _) => at,
         }
     }
 }
@@ -404,6 +428,7 @@ pub(crate) fn summarize(records: &[Value]) -> Result<Value> {
         "kills": count(&|outcome| outcome.oom_kill > 0),
         "kills_granted": killed_granted(Grant::OfAll),
         "kills_granted_less": killed_granted(Grant::OfLess),
+        "kills_granted_too_late": killed_granted(Grant::TooLate),
         "starved": count(&|outcome| !outcome.is_served() && !outcome.is_told()),
         "told": count(&Outcome::is_told),
         "looks": records.iter().map(|record| record.looks).min(),
