@@ -42,6 +42,10 @@ const NEEDED: [&str; 17] = [
     "tmux: server",
     "zsh",
 ];
+/// Those that stop when their command does (util-linux's `continue_as_child` in sys-utils/nsenter.c and
+/// `create_watching_parent` in login-utils/su-common.c, sudo's `handle_sigchld_nopty`): whoever resumes that does not
+/// resume them.
+const STOP_WITH_CHILD: [&str; 4] = ["nsenter", "runuser", "su", "sudo"];
 /// What the runtime has begun beside the first process and has one leaf alone is taken for a probe for so long, in seconds:
 /// while that waits the kubelet takes the container for dead. Whoever builds by such a command has more leaves than one.
 const PROBE_S: u64 = 30;
@@ -220,11 +224,14 @@ impl Tree {
         let parents = self.parents();
         let seen = self.processes.values().filter_map(|process| {
             let is_leaf = !parents.contains(&process.id.pid);
-            let is_root = !self.processes.contains_key(&process.parent);
+            let parent = self.processes.get(&process.parent);
+            let would_stop_parent =
+                parent.is_some_and(|parent| STOP_WITH_CHILD.contains(&&*parent.program));
             // Traced: its tracer decides.
             let is_traced = process.state == 't';
             let is_job = is_leaf
-                && !is_root
+                && parent.is_some()
+                && !would_stop_parent
                 && !process.leads_on_terminal
                 && !NEEDED.contains(&&*process.program);
             let may_pause = is_job && !is_traced && !of_probes.contains(&process.id);
@@ -375,15 +382,18 @@ mod tests {
         assert_eq!(parse_statm("100"), None);
     }
 
+    /// A line of `/proc` for a process that was begun so many ticks after boot.
+    fn process(pid: i32, program: &str, parent: i32, began: u64) -> (i32, Process) {
+        let text = format!(
+            "{pid} ({program}) S {parent} {pid} 9 0 -1 0 1 2 3 4 1 1 1 2 20 0 1 0 {began} 1000 20"
+        );
+        (pid, parse_stat(&text).unwrap())
+    }
+
     /// A probe's command is no job, a build that was begun in the same way is.
     #[test]
     fn what_a_probe_has_begun_is_not_paused() {
-        let process = |pid: i32, parent: i32, began: u64| {
-            let text = format!(
-                "{pid} (java) S {parent} {pid} 9 0 -1 0 1 2 3 4 1 1 1 2 20 0 1 0 {began} 1000 20"
-            );
-            (pid, parse_stat(&text).unwrap())
-        };
+        let process = |pid, parent, began| process(pid, "java", parent, began);
         let tree = |processes: Vec<(i32, Process)>| Tree {
             processes: processes.into_iter().collect(),
             is_unseen: false,
@@ -408,12 +418,6 @@ mod tests {
     #[test]
     fn who_is_exempt_for_now_is_told_with_what_it_has() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let process = |pid: i32, program: &str, parent: i32, began: u64| {
-            let text = format!(
-                "{pid} ({program}) S {parent} {pid} 9 0 -1 0 1 2 3 4 1 1 1 2 20 0 1 0 {began} 1000 20"
-            );
-            (pid, parse_stat(&text).unwrap())
-        };
         let first = process(1, "sleep", 0, 100);
         let seen = |program: &str, now: u64| {
             let began_beside = process(2, "make", 0, 9000);
@@ -429,6 +433,24 @@ mod tests {
         assert_eq!(seen("cc1", 9500), (false, true));
         assert_eq!(seen("cc1", 12_000), (true, true));
         assert_eq!(seen("sh", 12_000), (false, false));
+    }
+
+    /// It would stop, too, and stay so.
+    #[test]
+    fn whose_parent_stops_with_it_is_not_paused() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let may_pause = |parent: &str| {
+            let tree = Tree {
+                processes: [process(1, parent, 0, 100), process(own, "cc1", 1, 101)].into(),
+                is_unseen: false,
+            };
+            let seen = tree.seen(12_000);
+            seen.iter().any(|seen| seen.id.pid == own && seen.may_pause)
+        };
+        for parent in STOP_WITH_CHILD {
+            assert!(!may_pause(parent), "{parent}");
+        }
+        assert!(may_pause("sh"));
     }
 
     /// For want of descriptors or memory nobody has ended.
