@@ -35,6 +35,10 @@ pub const NOBODY_ENDS: Nanos = Nanos::millis(120_000);
 const PROGRESS: Nanos = Nanos::millis(20);
 /// A stopped process stops within this time, unless it cannot or somebody resumes it.
 const STOPS_WITHIN: Nanos = Nanos::millis(1000);
+/// So often is one paused again that somebody else has continued: `fg` continues all that ^Z has stopped.
+const CONTINUED: u32 = 3;
+/// While somebody is paused there is a look at least so often, unless the guard itself stands still.
+const LOOKED_AT: Nanos = Nanos::millis(1000);
 /// Before one of a program has ended, each is taken to need so much more than it has.
 const UNLEARNT_PER_MILLE: u64 = 3000;
 /// The next is taken to need more than the most of `n` that have ended by a share of `1 / (UNLIKE * n)`.
@@ -114,8 +118,10 @@ pub enum Resumed {
     Standstill,
     /// Nobody has ended for a long time.
     NobodyEnds,
-    /// It was not stopped, or somebody else has resumed it: it is left alone.
+    /// It did not stop, or somebody else has continued it again and again: it is left alone.
     NotStopped,
+    /// Somebody else has continued it.
+    Continued,
     /// It is not a leaf any more, or has become something that others need.
     Exempt,
     /// It is not seen any more, or could not be resumed before.
@@ -186,6 +192,8 @@ enum State {
     Runs,
     Paused {
         since: Nanos,
+        /// Whether it has been seen stopped since, or nobody looked while it had time for that.
+        has_stopped: bool,
     },
     /// Never paused again.
     Pinned,
@@ -205,6 +213,8 @@ struct Known {
     step: Bytes,
     /// When it had grown last, by more than a little.
     grown: (Nanos, Bytes),
+    /// How often somebody else has continued it.
+    continued: u32,
 }
 
 /// What is known of a burst's processes from one look to the next.
@@ -213,6 +223,7 @@ pub struct Jobs {
     known: BTreeMap<ProcessId, Known>,
     /// What those needed that ended, by program.
     ended: BTreeMap<String, Ends>,
+    looked: Nanos,
     went_on: Nanos,
     somebody_ended: Nanos,
     /// CPU time used since it went on.
@@ -266,14 +277,35 @@ impl Jobs {
     /// Takes a look, and decides.
     pub fn look(&mut self, look: &Look) -> Orders {
         let mut orders = Orders::default();
+        self.pass_over(look.now);
         self.follow(look);
         self.check_stops(look, &mut orders);
         let jobs = self.jobs(look);
         let balance = self.share(look, &jobs, &mut orders);
         self.wake(look, &mut orders);
+        // Who is paused again at once does not go on in between.
+        orders.resume.retain(|(id, _)| !orders.pause.contains(id));
         orders.told = self.tell(look.now, balance);
         orders.pace = self.pace(look);
         orders
+    }
+
+    /// Time in which the guard stood still, as under ^Z, tells nothing of those who did so with it.
+    fn pass_over(&mut self, now: Nanos) {
+        let missed = now.since(self.looked).since(LOOKED_AT);
+        self.looked = now;
+        if missed == Nanos(0) || self.paused().next().is_none() {
+            return;
+        }
+        let later = |time: &mut Nanos| time.0 = time.0.saturating_add(missed.0);
+        later(&mut self.went_on);
+        later(&mut self.somebody_ended);
+        for known in self.known.values_mut() {
+            later(&mut known.grown.0);
+            if let State::Paused { has_stopped, .. } = &mut known.state {
+                *has_stopped = true;
+            }
+        }
     }
 
     /// Takes note of who came, changed and ended.
@@ -300,7 +332,7 @@ impl Jobs {
             if known.program != seen.program {
                 // One that was paused on its way to another program is paused still, and goes on with the others.
                 let before = std::mem::replace(known, Known::new(look.now, seen));
-                known.state = before.state;
+                (known.state, known.continued) = (before.state, before.continued);
                 known.is_job = before.is_job && matches!(before.state, State::Paused { .. });
             }
             known.looks = known.looks.saturating_add(1);
@@ -348,25 +380,32 @@ impl Jobs {
         }
     }
 
-    /// Who does not stop, or is not to be paused any more, is left alone.
+    /// Who does not stop, or is not to be paused any more, is left alone. Who did stop and goes on all the same was continued
+    /// by somebody else, and runs like any other.
     fn check_stops(&mut self, look: &Look, orders: &mut Orders) {
         for seen in &look.processes {
             let Some(known) = self.known.get_mut(&seen.id) else {
                 continue;
             };
-            let State::Paused { since } = &mut known.state else {
+            let State::Paused { since, has_stopped } = &mut known.state else {
                 continue;
             };
             if look.is_held {
                 // Whoever is frozen takes no signal: its time begins when it is let go.
                 *since = look.now;
             }
-            let is_late = look.now.since(*since) >= STOPS_WITHIN;
-            if is_late && !seen.is_stopped {
-                orders.resume.push((seen.id, Resumed::NotStopped));
-                known.state = State::Pinned;
-            } else if !seen.may_pause {
+            *has_stopped |= seen.is_stopped;
+            let is_continued = *has_stopped && !seen.is_stopped;
+            let is_late = !seen.is_stopped && look.now.since(*since) >= STOPS_WITHIN;
+            if !seen.may_pause {
                 orders.resume.push((seen.id, Resumed::Exempt));
+                known.state = State::Pinned;
+            } else if is_continued && known.continued < CONTINUED {
+                known.continued += 1;
+                orders.resume.push((seen.id, Resumed::Continued));
+                known.state = State::Runs;
+            } else if is_continued || is_late {
+                orders.resume.push((seen.id, Resumed::NotStopped));
                 known.state = State::Pinned;
             }
         }
@@ -463,7 +502,10 @@ impl Jobs {
                 }
                 (false, State::Runs) => {
                     orders.pause.push(job.id);
-                    State::Paused { since: look.now }
+                    State::Paused {
+                        since: look.now,
+                        has_stopped: false,
+                    }
                 }
                 (_, same) => same,
             };
@@ -557,6 +599,7 @@ impl Known {
             memory: seen.memory,
             step: Bytes::ZERO,
             grown: (now, seen.memory),
+            continued: 0,
         }
     }
 }

@@ -219,6 +219,26 @@ fn whoever_learns_of_the_guards_death_resumes_whom_it_has_paused() {
     assert_eq!(resume_all(&left).unwrap(), 0);
 }
 
+/// As `fg` does after ^Z.
+#[test]
+fn whom_somebody_else_continues_is_paused_again() {
+    let (burst, parallel) = Burst::start("parallel-continued");
+    burst.watch(&parallel, SIZE.scaled(6, 1));
+    let youngest = burst.jobs[JOBS - 1];
+    let is_paused =
+        |record: &Record| matches!(record, Record::Pause { process, .. } if *process == youngest);
+    burst.told(is_paused);
+    until("it stops", || burst.stopped()[JOBS - 1].then_some(()));
+    // It is seen so.
+    thread::sleep(Duration::from_millis(300));
+    assert!(process::signal(youngest, Signal::CONT).unwrap());
+    burst.told(is_paused);
+    until("it stops again", || burst.stopped()[JOBS - 1].then_some(()));
+    drop(parallel);
+    assert!(!burst.stopped().contains(&true));
+    assert!(!burst.directory.join("paused.ledger").exists());
+}
+
 /// It may have been moved to another cgroup, or not be readable at one look.
 #[test]
 fn who_is_paused_and_not_seen_any_more_goes_on() {

@@ -429,7 +429,7 @@ fn who_runs_shows_what_the_program_needs_before_its_like_has_ended() {
     // Each needs 75 MiB, of 188: the first has most of that, the second a part.
     assert_eq!(paused, BTreeSet::from([4, 5]), "{orders:?}");
     // It has not grown for long: those that end say what others need.
-    for at in [5000, 10_020, 10_030] {
+    for at in (1000..10_000).step_by(1000).chain([10_020, 10_030]) {
         jobs.look(&look(at, &[(2, 60), (3, 20), (4, 4), (5, 4)]));
     }
     assert_eq!(jobs.paused().count(), 0);
@@ -471,6 +471,46 @@ fn who_does_not_stop_is_left_alone_and_counted() {
     }
     assert!(not_stopped > 0);
     assert_eq!(known.paused().count(), 0);
+}
+
+/// ^Z stops all, the guard too, and `fg` continues all, those that were paused too.
+#[test]
+fn whom_somebody_else_continues_is_paused_again_but_not_for_ever() {
+    let mut world = World::new(compilers(8, Bytes::mib(128), 600_000));
+    world.start(8);
+    for running in &mut world.running {
+        running.used = Nanos::millis(200_000);
+    }
+    let mut jobs = Jobs::default();
+    let looks = |world: &mut World, jobs: &mut Jobs| {
+        let mut resumed = Vec::new();
+        for _ in 0..10 {
+            let look = world.look(Bytes::mib(512));
+            let orders = jobs.look(&look);
+            check(&look, &orders, jobs);
+            resumed.extend(orders.resume.iter().map(|&(_, why)| why));
+            world.obey(&orders);
+            world.compute();
+        }
+        resumed
+    };
+    looks(&mut world, &mut jobs);
+    let paused: Vec<ProcessId> = jobs.paused().collect();
+    assert_eq!(paused.len(), 7);
+    for turn in 0..=CONTINUED {
+        world.now.0 += Nanos::millis(600_000).0;
+        for running in &mut world.running {
+            running.is_stopped = false;
+        }
+        let resumed = looks(&mut world, &mut jobs);
+        let left: Vec<ProcessId> = jobs.paused().collect();
+        if turn < CONTINUED {
+            assert_eq!((left, resumed), (paused.clone(), Vec::new()), "{turn}");
+        } else {
+            assert_eq!(left, []);
+            assert_eq!(resumed, vec![Resumed::NotStopped; paused.len()]);
+        }
+    }
 }
 
 #[test]
