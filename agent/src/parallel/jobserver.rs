@@ -8,7 +8,8 @@
 //! What `MAKEFLAGS` says is a container's word, and it may be stale: a make before 4.4 tells descriptors to a recipe that
 //! does not have them, where the same numbers are anything, a compiler's output for one. So a jobserver is only what a
 //! make or cargo above the job has open itself, and it is reached through the topmost that has: those between may end
-//! before it. A path is never followed, and no more is taken than is withheld, whatever lies in the pipe. A jobserver
+//! before it. If that was told of the jobserver itself, it is somebody's outside, and left alone: who learns of the agent's
+//! death could not give tokens back through a make that may have ended. A path is never followed, and no more is taken than is withheld, whatever lies in the pipe. A jobserver
 //! that hands out nothing costs nothing: who begins a job too many is paused then.
 //!
 //! Tokens must not outlive their jobserver in here, nor be kept when a build winds down: make counts them at its end.
@@ -103,7 +104,8 @@ pub(super) struct Jobserver {
 }
 
 impl Jobserver {
-    /// The one that a job belongs to: what the nearest make or cargo has, by the topmost that has the same.
+    /// The one that a job belongs to: what the nearest make or cargo has, by the topmost that has the same. None if that has
+    /// it from somebody who is not in the tree.
     pub(super) fn of(job: ProcessId, tree: &Tree) -> Option<Self> {
         let auth = parse(&make_flags(job.pid)?)?;
         let ancestors = tree.ancestors(job);
@@ -113,6 +115,9 @@ impl Jobserver {
         let place = places
             .rfind(|place| (place.device, place.inode) == (nearest.device, nearest.inode))
             .unwrap_or(nearest);
+        if was_told(place) {
+            return None;
+        }
         Self::at(place).ok()
     }
 
@@ -207,6 +212,15 @@ fn is_passing(error: &io::Error) -> bool {
 
 fn is_master(process: &Process) -> bool {
     MASTERS.contains(&&*process.program)
+}
+
+/// Whether who has a jobserver was told of it when it began.
+fn was_told(place: Place) -> bool {
+    let told = make_flags(place.owner.pid).and_then(|flags| parse(&flags));
+    // Without numbers it was told that it may not have one.
+    let told = told.filter(|auth| !matches!(auth, Auth::Pipe(from, _) if *from < 0));
+    let told = told.and_then(|auth| auth.place(place.owner));
+    told.is_some_and(|told| (told.device, told.inode) == (place.device, place.inode))
 }
 
 /// The value of `MAKEFLAGS` in a process's environment.
@@ -463,6 +477,18 @@ mod tests {
             taken += 1;
         }
         assert!(taken >= 1);
+    }
+
+    /// As one is that `make` has begun around the guard.
+    #[test]
+    fn the_jobserver_of_somebody_who_is_not_seen_is_left_alone() {
+        let makefile = "all:\n\t@+$(MAKE) sub; sleep 30\nsub:\n\t@sleep 60\n";
+        let make = Make::start("outside", makefile);
+        let (job, tree) = make.job();
+        let sub = tree.ancestors(job)[0].id;
+        assert_ne!(sub, make.id());
+        assert!(Jobserver::of(job, &tree).is_some());
+        assert!(Jobserver::of(job, &Tree::below(sub.pid)).is_none());
     }
 
     #[test]

@@ -284,12 +284,15 @@ impl Watched {
 
     /// Takes or gives back job tokens, so that no more jobs begin than there is memory for.
     fn withhold(&mut self, orders: &Orders, tree: &Tree, processes: &[Seen], state: &mut State) {
-        let is_there = |jobserver: &mut Jobserver| jobserver.is_there();
-        self.jobserver.take_if(|jobserver| !is_there(jobserver));
+        let cgroup = self.cgroup.id();
+        let has_ended = |jobserver: &mut Jobserver| !jobserver.is_there();
+        if let Some(mut jobserver) = self.jobserver.take_if(has_ended) {
+            // Whoever else has the same pipe counts them.
+            give_back(&mut jobserver, 0, cgroup, state);
+        }
         if orders.more == Some(0) && self.jobserver.is_none() {
             self.find_jobserver(tree, processes);
         }
-        let cgroup = self.cgroup.id();
         let Some(jobserver) = &mut self.jobserver else {
             return;
         };

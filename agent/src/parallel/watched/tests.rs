@@ -102,6 +102,21 @@ fn a_build_without_jobs_gets_its_tokens_back() {
     assert_eq!(left.len(), 7);
 }
 
+/// Those that have the same pipe count them.
+#[test]
+fn tokens_are_given_back_though_the_make_has_ended_by_which_they_were_taken() {
+    let mut bed = Bed::new("ended", 2, 7);
+    bed.watched.take_between(&mut bed.state);
+    assert_eq!(bed.taken(), 2);
+    bed.watched.jobserver.as_mut().unwrap().place.owner.began += 1;
+    bed.withhold(&[]);
+    assert!(bed.watched.jobserver.is_none());
+    drop(bed.writer.take());
+    let mut left = Vec::new();
+    std::io::Read::read_to_end(&mut bed.reader, &mut left).unwrap();
+    assert_eq!(left.len(), 7);
+}
+
 #[test]
 fn more_tokens_than_are_ever_taken_are_not_waited_for() {
     let mut bed = Bed::new("most", MOST, MOST + 44);
