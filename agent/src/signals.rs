@@ -3,6 +3,8 @@
 //! A signal from the terminal (Ctrl-C) reaches the whole foreground process group, the child
 //! included, by itself: passing it on would deliver it twice. A signal from another process was
 //! meant for the child and is passed on. Either way the parent stays until the child has ended.
+//! Before there is a child all are kept for it: a Ctrl-C while the kernel programs load must end what
+//! was asked for. One that comes while the child is begun may reach it twice, but is not lost.
 //!
 //! What this process was told to ignore (by `nohup`, by a shell of what it runs in the background) stays
 //! ignored: a handler of ours would make the child, which is begun without handlers, die of it.
@@ -45,7 +47,9 @@ impl Forwarder {
             .name("signals".to_owned())
             .spawn(move || {
                 for origin in signals.forever() {
-                    if matches!(origin.cause, Cause::Kernel) && origin.signal != SIGHUP {
+                    let is_from_terminal =
+                        matches!(origin.cause, Cause::Kernel) && origin.signal != SIGHUP;
+                    if is_from_terminal && shared.load(Ordering::Acquire) != 0 {
                         continue;
                     }
                     while shared.load(Ordering::Acquire) == 0 {
@@ -89,7 +93,42 @@ fn pass_on(process: u32, signal: i32) {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        env,
+        os::unix::process::ExitStatusExt as _,
+        process::{Command, ExitStatus, Stdio},
+        time::Duration,
+    };
+
     use super::*;
+
+    /// Runs a test again in a process of its own; `None` there.
+    fn again(test: &str) -> Option<ExitStatus> {
+        const AGAIN: &str = "BELLOWS_TEST_AGAIN";
+        if env::var_os(AGAIN).is_some() {
+            return None;
+        }
+        let mut command = Command::new(env::current_exe().unwrap());
+        command.args(["--exact", &format!("signals::tests::{test}")]);
+        command.env(AGAIN, "1").stdout(Stdio::null());
+        Some(command.status().unwrap())
+    }
+
+    /// As a ^C is while the kernel programs load.
+    #[test]
+    fn what_the_kernel_sends_before_there_is_a_child_is_kept_for_it() {
+        if let Some(status) = again("what_the_kernel_sends_before_there_is_a_child_is_kept_for_it")
+        {
+            return assert!(status.success(), "{status}");
+        }
+        let forwarder = Forwarder::start().unwrap();
+        // SAFETY: it has the kernel send a signal in a second, for which there is a handler.
+        let _before = unsafe { libc::alarm(1) };
+        thread::sleep(Duration::from_millis(1500));
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        forwarder.forward_to(child.id());
+        assert_eq!(child.wait().unwrap().signal(), Some(SIGALRM));
+    }
 
     #[test]
     fn what_is_ignored_is_known() {
