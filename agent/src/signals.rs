@@ -18,11 +18,11 @@ use std::{
     thread,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{DumpableBehavior, Pid, Signal, kill_process, set_dumpable_behavior};
 use signal_hook::{
     consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH},
     iterator::{SignalsInfo, exfiltrator::WithOrigin},
-    low_level::siginfo::Cause,
+    low_level::{emulate_default_handler, siginfo::Cause},
 };
 
 const FORWARDED: [i32; 9] = [
@@ -68,6 +68,16 @@ impl Forwarder {
         self.target.store(process, Ordering::Release);
         self.thread.unpark();
     }
+}
+
+/// Ends this process by a signal of which its child has died, without a core of its own.
+///
+/// # Errors
+///
+/// When it could not be.
+pub(crate) fn die_of(signal: i32) -> io::Result<()> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    emulate_default_handler(signal)
 }
 
 /// The signals that are ignored, by a process's `status`: a bit for each, the lowest for the first.
@@ -128,6 +138,15 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         forwarder.forward_to(child.id());
         assert_eq!(child.wait().unwrap().signal(), Some(SIGALRM));
+    }
+
+    #[test]
+    fn who_passes_signals_on_can_die_of_one() {
+        if let Some(status) = again("who_passes_signals_on_can_die_of_one") {
+            return assert_eq!(status.signal(), Some(SIGQUIT), "{status}");
+        }
+        let _forwarder = Forwarder::start().unwrap();
+        die_of(SIGQUIT).unwrap();
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! step by step, never above `--max-memory`. When the command ends, whatever it left behind in
 //! the cgroup is ended too, and one line says what happened. Exit codes follow `env` and `timeout`:
 //! 125 when Bellows fails, 126 when the command cannot be run, 127 when it is not found, 128 + n
-//! when it died of signal n.
+//! when it died of signal n. Where that was a Ctrl-C (SIGINT, or SIGQUIT) Bellows dies of it, too: a shell goes on with its
+//! loop after whoever has exited.
 //!
 //! It must leave nothing in cgroupfs, whatever happens to it: see [`releaser`].
 
@@ -26,6 +27,7 @@ use bellows_core::{
     Actuation, Bytes, CgroupId, Nanos, Patience, Policy, Signals, WHOLE, elastic::Parallelism,
     policy::PolicyError,
 };
+use signal_hook::consts::{SIGINT, SIGQUIT};
 use thiserror::Error;
 
 use crate::{
@@ -118,7 +120,7 @@ impl ExecError {
     }
 }
 
-/// Runs the command; returns the exit code to pass on.
+/// Runs the command; returns the exit code to pass on. Does not return if the command was interrupted.
 ///
 /// # Errors
 ///
@@ -150,6 +152,10 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
         "bellows: {}",
         summary(options, &report, &end)
     ));
+    if let Some(signal @ (SIGINT | SIGQUIT)) = status.signal() {
+        signals::die_of(signal)
+            .map_err(|error| ExecError::System("cannot die as the command has", error))?;
+    }
     Ok(exit_code(status))
 }
 

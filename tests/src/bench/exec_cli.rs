@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::process::ExitStatusExt as _,
     path::PathBuf,
     process::{Command, Output, Stdio},
     thread,
@@ -30,13 +31,14 @@ const ROOT: &str = "/sys/fs/cgroup";
 
 type Case = (&'static str, fn() -> Result<()>);
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 13] = [
     ("the exit code is passed through", || {
         expect(&["sh", "-c", "exit 7"], 7, "bellows: peak")
     }),
     ("death by signal n is 128 + n", || {
         expect(&["sh", "-c", "kill -9 $$"], 137, "bellows: peak")
     }),
+    ("who was interrupted dies of that", interrupted),
     ("a command that does not exist is 127", || {
         expect(&["/no/such"], 127, "/no/such: command not found")
     }),
@@ -141,6 +143,18 @@ fn sigterm() -> Result<()> {
     kill_process(process, Signal::TERM)?;
     let status = child.wait()?;
     ensure!(status.code() == Some(42), "{status}");
+    Ok(())
+}
+
+fn interrupted() -> Result<()> {
+    let output = exec(&SIZES, &["sh", "-c", "kill -INT $$"]).output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.signal() == Some(Signal::INT.as_raw()),
+        "{}: {stderr}",
+        output.status
+    );
+    ensure!(stderr.contains("bellows: peak"), "{stderr}");
     Ok(())
 }
 
