@@ -7,20 +7,26 @@
 //! was asked for. One that comes while the child is begun may reach it twice, but is not lost.
 //!
 //! What this process was told to ignore (by `nohup`, by a shell of what it runs in the background) stays
-//! ignored: a handler of ours would make the child, which is begun without handlers, die of it.
+//! ignored: a handler of ours would make the child, which is begun without handlers, die of it. Not so SIGCHLD: whoever
+//! ignores that is not told how a child has ended.
+//!
+//! It must not signal by number: that may be another process's as soon as the child has been waited for.
 
 use std::{
     fs, io,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    os::fd::OwnedFd,
+    process::Child,
+    sync::{Arc, OnceLock},
     thread,
 };
 
-use rustix::process::{DumpableBehavior, Pid, Signal, kill_process, set_dumpable_behavior};
+use rustix::process::{
+    DumpableBehavior, Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_dumpable_behavior,
+};
 use signal_hook::{
-    consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH},
+    consts::{
+        SIGALRM, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH,
+    },
     iterator::{SignalsInfo, exfiltrator::WithOrigin},
     low_level::{emulate_default_handler, siginfo::Cause},
 };
@@ -32,8 +38,7 @@ const FORWARDED: [i32; 9] = [
 /// Takes signals from its start on; those that come before the child runs are passed on once
 /// it does.
 pub(crate) struct Forwarder {
-    target: Arc<AtomicU32>,
-    thread: thread::Thread,
+    child: Arc<OnceLock<OwnedFd>>,
 }
 
 impl Forwarder {
@@ -41,33 +46,47 @@ impl Forwarder {
         let ignored = ignored(&fs::read_to_string("/proc/self/status")?);
         let forwarded = FORWARDED.iter().filter(|&&signal| !has(ignored, signal));
         let mut signals = SignalsInfo::<WithOrigin>::new(forwarded)?;
-        let target = Arc::new(AtomicU32::new(0));
-        let shared = Arc::clone(&target);
-        let handle = thread::Builder::new()
+        let child = Arc::new(OnceLock::new());
+        let shared = Arc::clone(&child);
+        thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
                 for origin in signals.forever() {
                     let is_from_terminal =
                         matches!(origin.cause, Cause::Kernel) && origin.signal != SIGHUP;
-                    if is_from_terminal && shared.load(Ordering::Acquire) != 0 {
+                    if is_from_terminal && shared.get().is_some() {
                         continue;
                     }
-                    while shared.load(Ordering::Acquire) == 0 {
-                        thread::park();
-                    }
-                    pass_on(shared.load(Ordering::Acquire), origin.signal);
+                    pass_on(shared.wait(), origin.signal);
                 }
             })?;
-        Ok(Self {
-            target,
-            thread: handle.thread().clone(),
-        })
+        Ok(Self { child })
     }
 
-    pub(crate) fn forward_to(&self, process: u32) {
-        self.target.store(process, Ordering::Release);
-        self.thread.unpark();
+    /// To this child, which has not been waited for; the first one is meant.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened.
+    pub(crate) fn forward_to(&self, child: &Child) -> io::Result<()> {
+        let opened = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+        self.child.get_or_init(|| opened);
+        Ok(())
     }
+}
+
+/// From now on this process is told how its children have ended, whatever it has inherited.
+///
+/// # Errors
+///
+/// When the kernel does not take it.
+pub(crate) fn await_children() -> io::Result<()> {
+    // SAFETY: what the kernel does by default runs nothing of this process.
+    let before = unsafe { libc::signal(SIGCHLD, libc::SIG_DFL) };
+    if before == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Ends this process by a signal of which its child has died, without a core of its own.
@@ -92,10 +111,9 @@ const fn has(mask: u64, signal: i32) -> bool {
     mask & 1 << (signal - 1) != 0
 }
 
-fn pass_on(process: u32, signal: i32) {
-    let process = i32::try_from(process).ok().and_then(Pid::from_raw);
-    if let (Some(process), Some(signal)) = (process, Signal::from_named_raw(signal))
-        && let Err(errno) = kill_process(process, signal)
+fn pass_on(child: &OwnedFd, signal: i32) {
+    if let Some(signal) = Signal::from_named_raw(signal)
+        && let Err(errno) = pidfd_send_signal(child, signal)
     {
         tracing::debug!(%errno, "the child has ended before the signal reached it");
     }
@@ -112,13 +130,14 @@ mod tests {
 
     use super::*;
 
-    /// Runs a test again in a process of its own; `None` there.
-    fn again(test: &str) -> Option<ExitStatus> {
+    /// Runs a test again in a process of its own, as `env` begins it with these options; `None` there.
+    fn again(options: &[&str], test: &str) -> Option<ExitStatus> {
         const AGAIN: &str = "BELLOWS_TEST_AGAIN";
         if env::var_os(AGAIN).is_some() {
             return None;
         }
-        let mut command = Command::new(env::current_exe().unwrap());
+        let mut command = Command::new("env");
+        command.args(options).arg(env::current_exe().unwrap());
         command.args(["--exact", &format!("signals::tests::{test}")]);
         command.env(AGAIN, "1").stdout(Stdio::null());
         Some(command.status().unwrap())
@@ -127,8 +146,10 @@ mod tests {
     /// As a ^C is while the kernel programs load.
     #[test]
     fn what_the_kernel_sends_before_there_is_a_child_is_kept_for_it() {
-        if let Some(status) = again("what_the_kernel_sends_before_there_is_a_child_is_kept_for_it")
-        {
+        if let Some(status) = again(
+            &[],
+            "what_the_kernel_sends_before_there_is_a_child_is_kept_for_it",
+        ) {
             return assert!(status.success(), "{status}");
         }
         let forwarder = Forwarder::start().unwrap();
@@ -136,13 +157,24 @@ mod tests {
         let _before = unsafe { libc::alarm(1) };
         thread::sleep(Duration::from_millis(1500));
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        forwarder.forward_to(child.id());
+        forwarder.forward_to(&child).unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(SIGALRM));
     }
 
     #[test]
+    fn how_a_child_has_ended_is_known_whatever_was_inherited() {
+        let name = "how_a_child_has_ended_is_known_whatever_was_inherited";
+        if let Some(status) = again(&["--ignore-signal=CHLD"], name) {
+            return assert!(status.success(), "{status}");
+        }
+        await_children().unwrap();
+        let status = Command::new("sh").args(["-c", "exit 7"]).status().unwrap();
+        assert_eq!(status.code(), Some(7));
+    }
+
+    #[test]
     fn who_passes_signals_on_can_die_of_one() {
-        if let Some(status) = again("who_passes_signals_on_can_die_of_one") {
+        if let Some(status) = again(&[], "who_passes_signals_on_can_die_of_one") {
             return assert_eq!(status.signal(), Some(SIGQUIT), "{status}");
         }
         let _forwarder = Forwarder::start().unwrap();

@@ -131,6 +131,8 @@ pub fn run(options: &Options) -> Result<u8, ExecError> {
     if !user.is_root() {
         return Err(ExecError::NotRoot(user.as_raw()));
     }
+    signals::await_children()
+        .map_err(|error| ExecError::System("cannot wait for children", error))?;
     place::enter_scope()?;
     // Before there is anything to leave behind.
     let forwarder = signals::Forwarder::start()
@@ -290,7 +292,9 @@ fn run_command(
     forwarder: &signals::Forwarder,
 ) -> Result<ExitStatus, ExecError> {
     let mut child = spawn(&options.command, cgroup)?;
-    forwarder.forward_to(child.id());
+    forwarder
+        .forward_to(&child)
+        .map_err(|error| ExecError::System("cannot pass signals on to the command", error))?;
     child
         .wait()
         .map_err(|error| ExecError::System("cannot wait for the command", error))

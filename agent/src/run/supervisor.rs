@@ -35,7 +35,7 @@ use super::{
 use crate::{
     explain::LEDGER,
     recover::{Recovered, release_all},
-    signals::Forwarder,
+    signals::{Forwarder, await_children},
 };
 
 /// Set in the child.
@@ -59,6 +59,7 @@ pub fn supervise() -> Result<u8, RunError> {
     if let Err(errno) = rustix::thread::disable_transparent_huge_pages(true) {
         tracing::debug!(%errno, "huge pages stay on");
     }
+    await_children().map_err(failed("cannot wait for children"))?;
     let forwarder = Forwarder::start().map_err(failed("cannot take signals"))?;
     let executable = env::current_exe().map_err(failed("cannot find this program"))?;
     let (alive, held_by_agent) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -81,7 +82,9 @@ pub fn supervise() -> Result<u8, RunError> {
     let mut agent = command.spawn().map_err(failed("cannot start the agent"))?;
     // With it goes our own end of the pipe that the agent has.
     drop(command);
-    forwarder.forward_to(agent.id());
+    forwarder
+        .forward_to(&agent)
+        .map_err(failed("cannot pass signals on to the agent"))?;
     let was_stopped = wait_for_end(agent.id(), File::from(alive));
     let lock = if was_stopped {
         None
