@@ -8,14 +8,15 @@
 //!
 //! What this process was told to ignore (by `nohup`, by a shell of what it runs in the background) stays
 //! ignored: a handler of ours would make the child, which is begun without handlers, die of it. Not so SIGCHLD: whoever
-//! ignores that is not told how a child has ended.
+//! ignores that is not told how a child has ended. Nor SIGTTOU, which this process alone ignores: it must not be stopped
+//! for what it says to its terminal from the background (`stty tostop`).
 //!
 //! It must not signal by number: that may be another process's as soon as the child has been waited for.
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
-    process::Child,
+    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    process::{Child, Command},
     sync::{Arc, OnceLock},
     thread,
 };
@@ -25,7 +26,8 @@ use rustix::process::{
 };
 use signal_hook::{
     consts::{
-        SIGALRM, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH,
+        SIGALRM, SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTOU, SIGUSR1, SIGUSR2,
+        SIGWINCH,
     },
     iterator::{SignalsInfo, exfiltrator::WithOrigin},
     low_level::{emulate_default_handler, siginfo::Cause},
@@ -39,12 +41,15 @@ const FORWARDED: [i32; 9] = [
 /// it does.
 pub(crate) struct Forwarder {
     child: Arc<OnceLock<OwnedFd>>,
+    /// Whether this process was begun to be stopped when it writes to its terminal from the background.
+    was_stopped_by_output: bool,
 }
 
 impl Forwarder {
     pub(crate) fn start() -> io::Result<Self> {
         let ignored = ignored(&fs::read_to_string("/proc/self/status")?);
         let forwarded = FORWARDED.iter().filter(|&&signal| !has(ignored, signal));
+        dispose(SIGTTOU, libc::SIG_IGN)?;
         let mut signals = SignalsInfo::<WithOrigin>::new(forwarded)?;
         let child = Arc::new(OnceLock::new());
         let shared = Arc::clone(&child);
@@ -60,7 +65,19 @@ impl Forwarder {
                     pass_on(shared.wait(), origin.signal);
                 }
             })?;
-        Ok(Self { child })
+        Ok(Self {
+            child,
+            was_stopped_by_output: !has(ignored, SIGTTOU),
+        })
+    }
+
+    /// Has a child begin as this process was begun.
+    pub(crate) fn begin_as_this(&self, command: &mut Command) {
+        if self.was_stopped_by_output {
+            // SAFETY: between fork and exec the closure only makes one system call, which is async-signal-safe; it
+            // touches no lock and does not allocate.
+            unsafe { command.pre_exec(|| dispose(SIGTTOU, libc::SIG_DFL)) };
+        }
     }
 
     /// To this child, which has not been waited for; the first one is meant.
@@ -81,8 +98,13 @@ impl Forwarder {
 ///
 /// When the kernel does not take it.
 pub(crate) fn await_children() -> io::Result<()> {
-    // SAFETY: what the kernel does by default runs nothing of this process.
-    let before = unsafe { libc::signal(SIGCHLD, libc::SIG_DFL) };
+    dispose(SIGCHLD, libc::SIG_DFL)
+}
+
+/// Has the kernel ignore a signal (`SIG_IGN`), or do what it does by default (`SIG_DFL`).
+fn dispose(signal: i32, disposition: libc::sighandler_t) -> io::Result<()> {
+    // SAFETY: neither runs anything of this process.
+    let before = unsafe { libc::signal(signal, disposition) };
     if before == libc::SIG_ERR {
         return Err(io::Error::last_os_error());
     }
@@ -124,7 +146,7 @@ mod tests {
     use std::{
         env,
         os::unix::process::ExitStatusExt as _,
-        process::{Command, ExitStatus, Stdio},
+        process::{ExitStatus, Stdio},
         time::Duration,
     };
 
@@ -159,6 +181,22 @@ mod tests {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         forwarder.forward_to(&child).unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(SIGALRM));
+    }
+
+    #[test]
+    fn only_the_child_stops_when_it_writes_from_the_background() {
+        let name = "only_the_child_stops_when_it_writes_from_the_background";
+        if let Some(status) = again(&[], name) {
+            return assert!(status.success(), "{status}");
+        }
+        let forwarder = Forwarder::start().unwrap();
+        let mut child = Command::new("cat");
+        child.arg("/proc/self/status");
+        forwarder.begin_as_this(&mut child);
+        let told = String::from_utf8(child.output().unwrap().stdout).unwrap();
+        assert!(!has(ignored(&told), SIGTTOU));
+        let own = fs::read_to_string("/proc/self/status").unwrap();
+        assert!(has(ignored(&own), SIGTTOU));
     }
 
     #[test]

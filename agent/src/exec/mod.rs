@@ -291,7 +291,7 @@ fn run_command(
     cgroup: &Cgroup,
     forwarder: &signals::Forwarder,
 ) -> Result<ExitStatus, ExecError> {
-    let mut child = spawn(&options.command, cgroup)?;
+    let mut child = spawn(&options.command, cgroup, forwarder)?;
     forwarder
         .forward_to(&child)
         .map_err(|error| ExecError::System("cannot pass signals on to the command", error))?;
@@ -300,7 +300,11 @@ fn run_command(
         .map_err(|error| ExecError::System("cannot wait for the command", error))
 }
 
-fn spawn(words: &[OsString], cgroup: &Cgroup) -> Result<Child, ExecError> {
+fn spawn(
+    words: &[OsString],
+    cgroup: &Cgroup,
+    forwarder: &signals::Forwarder,
+) -> Result<Child, ExecError> {
     let Some((program, arguments)) = words.split_first() else {
         return Err(ExecError::NotFound {
             command: String::new(),
@@ -309,6 +313,7 @@ fn spawn(words: &[OsString], cgroup: &Cgroup) -> Result<Child, ExecError> {
     let mut command = Command::new(program);
     command.args(arguments).env_remove(place::SCOPE_VARIABLE);
     cgroup.admit(&mut command)?;
+    forwarder.begin_as_this(&mut command);
     command.spawn().map_err(|source| {
         let command = program.to_string_lossy().into_owned();
         match source.kind() {

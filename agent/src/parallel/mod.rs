@@ -319,21 +319,8 @@ pub fn resume_all(path: &Path) -> io::Result<usize> {
         Err(error) => return Err(error),
     };
     let left = left_by(&records);
-    let mut count = 0;
-    let mut failed = None;
-    for process in &left.paused {
-        match process::signal(*process, Signal::CONT) {
-            Ok(went_on) => count += usize::from(went_on),
-            Err(error) => {
-                tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
-                failed = Some(error);
-            }
-        }
-    }
-    // Whoever comes next tries again.
-    if let Some(error) = failed {
-        return Err(error);
-    }
+    // Where one cannot be resumed, whoever comes next tries again.
+    let count = resume(&left.paused)?;
     if file == path {
         // It would be taken for the newest one as soon as there is no other.
         ledger::remove_if_there(&put_aside)?;
@@ -349,6 +336,35 @@ pub fn resume_all(path: &Path) -> io::Result<usize> {
         drop(fs::remove_file(path.with_extension("resumed")));
     }
     Ok(count)
+}
+
+/// Resumes whomever a stopped agent has paused. Its file is left to it, and so are the tokens: it does not know of this when
+/// it goes on.
+///
+/// # Errors
+///
+/// When the file exists but cannot be read, or somebody cannot be resumed.
+pub fn resume_paused(path: &Path) -> io::Result<usize> {
+    match ledger::read(path) {
+        Ok(contents) => resume(&left_by(&contents.records).paused),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+fn resume(paused: &BTreeSet<ProcessId>) -> io::Result<usize> {
+    let mut count = 0;
+    let mut failed = None;
+    for process in paused {
+        match process::signal(*process, Signal::CONT) {
+            Ok(went_on) => count += usize::from(went_on),
+            Err(error) => {
+                tracing::error!(pid = process.pid, %error, "a paused process cannot be resumed");
+                failed = Some(error);
+            }
+        }
+    }
+    failed.map_or(Ok(count), Err)
 }
 
 #[cfg(test)]

@@ -67,12 +67,19 @@ pub(super) fn since_boot() -> u64 {
 pub(crate) struct Process {
     pub(crate) id: ProcessId,
     pub(crate) program: String,
-    pub(super) parent: i32,
+    pub(crate) parent: i32,
     /// Its process group: a job, in a shell's sense.
     pub(crate) group: i32,
     state: char,
     leads_on_terminal: bool,
     cpu: Nanos,
+}
+
+impl Process {
+    /// Whether it was stopped, and not continued since.
+    pub(crate) const fn is_stopped(&self) -> bool {
+        self.state == 'T'
+    }
 }
 
 /// What a process's `stat` says.
@@ -114,7 +121,7 @@ pub(crate) fn parse_statm(text: &str) -> Option<Bytes> {
 /// # Errors
 ///
 /// When it cannot be told.
-pub(super) fn read(pid: i32) -> io::Result<Option<Process>> {
+pub(crate) fn read(pid: i32) -> io::Result<Option<Process>> {
     parse_read(fs::read_to_string(format!("/proc/{pid}/stat")))
 }
 
@@ -248,7 +255,7 @@ impl Tree {
                 program: process.program.clone(),
                 memory,
                 cpu: process.cpu,
-                is_stopped: process.state == 'T',
+                is_stopped: process.is_stopped(),
                 may_pause,
             })
         });

@@ -293,6 +293,35 @@ fn who_cannot_be_resumed_is_tried_again() {
     assert!(!burst.directory.join("paused.ledger").exists());
 }
 
+/// It goes on with its file, in which it is written what it believes.
+#[test]
+fn whom_a_stopped_guard_has_paused_is_resumed_and_its_file_is_left() {
+    let name = format!("bellows-meanwhile-{}", std::process::id());
+    let directory = std::env::temp_dir().join(name);
+    fs::create_dir_all(&directory).unwrap();
+    let path = directory.join("paused.ledger");
+    assert_eq!(resume_paused(&path).unwrap(), 0);
+    let mut child = Program::new("sleep").arg("60").spawn().unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let process = process::read(pid).unwrap().unwrap().id;
+    assert!(process::signal(process, Signal::STOP).unwrap());
+    until("it stops", || (state(pid) == Some('T')).then_some(()));
+    let mut ledger = Ledger::open(&path).unwrap();
+    let pause = Record::Pause {
+        at: bellows_core::Nanos(1),
+        cgroup: CgroupId(7),
+        process,
+        program: String::new(),
+    };
+    ledger.append(&pause).unwrap();
+    assert_eq!(resume_paused(&path).unwrap(), 1);
+    until("it goes on", || (state(pid) != Some('T')).then_some(()));
+    assert_eq!(ledger::read(&path).unwrap().records, [pause]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::remove_dir_all(&directory).unwrap();
+}
+
 /// Which of the files counts, and for how long.
 #[test]
 fn what_a_dead_agent_has_put_aside_counts_once_and_only_without_a_newer_one() {
