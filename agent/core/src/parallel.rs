@@ -9,7 +9,7 @@
 //! long before all memory is in use, and best of all when it has just begun.
 //!
 //! **No deadlock, by construction.** The oldest leaf that still grows always runs, whether it fits or not. A paused process can be what
-//! everybody else waits for (the other end of a pipe, a lock): if nobody has used the CPU for [`STALLED`], or nobody has
+//! everybody else waits for (the other end of a pipe, a lock): if nobody has used the CPU for [`STALLED`] while none was held, or nobody has
 //! ended for [`NOBODY_ENDS`] whatever they use, the oldest paused one is resumed and *never paused again*. There are
 //! finitely many, so after finitely many such times all run, as without Bellows.
 //!
@@ -33,8 +33,8 @@ pub const STALLED: Nanos = Nanos::millis(2000);
 pub const NOBODY_ENDS: Nanos = Nanos::millis(120_000);
 /// CPU time that is progress.
 const PROGRESS: Nanos = Nanos::millis(20);
-/// A stopped process stops within this time, unless it cannot or somebody resumes it.
-const STOPS_WITHIN: Nanos = Nanos::millis(1000);
+/// Who is told to stop does so within this time, unless it cannot: in the brake it may sleep for two seconds before.
+const STOPS_WITHIN: Nanos = Nanos::millis(2500);
 /// So often is one paused again that somebody else has continued: `fg` continues all that ^Z has stopped.
 const CONTINUED: u32 = 3;
 /// While somebody is paused there is a look at least so often, unless the guard itself stands still.
@@ -101,7 +101,7 @@ pub struct Look {
     pub granted: Bytes,
     /// What it has, page cache aside.
     pub used: Bytes,
-    /// Whether it is held: then that nobody goes on means nothing.
+    /// Whether it is held, frozen or braked: then that nobody goes on, or stops, means nothing.
     pub is_held: bool,
     /// Its processes, in any order.
     pub processes: Vec<Seen>,
@@ -391,7 +391,7 @@ impl Jobs {
                 continue;
             };
             if look.is_held {
-                // Whoever is frozen takes no signal: its time begins when it is let go.
+                // Whoever is held takes no signal: its time begins when it is let go.
                 *since = look.now;
             }
             *has_stopped |= seen.is_stopped;

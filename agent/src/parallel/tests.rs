@@ -62,6 +62,7 @@ impl Burst {
         for (file, content) in [
             ("cgroup.procs", all),
             ("cgroup.freeze", "0\n".to_owned()),
+            ("memory.high", "max\n".to_owned()),
             ("memory.current", format!("{usage}\n")),
             (
                 "memory.stat",
@@ -496,6 +497,7 @@ fn build(name: &str, before: &str, granted: Bytes, pauses: usize) {
     .unwrap();
     for (file, content) in [
         ("cgroup.freeze", "0\n"),
+        ("memory.high", "max\n"),
         ("memory.stat", "file 0\ninactive_file 0\nactive_file 0\n"),
     ] {
         fs::write(directory.join(file), content).unwrap();

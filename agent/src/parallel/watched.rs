@@ -18,7 +18,7 @@ use super::{
     process::{Tree, is_server, since_boot},
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError, Limit},
     clock::now,
     ledger::Record,
     metrics::METRICS,
@@ -172,7 +172,7 @@ impl Watched {
         }
         let processes = tree.seen(since_boot());
         let used = self.used(&processes)?;
-        let is_held = self.is_lending() && self.cgroup.read("cgroup.freeze")?.trim() == "1";
+        let is_held = self.is_lending() && self.is_held()?;
         let look = Look {
             now: now(),
             granted: self.granted,
@@ -189,6 +189,16 @@ impl Watched {
             Pace::Calm if self.is_lending() => BETWEEN,
             Pace::Calm => FAR,
         })
+    }
+
+    /// Whether it is frozen, or has what its brake allows: whoever is charged for more then sleeps for as long as two seconds
+    /// each time, and neither stops nor uses the CPU (`__mem_cgroup_handle_over_high`, mm/memcontrol.c).
+    fn is_held(&self) -> Result<bool, CgroupError> {
+        if self.cgroup.read("cgroup.freeze")?.trim() == "1" {
+            return Ok(true);
+        }
+        let high = self.cgroup.limit("memory.high")?;
+        Ok(high != Limit::Max && self.cgroup.usage()? >= high.bytes())
     }
 
     fn used(&mut self, processes: &[Seen]) -> Result<Bytes, CgroupError> {

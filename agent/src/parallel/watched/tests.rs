@@ -82,6 +82,26 @@ fn id(pid: u32) -> ProcessId {
     read(i32::try_from(pid).unwrap()).unwrap().unwrap().id
 }
 
+#[test]
+fn who_is_braked_is_held_as_who_is_frozen() {
+    let bed = Bed::new("braked", 0, 0);
+    let write = |file: &str, content: &str| {
+        fs::write(bed.directory.join(file), format!("{content}\n")).unwrap();
+    };
+    write("memory.current", "8388608");
+    for (freeze, high, is_held) in [
+        ("0", "max", false),
+        ("1", "max", true),
+        ("0", "16777216", false),
+        ("0", "8388608", true),
+        ("0", "4096", true),
+    ] {
+        write("cgroup.freeze", freeze);
+        write("memory.high", high);
+        assert_eq!(bed.watched.is_held().unwrap(), is_held, "{freeze} {high}");
+    }
+}
+
 /// Whose jobs have ended waits for its tokens, whatever others of the same cgroup wait for.
 #[test]
 fn a_build_without_jobs_gets_its_tokens_back() {
