@@ -43,18 +43,8 @@ pub fn find(root: &Path, pod_uid: &str, container_id: &str) -> Option<PathBuf> {
 /// process may be further below.
 #[must_use]
 pub fn of_process(root: &Path, process: u32, container_id: &str) -> Option<PathBuf> {
-    above(root, &cgroups_of(process)?, container_id)
-}
-
-/// `/proc/PID/cgroup`.
-fn cgroups_of(process: u32) -> Option<String> {
-    fs::read_to_string(format!("/proc/{process}/cgroup")).ok()
-}
-
-/// The path in that for the one hierarchy of cgroup v2, below its root.
-fn unified(text: &str) -> Option<&Path> {
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
-    path.map(Path::new)
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+    above(root, &text, container_id)
 }
 
 /// Whether this process is in the node's own namespace of processes (`PROC_PID_INIT_INO`, include/linux/proc_ns.h): else
@@ -65,15 +55,10 @@ pub fn sees_processes() -> bool {
     fs::read_link("/proc/self/ns/pid").is_ok_and(|own| own == Path::new(NODES_OWN))
 }
 
-/// Whether a process is in a cgroup or below.
-#[must_use]
-pub fn is_in(root: &Path, process: u32, directory: &Path) -> bool {
-    let text = cgroups_of(process).unwrap_or_default();
-    unified(&text).is_some_and(|path| root.join(path).starts_with(directory))
-}
-
 fn above(root: &Path, text: &str, container_id: &str) -> Option<PathBuf> {
-    let path = unified(text)?;
+    // Of the one hierarchy of cgroup v2, below its root.
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let path = Path::new(path);
     // `..` stands for what is above our own cgroup namespace, and names nothing here.
     let is_plain = |path: &Path| !path.components().any(|part| part.as_os_str() == "..");
     let mut above = path.ancestors().filter(|path| is_plain(path));

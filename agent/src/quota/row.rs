@@ -5,7 +5,6 @@ use std::{
     fs::File,
     io::Read as _,
     os::fd::OwnedFd,
-    path::Path,
 };
 
 use bellows_core::{
@@ -25,7 +24,6 @@ use super::{
     tree::{Tree, living},
 };
 use crate::{
-    attribution::{self, CGROUP_ROOT},
     cgroup::{Cgroup, CgroupError, quota::Quota},
     wake::Wake,
 };
@@ -116,9 +114,7 @@ impl Row {
         };
         row.boosts.adopt(at);
         let left: Vec<u32> = row.boosts.processes().collect();
-        for process in left {
-            row.follow(process, at);
-        }
+        row.follow(&left, at);
         row
     }
 
@@ -233,9 +229,7 @@ impl Row {
             new.extend(lasting.filter(|&process| self.boosts.join(root, process)));
         }
         // What comes of it is in the tree that it is of, and its own once that has lost its root.
-        for process in new {
-            self.await_end(process);
-        }
+        self.await_ends(new);
     }
 
     /// Without PSI nobody is known to wait.
@@ -300,37 +294,51 @@ impl Row {
         };
         self.boosts.execute(rules, *at, *process, file, &words);
         if self.boosts.processes().any(|awaited| awaited == *process) {
-            self.follow(*process, *at);
+            self.follow(&[*process], *at);
         }
     }
 
-    /// Follows a process until its end. One that cannot be followed is waited for as long as its boost may last.
-    fn follow(&mut self, process: u32, at: Nanos) {
-        if self.await_end(process) {
+    /// Follows processes until their end. One that cannot be followed is waited for as long as its boost may last.
+    fn follow(&mut self, processes: &[u32], at: Nanos) {
+        for process in self.await_ends(processes.iter().copied()) {
             let tree = self.trees.entry(process);
             tree.or_insert_with(|| Tree::of(process, at));
         }
     }
 
-    /// Waits for a process's end; returns whether it is still to come.
-    fn await_end(&mut self, process: u32) -> bool {
+    /// Waits for the ends of processes; returns those whose end is still to come.
+    fn await_ends(&mut self, processes: impl IntoIterator<Item = u32>) -> Vec<u32> {
         if !self.sees_processes {
-            // Its end is not seen: what waits for that ends otherwise.
-            return false;
+            // Their ends are not seen: what waits for them ends otherwise.
+            return Vec::new();
         }
-        let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
-        let opened = pid.ok_or(Errno::SRCH);
-        match opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
-            // Its number may have been given to another meanwhile.
-            Ok(_) if !is_in(process, &self.cgroup) => self.boosts.exit(process),
-            Ok(descriptor) => {
-                self.processes.insert(process, descriptor);
-                return true;
+        let mut opened = BTreeMap::new();
+        for process in processes {
+            let pid = i32::try_from(process).ok().and_then(Pid::from_raw);
+            let pid = pid.ok_or(Errno::SRCH);
+            match pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+                Ok(descriptor) => drop(opened.insert(process, descriptor)),
+                Err(Errno::SRCH) => self.boosts.exit(process),
+                Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
             }
-            Err(Errno::SRCH) => self.boosts.exit(process),
-            Err(errno) => tracing::warn!(process, %errno, "the end of a program is not seen"),
         }
-        false
+        if opened.is_empty() {
+            return Vec::new();
+        }
+        // A number may have been given to another meanwhile. The cgroup says who is in it: `/proc` names cgroups from our own
+        // one on (cgroup_namespaces(7)), and a container's is above that.
+        let own = self.cgroup.processes().unwrap_or_default();
+        let own: BTreeSet<u32> = own.into_iter().collect();
+        let mut awaited = Vec::new();
+        for (process, descriptor) in opened {
+            if own.contains(&process) {
+                self.processes.insert(process, descriptor);
+                awaited.push(process);
+            } else {
+                self.boosts.exit(process);
+            }
+        }
+        awaited
     }
 
     /// Asks whether the service is ready, if a boost waits for that, and nobody else.
@@ -364,7 +372,7 @@ impl Row {
             let heirs: Vec<u32> = tree.ids().filter(|&heir| heir != process).collect();
             self.boosts.hand_on(process, &heirs);
             // Those that have ended, too, are taken out again.
-            heirs.into_iter().for_each(|heir| self.follow(heir, at));
+            self.follow(&heirs, at);
         }
         if self.rules.is_ready == Some(true) {
             while let Some(ready) = self.boosts.asks().cloned() {
@@ -439,10 +447,6 @@ fn arguments(process: u32) -> Vec<String> {
     words
         .map(|word| String::from_utf8_lossy(word).into_owned())
         .collect()
-}
-
-fn is_in(process: u32, cgroup: &Cgroup) -> bool {
-    attribution::is_in(Path::new(CGROUP_ROOT), process, cgroup.path())
 }
 
 fn has_ended(process: &OwnedFd) -> bool {

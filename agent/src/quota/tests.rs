@@ -1,6 +1,7 @@
 use std::{
     fs,
     path::Path,
+    process,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -103,7 +104,7 @@ fn boost(on: Trigger) -> BoostRules {
 
 impl Bed {
     fn new(name: &str) -> Self {
-        let name = format!("bellows-quota-{name}-{}", std::process::id());
+        let name = format!("bellows-quota-{name}-{}", process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir_all(&path).unwrap();
         let write = |file, text| fs::write(Path::new(&path).join(file), text).unwrap();
@@ -264,6 +265,42 @@ fn a_program_that_has_ended_before_it_is_followed_is_lent_nothing_for_long() {
         .executed(id, &[executed("cc"), executed("/usr/bin/make")]);
     assert!(bed.row().boosts.is_empty());
     assert_eq!((bed.quota(), bed.noted()), (REST, None));
+}
+
+/// As where the agent is in a namespace of cgroups of its own: what `/proc` says of the program names no directory there.
+#[test]
+fn a_program_is_lent_to_until_its_end_wherever_in_the_container_it_is() {
+    let mut rule = boost(Trigger::Exec(Program {
+        file: "sleep".to_owned(),
+        arguments: Vec::new(),
+    }));
+    rule.until.exit = true;
+    for (name, below, is_in) in [
+        ("own", "", true),
+        ("below", "init.scope", true),
+        ("elsewhere", "", false),
+    ] {
+        let mut bed = Bed::new(name);
+        bed.watch(rules(std::slice::from_ref(&rule), false, true), false);
+        let mut child = process::Command::new("sleep").arg("60").spawn().unwrap();
+        let executed = Executed {
+            process: child.id(),
+            file: "/bin/sleep".to_owned(),
+            at: now(),
+        };
+        let directory = bed.cgroup.path().join(below);
+        fs::create_dir_all(&directory).unwrap();
+        let processes = if is_in { child.id() } else { process::id() };
+        fs::write(bed.cgroup.path().join("cgroup.procs"), "").unwrap();
+        fs::write(directory.join("cgroup.procs"), format!("{processes}\n")).unwrap();
+        let id = bed.cgroup.id();
+        bed.worker.executed(id, &[executed]);
+        assert_eq!(bed.quota(), if is_in { LENT } else { REST }, "{name}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        bed.look();
+        assert_eq!((bed.quota(), bed.row().boosts.is_empty()), (REST, true));
+    }
 }
 
 #[test]
