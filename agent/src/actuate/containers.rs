@@ -27,6 +27,10 @@ pub trait Moved {
     fn original_mut(&mut self) -> &mut Original;
     /// Its pod.
     fn pod(&self) -> Option<&Arc<Pod>>;
+    /// Whether a kubelet gives its pod no less than what all of its containers have together.
+    fn is_summed_up(&self) -> bool {
+        false
+    }
     /// When its quota was moved and told.
     fn times(&mut self) -> &mut QuotaTimes;
 }

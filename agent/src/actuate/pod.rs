@@ -16,7 +16,7 @@ use std::{
 };
 
 use bellows_core::{
-    Bytes, Cpu,
+    Amount as _, Bytes, Cpu,
     moved::{MovedLimit, PodStep, pod_step},
 };
 use thiserror::Error;
@@ -68,6 +68,20 @@ pub enum Who {
 
 /// By how much each container of a pod is raised.
 pub type Raised<'a> = &'a (dyn Fn(Who) -> Vec<Bytes> + Send + Sync);
+
+/// What the containers of a pod have of CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shares {
+    /// By how much each is raised.
+    pub raised: Vec<Cpu>,
+    /// What they have together at rest, where a kubelet gives their pod no less.
+    pub at_rest: Cpu,
+    /// Whether all are meant to be at rest, and whoever owns them knows it: no older quota is on its way.
+    pub are_settled: bool,
+}
+
+/// By so much what containers have may be rounded up from what their pod has.
+const ROUNDING: Cpu = Cpu::millis(10);
 
 /// The cgroup of a pod.
 #[derive(Debug)]
@@ -265,16 +279,12 @@ impl Pod {
         })
     }
 
-    /// Brings the CPU quota to where it must be for containers that are raised by so much each. Microseconds.
+    /// Brings the CPU quota to where it must be for what its containers have.
     ///
     /// # Errors
     ///
     /// [`PodError`].
-    pub fn settle_quota(
-        &self,
-        raised: impl FnOnce() -> Vec<Cpu>,
-        may: May,
-    ) -> Result<(), PodError> {
+    pub fn settle_quota(&self, shares: impl FnOnce() -> Shares, may: May) -> Result<(), PodError> {
         let mut known = self.quota.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(in_force) = self.cgroup.quota()? else {
             *known = None;
@@ -286,18 +296,37 @@ impl Pod {
             *quota = MovedQuota::new(in_force);
             in_force.cpu
         });
-        let to = match pod_step(&quota.cpu, own, raised()) {
+        let Shares {
+            mut raised,
+            at_rest,
+            are_settled,
+        } = shares();
+        // The kubelet's new one may be the same as one of ours, and be taken for that.
+        let short = at_rest.minus(quota.cpu.at_rest);
+        raised.extend(Some(short).filter(|&short| short > ROUNDING));
+        let to = match pod_step(&quota.cpu, own, raised) {
             PodStep::Raise(to) => to,
             PodStep::Lower(to) if may == May::Fall => to,
-            PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => return Ok(()),
+            PodStep::Lower(_) | PodStep::Keep | PodStep::Foreign(_) => own,
         };
-        let wanted = in_force.with(to);
-        quota.cpu.ask(wanted.cpu, in_force.cpu);
+        if to != own {
+            let wanted = in_force.with(to);
+            quota.cpu.ask(wanted.cpu, in_force.cpu);
+            self.write_quota(quota)?;
+            self.cgroup.set_quota(wanted)?;
+        }
+        if to == quota.cpu.at_rest && are_settled && !quota.cpu.asked.is_empty() {
+            quota.cpu.rest();
+            self.write_quota(quota)?;
+        }
+        Ok(())
+    }
+
+    fn write_quota(&self, quota: &MovedQuota) -> std::io::Result<()> {
         self.records.quotas.write(&PodQuota {
             quota: quota.clone(),
             path: self.cgroup.path().to_owned(),
-        })?;
-        Ok(self.cgroup.set_quota(wanted)?)
+        })
     }
 
     /// Forgets a pod none of whose containers is guarded, once it is at rest or gone; returns whether it is.
@@ -334,18 +363,39 @@ mod tests {
 
     use super::*;
 
+    /// A directory that looks like a pod's cgroup.
+    struct Bed {
+        directory: PathBuf,
+        pod: Pod,
+    }
+
+    impl Bed {
+        fn new(name: &str, file: &str, limit: &str) -> Self {
+            let name = format!("bellows-pod-{name}-{}", process::id());
+            let directory = env::temp_dir().join(name);
+            let path = directory.join("pod0f8c");
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join(file), limit).unwrap();
+            let records = PodRecords {
+                limits: Records::at(directory.join("limits")),
+                quotas: Records::at(directory.join("quotas")),
+            };
+            let pod = Pod::new(Cgroup::open(&path).unwrap(), records);
+            Self { directory, pod }
+        }
+    }
+
+    impl Drop for Bed {
+        fn drop(&mut self) {
+            drop(fs::remove_dir_all(&self.directory));
+        }
+    }
+
     /// With its next reload systemd sets the limit that it knows, and the pod kills who was raised.
     #[tokio::test]
     async fn what_was_raised_by_hand_is_told_afterwards() {
-        let directory = env::temp_dir().join(format!("bellows-pod-told-{}", process::id()));
-        let path = directory.join("pod0f8c");
-        fs::create_dir_all(&path).unwrap();
-        fs::write(path.join("memory.max"), Bytes::mib(96).0.to_string()).unwrap();
-        let records = PodRecords {
-            limits: Records::at(directory.join("limits")),
-            quotas: Records::at(directory.join("quotas")),
-        };
-        let pod = Pod::new(Cgroup::open(&path).unwrap(), records);
+        let bed = Bed::new("told", "memory.max", &Bytes::mib(96).0.to_string());
+        let pod = &bed.pod;
         pod.adopt().unwrap();
         let raised = |_| vec![Bytes::mib(32)];
         pod.raise_by_hand(&raised).unwrap();
@@ -357,6 +407,36 @@ mod tests {
         assert!(!pod.is_untold());
         let limit = pod.cgroup.limit("memory.max").unwrap();
         assert_eq!(limit, Limit::At(Bytes::mib(128)));
-        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_kubelets_new_quota_is_not_taken_for_ours() {
+        let bed = Bed::new("quota", "cpu.max", "50000 100000\n");
+        let pod = &bed.pod;
+        let shares = |raised, at_rest, are_settled| Shares {
+            raised: vec![Cpu::millis(raised)],
+            at_rest: Cpu::millis(at_rest),
+            are_settled,
+        };
+        let quota = || pod.cgroup.quota().unwrap().unwrap().cpu;
+        let settled = |shares: Shares| {
+            pod.settle_quota(|| shares, May::Fall).unwrap();
+            quota()
+        };
+        let sets = |text| fs::write(pod.cgroup.path().join("cpu.max"), text).unwrap();
+        assert_eq!(settled(shares(500, 500, false)), Cpu::millis(1000));
+        assert_eq!(settled(shares(0, 500, false)), Cpu::millis(500));
+        // What it was told of the raise it may still set.
+        sets("100000 100000\n");
+        assert_eq!(settled(shares(0, 500, false)), Cpu::millis(500));
+        assert_eq!(settled(shares(0, 500, true)), Cpu::millis(500));
+        sets("100000 100000\n");
+        assert_eq!(settled(shares(0, 0, true)), Cpu::millis(1000));
+        // In the middle of a burst it is the same as ours, and its containers have as much.
+        assert_eq!(settled(shares(500, 1000, false)), Cpu::millis(1500));
+        sets("150000 100000\n");
+        assert_eq!(settled(shares(0, 1500, true)), Cpu::millis(1500));
+        assert_eq!(settled(shares(500, 1500, false)), Cpu::millis(2000));
+        assert_eq!(settled(shares(0, 1005, true)), Cpu::millis(1000));
     }
 }

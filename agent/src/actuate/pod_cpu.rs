@@ -136,6 +136,10 @@ impl Moved for CpuTarget {
         self.pod.as_ref()
     }
 
+    fn is_summed_up(&self) -> bool {
+        self.of_pod.is_none()
+    }
+
     fn times(&mut self) -> &mut QuotaTimes {
         &mut self.times
     }

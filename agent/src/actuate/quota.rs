@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::{
     containers::{Containers, Moved, QuotaTimes},
-    pod::{May, Pod},
+    pod::{May, Pod, Shares},
 };
 use crate::{
     cgroup::{Cgroup, quota::Quota},
@@ -103,20 +103,13 @@ impl<T: Moved> Containers<T> {
         let Some(pod) = pod else {
             return Ok(());
         };
-        let of_target = |target: &T| {
-            let quota = target.original().quota.clone()?;
-            let in_force = target.cgroup().quota().ok()??;
-            Some(quota.cpu.raised_by(in_force.cpu))
-        };
-        let raised = || {
+        let shares = || {
             self.targets().with(|targets| {
                 let is_in = |target: &&T| target.pod().is_some_and(|own| ptr::eq(&**own, pod));
-                let own = targets.values().filter(is_in);
-                own.map(|target| of_target(target).unwrap_or(Cpu::ZERO))
-                    .collect()
+                shares(targets.values().filter(is_in))
             })
         };
-        pod.settle_quota(raised, may).map_err(text)
+        pod.settle_quota(shares, may).map_err(text)
     }
 
     /// The quota of which its owner is told with whatever it is asked for; that it may set it is written down.
@@ -150,16 +143,42 @@ impl<T: Moved> Containers<T> {
                 }
             }
         });
-        self.targets().of(id, |target| {
+        let pod = self.targets().of(id, |target| {
             *target.times() = QuotaTimes {
                 moved: None,
                 told: Some(Instant::now()),
             };
+            target.pod().cloned()
         });
-        if let Err(why) = noted {
+        // What it has had is nobody's any more once all of it is known to be at rest.
+        let settled = self.settle_pod_quota(pod.flatten().as_deref(), May::Fall);
+        if let Err(why) = noted.and(settled) {
             tracing::debug!(why, "a CPU quota that was told is not noted");
         }
     }
+}
+
+/// What containers of one pod have. One that is gone has nothing.
+fn shares<'a, T: Moved + 'a>(targets: impl Iterator<Item = &'a T>) -> Shares {
+    let mut shares = Shares {
+        raised: Vec::new(),
+        at_rest: Cpu::ZERO,
+        are_settled: true,
+    };
+    for target in targets {
+        let (Some(quota), Ok(Some(in_force))) =
+            (target.original().quota.as_ref(), target.cgroup().quota())
+        else {
+            continue;
+        };
+        let at_rest = quota.cpu.at_rest;
+        shares.raised.push(quota.cpu.raised_by(in_force.cpu));
+        shares.are_settled &= quota.is_told() && quota.latest().cpu == at_rest;
+        if target.is_summed_up() {
+            shares.at_rest = shares.at_rest.plus(at_rest);
+        }
+    }
+    shares
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "what `map_err` calls")]
@@ -174,11 +193,15 @@ mod tests {
     use bellows_core::boost::Boosts;
 
     use super::*;
-    use crate::originals::{Original, Records};
+    use crate::{
+        actuate::pod::PodRecords,
+        originals::{Original, Records},
+    };
 
     struct One {
         cgroup: Cgroup,
         original: Original,
+        pod: Arc<Pod>,
         times: QuotaTimes,
     }
 
@@ -196,7 +219,7 @@ mod tests {
         }
 
         fn pod(&self) -> Option<&Arc<Pod>> {
-            None
+            Some(&self.pod)
         }
 
         fn times(&mut self) -> &mut QuotaTimes {
@@ -207,19 +230,27 @@ mod tests {
     const ID: CgroupId = CgroupId(7);
     const REST: Cpu = Cpu::millis(250);
 
-    /// One container in a directory that looks like a cgroup.
+    /// One container, in directories that look like its pod's cgroup and its own.
     struct Bed {
         containers: Containers<One>,
         cgroup: Cgroup,
+        pod: Arc<Pod>,
     }
 
     impl Bed {
         fn new(name: &str) -> Self {
-            let path = env::temp_dir().join(format!("bellows-moved-{name}-{}", process::id()));
+            let above = env::temp_dir().join(format!("bellows-moved-{name}-{}", process::id()));
+            let path = above.join("one");
             fs::create_dir_all(&path).unwrap();
             fs::write(path.join("cpu.max"), "25000 100000\n").unwrap();
+            fs::write(above.join("cpu.max"), "50000 100000\n").unwrap();
+            let records = PodRecords {
+                limits: Records::at(above.join("limits")),
+                quotas: Records::at(above.join("quotas")),
+            };
+            let pod = Arc::new(Pod::new(Cgroup::open(&above).unwrap(), records));
             let cgroup = Cgroup::stand_in(&path, ID);
-            let containers = Containers::new(Records::at(path.join("records")));
+            let containers = Containers::new(Records::at(above.join("records")));
             let one = One {
                 cgroup: cgroup.clone(),
                 original: Original {
@@ -234,10 +265,15 @@ mod tests {
                     has_begun: false,
                     path,
                 },
+                pod: Arc::clone(&pod),
                 times: QuotaTimes::default(),
             };
             containers.targets().with(|all| drop(all.insert(ID, one)));
-            Self { containers, cgroup }
+            Self {
+                containers,
+                cgroup,
+                pod,
+            }
         }
 
         fn set(&self, millis: u64) {
@@ -251,12 +287,42 @@ mod tests {
             let due = |one: &mut One| one.times.due(one.original.quota.as_ref()).is_some();
             self.containers.targets().of(ID, due).unwrap()
         }
+
+        /// Its owner is told of what it has become, and has taken it.
+        fn is_told(&self) {
+            let told = self.containers.quota_to_tell(ID).unwrap();
+            self.containers.quota_is_told(ID, told, true);
+        }
+
+        fn pod_settled(&self) -> Cpu {
+            let settled = self.containers.settle_pod_quota(Some(&self.pod), May::Fall);
+            settled.unwrap();
+            self.pod.cgroup().quota().unwrap().unwrap().cpu
+        }
     }
 
     impl Drop for Bed {
         fn drop(&mut self) {
-            drop(fs::remove_dir_all(self.cgroup.path()));
+            drop(fs::remove_dir_all(self.pod.cgroup().path()));
         }
+    }
+
+    #[test]
+    fn what_a_pod_had_is_forgotten_when_the_owner_knows_that_it_is_at_rest() {
+        let bed = Bed::new("forgotten");
+        let kubelet = || {
+            let path = bed.pod.cgroup().path().join("cpu.max");
+            fs::write(path, "175000 100000\n").unwrap();
+        };
+        bed.set(1500);
+        assert_eq!(bed.pod_settled(), Cpu::millis(1750));
+        bed.is_told();
+        bed.set(250);
+        kubelet();
+        assert_eq!(bed.pod_settled(), Cpu::millis(500));
+        bed.is_told();
+        kubelet();
+        assert_eq!(bed.pod_settled(), Cpu::millis(1750));
     }
 
     #[test]
@@ -269,8 +335,7 @@ mod tests {
         assert!(!bed.is_due() && !bed.containers.rests(ID, REST));
         // One that its owner knows is told of all the same, or it would come back for ever.
         bed.set(4000);
-        let told = bed.containers.quota_to_tell(ID).unwrap();
-        bed.containers.quota_is_told(ID, told, true);
+        bed.is_told();
         assert!(!bed.is_due());
         assert!(bed.containers.rests(ID, REST) && bed.is_due());
     }
