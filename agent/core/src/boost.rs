@@ -108,6 +108,9 @@ pub struct Boost {
     /// The programs whose end is waited for.
     processes: BTreeSet<u32>,
     is_ready: bool,
+    /// Whether its container was not ready since it began.
+    #[serde(default)]
+    was_unready: bool,
 }
 
 /// The boosts of one container that are under way.
@@ -212,7 +215,8 @@ impl Boosts {
         let process = process.filter(|_| rules.until.exit);
         let running = self.0.iter_mut().find(|boost| boost.rules == *rules);
         if let Some(boost) = running {
-            (boost.since, boost.busy_at, boost.is_ready) = (at, at, false);
+            (boost.since, boost.busy_at) = (at, at);
+            (boost.is_ready, boost.was_unready) = (false, false);
             boost.processes.extend(process);
             return;
         }
@@ -222,6 +226,7 @@ impl Boosts {
             busy_at: at,
             processes: process.into_iter().collect(),
             is_ready: false,
+            was_unready: false,
         });
     }
 
@@ -239,6 +244,7 @@ impl Boosts {
             let later = own.since.since(other.since).0;
             own.rules == other.rules
                 && own.processes == other.processes
+                && own.was_unready == other.was_unready
                 && later <= own.rules.until.at_most.0 / 4
         };
         self.0.len() == others.0.len() && self.0.iter().zip(&others.0).all(is_like)
@@ -255,6 +261,17 @@ impl Boosts {
     pub fn ready(&mut self, ready: &Ready) {
         for boost in &mut self.0 {
             boost.is_ready |= boost.rules.until.ready.as_ref() == Some(ready);
+        }
+    }
+
+    /// Somebody says whether the container is ready. A program may begin in one that is: of the program that says nothing
+    /// before the container has become so again.
+    pub fn container_is(&mut self, is_ready: bool) {
+        for boost in &mut self.0 {
+            let rules = &boost.rules;
+            let counts = rules.on == Trigger::Start || boost.was_unready;
+            boost.is_ready |= is_ready && counts && rules.until.ready.is_some();
+            boost.was_unready |= !is_ready;
         }
     }
 
@@ -459,6 +476,44 @@ mod tests {
         boosts.start(&rules, seconds(4));
         assert_eq!(end(&mut boosts, &rules, 5, BUSY), None);
         assert!(boosts.asks().is_some());
+    }
+
+    #[test]
+    fn a_program_in_a_container_that_is_ready_already_is_lent_to_all_the_same() {
+        let mut program = on_exec("java", &[]);
+        program.until.exit = false;
+        program.until.ready = Some(Ready {
+            port: 80,
+            path: None,
+        });
+        let rules = [program];
+        let mut boosts = Boosts::none();
+        let begin = |boosts: &mut Boosts, at| {
+            boosts.execute(&rules, seconds(at), 7, "java", &[]);
+            boosts.container_is(true);
+        };
+        begin(&mut boosts, 1);
+        assert_eq!(end(&mut boosts, &rules, 2, QUIET), None);
+        let before = boosts.clone();
+        boosts.container_is(false);
+        assert!(!boosts.is_like(&before), "a successor must know");
+        // It begins again, and the container is ready meanwhile.
+        begin(&mut boosts, 3);
+        assert_eq!(end(&mut boosts, &rules, 4, QUIET), None);
+        boosts.container_is(false);
+        assert_eq!(end(&mut boosts, &rules, 5, QUIET), None);
+        boosts.container_is(true);
+        assert_eq!(end(&mut boosts, &rules, 6, BUSY), Some(End::Ready));
+        // A start is one of the container's, and what does not wait for it is not ended by it.
+        let mut start = on_start(None);
+        boosts.start(&[start.clone()], seconds(7));
+        boosts.container_is(true);
+        assert_eq!(end(&mut boosts, &[start.clone()], 8, BUSY), None);
+        boosts = Boosts::none();
+        start.until.ready.clone_from(&rules[0].until.ready);
+        boosts.start(&[start.clone()], seconds(9));
+        boosts.container_is(true);
+        assert_eq!(end(&mut boosts, &[start], 10, BUSY), Some(End::Ready));
     }
 
     #[test]

@@ -374,10 +374,8 @@ impl Row {
             // Those that have ended, too, are taken out again.
             self.follow(&heirs, at);
         }
-        if self.rules.is_ready == Some(true) {
-            while let Some(ready) = self.boosts.asks().cloned() {
-                self.boosts.ready(&ready);
-            }
+        if let Some(is_ready) = self.rules.is_ready {
+            self.boosts.container_is(is_ready);
         }
         if let Some((ready, probe)) = &self.probe
             && probe.is_ready()
