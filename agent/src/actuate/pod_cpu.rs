@@ -296,12 +296,17 @@ impl CpuResizer {
             let due = self.containers.targets().of(cgroup, |target| {
                 let due = target.times.due(target.original.quota.as_ref());
                 target.is_telling = due.is_some();
-                due
+                due.map(|due| (due, target.times.moved))
             });
-            let Some(Some(due)) = due else {
+            let Some(Some((due, moved))) = due else {
                 return;
             };
             sleep_until(due).await;
+            // That may be over, and this another one that is not due yet.
+            let is_other = |target: &mut CpuTarget| target.times.moved != moved;
+            if self.containers.targets().of(cgroup, is_other) == Some(true) {
+                continue;
+            }
             // Until it runs it is not known whether its kubelet resizes; and what it was must be recorded first.
             let is_starting =
                 |target: &mut CpuTarget| target.is_reported.is_none() || !target.is_recorded;

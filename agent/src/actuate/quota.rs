@@ -52,10 +52,18 @@ impl<T: Moved> Containers<T> {
         if to < in_force.cpu {
             self.settle_pod_quota(pod, May::Fall)?;
         }
-        self.targets().of(cgroup.id(), |target| {
-            target.times().moved.get_or_insert_with(Instant::now);
-        });
+        self.has_moved(cgroup.id());
         Ok(())
+    }
+
+    /// From when on its owner does not know what it is meant to be: not from a raise on that was over before that was told.
+    fn has_moved(&self, id: CgroupId) {
+        self.targets().of(id, |target| {
+            let quota = target.original().quota.as_ref();
+            let is_told = quota.is_none_or(MovedQuota::is_told);
+            let moved = &mut target.times().moved;
+            *moved = (!is_told).then(|| moved.unwrap_or_else(Instant::now));
+        });
     }
 
     /// A container was seen at rest, and nothing is lent to it. What was asked for before is over, and would be told for
@@ -78,6 +86,7 @@ impl<T: Moved> Containers<T> {
         if let Err(why) = &noted {
             tracing::debug!(why, "it is not noted that a CPU quota is at rest");
         }
+        self.has_moved(cgroup);
         noted.is_ok()
     }
 
@@ -288,6 +297,11 @@ mod tests {
             self.containers.targets().of(ID, due).unwrap()
         }
 
+        fn moved(&self) -> Option<Instant> {
+            let targets = self.containers.targets();
+            targets.of(ID, |one| one.times.moved).unwrap()
+        }
+
         /// Its owner is told of what it has become, and has taken it.
         fn is_told(&self) {
             let told = self.containers.quota_to_tell(ID).unwrap();
@@ -323,6 +337,21 @@ mod tests {
         bed.is_told();
         kubelet();
         assert_eq!(bed.pod_settled(), Cpu::millis(1750));
+    }
+
+    #[test]
+    fn a_raise_that_was_over_before_it_was_told_does_not_hurry_the_next() {
+        let bed = Bed::new("over");
+        bed.set(4000);
+        let first = bed.moved();
+        bed.set(2000);
+        assert!(first.is_some() && bed.moved() == first);
+        bed.set(250);
+        assert_eq!((bed.moved(), bed.is_due()), (None, false));
+        bed.set(4000);
+        assert!(bed.moved() > first);
+        fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
+        assert!(bed.containers.rests(ID, REST) && bed.moved().is_none());
     }
 
     #[test]
