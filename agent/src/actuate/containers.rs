@@ -10,7 +10,7 @@ use super::{pod::Pod, targets::Targets};
 use crate::{
     cgroup::Cgroup,
     originals::{MovedQuota, Original, Records},
-    quota::Most,
+    quota::{Most, NotSet},
 };
 
 /// How long a CPU quota must have been moved before its owner is told of it, and how often that is at most.
@@ -52,8 +52,8 @@ pub trait Owner: Send + 'static {
     ///
     /// # Errors
     ///
-    /// Why not, for people. The quota is as it was.
-    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String>;
+    /// [`NotSet`].
+    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet>;
 
     /// A container was seen at rest, and nothing is lent to it: its owner is not told of what was asked for before.
     fn rests(&self, cgroup: &Cgroup, at_rest: Cpu);

@@ -45,7 +45,7 @@ use crate::{
     },
     cgroup::{Cgroup, quota::Quota},
     originals::{Original, Records},
-    quota::{Most, Quotas},
+    quota::{Most, NotSet, Quotas},
 };
 
 /// How soon it is looked again whether a container runs.
@@ -182,7 +182,7 @@ impl Owner for CpuResizer {
         Some(Most { cpu, is_refused })
     }
 
-    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet> {
         let key = self.key(cgroup.id());
         let key = key
             .as_ref()

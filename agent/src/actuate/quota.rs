@@ -19,6 +19,7 @@ use super::{
 use crate::{
     cgroup::{Cgroup, quota::Quota},
     originals::MovedQuota,
+    quota::NotSet,
 };
 
 impl<T: Moved> Containers<T> {
@@ -26,18 +27,18 @@ impl<T: Moved> Containers<T> {
     ///
     /// # Errors
     ///
-    /// Why not, for people. The quota is as it was.
-    pub fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+    /// [`NotSet`].
+    pub fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet> {
         let in_force = cgroup.quota().map_err(text)?;
-        let in_force = in_force.ok_or("it has no CPU limit (any more)")?;
+        let in_force = in_force.ok_or_else(|| text("it has no CPU limit (any more)"))?;
         let wanted = in_force.with(to);
         let known = self.targets().of(cgroup.id(), |target| {
             let quota = target.original().quota.as_ref();
             let is_ours = quota.is_some_and(|quota| quota.is_ours(in_force));
             is_ours.then(|| (target.original().name.clone(), target.pod().cloned()))
         });
-        let known = known.ok_or("the container is gone")?;
-        let (container, pod) = known.ok_or("somebody else has set it")?;
+        let known = known.ok_or_else(|| text("the container is gone"))?;
+        let (container, pod) = known.ok_or(NotSet::Foreign)?;
         self.change(cgroup.id(), |original| {
             if let Some(quota) = &mut original.quota {
                 quota.cpu.ask(wanted.cpu, in_force.cpu);

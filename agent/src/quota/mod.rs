@@ -32,6 +32,8 @@ use bellows_core::{
     cpu::CpuPolicy,
 };
 
+use thiserror::Error;
+
 use crate::{
     attribution,
     cgroup::Cgroup,
@@ -53,6 +55,23 @@ const IDLE_FOR: Nanos = Nanos::millis(50);
 const STARTS_AT_ONCE: usize = 256;
 const NEVER: Duration = Duration::from_secs(3600);
 
+/// Why a quota was not set, for people. It is as it was.
+#[derive(Debug, Error)]
+pub enum NotSet {
+    /// It is not ours: whoever watches the container says what becomes of it.
+    #[error("somebody else has set it")]
+    Foreign,
+    /// Something failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<String> for NotSet {
+    fn from(why: String) -> Self {
+        Self::Failed(why)
+    }
+}
+
 /// Sets quotas that somebody else owns.
 pub trait Setter: Send + 'static {
     /// The most that a quota may become now, beside what its policy says.
@@ -64,8 +83,8 @@ pub trait Setter: Send + 'static {
     ///
     /// # Errors
     ///
-    /// Why not, for people. The quota is as it was.
-    fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String>;
+    /// [`NotSet`].
+    fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet>;
 
     /// A cgroup was seen with this quota, which is the one at rest, and nothing is lent to it: whatever was asked for is
     /// over. Must not block.
@@ -279,10 +298,16 @@ impl<S: Setter> Worker<S> {
                 Ok(Command::Rules(cgroup, rules)) => {
                     if let Some(row) = self.table.get_mut(&cgroup) {
                         row.rules = rules;
+                        row.foreign = None;
                         self.look_at(cgroup, false);
                     }
                 }
-                Ok(Command::Look(cgroup)) => self.look_at(cgroup, false),
+                Ok(Command::Look(cgroup)) => {
+                    if let Some(row) = self.table.get_mut(&cgroup) {
+                        row.foreign = None;
+                    }
+                    self.look_at(cgroup, false);
+                }
                 Ok(Command::Forget(cgroup)) => self.forget(cgroup),
                 Ok(Command::Stop) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -484,6 +509,9 @@ impl<S: Setter> Worker<S> {
         if let Some(at_rest) = row.rests() {
             self.setter.rests(&row.cgroup, at_rest);
         }
+        if row.is_foreign() {
+            return;
+        }
         let decided = row.decide(at, is_throttled, self.idle.look(at));
         let (Some(policy), true) = (row.rules.cpu, decided.is_some() || row.is_raised()) else {
             return;
@@ -493,14 +521,18 @@ impl<S: Setter> Worker<S> {
             return;
         };
         let set = self.setter.set(&row.cgroup, to, reason);
-        if set.is_ok() {
-            let is_raise = row.quota.is_none_or(|before| to > before);
-            METRICS.moved("cpu", is_raise);
-            self.idle.give(row.quota.unwrap_or(to), to);
-            row.quota = Some(to);
-            row.idle_until = Nanos(0);
+        match set {
+            Ok(()) => {
+                let is_raise = row.quota.is_none_or(|before| to > before);
+                METRICS.moved("cpu", is_raise);
+                self.idle.give(row.quota.unwrap_or(to), to);
+                row.quota = Some(to);
+                row.idle_until = Nanos(0);
+            }
+            Err(NotSet::Foreign) => row.foreign = row.quota,
+            Err(NotSet::Failed(_)) => {}
         }
-        row.went(set);
+        row.went(set.map_err(|why| why.to_string()));
     }
 }
 

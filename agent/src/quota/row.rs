@@ -52,6 +52,8 @@ pub(super) struct Row {
     pub(super) history: CpuHistory,
     /// As last read; `None` where there is no limit (yet).
     pub(super) quota: Option<Cpu>,
+    /// The same when somebody else turned out to have set it: nobody moves that before he is told to look.
+    pub(super) foreign: Option<Cpu>,
     /// Periods that were throttled, as last read.
     throttled: u64,
     pub(super) boosts: Boosts,
@@ -96,6 +98,7 @@ impl Row {
             inner: None,
             history: CpuHistory::default(),
             quota: None,
+            foreign: None,
             throttled: 0,
             noted: boosts.clone(),
             boosts,
@@ -132,10 +135,16 @@ impl Row {
         self.quota > at_rest
     }
 
+    /// Whether somebody else has set its quota.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.foreign.is_some() && self.foreign == self.quota
+    }
+
     /// Whether it must be looked at from time to time.
     pub(super) fn is_active(&self) -> bool {
-        let at_rest = self.rules.cpu.map(|cpu| cpu.at_rest);
-        let is_moved = at_rest.is_some() && self.quota != at_rest;
+        // Without a quota there is nothing to move.
+        let both = self.rules.cpu.zip(self.quota);
+        let is_moved = both.is_some_and(|(cpu, quota)| quota != cpu.at_rest) && !self.is_foreign();
         let is_lent = !self.boosts.is_empty() || !self.noted.is_empty();
         self.is_expected || is_lent || is_moved
     }

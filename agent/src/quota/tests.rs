@@ -4,7 +4,7 @@ use std::{
     process,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -23,6 +23,10 @@ struct Hands(Arc<Did>);
 struct Did {
     /// Whether nothing can be written down.
     is_full: AtomicBool,
+    /// Whether whatever there is was set by somebody else.
+    is_foreign: AtomicBool,
+    /// How often something was to be set.
+    asked: AtomicUsize,
     noted: Mutex<Vec<Boosts>>,
     set: Mutex<Vec<Cpu>>,
     rested: Mutex<Vec<Cpu>>,
@@ -34,8 +38,12 @@ fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Setter for Hands {
-    fn set(&self, cgroup: &Cgroup, to: Cpu, _reason: Reason) -> Result<(), String> {
-        let quota = cgroup.quota().unwrap().ok_or("no quota")?;
+    fn set(&self, cgroup: &Cgroup, to: Cpu, _reason: Reason) -> Result<(), NotSet> {
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
+        if self.0.is_foreign.load(Ordering::Relaxed) {
+            return Err(NotSet::Foreign);
+        }
+        let quota = cgroup.quota().unwrap().unwrap();
         cgroup.set_quota(quota.with(to)).unwrap();
         locked(&self.0.set).push(to);
         Ok(())
@@ -163,6 +171,17 @@ impl Bed {
 
     fn most(&self, most: Option<Most>) {
         *locked(&self.hands.0.most) = most;
+    }
+
+    fn asked(&self) -> usize {
+        self.hands.0.asked.load(Ordering::Relaxed)
+    }
+
+    /// The thread is told something.
+    fn is_told(&mut self, command: Command) {
+        self.commands.send(command).unwrap();
+        self.worker.wake.give();
+        assert!(self.worker.take_commands());
     }
 
     fn rested(&self) -> usize {
@@ -381,15 +400,40 @@ fn what_is_seen_at_rest_is_told_unless_something_is_lent_to_it() {
     bed.look();
     bed.write("25000 100000\n");
     let before = bed.rested();
-    bed.commands.send(Command::Look(bed.cgroup.id())).unwrap();
-    bed.worker.wake.give();
-    assert!(bed.worker.take_commands());
+    bed.is_told(Command::Look(CgroupId(7)));
     assert_eq!(bed.rested(), before + 1);
     let mut bed = Bed::new("lent-at-rest");
     bed.watch(rules(&[boost(Trigger::Start)], false, true), true);
     bed.write("25000 100000\n");
     bed.look();
     assert_eq!((bed.quota(), bed.rested()), (LENT, 0));
+}
+
+#[test]
+fn who_has_no_quota_or_somebody_elses_is_not_looked_at_for_ever() {
+    let mut bed = Bed::new("without");
+    bed.write("max 100000\n");
+    bed.watch(rules(&[], false, true), false);
+    assert!(!bed.row().is_active());
+    let mut bed = Bed::new("foreign");
+    bed.hands.0.is_foreign.store(true, Ordering::Relaxed);
+    bed.write("400000 100000\n");
+    bed.watch(rules(&[], false, true), false);
+    assert!(!bed.row().is_active());
+    bed.look();
+    assert_eq!(bed.asked(), 1);
+    // Another one may be ours.
+    bed.write("300000 100000\n");
+    bed.look();
+    assert_eq!(bed.asked(), 2);
+    // Whoever watches it says what becomes of it.
+    bed.is_told(Command::Look(CgroupId(7)));
+    assert_eq!(bed.asked(), 3);
+    bed.hands.0.is_foreign.store(false, Ordering::Relaxed);
+    bed.look();
+    assert_eq!((bed.asked(), bed.row().is_active()), (3, false));
+    bed.is_told(Command::Rules(CgroupId(7), rules(&[], false, true)));
+    assert_eq!((bed.asked(), bed.quota()), (4, REST));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, mpsc};
 use crate::{
     actuate::containers::Owner,
     cgroup::Cgroup,
-    quota::{Most, Setter},
+    quota::{Most, NotSet, Setter},
 };
 
 /// Cgroups that were made and not looked at yet, at most.
@@ -55,7 +55,7 @@ impl Lent {
 }
 
 impl<O: Owner> Setter for Hands<O> {
-    fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+    fn set(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet> {
         self.owner.set_quota(cgroup, to, reason)
     }
 

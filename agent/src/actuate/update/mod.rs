@@ -35,6 +35,7 @@ use crate::{
     guard::{Input, Refused, Requester},
     ledger::Record,
     originals::{Original, Records},
+    quota::NotSet,
 };
 
 /// A limit that is asked for.
@@ -102,10 +103,10 @@ impl Owner for Updater {
         &self.containers
     }
 
-    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), String> {
+    fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet> {
         self.containers.set_quota(cgroup, to, reason)?;
         let woken = self.wake(cgroup.id(), |_| {});
-        woken.map_err(|refused| refused.why)
+        woken.map_err(|refused| refused.why.into())
     }
 
     fn rests(&self, cgroup: &Cgroup, at_rest: Cpu) {
