@@ -50,8 +50,11 @@ impl<T: Moved> Containers<T> {
         }
         cgroup.set_quota(wanted).map_err(text)?;
         tracing::info!(container, from = %in_force.cpu, %to, ?reason, "CPU quota");
-        if to < in_force.cpu {
-            self.settle_pod_quota(pod, May::Fall)?;
+        // The container is lowered, whatever becomes of its pod, and whoever owns it is to know.
+        if to < in_force.cpu
+            && let Err(why) = self.settle_pod_quota(pod, May::Fall)
+        {
+            tracing::warn!(container, why, "the CPU limit of a pod stays for now");
         }
         self.has_moved(cgroup.id());
         Ok(())
@@ -353,6 +356,24 @@ mod tests {
         assert!(bed.moved() > first);
         fs::write(bed.cgroup.path().join("cpu.max"), "25000 100000\n").unwrap();
         assert!(bed.containers.rests(ID, REST) && bed.moved().is_none());
+    }
+
+    #[test]
+    fn a_lowering_is_told_although_the_pod_was_not_lowered() {
+        let bed = Bed::new("pod-stays");
+        bed.set(1500);
+        bed.is_told();
+        assert!(!bed.is_due());
+        let of_pod = bed.pod.cgroup().path().join("cpu.max");
+        let before = fs::read(&of_pod).unwrap();
+        fs::write(&of_pod, "?").unwrap();
+        bed.set(250);
+        assert!(bed.is_due() && bed.moved().is_some());
+        // It comes down when that is told.
+        fs::write(&of_pod, before).unwrap();
+        bed.is_told();
+        let quota = bed.pod.cgroup().quota().unwrap().unwrap();
+        assert_eq!(quota.cpu, Cpu::millis(500));
     }
 
     #[test]
