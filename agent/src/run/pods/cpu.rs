@@ -65,7 +65,7 @@ impl Watch {
             .map(|(key, _)| key.clone())
             .collect();
         for key in others {
-            if !seen.ending && !self.bring_cpu_to_rest(&key) {
+            if !self.bring_cpu_to_rest(&key, seen.ending) {
                 self.pending.insert(uid.clone());
             } else {
                 self.forget_cpu(&key);
@@ -335,8 +335,9 @@ impl Watch {
         });
     }
 
-    /// Brings a container to rest that no policy means any more; returns whether it is.
-    fn bring_cpu_to_rest(&mut self, key: &Key) -> bool {
+    /// Brings a container to rest that no policy means any more; returns whether it is. Of a pod that is ending, which may
+    /// take its hour, the API need not know it: nobody resizes that.
+    fn bring_cpu_to_rest(&mut self, key: &Key, is_ending: bool) -> bool {
         let Some(known) = self.cpus.get(key) else {
             return true;
         };
@@ -346,10 +347,11 @@ impl Watch {
         let (Some(Some(original)), Ok(Some(quota))) = (original, cgroup.quota()) else {
             return true;
         };
-        if original.is_settled(quota) || !original.is_ours(quota) {
+        let at_rest = original.cpu.at_rest;
+        let is_at_rest = original.is_settled(quota) || (is_ending && quota.cpu == at_rest);
+        if is_at_rest || !original.is_ours(quota) {
             return true;
         }
-        let at_rest = original.cpu.at_rest;
         let rules = Rules {
             cpu: Some(CpuPolicy {
                 at_rest,
@@ -536,7 +538,12 @@ fn told(wish: &CpuWish) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::{env, fs, process};
+
+    use super::{
+        super::bed::{Bed, key},
+        *,
+    };
 
     fn wish(original: u64, limit: u64) -> CpuWish {
         CpuWish {
@@ -619,5 +626,75 @@ mod tests {
             (moved.latest().cpu, moved.told),
             (Cpu::millis(2000), Cpu::millis(2000))
         );
+    }
+
+    impl Bed {
+        /// The pod's container is raised to two CPUs, of which the API knows.
+        fn is_raised(&mut self, cgroup: &Cgroup) {
+            let wish = wish(250, 2000);
+            let quota = Some(quota_of(&wish, set(2000, 100_000)));
+            let original = Original {
+                id: "one".to_owned(),
+                name: "one".to_owned(),
+                limit: None,
+                quota,
+                boosts: Boosts::none(),
+                has_begun: true,
+                path: cgroup.path().to_owned(),
+            };
+            let target = CpuTarget {
+                namespace: "dev".to_owned(),
+                name: "workspace".to_owned(),
+                uid: "0f8c".to_owned(),
+                cgroup: cgroup.clone(),
+                container: "app".to_owned(),
+                index: 0,
+                is_reported: Some(true),
+                limit: wish.limit_text,
+                original_text: wish.original_text,
+                is_recorded: true,
+                original,
+                pod: None,
+                order: self.watch.order("0f8c"),
+                times: QuotaTimes::default(),
+                is_telling: false,
+                refused: None,
+                of_pod: None,
+            };
+            let targets = self.watch.containers().targets();
+            targets.with(|targets| drop(targets.insert(cgroup.id(), target)));
+            let known = KnownCpu {
+                cgroup: cgroup.clone(),
+                rules: None,
+            };
+            self.watch.cpus.insert(key("app"), known);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_raised_in_a_pod_that_is_ending_comes_to_rest() {
+        let path = env::temp_dir().join(format!("bellows-ending-{}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let sets = |text| fs::write(path.join("cpu.max"), text).unwrap();
+        sets("200000 100000\n");
+        let mut bed = Bed::new().await;
+        bed.sees("64Mi");
+        let (pod, mut seen, _) = bed.wish();
+        bed.is_raised(&Cgroup::open(&path).unwrap());
+        seen.ending = true;
+        bed.watch.follow_cpu(&pod, &seen);
+        let rules = bed.watch.cpus[&key("app")].rules.as_ref();
+        let rules = rules.and_then(|rules| rules.cpu).unwrap();
+        assert_eq!((rules.at_rest, rules.max), (Cpu::millis(250), rules.at_rest));
+        assert!(bed.watch.pending.contains("0f8c"));
+        // Nobody waits for the API.
+        sets("25000 100000\n");
+        bed.watch.follow_cpu(&pod, &seen);
+        assert!(bed.watch.cpus.is_empty());
+        // Nor for a container that has ended.
+        bed.is_raised(&Cgroup::open(&path).unwrap());
+        fs::remove_dir_all(&path).unwrap();
+        bed.watch.follow_cpu(&pod, &seen);
+        assert!(bed.watch.cpus.is_empty());
     }
 }
