@@ -74,6 +74,8 @@ pub struct CpuTarget {
     pub original_text: String,
     /// Whether that is recorded on the pod.
     pub is_recorded: bool,
+    /// Whether the kubelet has put a resize of the pod off.
+    pub is_put_off: bool,
     /// What it had, and what we have asked for.
     pub original: Original,
     /// Its pod's cgroup.
@@ -183,6 +185,11 @@ impl Owner for CpuResizer {
     }
 
     fn set_quota(&self, cgroup: &Cgroup, to: Cpu, reason: Reason) -> Result<(), NotSet> {
+        let targets = self.containers.targets();
+        let is_put_off = targets.of(cgroup.id(), |target| target.is_put_off);
+        if reason == Reason::BelowRest && is_put_off == Some(true) {
+            return Err(NotSet::PutOff);
+        }
         let key = self.key(cgroup.id());
         let key = key
             .as_ref()

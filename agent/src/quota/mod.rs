@@ -61,6 +61,9 @@ pub enum NotSet {
     /// It is not ours: whoever watches the container says what becomes of it.
     #[error("somebody else has set it")]
     Foreign,
+    /// What it would be raised to is what the pod says, and the kubelet carries that out or not.
+    #[error("the kubelet has put a resize of its pod off")]
+    PutOff,
     /// Something failed.
     #[error("{0}")]
     Failed(String),
@@ -529,7 +532,7 @@ impl<S: Setter> Worker<S> {
                 row.quota = Some(to);
                 row.idle_until = Nanos(0);
             }
-            Err(NotSet::Foreign) => row.foreign = row.quota,
+            Err(NotSet::Foreign | NotSet::PutOff) => row.foreign = row.quota,
             Err(NotSet::Failed(_)) => {}
         }
         row.went(set.map_err(|why| why.to_string()));

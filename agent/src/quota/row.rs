@@ -52,7 +52,7 @@ pub(super) struct Row {
     pub(super) history: CpuHistory,
     /// As last read; `None` where there is no limit (yet).
     pub(super) quota: Option<Cpu>,
-    /// The same when somebody else turned out to have set it: nobody moves that before he is told to look.
+    /// The same when it turned out to be somebody else's to move: nothing is done before somebody is told to look.
     pub(super) foreign: Option<Cpu>,
     /// Periods that were throttled, as last read.
     throttled: u64,
@@ -135,7 +135,7 @@ impl Row {
         self.quota > at_rest
     }
 
-    /// Whether somebody else has set its quota.
+    /// Whether its quota is somebody else's to move.
     pub(super) fn is_foreign(&self) -> bool {
         self.foreign.is_some() && self.foreign == self.quota
     }

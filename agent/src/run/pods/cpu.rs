@@ -191,12 +191,13 @@ impl Watch {
                 known.period,
             )
         };
-        original.quota = original.quota.filter(is_same).or_else(|| {
+        let known = original.quota.take();
+        original.quota = known.clone().filter(is_same).or_else(|| {
             let quota = quota.unwrap_or(Quota {
                 cpu: wish.limit,
                 period: PERIOD,
             });
-            Some(quota_of(wish, quota))
+            Some(quota_of(wish, quota, known.as_ref()))
         });
         let order = self.order(&seen.uid);
         let target = CpuTarget {
@@ -210,6 +211,7 @@ impl Watch {
             limit: wish.limit_text.clone(),
             original_text: wish.original_text.clone(),
             is_recorded: wish.recorded,
+            is_put_off: seen.is_resize_pending,
             original,
             pod: self.pod_cgroup(cgroup),
             order,
@@ -237,6 +239,7 @@ impl Watch {
         let is_old = targets.of(id, |target| {
             let is_old = target.times.told.is_some_and(|told| told.elapsed() < OLD);
             target.is_recorded = wish.recorded;
+            target.is_put_off = seen.is_resize_pending;
             let container = seen.containers.get(wish.index);
             let running = container.filter(|container| container.id.is_some());
             target.is_reported = running.map(|container| container.reports_resources);
@@ -256,7 +259,7 @@ impl Watch {
                     period: known.period,
                 });
                 tracing::info!(pod.name = seen.name, cpu = %wish.original, "the CPU limit was changed by somebody else, which is the new original");
-                *known = taken_over(wish, quota);
+                *known = taken_over(wish, quota, known);
             } else if is_old == Some(false) && known.telling.is_none() {
                 known.told = told_as(wish, known.cpu.at_rest, known.period);
             }
@@ -476,11 +479,14 @@ fn asks_for_arguments(boost: &BoostRules) -> bool {
     matches!(&boost.on, Trigger::Exec(program) if !program.arguments.is_empty())
 }
 
-/// A quota that is `quota` now, and was what the pod says.
-fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
+/// A quota that is `quota` now, and was what the pod says. It is ours if the pod says that it is so now, too, or if it was
+/// `known` before: else whoever has set it sees to it.
+fn quota_of(wish: &CpuWish, quota: Quota, known: Option<&MovedQuota>) -> MovedQuota {
     let at_rest = at_rest(wish, quota);
     let mut cpu = MovedLimit::new(at_rest);
-    if !at_rest.is_set_as(quota.cpu, quota.period) {
+    let is = |own: Cpu| own.is_set_as(quota.cpu, quota.period);
+    let is_ours = is(wish.limit.max(LEAST_CPU)) || known.is_some_and(|known| known.is_ours(quota));
+    if is_ours && !is(at_rest) {
         cpu.ask(quota.cpu, at_rest);
     }
     MovedQuota {
@@ -493,8 +499,8 @@ fn quota_of(wish: &CpuWish, quota: Quota) -> MovedQuota {
 
 /// The same of what somebody else has changed. What stands raised stays so while it is needed, but they are not told of it
 /// for that: their own is about to come into force.
-fn taken_over(wish: &CpuWish, quota: Quota) -> MovedQuota {
-    let mut moved = quota_of(wish, quota);
+fn taken_over(wish: &CpuWish, quota: Quota, known: &MovedQuota) -> MovedQuota {
+    let mut moved = quota_of(wish, quota, Some(known));
     let at_rest = moved.cpu.at_rest;
     if moved.told == at_rest && quota.cpu != at_rest {
         moved.cpu.ask(at_rest, quota.cpu);
@@ -540,10 +546,13 @@ fn told(wish: &CpuWish) -> String {
 mod tests {
     use std::{env, fs, process};
 
+    use bellows_core::Reason;
+
     use super::{
         super::bed::{Bed, key},
         *,
     };
+    use crate::quota::NotSet;
 
     fn wish(original: u64, limit: u64) -> CpuWish {
         CpuWish {
@@ -578,14 +587,14 @@ mod tests {
             (1, 100_000),
         ] {
             let quota = set(millis, period);
-            let moved = quota_of(&wish(millis, millis), quota);
+            let moved = quota_of(&wish(millis, millis), quota, None);
             assert!(moved.is_settled(quota), "{millis}m in {period}: {moved:?}");
         }
     }
 
     #[test]
     fn what_another_container_was_given_by_mistake_is_brought_down() {
-        let mut moved = quota_of(&wish(250, 250), set(250, 100_000));
+        let mut moved = quota_of(&wish(250, 250), set(250, 100_000), None);
         moved.cpu.ask(Cpu::millis(2000), moved.cpu.at_rest);
         let of = |millis| is_left_raised(Some(&moved), Some(set(millis, 100_000)));
         assert!(of(2000) && !of(250) && !of(1000));
@@ -594,7 +603,7 @@ mod tests {
 
     #[test]
     fn what_systemd_has_rounded_up_is_no_raise() {
-        let moved = quota_of(&wish(125, 125), set(130, 100_000));
+        let moved = quota_of(&wish(125, 125), set(130, 100_000), None);
         assert_eq!(
             (moved.cpu.at_rest, moved.latest().cpu),
             (Cpu::millis(125), moved.told)
@@ -605,23 +614,42 @@ mod tests {
     #[test]
     fn what_is_left_raised_is_ours() {
         let quota = set(2000, 100_000);
-        let moved = quota_of(&wish(250, 2000), quota);
+        let moved = quota_of(&wish(250, 2000), quota, None);
         assert!(moved.is_ours(quota) && !moved.is_settled(quota));
         assert_eq!(moved.cpu.at_rest, Cpu::millis(250));
         assert_eq!(moved.told, Cpu::millis(2000));
+        // Raised on the node, of which the API was not told; its request is more than it was, since.
+        let mut known = quota_of(&wish(250, 250), set(250, 100_000), None);
+        known.cpu.ask(quota.cpu, known.cpu.at_rest);
+        assert!(quota_of(&wish(500, 500), quota, Some(&known)).is_ours(quota));
+    }
+
+    #[test]
+    fn what_nobody_has_written_down_and_the_pod_does_not_say_is_somebody_elses() {
+        let known = quota_of(&wish(250, 250), set(250, 100_000), None);
+        // By hand, or one that the kubelet has not carried out.
+        for theirs in [100, 1000] {
+            let theirs = set(theirs, 100_000);
+            for known in [None, Some(&known)] {
+                let moved = quota_of(&wish(500, 500), theirs, known);
+                assert!(!moved.is_ours(theirs) && moved.is_ours(set(500, 100_000)));
+            }
+        }
     }
 
     #[test]
     fn what_somebody_has_just_set_is_not_overwritten_by_what_stands_raised() {
         let raised = set(2000, 100_000);
-        let moved = taken_over(&wish(500, 500), raised);
+        let mut known = quota_of(&wish(250, 250), set(250, 100_000), None);
+        known.cpu.ask(raised.cpu, known.cpu.at_rest);
+        let moved = taken_over(&wish(500, 500), raised, &known);
         assert!(moved.is_ours(raised) && moved.is_ours(set(500, 100_000)));
         assert_eq!(
             (moved.latest().cpu, moved.told),
             (Cpu::millis(500), Cpu::millis(500))
         );
         // But what was told of it already must be taken back.
-        let moved = taken_over(&wish(500, 2000), raised);
+        let moved = taken_over(&wish(500, 2000), raised, &known);
         assert_eq!(
             (moved.latest().cpu, moved.told),
             (Cpu::millis(2000), Cpu::millis(2000))
@@ -632,7 +660,7 @@ mod tests {
         /// The pod's container is raised to two CPUs, of which the API knows.
         fn is_raised(&mut self, cgroup: &Cgroup) {
             let wish = wish(250, 2000);
-            let quota = Some(quota_of(&wish, set(2000, 100_000)));
+            let quota = Some(quota_of(&wish, set(2000, 100_000), None));
             let original = Original {
                 id: "one".to_owned(),
                 name: "one".to_owned(),
@@ -653,6 +681,7 @@ mod tests {
                 limit: wish.limit_text,
                 original_text: wish.original_text,
                 is_recorded: true,
+                is_put_off: false,
                 original,
                 pod: None,
                 order: self.watch.order("0f8c"),
@@ -672,6 +701,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_the_kubelet_has_put_off_is_not_written_in_its_place() {
+        let path = env::temp_dir().join(format!("bellows-put-off-{}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let cpu_max = || fs::read_to_string(path.join("cpu.max")).unwrap();
+        fs::write(path.join("cpu.max"), "20000 100000\n").unwrap();
+        let cgroup = Cgroup::open(&path).unwrap();
+        let mut bed = Bed::new().await;
+        bed.is_raised(&cgroup);
+        let cpus = bed.watch.context.cpus.clone();
+        cpus.containers().targets().of(cgroup.id(), |target| {
+            target.is_put_off = true;
+        });
+        let set = cpus.set_quota(&cgroup, Cpu::millis(250), Reason::BelowRest);
+        assert!(matches!(set, Err(NotSet::PutOff)));
+        assert_eq!(cpu_max(), "20000 100000\n");
+        fs::remove_dir_all(&path).unwrap();
+    }
+
+    #[tokio::test]
     async fn what_is_raised_in_a_pod_that_is_ending_comes_to_rest() {
         let path = env::temp_dir().join(format!("bellows-ending-{}", process::id()));
         fs::create_dir_all(&path).unwrap();
@@ -685,7 +733,10 @@ mod tests {
         bed.watch.follow_cpu(&pod, &seen);
         let rules = bed.watch.cpus[&key("app")].rules.as_ref();
         let rules = rules.and_then(|rules| rules.cpu).unwrap();
-        assert_eq!((rules.at_rest, rules.max), (Cpu::millis(250), rules.at_rest));
+        assert_eq!(
+            (rules.at_rest, rules.max),
+            (Cpu::millis(250), rules.at_rest)
+        );
         assert!(bed.watch.pending.contains("0f8c"));
         // Nobody waits for the API.
         sets("25000 100000\n");
