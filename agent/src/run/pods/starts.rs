@@ -107,22 +107,14 @@ impl Watch {
         }
         let (begun, uid) = (self.begun.clone(), uid.to_owned());
         drop(tokio::spawn(async move {
-            for _ in 0..LOOKS {
-                match limits(&path) {
-                    Ok(Some((quota, memory))) => {
-                        let told = Begun {
-                            uid,
-                            path,
-                            quota,
-                            memory,
-                        };
-                        // A watch that has ended boosts nobody.
-                        return drop(begun.send(told));
-                    }
-                    Ok(None) => sleep(LOOK).await,
-                    // It is gone again.
-                    Err(()) => return,
-                }
+            if let Some((quota, memory)) = given(&path).await {
+                // A watch that has ended boosts nobody.
+                drop(begun.send(Begun {
+                    uid,
+                    path,
+                    quota,
+                    memory,
+                }));
             }
         }));
     }
@@ -165,6 +157,22 @@ impl Watch {
     }
 }
 
+/// Waits for the limits that a cgroup is given; `None` if it is gone again, or never has a quota. systemd writes one after
+/// the other: who has a quota alone may have a memory limit a moment later.
+async fn given(path: &Path) -> Option<(Quota, Option<Bytes>)> {
+    let mut has_quota = false;
+    for _ in 0..LOOKS {
+        let limits = limits(path).ok()?;
+        let is_whole = limits.is_some_and(|(_, memory)| memory.is_some());
+        if is_whole || (has_quota && limits.is_some()) {
+            return limits;
+        }
+        has_quota = limits.is_some();
+        sleep(LOOK).await;
+    }
+    None
+}
+
 /// The limits that a cgroup has; `None` while it has no quota.
 fn limits(path: &Path) -> Result<Option<(Quota, Option<Bytes>)>, ()> {
     let cgroup = Cgroup::open(path).map_err(drop)?;
@@ -181,7 +189,40 @@ fn limits(path: &Path) -> Result<Option<(Quota, Option<Bytes>)>, ()> {
 
 #[cfg(test)]
 mod tests {
+    use std::{env, fs, process};
+
+    use bellows_core::Cpu;
+    use tokio::task::yield_now;
+
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_memory_limit_that_comes_after_the_quota_is_waited_for() {
+        let path = env::temp_dir().join(format!("bellows-given-{}", process::id()));
+        fs::create_dir_all(&path).unwrap();
+        let writes = |file, text| fs::write(path.join(file), text).unwrap();
+        writes("cpu.max", "max 100000\n");
+        writes("memory.max", "max\n");
+        let own = path.clone();
+        let looks = tokio::spawn(async move { given(&own).await });
+        yield_now().await;
+        writes("cpu.max", "25000 100000\n");
+        sleep(LOOK + LOOK / 2).await;
+        assert!(!looks.is_finished());
+        writes("memory.max", "67108864\n");
+        let (quota, memory) = looks.await.unwrap().unwrap();
+        assert_eq!(
+            (quota.cpu, memory),
+            (Cpu::millis(250), Some(Bytes::mib(64)))
+        );
+        // Who has none is not waited for any longer.
+        writes("memory.max", "max\n");
+        let begun = Instant::now();
+        assert_eq!(given(&path).await, Some((quota, None)));
+        assert!(begun.elapsed() < LOOK * 2);
+        fs::remove_dir_all(&path).unwrap();
+        assert_eq!(given(&path).await, None);
+    }
 
     #[test]
     fn what_is_made_before_its_pod_is_known_is_kept_for_some_time() {
