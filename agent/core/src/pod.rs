@@ -16,6 +16,7 @@ mod left;
 mod original;
 mod refusal;
 mod requests;
+mod rest;
 mod seen;
 pub mod way;
 
@@ -82,7 +83,7 @@ pub struct Wish {
     pub original: Bytes,
     /// The same as it was written.
     pub original_text: String,
-    /// The limit at rest: the same, or less if a policy has a floor.
+    /// The limit at rest: the same, or less if a policy has a floor, or more if somebody has raised the request beyond it.
     pub rest: Bytes,
     /// The same as it is to be written.
     pub rest_text: String,
@@ -354,17 +355,19 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> 
             .is_some_and(|(original, _)| *original != limit);
     let recorded = recorded.filter(|_| !foreign);
     let (original, original_text) = recorded.clone().unwrap_or_else(|| (limit, text.to_owned()));
-    let least = least(pod, level);
-    let rest = floor.map_or(original, |floor| floor.max(least).min(original));
-    let rest_text = if rest < original {
-        quantity::format(rest)
-    } else {
+    let at_rest = rest::at_rest(pod, level, limit, original);
+    let least = rest::least(pod, level);
+    let rest = floor.map_or(at_rest, |floor| floor.max(least).min(at_rest));
+    let rest_text = if rest == original {
         original_text.clone()
+    } else {
+        quantity::format(rest)
     };
-    if ceiling < original {
+    let needed = original.max(at_rest);
+    if ceiling < needed {
         return Err(Refusal::MaximumBelowLimit {
             policy,
-            limit: original,
+            limit: needed,
             ceiling,
         });
     }
@@ -396,22 +399,6 @@ fn wish(pod: &Pod, subject: Subject<'_>, asked: Asked) -> Result<Wish, Refusal> 
         recorded: recorded.is_some(),
         foreign,
     })
-}
-
-/// The least limit that a container may have: no less than its request, nor the same, which might make another QoS class
-/// of the pod's.
-fn least(pod: &Pod, level: Level) -> Bytes {
-    let Level::Container(index) = level else {
-        return Bytes::ZERO;
-    };
-    let container = &pod.containers[index];
-    // One that was lowered comes back.
-    let original = original::recorded(pod, ORIGINAL_REQUESTS, &container.name);
-    let request = [container.memory_request.as_deref(), original];
-    let request = request.into_iter().flatten();
-    let request = request.filter_map(|request| quantity::parse(request).ok());
-    let request = request.max();
-    request.map_or(Bytes::ZERO, |request| request.plus(Bytes::mib(1)))
 }
 
 /// Whose limit is meant.

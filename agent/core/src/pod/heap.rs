@@ -43,7 +43,7 @@ fn room(pod: &Pod, wishes: &Wishes, container: &Container) -> Room {
 fn original_of_raised(pod: &Pod, name: &str) -> Option<Bytes> {
     let original = original::recorded(pod, ORIGINAL, name)?;
     let raised = raised(pod, name, original)?;
-    quantity::parse(&raised.original).ok()
+    quantity::parse(&raised.rest).ok()
 }
 
 #[cfg(test)]

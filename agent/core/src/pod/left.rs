@@ -5,7 +5,7 @@
 //!
 //! It must not take a limit for ours that somebody else has set, whatever original stands on the pod.
 
-use super::{Level, MANAGER, ORIGINAL, Pod, WHOLE_POD, original::entries};
+use super::{Level, MANAGER, ORIGINAL, Pod, WHOLE_POD, original::entries, rest::at_rest};
 use crate::quantity;
 
 /// A limit that was left raised, of a container that is not guarded any more.
@@ -17,14 +17,14 @@ pub struct Raised {
     pub level: Level,
     /// The limit, as written.
     pub limit: String,
-    /// The limit as it was, as it was written.
-    pub original: String,
+    /// The limit at rest, as it is to be written: what it was, unless somebody has raised the request beyond that.
+    pub rest: String,
     /// The runtime's id of the container while it runs.
     pub id: Option<String>,
 }
 
-/// What is left raised of a pod: its limit is ours, and another than the original that stands on it. It can be so
-/// although nobody that lives has raised it.
+/// What is left raised of a pod: its limit is ours, and another than at rest by the original that stands on it. It can be
+/// so although nobody that lives has raised it.
 #[must_use]
 pub fn left_raised(pod: &Pod) -> Vec<Raised> {
     if pod.ending {
@@ -52,13 +52,21 @@ pub(super) fn raised(pod: &Pod, name: &str, original: &str) -> Option<Raised> {
     };
     let limit = limit.as_ref()?;
     let is_ours = manager.as_deref() == Some(MANAGER);
+    let (now, before) = (
+        quantity::parse(limit).ok()?,
+        quantity::parse(original).ok()?,
+    );
+    let rest = at_rest(pod, level, now, before);
     // Above it, or, where a policy has a floor, below.
-    let is_moved = quantity::parse(limit).ok()? != quantity::parse(original).ok()?;
-    (is_ours && is_moved).then(|| Raised {
+    (is_ours && now != rest).then(|| Raised {
         container: name.to_owned(),
         level,
         limit: limit.clone(),
-        original: original.to_owned(),
+        rest: if rest == before {
+            original.to_owned()
+        } else {
+            quantity::format(rest)
+        },
         id,
     })
 }

@@ -164,7 +164,7 @@ fn what_is_left_raised_is_known_from_the_pod_alone() {
         container: "app".to_owned(),
         level: Level::Container(0),
         limit: "600Mi".to_owned(),
-        original: "64Mi".to_owned(),
+        rest: "64Mi".to_owned(),
         id: Some("c1".to_owned()),
     };
     assert_eq!(left_raised(&pod), [raised]);
@@ -442,9 +442,52 @@ fn what_is_left_of_two_containers_is_told_of_both() {
         container.memory_limit = Some("600Mi".to_owned());
         container.limit_manager = Some(MANAGER.to_owned());
     }
-    let originals: Vec<String> = left_raised(&two)
+    let rest: Vec<String> = left_raised(&two)
         .into_iter()
-        .map(|raised| raised.original)
+        .map(|raised| raised.rest)
         .collect();
-    assert_eq!(originals, ["64Mi", "32Mi"]);
+    assert_eq!(rest, ["64Mi", "32Mi"]);
+}
+
+/// A VerticalPodAutoscaler that goes by requests alone, in the middle of a burst.
+#[test]
+fn no_limit_comes_down_to_a_request_that_was_raised_meanwhile() {
+    let raised = |limit: &str, request: &str| {
+        let mut raised = pod(&[ACT, MAX, (ORIGINAL, "app=256Mi")]);
+        let app = &mut raised.containers[0];
+        app.memory_limit = Some(limit.to_owned());
+        app.limit_manager = Some(MANAGER.to_owned());
+        app.memory_request = Some(request.to_owned());
+        raised
+    };
+    let rest = |pod: &Pod| {
+        let wish = wish(pod).unwrap().unwrap();
+        assert_eq!(quantity::parse(&wish.rest_text), Ok(wish.rest));
+        let left = left_raised(pod).pop().map(|left| left.rest);
+        assert!(left.is_none_or(|left| left == wish.rest_text));
+        (wish.rest_text, wish.original_text)
+    };
+    let is = |rest: &str| (rest.to_owned(), "256Mi".to_owned());
+    assert_eq!(rest(&raised("1Gi", "400Mi")), is("401Mi"));
+    assert_eq!(rest(&raised("400Mi", "400Mi")), is("400Mi"));
+    assert_eq!(left_raised(&raised("401Mi", "400Mi")), []);
+    assert_eq!(rest(&raised("1Gi", "100Mi")), is("256Mi"));
+    // One that always was the request is what it was, unless the pod would be Guaranteed with it.
+    let mut same = raised("1Gi", "256Mi");
+    assert_eq!(rest(&same), is("256Mi"));
+    same.containers[0].cpu_limit = Some("1".to_owned());
+    same.containers[0].cpu_request = Some("1000m".to_owned());
+    assert_eq!(rest(&same), is("257Mi"));
+    same.containers[0].memory_limit = Some("256Mi".to_owned());
+    assert_eq!(rest(&same), is("256Mi"));
+    // A maximum that was lowered meanwhile is below what it comes down to.
+    let policy = policy("dev/all", Mode::Act, None, 512);
+    let mut above = raised("1Gi", "900Mi");
+    above.annotations.remove(MAX_MEMORY);
+    let refused = wishes(&above, &[policy])
+        .remove("app")
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(refused.reason(), "InvalidLimit");
+    assert_eq!(left_raised(&above)[0].rest, "901Mi");
 }

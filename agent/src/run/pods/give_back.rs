@@ -218,24 +218,21 @@ async fn until_carried_out(given: Result<(), NotBack>, in_vain: &AtomicU32) {
 /// the pod meanwhile.
 async fn room_is_made(seen: &pod::Pod, raised: &Raised) -> Result<(), NotBack> {
     let Raised {
-        level,
-        original,
-        id,
-        ..
+        level, rest, id, ..
     } = raised;
     let path = one::find(&seen.uid, *level, id.as_deref());
-    let to = quantity::parse(original).map_err(|error| NotBack::Refused(error.to_string()))?;
+    let to = quantity::parse(rest).map_err(|error| NotBack::Refused(error.to_string()))?;
     if let Some(cgroup) = path.and_then(|path| Cgroup::open(&path).ok()) {
         let made = spawn_blocking(move || shrink::make_room_in(&cgroup, to));
         if !matches!(made.await, Ok(Ok(true))) {
-            return Err(NotBack::InUse(original.clone()));
+            return Err(NotBack::InUse(rest.clone()));
         }
     }
     Ok(())
 }
 
 fn back(raised: &Raised) -> (Level, Change) {
-    let (from, to) = (raised.limit.clone(), raised.original.clone());
+    let (from, to) = (raised.limit.clone(), raised.rest.clone());
     (raised.level, Change::memory(raised.level, from, to))
 }
 
