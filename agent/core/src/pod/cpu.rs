@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::{
     Container, Pod, QosClass, meant, mode,
     original::{Original, recorded},
+    rest::cpu_at_rest,
 };
 use crate::{
     autoscalers::Claimant,
@@ -225,17 +226,15 @@ fn wish(
     let recorded: Option<(Cpu, &str)> = recorded.transpose()?;
     let manager = container.cpu_limit_manager.as_deref();
     let mut original = Original::of((limit, text), manager, recorded);
-    // No limit may be below its request, which somebody may have raised since.
-    if let Some(request) = container.cpu_request.as_deref()
-        && let Ok(least) = size(request)
-        && original.value < least
-        && least <= limit
-    {
-        original.value = least;
-        original.text = request;
+    let at_rest = cpu_at_rest(pod, container, limit, original.value);
+    let at_rest_text = if at_rest == original.value {
+        original.text.to_owned()
+    } else {
+        original.value = at_rest;
         // What is only brought to rest needs no record of it.
         original.is_recorded &= asked.is_none();
-    }
+        at_rest.to_string()
+    };
     if asked.is_none() && (original.is_foreign || original.value == limit) {
         return Ok(None);
     }
@@ -252,7 +251,7 @@ fn wish(
         limit_text: text.to_owned(),
         limit,
         original: original.value,
-        original_text: original.text.to_owned(),
+        original_text: at_rest_text,
         rules,
         boosts,
         recorded: original.is_recorded,
@@ -473,7 +472,7 @@ mod tests {
         let mut requests = raised.clone();
         requests.containers[0].cpu_request = Some("500m".to_owned());
         let left = only(&requests, &policies).unwrap().unwrap();
-        assert_eq!((left.original, left.recorded), (Cpu::millis(500), true));
+        assert_eq!((left.original, left.recorded), (Cpu::millis(501), true));
         // Then it is only refused, and so is what is somebody else's.
         let at_rest = limited("250m", MANAGER, &was);
         only(&at_rest, &policies).unwrap().unwrap_err();
@@ -494,14 +493,25 @@ mod tests {
         let wish = only(&raised, &policies).unwrap().unwrap();
         assert_eq!(
             (wish.original, wish.original_text.as_str()),
-            (Cpu::millis(500), "500m")
+            (Cpu::millis(501), "501m"),
+            "with exactly the request the pod might become Guaranteed"
         );
         assert!(!wish.recorded && !wish.foreign, "it is the new original");
         // Without a policy it comes down to that, and no further.
         let left = only(&raised, &[]).unwrap().unwrap();
-        assert_eq!((left.original, left.recorded), (Cpu::millis(500), true));
-        raised.containers[0].cpu_limit = Some("500m".to_owned());
-        assert_eq!(only(&raised, &[]), None);
+        assert_eq!((left.original, left.recorded), (Cpu::millis(501), true));
+        for limit in ["501m", "500m"] {
+            raised.containers[0].cpu_limit = Some(limit.to_owned());
+            assert_eq!(only(&raised, &[]), None);
+        }
+        // One that always was the request is what it was, unless the pod would be Guaranteed with it.
+        raised.containers[0].cpu_limit = Some("2".to_owned());
+        raised.containers[0].cpu_request = Some("250m".to_owned());
+        let original = |pod: &Pod| only(pod, &policies).unwrap().unwrap().original;
+        assert_eq!(original(&raised), Cpu::millis(250));
+        let mut same = raised.clone();
+        same.containers[0].memory_request = same.containers[0].memory_limit.clone();
+        assert_eq!(original(&same), Cpu::millis(251));
         raised.containers[0].cpu_request = Some("100m".to_owned());
         let wish = only(&raised, &policies).unwrap().unwrap();
         assert_eq!((wish.original, wish.recorded), (Cpu::millis(250), true));

@@ -9,11 +9,13 @@ use super::{
 };
 use crate::{
     quantity,
-    units::{Amount, Bytes},
+    units::{Amount, Bytes, Cpu},
 };
 
 /// How far above its request a memory limit stays.
 const STEP: Bytes = Bytes::mib(1);
+/// The same of CPU.
+const CPU_STEP: Cpu = Cpu::millis(1);
 
 /// What a memory limit comes down to without a floor.
 pub(super) fn at_rest(pod: &Pod, level: Level, limit: Bytes, original: Bytes) -> Bytes {
@@ -23,6 +25,13 @@ pub(super) fn at_rest(pod: &Pod, level: Level, limit: Bytes, original: Bytes) ->
     };
     let request = request.and_then(|request| quantity::parse(request).ok());
     above(pod, request, STEP, (limit, original))
+}
+
+/// What the CPU limit of a container comes down to.
+pub(super) fn cpu_at_rest(pod: &Pod, container: &Container, limit: Cpu, original: Cpu) -> Cpu {
+    let request = container.cpu_request.as_deref();
+    let request = request.and_then(|request| quantity::parse_cpu(request).ok());
+    above(pod, request, CPU_STEP, (limit, original))
 }
 
 fn above<T: Amount>(pod: &Pod, request: Option<T>, step: T, (limit, original): (T, T)) -> T {

@@ -59,7 +59,7 @@ impl Place {
     }
 
     /// What the spec says of it.
-    fn in_spec(self, seen: &pod::Pod) -> Option<&str> {
+    pub(super) fn in_spec(self, seen: &pod::Pod) -> Option<&str> {
         let container = |index: usize| seen.containers.get(index);
         match self {
             Self::Memory(Level::Pod) => seen.memory_limit.as_deref(),
@@ -109,7 +109,9 @@ pub(super) struct Recording {
     pub(super) annotations: BTreeMap<String, String>,
     pub(super) place: Place,
     pub(super) container: String,
-    /// What it is now.
+    /// What the spec says of it, as it was seen.
+    pub(super) in_spec: Option<String>,
+    /// What is written: the same, or, where a request was raised while it stood raised, the least that it may come down to.
     pub(super) original: String,
 }
 
@@ -152,7 +154,7 @@ impl Recording {
         };
         Patch::Json(json_patch::Patch(vec![
             test_uid(&self.seen.uid),
-            test(self.place.pointer(), self.original.as_str()),
+            test(self.place.pointer(), json!(self.in_spec)),
             test(path.clone(), before),
             PatchOperation::Add(AddOperation { path, value }),
         ]))
@@ -172,7 +174,7 @@ impl Recording {
         let annotations = pod.annotations().clone();
         let seen = convert(&pod);
         let is_same = seen.uid == self.seen.uid;
-        if !is_same || self.place.in_spec(&seen) != Some(self.original.as_str()) {
+        if !is_same || self.place.in_spec(&seen) != self.in_spec.as_deref() {
             return Err(NotRecorded::passing("it was changed meanwhile"));
         }
         let annotation = self.place.annotation();
@@ -235,6 +237,7 @@ mod tests {
             annotations: pod.annotations().clone(),
             place: Place::Memory(Level::Container(index)),
             container: seen.containers[index].name.clone(),
+            in_spec: seen.containers[index].memory_limit.clone(),
             original: seen.containers[index].memory_limit.clone().unwrap(),
             seen,
         }
@@ -378,6 +381,18 @@ mod tests {
         let mut another = pod("64Mi", &Value::Null);
         another["metadata"]["uid"] = json!("another");
         assert!(!store(&mut another, &late));
+    }
+
+    /// A request was raised beyond the original while the limit stood raised.
+    #[test]
+    fn what_a_raised_limit_is_to_come_down_to_is_recorded() {
+        let known = json!({ ORIGINAL: "app=64Mi" });
+        let mut is = pod("512Mi", &known);
+        let mut least = recording(&is, 0);
+        least.original = "129Mi".to_owned();
+        assert!(store(&mut is, &least));
+        assert_eq!(original(&is), Some("app=129Mi"));
+        assert!(!store(&mut pod("256Mi", &known), &least));
     }
 
     #[tokio::test]

@@ -163,6 +163,7 @@ impl Watch {
             annotations: self.recordings.annotations(pod),
             place,
             container: key.1.clone(),
+            in_spec: place.in_spec(seen).map(str::to_owned),
             original: original.to_owned(),
         }
     }
