@@ -193,6 +193,9 @@ pub fn told_request(why: &RequestWhy) -> String {
         }
         RequestWhy::GivenBack => "there is room for it again".to_owned(),
         RequestWhy::NoRoom => "there is no room for what it was".to_owned(),
+        RequestWhy::Infeasible { message } => {
+            format!("the kubelet does not carry out its change: {message}")
+        }
         RequestWhy::Unasked => "no policy asks for less".to_owned(),
     }
 }

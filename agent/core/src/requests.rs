@@ -282,8 +282,22 @@ pub enum RequestWhy {
     GivenBack,
     /// There is no room for what it was: the kubelet has put it off, and would put off all else of the pod with it.
     NoRoom,
+    /// The kubelet will never carry it out, as with any change of a request on a node with swap, and would carry out nothing
+    /// else of the pod.
+    Infeasible {
+        /// Why, in its own words.
+        message: String,
+    },
     /// No policy asks for it any more.
     Unasked,
+}
+
+impl RequestWhy {
+    /// Whether a change is taken back that the kubelet has not carried out.
+    #[must_use]
+    pub const fn takes_back(&self) -> bool {
+        matches!(self, Self::NoRoom | Self::Infeasible { .. })
+    }
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ impl Watch {
         let allowances = self.context.resizer.allowances();
         allowances.ask_request((&key.0, &key.1), to);
         // Somebody waits for room, or all else of the pod for this.
-        let is_urgent = matches!(why, RequestWhy::Lent { .. } | RequestWhy::NoRoom);
+        let is_urgent = matches!(why, RequestWhy::Lent { .. }) || why.takes_back();
         let change = RequestChange {
             namespace: known.namespace.clone(),
             name: known.pod.clone(),
@@ -172,7 +172,7 @@ impl KnownRequest {
     /// It was not changed, for the time being or as such.
     pub(super) fn failed(&mut self, why: &RequestWhy, is_passing: bool) {
         self.asked = None;
-        if *why == RequestWhy::NoRoom {
+        if why.takes_back() {
             let wait = if is_passing {
                 (AGAIN * (1 << self.not_taken_back.min(MOST_DOUBLED))).min(TAKEN_BACK_AGAIN)
             } else {
@@ -196,6 +196,7 @@ impl KnownRequest {
             to,
             taken: Some(Instant::now()),
         });
+        self.not_allotted = (!why.takes_back()).then_some(to);
         self.failures = 0;
         (self.not_taken_back, self.not_taken_back_before) = (0, None);
         if self.wish.request == to {
@@ -205,6 +206,6 @@ impl KnownRequest {
         if let RequestWhy::Lent { .. } = why {
             self.loans.extend(Loan::of(why, Instant::now()));
         }
-        self.settle_loans();
+        self.settle();
     }
 }

@@ -4,8 +4,9 @@
 //! gives up later is: whoever has lent it asks for it at the same moment as the scheduler places a pod there. What that has
 //! taken is owed, and so is what a quota does not allow. What somebody still has who borrowed it is not.
 //!
-//! A request that does not come back at once is taken back: the kubelet would put off all else of its pod with it. Whoever
-//! grows, or has a burst's resize under way, is not asked for meanwhile, for the same reason.
+//! A request that does not come back at once is taken back: the kubelet would put off all else of its pod with it. What it
+//! will never carry out is not asked for again soon. Whoever grows, or has a burst's resize under way, is not asked for
+//! meanwhile, for the same reason.
 //!
 //! It must not lower a request below what the kubelet has allotted, nor let those wait longer who wait with a higher priority.
 
@@ -17,8 +18,13 @@ use bellows_core::{
 };
 use tokio::time::Instant;
 
-use super::{KnownRequest, Requests, Watch, loans::Loan, summary::Summary};
-use crate::{clock::now, explain::told_owed, ledger::Record, run::pods::Key};
+use super::{KnownRequest, Requests, Watch, change::REFUSED, loans::Loan, summary::Summary};
+use crate::{
+    clock::now,
+    explain::{told_owed, told_request},
+    ledger::Record,
+    run::pods::Key,
+};
 
 /// How soon what could not be had back is tried again, and how seldom at last.
 const BACKOFF: Duration = Duration::from_secs(30);
@@ -81,13 +87,20 @@ impl Watch {
         let put_off = known.filter_map(|(key, known)| {
             let put_off = self.requests.pods.get(&key.0)?.put_off.as_ref()?;
             let allotted = known.to_take_back(put_off)?;
-            Some((key.clone(), allotted, shortage(&put_off.message)))
+            Some((key.clone(), allotted, put_off.clone()))
         });
-        for (key, allotted, shortage) in put_off.collect::<Vec<_>>() {
-            if let Some(shortage) = shortage {
+        for (key, allotted, put_off) in put_off.collect::<Vec<_>>() {
+            if let Some(shortage) = shortage(&put_off.message) {
                 self.requests.capacity_is(shortage.capacity);
             }
-            self.change_request(&key, allotted, RequestWhy::NoRoom);
+            let why = if put_off.is_infeasible {
+                RequestWhy::Infeasible {
+                    message: put_off.message,
+                }
+            } else {
+                RequestWhy::NoRoom
+            };
+            self.change_request(&key, allotted, why);
         }
     }
 
@@ -158,15 +171,28 @@ impl Watch {
             return;
         };
         let missing = known.wanted().minus(known.request());
-        if *why == RequestWhy::NoRoom {
-            known.backoff = (known.backoff * 2).clamp(BACKOFF, LONGEST_BACKOFF);
-            known.not_before = Some(Instant::now() + known.backoff);
-            let known = self.requests.known.get(key);
-            let is_lent = known.is_some_and(|known| self.requests.is_lent(known));
-            self.owe(key, if is_lent { Bytes::ZERO } else { missing });
-        } else if missing == Bytes::ZERO {
+        let wait = if let RequestWhy::Infeasible { .. } = why {
+            // What others give up changes nothing about that.
             known.backoff = Duration::ZERO;
-            self.owe(key, Bytes::ZERO);
+            REFUSED
+        } else if why.takes_back() {
+            known.backoff = (known.backoff * 2).clamp(BACKOFF, LONGEST_BACKOFF);
+            known.backoff
+        } else {
+            if missing == Bytes::ZERO {
+                self.owe(key, Bytes::ZERO);
+            }
+            return;
+        };
+        known.not_before = Some(Instant::now() + wait);
+        let known = self.requests.known.get(key);
+        let is_lent = known.is_some_and(|known| self.requests.is_lent(known));
+        self.owe(key, if is_lent { Bytes::ZERO } else { missing });
+        if let RequestWhy::Infeasible { .. } = why
+            && let Some(pod) = self.pods.get(&key.0).cloned()
+        {
+            let note = format!("container {}: {}", key.1, told_request(why));
+            self.refuse_request(key, &pod, "RequestRefused", note);
         }
     }
 

@@ -41,6 +41,8 @@ pub(super) struct KnownRequest {
     pub(super) recent: Recent,
     /// What was asked for and is not seen yet.
     pub(super) asked: Option<Asked>,
+    /// What the API took last, until the kubelet has allotted it; nothing of what was taken back.
+    pub(super) not_allotted: Option<Bytes>,
     pub(super) loans: Vec<Loan>,
     /// What it is owed, as it was told.
     pub(super) owed: Bytes,
@@ -216,7 +218,7 @@ impl KnownRequest {
                 .is_some_and(|at| wish.request == asked.to || wish.foreign || at.elapsed() > OLD)
         });
         self.wish = wish;
-        self.settle_loans();
+        self.settle();
     }
 
     /// Its container was started again: what it has lent and used before is still its own.
@@ -231,11 +233,14 @@ impl KnownRequest {
         self.sample();
     }
 
-    /// What was lent is back once the kubelet has allotted it: what the API takes it may yet put off. Where it does not say
-    /// that, what the API has taken counts.
-    pub(super) fn settle_loans(&mut self) {
+    /// What was lent is back, and what could not be had can be, once the kubelet has allotted it: what the API takes it may
+    /// yet put off. Where it does not say that, what the API has taken counts.
+    pub(super) fn settle(&mut self) {
         let is_whole = self.request() >= self.wanted();
         let has = self.allotted().unwrap_or_else(|| self.request());
+        if self.not_allotted.take_if(|taken| *taken == has).is_some() {
+            self.backoff = Duration::ZERO;
+        }
         if is_whole && has >= self.request() {
             self.loans.clear();
         }

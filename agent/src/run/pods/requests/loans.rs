@@ -82,7 +82,7 @@ pub(super) fn unsettled(records: &[Record], is_meant: impl Fn(&Owner) -> bool) -
         };
         let (whole, own) = left.entry((uid.clone(), name.clone())).or_default();
         // It has had all back, unless what was asked for was only put off.
-        if from >= whole && *why != RequestWhy::NoRoom {
+        if from >= whole && !why.takes_back() {
             own.clear();
         }
         if own.is_empty() || from > whole || matches!(why, RequestWhy::Lent { .. }) {

@@ -48,6 +48,7 @@ pub(super) fn known(request: u64, original: u64) -> KnownRequest {
         peak: Bytes::mib(40),
         recent: Recent::default(),
         asked: None,
+        not_allotted: None,
         loans: Vec::new(),
         owed: Bytes::ZERO,
         not_before: None,

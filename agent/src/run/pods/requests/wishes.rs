@@ -186,6 +186,7 @@ impl Watch {
             peak: Bytes::ZERO,
             recent: Recent::default(),
             asked: None,
+            not_allotted: None,
             owed: Bytes::ZERO,
             not_before: None,
             failures: 0,
@@ -193,7 +194,7 @@ impl Watch {
             not_taken_back: 0,
             backoff: Duration::ZERO,
         };
-        known.settle_loans();
+        known.settle();
         known.sample();
         tracing::info!(container = known.name, request = %known.wish.request, original = %known.wish.original, "its request may be moved");
         self.requests.known.insert(key.clone(), known);

@@ -1,8 +1,11 @@
 use std::path::Path;
 
+use bellows_core::pod::RequestWish;
+
 use super::*;
-use crate::run::pods::requests::{
-    loans::tests::lent, room::HOLDS, summary::tests::pod, tests::known,
+use crate::run::pods::{
+    bed::{Bed, key},
+    requests::{loans::tests::lent, room::HOLDS, summary::tests::pod, tests::known},
 };
 
 /// Not everybody is asked back by it, each time to be put off; but it may be wrong by now.
@@ -58,4 +61,74 @@ fn nobody_waits_behind_a_pod_without_having_asked_for_less() {
     assert!(!known.is_behind(Some(100)) && !known.is_behind(None));
     known.wish.rules = None;
     assert!(!known.is_behind(Some(1000)));
+}
+
+/// A right-sized one of 400 MiB, whose change the API takes, and the kubelet may not.
+struct RightSized(Bed);
+
+impl RightSized {
+    async fn new() -> Self {
+        let mut bed = Bed::new().await;
+        bed.sees("512Mi");
+        let mut own = known(400, 400);
+        own.wish.allotted = Some("400Mi".to_owned());
+        bed.watch.requests.known.insert(key("app"), own);
+        Self(bed)
+    }
+
+    fn known(&mut self) -> &mut KnownRequest {
+        self.0.watch.requests.known.get_mut(&key("app")).unwrap()
+    }
+
+    /// The API has taken it, and the watch has seen that.
+    fn took(&mut self, mib: u64, why: &RequestWhy) {
+        let known = self.known();
+        known.took(Bytes::mib(mib), why);
+        let wish = RequestWish {
+            request: Bytes::mib(mib),
+            ..known.wish.clone()
+        };
+        known.follow(wish, true);
+        self.0.watch.settle_debt(&key("app"), why);
+    }
+
+    /// It was taken back; returns how long it is not asked for, in seconds.
+    fn waits(&mut self, why: &RequestWhy) -> u64 {
+        let peak = Bytes::mib(40);
+        self.took(50, &RequestWhy::RightSized { peak });
+        self.took(400, why);
+        let wait = self.known().not_before.unwrap() - Instant::now();
+        (wait + Duration::from_millis(500)).as_secs()
+    }
+}
+
+#[tokio::test]
+async fn what_is_put_off_again_and_again_is_asked_for_ever_more_seldom() {
+    let mut own = RightSized::new().await;
+    let waits = [(); 5].map(|()| own.waits(&RequestWhy::NoRoom));
+    assert_eq!(waits, [30, 60, 120, 240, 300]);
+    // Until the kubelet has allotted it.
+    let peak = Bytes::mib(40);
+    own.took(50, &RequestWhy::RightSized { peak });
+    assert!(own.known().backoff > Duration::ZERO);
+    let allotted = RequestWish {
+        allotted: Some("50Mi".to_owned()),
+        ..own.known().wish.clone()
+    };
+    own.known().follow(allotted, true);
+    assert_eq!(own.known().backoff, Duration::ZERO);
+}
+
+/// A node with swap: what others give up is no reason to try again.
+#[tokio::test]
+async fn what_the_kubelet_never_carries_out_is_told_and_not_asked_for_again_soon() {
+    let mut own = RightSized::new().await;
+    let why = RequestWhy::Infeasible {
+        message: "swap".to_owned(),
+    };
+    assert_eq!(own.waits(&why), 600);
+    let requests = &mut own.0.watch.requests;
+    requests.try_again();
+    assert!(requests.refused[&key("app")].contains("swap"));
+    assert!(own.known().is_too_soon());
 }
