@@ -100,7 +100,7 @@ impl Resizer {
         })
     }
 
-    /// Whether a memory limit of a pod stands above rest, or is about to.
+    /// Whether a memory limit of a pod was raised of late, or is about to be.
     #[must_use]
     pub fn is_bursting(&self, uid: &str) -> bool {
         self.targets.with(|targets| {

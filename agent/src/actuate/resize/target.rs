@@ -15,6 +15,8 @@ use crate::cgroup::Cgroup;
 
 /// For so long the kubelet may be about to carry out what the API has taken (0.3 to 1.5 s on an idle node).
 pub(crate) const CARRIED_OUT: Duration = Duration::from_secs(2);
+/// For so long after a raise another may follow. Who stands above rest for longer has settled there.
+const BURSTS: Duration = Duration::from_secs(60);
 
 /// Held while a request of a pod is under way.
 pub type Order = Arc<tokio::sync::Mutex<()>>;
@@ -38,6 +40,8 @@ pub struct Target {
     pub way: Way,
     /// The limit in the spec, as last seen or written.
     pub limit: String,
+    /// When that was raised last, or, if it has not been since, seen first.
+    pub(super) raised_at: Instant,
     /// Whether what that was before we move it is on the pod. It is not where somebody else has just set it.
     pub is_recorded: bool,
     /// The limit at rest, as it was written: what to write back.
@@ -87,6 +91,7 @@ impl Target {
             level: wish.level,
             way,
             limit: wish.limit_text.clone(),
+            raised_at: Instant::now(),
             is_recorded: wish.recorded,
             original: (rest, wish.rest_text.clone()),
             by_hand: None,
@@ -122,7 +127,7 @@ impl Target {
         // What the API says just after our own change may be older than that.
         if !self.was_just_taken() || wish.foreign {
             let is_new = self.limit != wish.limit_text;
-            self.limit.clone_from(&wish.limit_text);
+            self.says(wish.limit_text.clone());
             if let Some(limit) = self.in_spec().filter(|_| wish.foreign && is_new) {
                 self.takes(limit);
             }
@@ -139,7 +144,15 @@ impl Target {
     pub(super) fn is_told(&mut self, limit: String, manager: Option<&str>) {
         let is_theirs = manager.is_some_and(|manager| manager != MANAGER);
         self.is_recorded &= !is_theirs || self.limit == limit;
+        self.says(limit);
+    }
+
+    fn says(&mut self, limit: String) {
+        let before = self.in_spec();
         self.limit = limit;
+        if self.in_spec() > before {
+            self.raised_at = Instant::now();
+        }
     }
 
     /// The API has taken a limit.
@@ -189,9 +202,10 @@ impl Target {
         Some(self.key())
     }
 
-    /// Whether it stands above rest, or is about to.
+    /// Whether it was raised above rest of late, or is about to be.
     pub(super) fn is_bursting(&self) -> bool {
-        let is_raised = self.in_spec() > Some(self.original.0.page_floor());
+        let is_above = self.in_spec() > Some(self.original.0.page_floor());
+        let is_raised = is_above && self.raised_at.elapsed() < BURSTS;
         is_raised || self.by_hand.is_some() || !self.asking.is_empty()
     }
 
@@ -237,6 +251,7 @@ pub(super) mod tests {
             level: Level::Container(0),
             way: Way::Resize,
             limit: "64Mi".to_owned(),
+            raised_at: Instant::now(),
             is_recorded: true,
             original: (Bytes::mib(64), "64Mi".to_owned()),
             by_hand: None,
@@ -429,5 +444,25 @@ pub(super) mod tests {
         assert!(bursts(&|target| target.limit = "128Mi".to_owned()));
         assert!(bursts(&|target| target.by_hand = Some(Bytes::mib(128))));
         assert!(bursts(&|target| target.asking = vec![Bytes::mib(128)]));
+    }
+
+    /// What it needs it may need for days.
+    #[test]
+    fn whoever_has_settled_above_rest_does_not_burst() {
+        let mut target = target();
+        let settle = |target: &mut Target| target.raised_at -= BURSTS;
+        let is_told = |target: &mut Target, limit: &str| {
+            target.is_told(limit.to_owned(), Some(MANAGER));
+            target.is_bursting()
+        };
+        settle(&mut target);
+        assert!(is_told(&mut target, "128Mi"));
+        settle(&mut target);
+        assert!(!target.is_bursting());
+        // What comes down by a step is no raise.
+        assert!(!is_told(&mut target, "96Mi"));
+        let (seen, wish) = wish("256Mi", MANAGER, "app=64Mi");
+        target.follow(&seen, &wish, wish.rest);
+        assert!(target.is_bursting());
     }
 }

@@ -7,8 +7,8 @@
 //! container that is started again is the same to it.
 //!
 //! A resize that the kubelet puts off keeps all else of the pod from being resized, its memory limit too: a request that
-//! does not come back at once is taken back, and owed. While a limit of the pod is raised, or somebody in it grows, no request
-//! is: that resize would wait with this one.
+//! does not come back at once is taken back, and owed. While a limit of the pod is being raised, or somebody in it grows, no
+//! request is: that resize would wait with this one.
 //!
 //! It must not move a limit.
 
