@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{super::restore::quotas_in_pods_back, Watch};
 use crate::{
     actuate::{containers::Owner as _, pod_cpu::CpuTarget, resize::Target},
-    attribution::{self, api::Pod, pods::convert},
+    attribution::{self, pods::convert},
 };
 
 /// For how long they are, one after the other.
@@ -85,12 +85,11 @@ impl Watch {
             self.lowering = None;
         }
         let is_any_left = self.is_any_left.swap(false, Ordering::Relaxed);
-        let is_known = |pod: &Pod| self.knows(&convert(pod));
-        let may = self.is_listed && !self.context.only_observes;
-        if !may || !is_any_left || !self.pods.values().all(is_known) {
+        let spared = is_any_left.then(|| self.spared());
+        let Some([memory_spared, cpu_spared]) = spared.flatten() else {
             self.is_any_left.fetch_or(is_any_left, Ordering::Relaxed);
             return;
-        }
+        };
         // Asked anew for each: somebody may come to be responsible while others are lowered.
         let memory = self.context.resizer.targets().clone();
         let has_memory = move |path: &Path| {
@@ -102,23 +101,64 @@ impl Watch {
             let is_it = |target: &CpuTarget| target.cgroup.path() == path;
             cpus.with(|targets| targets.values().any(is_it))
         };
-        let pending: Vec<String> = self.pending.iter().cloned().collect();
         let by_hands = self.context.resizer.by_hands().clone();
         let resizer = self.context.resizer.clone();
         let is_left = Arc::clone(&self.is_any_left);
         self.lowering = Some(tokio::task::spawn_blocking(move || {
-            // One that is about to be guarded.
-            let is_pending = |path: &Path| {
-                let above = path.ancestors().filter_map(Path::file_name);
-                let mut above = above.map(OsStr::to_string_lossy);
-                above.any(|name| pending.iter().any(|uid| attribution::is_pod(&name, uid)))
-            };
-            let is_any = by_hands.lower_left(has_memory, is_pending);
+            let is_any = by_hands.lower_left(has_memory, |path| is_in(&memory_spared, path));
             if !is_any {
                 resizer.are_lowered();
             }
-            let are_back = quotas_in_pods_back(has_cpu, is_pending);
+            let are_back = quotas_in_pods_back(has_cpu, |path| is_in(&cpu_spared, path));
             is_left.fetch_or(is_any || !are_back, Ordering::Relaxed);
         }));
+    }
+
+    /// Pods of which nothing is lowered of memory, and of CPU: somebody in them is about to be guarded, or a policy may say so
+    /// that cannot be read. `None` while nothing is of any.
+    fn spared(&self) -> Option<[Vec<String>; 2]> {
+        if !self.is_listed || self.context.only_observes {
+            return None;
+        }
+        let pending: Vec<String> = self.pending.iter().cloned().collect();
+        let (mut memory, mut cpu) = (pending.clone(), pending);
+        for (uid, pod) in &self.pods {
+            let seen = convert(pod);
+            if !self.knows(&seen) {
+                memory.push(uid.clone());
+            }
+            if !self.policies.are_known(&seen.namespace) {
+                cpu.push(uid.clone());
+            }
+        }
+        Some([memory, cpu])
+    }
+}
+
+/// Whether a cgroup is that of one of these pods, or below it.
+fn is_in(pods: &[String], path: &Path) -> bool {
+    let above = path.ancestors().filter_map(Path::file_name);
+    let mut above = above.map(OsStr::to_string_lossy);
+    above.any(|name| pods.iter().any(|uid| attribution::is_pod(&name, uid)))
+}
+
+#[cfg(test)]
+mod tests {
+    use bellows_core::pod::MAX_MEMORY;
+
+    use crate::run::pods::bed::Bed;
+
+    #[tokio::test]
+    async fn whoever_may_be_meant_by_what_is_not_known_keeps_nobody_else_raised() {
+        let mut bed = Bed::new().await;
+        assert_eq!(bed.watch.spared(), None);
+        bed.watch.is_listed = true;
+        bed.sees("64Mi");
+        let own = || vec!["0f8c".to_owned()];
+        assert_eq!(bed.watch.spared(), Some([Vec::new(), own()]));
+        let pod = bed.watch.pods.get_mut("0f8c").unwrap();
+        let annotations = pod.metadata.annotations.as_mut().unwrap();
+        annotations.remove(MAX_MEMORY);
+        assert_eq!(bed.watch.spared(), Some([own(), own()]));
     }
 }
