@@ -180,6 +180,15 @@ pub fn needs_policies(pod: &Pod) -> bool {
     }
 }
 
+/// The pod's own mode for all but memory limits.
+fn mode_beside(pod: &Pod) -> Result<Option<Mode>, Refusal> {
+    if pod.is_only_of_memory {
+        Ok(None)
+    } else {
+        mode(pod)
+    }
+}
+
 fn mode(pod: &Pod) -> Result<Option<Mode>, Refusal> {
     match pod.annotations.get(MODE).map(|mode| mode.trim()) {
         None => Ok(None),

@@ -1,7 +1,8 @@
 //! The annotation of the demo that began it all (KubeCon 2022): `ebpf-resize: {"cname": "…", "commands": ["make"],
 //! "resize": "{\"limits\": {\"memory\": \"5Gi\"}}"}`. A pod with it, and with none of ours, asks for as much.
 //!
-//! Which commands are executed does not matter here: growth is seen whoever causes it. Requests are not changed.
+//! Which commands are executed does not matter here: growth is seen whoever causes it. It is of
+//! memory limits alone: what policies say of requests and CPU holds in their own mode.
 
 use std::collections::BTreeMap;
 
@@ -19,18 +20,18 @@ struct Resize {
     limits: BTreeMap<String, String>,
 }
 
-/// Adds what the annotation asks for to a pod's annotations, in our words.
+/// Adds what the annotation asks for to a pod's annotations, in our words; returns whether it asks for anything.
 ///
 /// # Errors
 ///
 /// What is wrong with it, for people.
-pub(super) fn understand(annotations: &mut BTreeMap<String, String>) -> Result<(), String> {
+pub(super) fn understand(annotations: &mut BTreeMap<String, String>) -> Result<bool, String> {
     let own = [MODE, MAX_MEMORY, CONTAINER];
     if own.iter().any(|name| annotations.contains_key(*name)) {
-        return Ok(());
+        return Ok(false);
     }
     let Some(text) = annotations.get(EBPF_RESIZE) else {
-        return Ok(());
+        return Ok(false);
     };
     let annotation: Annotation = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let resize: Resize =
@@ -43,7 +44,7 @@ pub(super) fn understand(annotations: &mut BTreeMap<String, String>) -> Result<(
         (MAX_MEMORY, memory),
     ];
     annotations.extend(ours.map(|(name, value)| (name.to_owned(), value)));
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -59,7 +60,9 @@ mod tests {
         let mut annotations = all
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
-        understand(&mut annotations).map(|()| annotations)
+        let is_asked = understand(&mut annotations)?;
+        assert_eq!(is_asked, more.is_empty());
+        Ok(annotations)
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub fn convert(pod: &api::Pod) -> Pod {
     };
     let resize = status.and_then(|status| status.resize.as_deref());
     let mut annotations = pod.annotations().clone();
-    let misread = ebpf_resize::understand(&mut annotations).err();
+    let understood = ebpf_resize::understand(&mut annotations);
     let phase = status.and_then(|status| status.phase.as_deref());
     let ended = matches!(phase, Some("Succeeded" | "Failed"));
     Pod {
@@ -100,7 +100,8 @@ pub fn convert(pod: &api::Pod) -> Pod {
             _ => QosClass::Burstable,
         },
         annotations,
-        misread,
+        is_only_of_memory: understood == Ok(true),
+        misread: understood.err(),
         labels: pod.labels().clone(),
         containers: containers.collect(),
         heirs: heirs(pod),

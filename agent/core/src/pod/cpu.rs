@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use super::{
-    Container, Pod, QosClass, meant, mode,
+    Container, Pod, QosClass, meant, mode_beside,
     original::{Original, recorded},
     rest::cpu_at_rest,
 };
@@ -284,7 +284,7 @@ fn acting<'a>(
     policies: &'a [ElasticPolicy],
     container: &Container,
 ) -> Option<(&'a ElasticPolicy, &'a ContainerRules)> {
-    let own = mode(pod).ok()?;
+    let own = mode_beside(pod).ok()?;
     let (policy, rules) = meant(pod, policies, &container.name)?;
     (own.unwrap_or(policy.mode) == Mode::Act).then_some((policy, rules))
 }
@@ -405,8 +405,10 @@ mod tests {
         }
         let mut observing = policies;
         observing[0].mode = Mode::Observe;
-        let asking = limited("250m", "kubectl", &[(MODE, "Act")]);
+        let mut asking = limited("250m", "kubectl", &[(MODE, "Act")]);
         assert!(only(&asking, &observing).is_some());
+        asking.is_only_of_memory = true;
+        assert_eq!(only(&asking, &observing), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use super::{
-    Container, MANAGER, Pod, QosClass, meant, mode,
+    Container, MANAGER, Pod, QosClass, meant, mode_beside,
     original::{Original, recorded},
 };
 use crate::{
@@ -181,7 +181,7 @@ fn wish(
 
 /// What a policy says of a container's request.
 fn asked(pod: &Pod, policies: &[ElasticPolicy], container: &Container) -> Option<RequestRules> {
-    let own = mode(pod).ok()?;
+    let own = mode_beside(pod).ok()?;
     let (policy, rules) = meant(pod, policies, &container.name)?;
     let is_meant = own.unwrap_or(policy.mode) == Mode::Act;
     let requests = rules.memory.and_then(|memory| memory.requests);
@@ -266,6 +266,12 @@ mod tests {
                 .rules
                 .is_some()
         );
+        let mut observing = policy();
+        observing.mode = Mode::Observe;
+        let mut asking = pod(&[(MODE, "Act")]);
+        assert!(wish(&asking, std::slice::from_ref(&observing)).is_some());
+        asking.is_only_of_memory = true;
+        assert_eq!(wish(&asking, &[observing]), None);
         let left = wish(&lowered("16Mi", MANAGER), &[]).unwrap().unwrap();
         assert_eq!((left.rules, left.original), (None, Bytes::mib(48)));
         assert_eq!(wish(&lowered("48Mi", MANAGER), &[]), None);

@@ -111,7 +111,9 @@ pub struct Pod {
     pub qos: QosClass,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
-    /// What is wrong with its annotation [`EBPF_RESIZE`].
+    /// Whether its mode among these is that of its annotation [`EBPF_RESIZE`](super::EBPF_RESIZE), which is of memory limits alone.
+    pub is_only_of_memory: bool,
+    /// What is wrong with that annotation.
     pub misread: Option<String>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,

@@ -11,6 +11,7 @@ pub(super) fn pod(annotations: &[(&str, &str)]) -> Pod {
             .iter()
             .map(|&(key, value)| (key.to_owned(), value.to_owned()))
             .collect(),
+        is_only_of_memory: false,
         misread: None,
         containers: vec![Container {
             name: "app".to_owned(),
