@@ -13,6 +13,7 @@ use thiserror::Error;
 use super::{
     Container, MANAGER, Pod, QosClass, meant, mode_beside,
     original::{Original, recorded},
+    rest::request_at_rest,
 };
 use crate::{
     autoscalers::Claimant,
@@ -36,7 +37,7 @@ pub struct RequestWish {
     pub request_text: String,
     /// The same.
     pub request: Bytes,
-    /// The request as it was.
+    /// The request as it was, or less where somebody has lowered the limit below that meanwhile.
     pub original: Bytes,
     /// The same as it was written.
     pub original_text: String,
@@ -157,7 +158,8 @@ fn wish(
     let recorded: Option<(Bytes, &str)> = recorded.transpose()?;
     let manager = container.request_manager.as_deref();
     let original = Original::of((request, text), manager, recorded);
-    if rules.is_none() && (original.is_foreign || original.value == request) {
+    let at_rest = request_at_rest(pod, index, request, original.value);
+    if rules.is_none() && (original.is_foreign || at_rest == request) {
         return Ok(None);
     }
     if let Some(refusal) = refusal(pod, container) {
@@ -168,8 +170,12 @@ fn wish(
         id: container.id.clone(),
         request_text: text.to_owned(),
         request,
-        original: original.value,
-        original_text: original.text.to_owned(),
+        original: at_rest,
+        original_text: if at_rest == original.value {
+            original.text.to_owned()
+        } else {
+            quantity::format(at_rest)
+        },
         allotted: container.allotted.clone(),
         rules,
         priority: pod.priority,
@@ -319,6 +325,29 @@ mod tests {
             let refused = wish(&pod, &[policy()]).unwrap().unwrap_err();
             assert_eq!(refused.reason(), reason);
         }
+    }
+
+    #[test]
+    fn a_request_comes_back_below_a_limit_that_was_lowered_meanwhile() {
+        let original = |limit: &str, manager: &str, policies: &[ElasticPolicy]| {
+            let mut lowered = lowered("16Mi", MANAGER);
+            let limits = [(crate::pod::ORIGINAL.to_owned(), "app=32Mi".to_owned())];
+            lowered.annotations.extend(limits);
+            lowered.containers[0].memory_limit = Some(limit.to_owned());
+            lowered.containers[0].limit_manager = Some(manager.to_owned());
+            let wish = wish(&lowered, policies)?.unwrap();
+            assert_eq!(quantity::parse(&wish.original_text), Ok(wish.original));
+            assert!(wish.recorded);
+            Some(wish.original_text)
+        };
+        for policies in [&[policy()][..], &[]] {
+            let is = |text: &str| Some(text.to_owned());
+            assert_eq!(original("32Mi", "kubectl", policies), is("31Mi"));
+            assert_eq!(original("48Mi", "kubectl", policies), is("48Mi"));
+            // It stands raised, and comes down to what they have set.
+            assert_eq!(original("64Mi", MANAGER, policies), is("31Mi"));
+        }
+        assert_eq!(original("16Mi", "kubectl", &[]), None);
     }
 
     /// Its limit at rest must hold what its request comes back to.

@@ -83,6 +83,25 @@ fn was<'a>(
     recorded.filter(|_| manager == Some(MANAGER)).or(limit)
 }
 
+/// What a memory request comes back to, which is `now`: what it was, or, where somebody has lowered the limit below that
+/// meanwhile, a step below the limit.
+pub(super) fn request_at_rest(pod: &Pod, index: usize, now: Bytes, original: Bytes) -> Bytes {
+    let container = &pod.containers[index];
+    let size = |text: Option<&str>| quantity::parse(text?).ok();
+    let (limit, manager) = (&container.memory_limit, &container.limit_manager);
+    let (limit, manager) = (limit.as_deref(), manager.as_deref());
+    let Some(in_spec) = size(limit) else {
+        return original;
+    };
+    let was = size(was(pod, ORIGINAL, container, (limit, manager))).unwrap_or(in_spec);
+    let limit = at_rest(pod, Level::Container(index), in_spec, was);
+    if original > limit {
+        limit.minus(STEP).max(now)
+    } else {
+        original
+    }
+}
+
 /// The least limit that a policy's floor may ask for.
 pub(super) fn least(pod: &Pod, level: Level) -> Bytes {
     let Level::Container(index) = level else {
