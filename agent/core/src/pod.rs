@@ -153,20 +153,33 @@ pub fn all_wishes(pod: &Pod, policies: &[ElasticPolicy]) -> Wishes {
     }
     let names = [MAX_MEMORY, CONTAINER];
     let is_sized = names.iter().any(|name| pod.annotations.contains_key(*name));
-    let by_policies = by_policies(pod, mode, policies);
-    let mut wished = by_policies.values().flatten();
-    let mode = mode.or_else(|| wished.next().map(|wish| wish.mode));
-    match mode {
-        Some(mode) if is_sized || by_policies.is_empty() => match by_annotations(pod, mode) {
+    let mut wishes = by_policies(pod, mode, policies);
+    let of_policies = || mode_of(pod, &wishes).filter(|_| is_sized);
+    match mode.or_else(of_policies) {
+        Some(mode) if is_sized || wishes.is_empty() => match by_annotations(pod, mode) {
             Ok(wish) => [(wish.container.clone(), Ok(wish))].into(),
             Err(refusal) => refused(refusal),
         },
         _ => {
-            let mut wishes = by_policies;
+            // Whom the annotations mean no policy does, and nobody else is meant.
+            wishes.retain(|_, wish| !is_sized || wish.is_err());
             wishes.extend(init::refused(pod, mode, policies));
             wishes
         }
     }
+}
+
+/// What policies say as the mode of the container that annotations mean, or, of a whole pod, of the first that they mean.
+fn mode_of(pod: &Pod, by_policies: &Wishes) -> Option<Mode> {
+    let own = match subject(pod) {
+        Ok(Subject {
+            level: Level::Container(_),
+            name,
+            ..
+        }) => by_policies.get(name),
+        _ => by_policies.values().find(|wish| wish.is_ok()),
+    };
+    Some(own?.as_ref().ok()?.mode)
 }
 
 /// Whether it depends on policies what is asked for a pod.

@@ -406,6 +406,25 @@ fn annotations_come_before_policies_and_opting_out_before_all() {
 }
 
 #[test]
+fn without_a_mode_of_its_own_the_container_that_is_named_has_that_of_its_own_policy() {
+    let mut two = pod(&[(CONTAINER, "side"), MAX]);
+    two.containers.push(Container {
+        name: "side".to_owned(),
+        ..two.containers[0].clone()
+    });
+    let [app, side] = [("app", Mode::Act), ("side", Mode::Observe)]
+        .map(|(name, mode)| policy(name, mode, Some(name), 512));
+    let modes = |policies: &[ElasticPolicy]| {
+        let wishes = wishes(&two, policies).into_iter();
+        let modes = wishes.map(|(name, wish)| (name, wish.unwrap().mode));
+        modes.collect::<Vec<_>>()
+    };
+    let both = [app.clone(), side];
+    assert_eq!(modes(&both), [("side".to_owned(), Mode::Observe)]);
+    assert_eq!(modes(&[app]), []);
+}
+
+#[test]
 fn a_floor_is_the_limit_at_rest_and_a_maximum_below_it_is_refused_by_name() {
     let mut floored = policy("dev/all", Mode::Act, None, 512);
     floored.containers[0].memory.as_mut().unwrap().floor = Some(Bytes::mib(32));
