@@ -60,7 +60,8 @@ impl CpuWish {
     }
 
     /// Whether we have raised it in the spec: what somebody else has set is the original.
-    pub(super) fn is_left(&self) -> bool {
+    #[must_use]
+    pub fn is_left(&self) -> bool {
         self.limit != self.original
     }
 

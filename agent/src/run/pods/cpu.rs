@@ -133,7 +133,10 @@ impl Watch {
             // What starts is newer than what the API says.
             (_, Some(path)) if path.exists() => path,
             (Some(path), _) => path,
-            (None, _) => return Ok(()),
+            (None, _) => {
+                self.has_no_cgroup(key, seen, wish);
+                return Ok(());
+            }
         };
         let id = path.to_str().and_then(id_in);
         let is_starting = id.is_none() || wish.id.as_deref() != id;
@@ -159,6 +162,20 @@ impl Watch {
             self.record_cpu(key, pod, seen, asked);
         }
         Ok(())
+    }
+
+    /// A container that has ended while its limit stood raised leaves that to nobody: who decided of it has forgotten it.
+    fn has_no_cgroup(&mut self, key: &Key, seen: &pod::Pod, wish: &CpuWish) {
+        // It may be about to begin, or to be told that it has ended.
+        let known = self.cpus.get(key);
+        let is_any = known.is_some_and(|known| known.cgroup.path().exists());
+        if wish.id.is_some() || is_any {
+            return;
+        }
+        self.forget_cpu(key);
+        if wish.is_left() {
+            self.give_back_cpu(key, seen, wish);
+        }
     }
 
     fn containers(&self) -> &Containers<CpuTarget> {

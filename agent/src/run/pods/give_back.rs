@@ -15,9 +15,10 @@ use std::{
 };
 
 use bellows_core::{
+    allowance::What,
     bucket::Urgency,
     elastic::Mode,
-    pod::{self, Level, Raised, way::Way},
+    pod::{self, CpuWish, Level, Raised, way::Way},
     quantity,
 };
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -61,7 +62,7 @@ const ALL_AGENTS: Duration = Duration::from_secs(180);
 
 /// Limits that are given back beside the watch.
 pub(super) struct GivingBack {
-    tries: BTreeMap<Key, Try>,
+    tries: BTreeMap<(Key, What), Try>,
     few: Arc<Semaphore>,
 }
 
@@ -97,8 +98,8 @@ impl Default for GivingBack {
 impl GivingBack {
     /// Whether one may be tried now: with the turn, which is held until it has ended, and what counts its failures. Who has
     /// no turn does not wait for it: it is guarded if somebody asks for it meanwhile.
-    fn may_begin(&self, key: &Key) -> Option<(OwnedSemaphorePermit, Arc<AtomicU32>)> {
-        let before = self.tries.get(key);
+    fn may_begin(&self, own: &(Key, What)) -> Option<(OwnedSemaphorePermit, Arc<AtomicU32>)> {
+        let before = self.tries.get(own);
         if before.is_some_and(|before| !before.may_be_repeated()) {
             return None;
         }
@@ -108,7 +109,7 @@ impl GivingBack {
     }
 
     pub(super) fn forget(&mut self, uid: &str) {
-        self.tries.retain(|(own, _), _| own != uid);
+        self.tries.retain(|((own, _), _), _| own != uid);
     }
 }
 
@@ -140,36 +141,67 @@ impl Watch {
             }
             self.pending.insert(seen.uid.clone());
             let key = (seen.uid.clone(), raised.container.clone());
-            // With any resize the kubelet would take back another that stands on the node alone.
-            if self.context.resizer.is_only_by_hand(&seen.uid, None) {
-                continue;
-            }
-            let Some((turn, in_vain)) = self.giving_back.may_begin(&key) else {
-                continue;
-            };
-            let (resizer, order) = (self.context.resizer.clone(), self.order(&seen.uid));
-            let (seen, counted) = (seen.clone(), Arc::clone(&in_vain));
-            let task = tokio::spawn(async move {
-                let given = given_back(&resizer, &order, &seen, &raised).await;
-                drop(turn);
-                if let Err(why) = &given {
-                    not_given_back(&seen, &raised.container, why);
-                }
-                until_carried_out(given, &counted).await;
-            });
-            let last = Try {
-                task,
-                begun: Instant::now(),
-                in_vain,
-            };
-            self.giving_back.tries.insert(key, last);
+            let change = back(&raised);
+            self.try_back((key, What::MemoryLimit), seen, change, Some(raised));
         }
     }
 
-    /// Whether a container's limit is being given back: whoever guards it meanwhile would see it lowered in the middle of a
-    /// burst.
+    /// Gives back the CPU limit of a container that has ended while that stood raised: nobody lowers it any more.
+    pub(super) fn give_back_cpu(&mut self, key: &Key, seen: &pod::Pod, wish: &CpuWish) {
+        let level = Level::Container(wish.index);
+        let (from, to) = (wish.limit_text.clone(), wish.original_text.clone());
+        let change = (level, Change::cpu(level, from, to));
+        self.pending.insert(seen.uid.clone());
+        self.try_back((key.clone(), What::CpuLimit), seen, change, None);
+    }
+
+    /// Begins to give a limit back, unless it is too soon. Of memory room is made for it first.
+    fn try_back(
+        &mut self,
+        own: (Key, What),
+        seen: &pod::Pod,
+        (level, change): (Level, Change),
+        raised: Option<Raised>,
+    ) {
+        // With any resize the kubelet would take back another that stands on the node alone.
+        if self.context.resizer.is_only_by_hand(&seen.uid, None) {
+            return;
+        }
+        let Some((turn, in_vain)) = self.giving_back.may_begin(&own) else {
+            return;
+        };
+        let (resizer, order) = (self.context.resizer.clone(), self.order(&seen.uid));
+        let (seen, counted) = (seen.clone(), Arc::clone(&in_vain));
+        let container = own.0.1.clone();
+        let task = tokio::spawn(async move {
+            let given = async {
+                if let Some(raised) = &raised {
+                    room_is_made(&seen, raised).await?;
+                }
+                given_back(&resizer, &order, &seen, (level, change)).await
+            };
+            let given = given.await;
+            drop(turn);
+            if let Err(why) = &given {
+                not_given_back(&seen, &container, why);
+            }
+            until_carried_out(given, &counted).await;
+        });
+        let last = Try {
+            task,
+            begun: Instant::now(),
+            in_vain,
+        };
+        self.giving_back.tries.insert(own, last);
+    }
+
+    /// Whether a container's memory limit is being given back: whoever guards it meanwhile would see it lowered in the middle
+    /// of a burst.
     pub(super) fn is_given_back(&self, key: &Key) -> bool {
-        let last = self.giving_back.tries.get(key);
+        let last = self
+            .giving_back
+            .tries
+            .get(&(key.clone(), What::MemoryLimit));
         last.is_some_and(|last| !last.task.is_finished())
     }
 }
@@ -184,16 +216,14 @@ fn not_given_back(seen: &pod::Pod, container: &str, why: &NotBack) {
     );
 }
 
-/// As soon as usage allows it, in the order of the pod's requests.
+/// In the order of the pod's requests.
 async fn given_back(
     resizer: &Resizer,
     order: &Order,
     seen: &pod::Pod,
-    raised: &Raised,
+    (level, change): (Level, Change),
 ) -> Result<(), NotBack> {
-    room_is_made(seen, raised).await?;
     resizer.may_ask(Urgency::Later).await;
-    let (level, change) = back(raised);
     let way = way(resizer, seen, level, &change).await?;
     let _turn = order.lock().await;
     changed_back(resizer, way, seen, change).await
@@ -426,6 +456,7 @@ pub async fn uninstall(daemon_set: &str) -> Result<bool, RunError> {
 mod tests {
     use bellows_core::{Bytes, CgroupId, decide::ByHand, pod::MANAGER};
     use futures::FutureExt as _;
+    use serde_json::json;
 
     use super::{
         super::bed::{Bed, key},
@@ -447,7 +478,11 @@ mod tests {
         assert!(!bed.watch.is_given_back(&app));
         follow(&mut bed, "Off", "256Mi");
         assert!(bed.watch.is_given_back(&app) && bed.watch.pending.contains("0f8c"));
-        let task = |bed: &Bed| bed.watch.giving_back.tries[&app].task.id();
+        let task = |bed: &Bed| {
+            bed.watch.giving_back.tries[&(app.clone(), What::MemoryLimit)]
+                .task
+                .id()
+        };
         let first = task(&bed);
         follow(&mut bed, "Off", "256Mi");
         assert_eq!(task(&bed), first, "one at a time");
@@ -523,6 +558,40 @@ mod tests {
         assert_eq!(in_vain.load(Ordering::Relaxed), 0);
     }
 
+    /// Of two containers one has ended while it was lent CPU, and is not started again.
+    #[tokio::test]
+    async fn a_cpu_limit_is_given_back_whose_container_has_ended() {
+        let of = async |limit: &str, manager: &str, state: serde_json::Value| {
+            let mut bed = Bed::new().await;
+            let own = json!({ "f:resources": { "f:limits": { "f:cpu": {} } } });
+            let fields = json!({ "f:spec": { "f:containers": { r#"k:{"name":"app"}"#: own } } });
+            let pod = json!({
+                "metadata": {
+                    "name": "workspace", "namespace": "dev", "uid": "0f8c",
+                    "annotations": { pod::ORIGINAL_CPU: "app=250m" },
+                    "managedFields": [{ "manager": manager, "fieldsV1": fields }],
+                },
+                "spec": { "containers": [{ "name": "app", "resources": { "limits": { "cpu": limit } } }] },
+                "status": { "phase": "Running", "containerStatuses": [{
+                    "name": "app", "containerID": "containerd://1f", "state": state,
+                }] },
+            });
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            let seen = bed.watch.seen(&pod);
+            bed.watch.follow_cpu(&pod, &seen);
+            let own = (key("app"), What::CpuLimit);
+            let is_begun = bed.watch.giving_back.tries.contains_key(&own);
+            assert_eq!(is_begun, bed.watch.pending.contains("0f8c"));
+            assert!(!bed.watch.is_given_back(&own.0), "of memory nothing is");
+            is_begun
+        };
+        let ended = || json!({ "terminated": { "exitCode": 0 } });
+        assert!(of("2", MANAGER, ended()).await);
+        assert!(!of("250m", MANAGER, ended()).await);
+        assert!(!of("2", "kubectl", ended()).await);
+        assert!(!of("2", MANAGER, json!({ "running": {} })).await);
+    }
+
     #[tokio::test]
     async fn few_are_given_back_at_a_time_and_what_is_refused_ever_more_seldom() {
         assert_eq!(not_before(0), Duration::ZERO);
@@ -544,7 +613,8 @@ mod tests {
         assert!(follow(&mut bed));
         // In the order of whoever else comes to ask for something of the pod.
         assert!(bed.watch.orders.contains_key("0f8c"));
-        let last = bed.watch.giving_back.tries.get_mut(&app).unwrap();
+        let last = (app, What::MemoryLimit);
+        let last = bed.watch.giving_back.tries.get_mut(&last).unwrap();
         last.task.abort();
         drop((&mut last.task).await);
         last.in_vain.store(1, Ordering::Relaxed);
