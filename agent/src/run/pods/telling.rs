@@ -109,7 +109,8 @@ impl Watch {
         }
     }
 
-    /// Tells of a guarded container to which its namespace allows nothing beyond what it has, once.
+    /// Tells of a guarded container to which its namespace allows nothing beyond what it has: once, and where that comes and
+    /// goes once a minute.
     pub(super) fn tell_of_bound(&mut self, key: &Key) {
         let Some(known) = self.known.get_mut(key) else {
             return;
@@ -125,12 +126,20 @@ impl Watch {
         if known.bounded == reached {
             return;
         }
-        known.bounded = reached;
         let (Some(bound), Some(pod)) = (bound, self.pods.get(&key.0)) else {
+            known.bounded = reached;
             return;
         };
+        let reason = bound.by.reason().reason();
+        // It is told later if it is still so then.
+        let told = known.told.get(reason);
+        if told.is_some_and(|told| told.elapsed() < EVENTS) {
+            return;
+        }
+        known.bounded = reached;
+        known.told.insert(reason, Instant::now());
         let note = format!("container {}: it cannot be raised: {bound}", key.1);
-        self.events.refused(pod, bound.by.reason().reason(), note);
+        self.events.refused(pod, reason, note);
     }
 
     /// Tells why a container does not get what is asked for it, once.
@@ -140,5 +149,49 @@ impl Watch {
             known.refusal = Some(why.clone());
             self.events.refused(pod, reason, why);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bellows_core::allowance::{Amount, Amounts, CountedPod, Quota, Reached, What};
+
+    use super::*;
+    use crate::run::pods::bed::{Bed, key};
+
+    #[tokio::test]
+    async fn a_quota_that_is_used_up_again_and_again_is_told_of_once_a_minute() {
+        let mut bed = Bed::new().await;
+        let app = key("app");
+        bed.sees("64Mi");
+        bed.is_guarded();
+        let amounts = Amounts {
+            memory_limit: Some(Bytes::mib(64).0),
+            ..Amounts::default()
+        };
+        let pod = CountedPod {
+            namespace: "dev".to_owned(),
+            uid: app.0.clone(),
+            containers: [("app".to_owned(), amounts)].into(),
+            ..CountedPod::default()
+        };
+        let allowances = bed.watch.context.resizer.allowances().clone();
+        allowances.with(|all| all.pod(pod));
+        let mut told = |left: u64| {
+            let [hard, used] = [64 + left, 64].map(|mib| Bytes::mib(mib).0);
+            let quota = Quota {
+                amounts: [(What::MemoryLimit, Amount { hard, used })].into(),
+                ..Quota::default()
+            };
+            allowances.with(|all| all.quota("dev", "q", Some(quota)));
+            bed.watch.tell_of_bound(&app);
+            let known = &bed.watch.known[&app];
+            (known.bounded, known.told.get("QuotaUsedUp").copied())
+        };
+        let (bounded, at) = told(0);
+        assert_eq!(bounded, Some(Reached::Quota));
+        assert!(at.is_some());
+        assert_eq!(told(64), (None, at));
+        assert_eq!(told(0), (None, at), "it is told a minute later");
     }
 }
