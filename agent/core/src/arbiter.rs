@@ -37,7 +37,8 @@
 //! [`RESERVED_FOR`]: then what was kept for it is for others, which may be able to wait for less, and whoever may be held
 //! for longer has nothing but its place in the order. After its own time it is let go. What is kept for the end of a burst
 //! that has not moved for [`RESERVED_FOR`] and does not wait itself is for others, too, and what it has is no longer counted
-//! on: a leak or a plateau does not give back. Where not even the end of all others would help nothing is kept, and the answer says how much there
+//! on: a leak or a plateau does not give back. Nobody waits for one that itself has waited for so long: it gives nothing back
+//! before it has more. Where not even the end of all others would help nothing is kept, and the answer says how much there
 //! is, for whoever can do with less.
 //!
 //! **What may never end.** A leak is granted nothing. One that grows without a trigger and gives nothing back ([`crate::growth`]) is not counted on to end,
@@ -346,7 +347,7 @@ struct Arbiter<'a> {
 
 impl Arbiter<'_> {
     fn judge(&mut self, id: CgroupId, claim: &Claim) -> Verdict {
-        let burst = Burst::of(id, claim, self.rooms);
+        let burst = Burst::of(self.now, id, claim, self.rooms);
         let asked = i128::from(claim.wanted.0) - burst.held;
         let has_begun = claim.has_begun(self.now);
         let is_too_small = |place: &&Place| claim.wanted > self.rooms.size(**place);

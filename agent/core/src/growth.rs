@@ -77,6 +77,8 @@ pub struct Spell {
     /// When it began. Who gives back begins anew in all but this: what was started for it is still at work.
     began: Nanos,
     since: Nanos,
+    /// For how long it was held since it began.
+    held: Nanos,
     /// When something has come, and what there was then.
     came: (Nanos, Bytes),
     /// The lowest demand since it began.
@@ -94,6 +96,7 @@ impl Spell {
         Self {
             began: now,
             since: now,
+            held: Nanos(0),
             came: (now, demand),
             base: demand,
             highest: demand,
@@ -132,6 +135,7 @@ impl Spell {
     /// Time in which it could not grow, held, is none of its own.
     pub const fn held_for(&mut self, held: Nanos) {
         self.since = Nanos(self.since.0.saturating_add(held.0));
+        self.held = Nanos(self.held.0.saturating_add(held.0));
         let (came_at, came) = self.came;
         self.came = (Nanos(came_at.0.saturating_add(held.0)), came);
     }
@@ -152,7 +156,10 @@ impl Spell {
     #[must_use]
     pub const fn young_from(&self, now: Nanos) -> Nanos {
         let with_it = self.began.0.saturating_sub(LEAD.0);
-        let lately = now.0.saturating_sub(TRIGGERED.0);
+        let lately = now
+            .0
+            .saturating_sub(TRIGGERED.0)
+            .saturating_sub(self.held.0);
         if with_it > lately {
             Nanos(with_it)
         } else {
@@ -203,6 +210,9 @@ mod tests {
         spell.held_for(Nanos(SECOND.0 * 600));
         assert_eq!(spell.nature(at(659), NOBODY), Nature::Burst);
         assert_eq!(spell.nature(at(660), NOBODY), Nature::Suspect);
+        // What has begun with it is as young as it is.
+        assert_eq!(spell.young_from(at(1460)), Nanos(at(0).0 - LEAD.0));
+        assert!(spell.young_from(at(1501)) > at(0));
         // Nor is what it had grown to before forgotten: nothing could come meanwhile.
         spell.observe(at(630), Bytes::mib(3200));
         assert_eq!(spell.nature(at(660), NOBODY), Nature::Suspect);

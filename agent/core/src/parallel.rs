@@ -103,6 +103,8 @@ pub struct Look {
     pub used: Bytes,
     /// Whether it is held, frozen or braked: then that nobody goes on, or stops, means nothing.
     pub is_held: bool,
+    /// Whether it is frozen: then nobody grows or ends either.
+    pub is_frozen: bool,
     /// Its processes, in any order.
     pub processes: Vec<Seen>,
 }
@@ -340,7 +342,8 @@ impl Jobs {
             known.step = seen.memory.minus(known.memory);
             known.memory = seen.memory;
             let is_paused = matches!(known.state, State::Paused { .. });
-            if is_paused || seen.memory > known.grown.1.per_mille(FLAT_PER_MILLE) {
+            if is_paused || look.is_frozen || seen.memory > known.grown.1.per_mille(FLAT_PER_MILLE)
+            {
                 known.grown = (look.now, known.grown.1.max(seen.memory));
             }
             if seen.may_pause {
@@ -530,6 +533,9 @@ impl Jobs {
         let oldest = self.paused().next();
         if oldest.is_none() || self.used_since >= PROGRESS || look.is_held {
             (self.went_on, self.used_since) = (look.now, Nanos(0));
+        }
+        if look.is_frozen {
+            self.somebody_ended = look.now;
         }
         let Some(oldest) = oldest else {
             self.somebody_ended = look.now;

@@ -7,18 +7,21 @@
 //! In Kubernetes a pod that is deleted is no longer guarded, so this is for those of other runtimes, and for signals that
 //! come from inside. Where processes are not to be seen nobody is found here.
 //!
+//! Who is stopped (SIGSTOP) would not take its signal if it were thawed, and one that keeps a signal blocked may never: each
+//! process lets its container go once.
+//!
 //! It must not wait for a memory lock: `status` does not take it.
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
-use bellows_core::{CgroupId, Nanos, Reason};
+use bellows_core::{Nanos, Reason};
 
 use super::{Controller, Requester};
-use crate::{actuate::reflex::Command, cgroup::Cgroup};
+use crate::actuate::reflex::Command;
 
 /// Holds that are shorter than this are over before anybody has noticed; the longer ones are looked at so often.
 const EVERY: Nanos = Nanos::millis(1000);
-/// A file each: milliseconds of the controller's time.
+/// So many processes at each look, a file each: milliseconds of the controller's time, for which all others wait.
 const MOST: usize = 1000;
 /// SIGHUP, SIGINT, SIGQUIT and SIGTERM, as bits of a signal set.
 const TO_END: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14;
@@ -26,41 +29,45 @@ const TO_END: u64 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14;
 impl<R: Requester> Controller<R> {
     /// Lets those go for whom a signal to end is waiting.
     pub(super) fn look_for_endings(&mut self, at: Nanos) {
-        let due: Vec<CgroupId> = self
-            .guards
-            .iter_mut()
-            .filter(|(_, guarded)| {
-                let since = guarded
-                    .held_since
-                    .map(|since| since.max(guarded.endings_looked));
-                since.is_some_and(|since| at.since(since) >= EVERY)
-            })
-            .map(|(&id, guarded)| {
-                guarded.endings_looked = at;
-                id
-            })
-            .collect();
-        for id in due {
-            if self
-                .guards
-                .get(&id)
-                .is_some_and(|guarded| is_asked_to_end(&guarded.cgroup))
-            {
+        let mut left = MOST;
+        for (&id, guarded) in &mut self.guards {
+            let Some(since) = guarded.held_since else {
+                continue;
+            };
+            if at.since(since.max(guarded.endings_looked)) < EVERY {
+                continue;
+            }
+            let processes = guarded.cgroup.processes().unwrap_or_default();
+            // Those that are left are looked at with the next tick; of one with more than that, nobody.
+            if processes.len() > left && processes.len() <= MOST {
+                continue;
+            }
+            guarded.endings_looked = at;
+            if processes.len() > MOST {
+                continue;
+            }
+            left -= processes.len();
+            let asked: BTreeSet<u32> = processes
+                .into_iter()
+                .filter(|&pid| is_asked_to_end(pid))
+                .collect();
+            if !asked.is_subset(&guarded.asked_to_end) {
                 self.reflex.send(Command::Release(id, Reason::AskedToEnd));
             }
+            guarded.asked_to_end = asked;
         }
     }
 }
 
-/// Whether a signal to end waits for a process of it.
-fn is_asked_to_end(cgroup: &Cgroup) -> bool {
-    let pids = cgroup.processes().unwrap_or_default();
-    pids.len() <= MOST && pids.into_iter().any(has_signal_to_end)
+/// Whether a signal to end waits for a process that would take it.
+fn is_asked_to_end(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"));
+    status.is_ok_and(|status| pending(&status) & TO_END != 0 && !is_stopped(&status))
 }
 
-fn has_signal_to_end(pid: u32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"));
-    status.is_ok_and(|status| pending(&status) & TO_END != 0)
+fn is_stopped(status: &str) -> bool {
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    state.is_some_and(|state| state.trim_start().starts_with('T'))
 }
 
 /// The signals that wait for its first thread, and for all of it.
@@ -99,14 +106,23 @@ mod tests {
     fn a_signal_that_waits_is_seen_and_only_one_to_end() {
         let child = Sleeper(Command::new("sleep").arg("60").spawn().unwrap());
         let pid = child.0.id();
-        // Like one that is frozen it takes no signal.
+        let status = || fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        // It takes no signal, like one that is frozen; and would take none if it were thawed.
         child.signal(Signal::STOP);
-        assert!(!has_signal_to_end(pid));
-        child.signal(Signal::WINCH);
-        child.signal(Signal::USR1);
-        assert!(!has_signal_to_end(pid));
-        child.signal(Signal::TERM);
-        assert!(has_signal_to_end(pid));
+        while !is_stopped(&status()) {
+            std::thread::yield_now();
+        }
+        for (signal, is_to_end) in [
+            (Signal::WINCH, false),
+            (Signal::USR1, false),
+            (Signal::TERM, true),
+        ] {
+            child.signal(signal);
+            assert_eq!(pending(&status()) & TO_END != 0, is_to_end);
+            assert!(!is_asked_to_end(pid));
+        }
+        let frozen = status().replace("T (stopped)", "S (sleeping)");
+        assert!(!is_stopped(&frozen), "{frozen}");
     }
 
     #[test]

@@ -46,6 +46,8 @@ const LEAST_RESERVE: Bytes = Bytes::mib(128);
 const NO_ROOM_FOR: Nanos = Nanos::millis(1000);
 /// The same for one that may never end.
 const STOPPED_FOR: Nanos = Nanos::millis(10_000);
+/// What is expected beyond what is asked for is waited for no longer than this: who could go on stands still for it.
+const EXPECTED_FOR: Nanos = Nanos::millis(60_000);
 /// Who has waited for long asks again so often: to ask is to look at all others.
 const SELDOM: Nanos = Nanos::millis(500);
 /// A raise of one that may never end goes to this multiple of the demand.
@@ -86,7 +88,8 @@ pub(super) fn ancestors(cgroup: &Cgroup) -> Vec<PathBuf> {
 impl Guarded {
     /// What a burst is expected to need that asks for `to`; no more than that once it cannot wait any longer.
     fn expected(&self, at: Nanos, to: Bytes) -> Bytes {
-        let waits = |waiting: Waiting| at.since(waiting.since) >= self.policy.last_moment();
+        let in_vain_after = self.policy.last_moment().min(EXPECTED_FOR);
+        let waits = |waiting: Waiting| at.since(waiting.since) >= in_vain_after;
         if self.waiting.is_some_and(waits) {
             return to;
         }

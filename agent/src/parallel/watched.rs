@@ -172,12 +172,14 @@ impl Watched {
         }
         let processes = tree.seen(since_boot());
         let used = self.used(&processes)?;
-        let is_held = self.is_lending() && self.is_held()?;
+        let is_frozen = self.is_lending() && self.cgroup.read("cgroup.freeze")?.trim() == "1";
+        let is_held = is_frozen || (self.is_lending() && self.is_braked()?);
         let look = Look {
             now: now(),
             granted: self.granted,
             used,
             is_held,
+            is_frozen,
             processes,
         };
         let orders = self.jobs.look(&look);
@@ -191,12 +193,9 @@ impl Watched {
         })
     }
 
-    /// Whether it is frozen, or has what its brake allows: whoever is charged for more then sleeps for as long as two seconds
-    /// each time, and neither stops nor uses the CPU (`__mem_cgroup_handle_over_high`, mm/memcontrol.c).
-    fn is_held(&self) -> Result<bool, CgroupError> {
-        if self.cgroup.read("cgroup.freeze")?.trim() == "1" {
-            return Ok(true);
-        }
+    /// Whether it has what its brake allows: whoever is charged for more then sleeps for as long as two seconds each time, and
+    /// neither stops nor uses the CPU (`__mem_cgroup_handle_over_high`, mm/memcontrol.c).
+    fn is_braked(&self) -> Result<bool, CgroupError> {
         let high = self.cgroup.limit("memory.high")?;
         Ok(high != Limit::Max && self.cgroup.usage()? >= high.bytes())
     }

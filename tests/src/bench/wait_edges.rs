@@ -1,8 +1,12 @@
 //! What a policy promises that lets a container wait for memory (`holdAtMost`); a part of `container-edges`.
 
-use std::{thread, time::Duration};
+use std::{path::Path, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use bellows::{
+    attribution::CGROUP_ROOT,
+    cgroup::{Cgroup, Limit},
+};
 use bellows_core::Bytes;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -11,7 +15,6 @@ use super::{
     container_edges::{Bed, Case, GUARD, LIMIT, MAX, PEAK, wait_guarded},
     deaths::is_held,
     gate,
-    storm::available,
 };
 use crate::{
     containers::{POLICIES, Spec, policy, policy_of},
@@ -33,19 +36,27 @@ const HELD: Duration = Duration::from_secs(60);
 /// The exit code of who has ended by its own word.
 const GOODBYE: i32 = 7;
 
-/// What is left of the node's memory: less than what nobody may be promised (a twentieth, `guard::room`).
-const LEFT: Bytes = Bytes::mib(160);
+/// From what it has at rest to its limit, and too little beyond that to be worth a raise.
+const ROOM: Bytes = Bytes::mib(36);
 
-/// All memory of the node but that.
-fn take_memory() -> Result<Vec<Vec<u8>>> {
-    let mut taken = Vec::new();
-    // What others give back meanwhile is taken, too.
-    loop {
-        let more = usize::try_from(available()?.minus(LEFT).0)?;
-        if more < (4 << 20) {
-            return Ok(taken);
+/// No room for a raise above all containers, for as long as it lives.
+struct Full(Cgroup);
+
+impl Full {
+    fn now() -> Result<Self> {
+        let full = Self(Cgroup::open(&Path::new(CGROUP_ROOT).join("kubepods"))?);
+        let stat = full.0.stat()?;
+        let used = stat.usage.minus(stat.file);
+        full.0.set_limit("memory.max", Limit::At(used.plus(ROOM)))?;
+        Ok(full)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.set_limit("memory.max", Limit::Max) {
+            eprintln!("what is above all containers stays limited: {error}");
         }
-        taken.push(vec![1; more]);
     }
 }
 
@@ -58,12 +69,12 @@ fn waits(bed: &mut Bed) -> Result<()> {
     std::fs::write(POLICIES, policies())?;
     let started = bed.burst("waits", NAME)?;
     wait_guarded(&started)?;
-    let taken = take_memory()?;
+    let full = Full::now()?;
     gate::open_when_braked(&started.cgroup)?;
     wait("it is held", HELD, || Ok(is_held(&started.cgroup)))?;
     thread::sleep(BEYOND);
     ensure!(is_held(&started.cgroup), "it was let go");
-    drop(taken);
+    drop(full);
     bed.survives(&started)?;
     bed.machine.remove(&started)
 }
@@ -92,7 +103,7 @@ fn ended(bed: &mut Bed) -> Result<()> {
         .iter()
         .min()
         .context("no shell")?;
-    let taken = take_memory()?;
+    let full = Full::now()?;
     gate::open_when_braked(&started.cgroup)?;
     wait("it is held", HELD, || Ok(is_held(&started.cgroup)))?;
     let pid = Pid::from_raw(i32::try_from(shell)?).context("its number is none")?;
@@ -102,7 +113,7 @@ fn ended(bed: &mut Bed) -> Result<()> {
         code = bed.machine.exit_code(&started)?;
         Ok(code.is_some())
     });
-    drop(taken);
+    drop(full);
     ends?;
     ensure!(code == Some(GOODBYE), "it has ended with {code:?}");
     std::fs::write(POLICIES, policy(GUARD, MAX))?;

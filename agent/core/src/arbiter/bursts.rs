@@ -17,10 +17,12 @@ pub(super) struct Burst {
     at_rest: i128,
     /// What it will hold at most.
     most: i128,
+    /// Whether it stands still until it has what it asks for.
+    stands: bool,
 }
 
 impl Burst {
-    pub(super) fn of(id: CgroupId, claim: &Claim, rooms: &Rooms) -> Self {
+    pub(super) fn of(now: Nanos, id: CgroupId, claim: &Claim, rooms: &Rooms) -> Self {
         let places = claim.places();
         // Nobody is granted more than a room's size.
         let size = places.iter().map(|&place| rooms.size(place)).min();
@@ -30,6 +32,7 @@ impl Burst {
             held: claim.held().0.into(),
             at_rest: claim.at_rest.0.into(),
             most: size.map_or(most, |size| most.min(size)).0.into(),
+            stands: claim.asks() && !claim.moved_lately(now),
             places,
         }
     }
@@ -65,7 +68,7 @@ impl Bursts {
             let owed = claim.held().minus(claim.used);
             bursts.take(&claim.places(), owed.0.into());
             if claim.has_begun(now) {
-                bursts.begun.push(Burst::of(id, claim, rooms));
+                bursts.begun.push(Burst::of(now, id, claim, rooms));
             }
         }
         bursts
@@ -84,9 +87,13 @@ impl Bursts {
         self.free.get(place.index()).copied().unwrap_or(0)
     }
 
-    /// The first of those that have begun in a place, and how much all of them will give back.
+    /// The first of those that have begun in a place and go on, and how much all of them will give back. Who has been held
+    /// for long gives nothing back before it has more: two such would wait for each other.
     pub(super) fn holders(&self, place: Place, but: CgroupId) -> (Option<CgroupId>, i128) {
-        let others = self.begun.iter().filter(|other| other.id != but);
+        let others = self
+            .begun
+            .iter()
+            .filter(|other| other.id != but && !other.stands);
         let mut others = others
             .filter(|other| other.places.contains(&place))
             .peekable();
@@ -98,9 +105,10 @@ impl Bursts {
     pub(super) fn grant(&mut self, burst: Burst, amount: i128) {
         self.take(&burst.places, amount);
         match self.begun.iter_mut().find(|other| other.id == burst.id) {
-            Some(begun) => begun.held += amount,
+            Some(begun) => (begun.held, begun.stands) = (begun.held + amount, false),
             None => self.begun.push(Burst {
                 held: burst.held + amount,
+                stands: false,
                 ..burst
             }),
         }

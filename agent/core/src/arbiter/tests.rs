@@ -257,6 +257,30 @@ fn who_is_held_for_what_it_asks_is_counted_on_for_as_long_as_that_lasts() {
 }
 
 #[test]
+fn who_waits_for_long_is_not_waited_for() {
+    let stands = || Claim {
+        moved_at: Nanos(NOW.0 - RESERVED_FOR.0),
+        may_wait: Nanos::millis(60_000),
+        ..raised(2220, 4096, 4096)
+    };
+    let until = Nanos(stands().moved_at.0 + 60_000_000_000);
+    let left = |has: u64| Why::NoRoom(Place::Node, Bytes::mib(has + 1170));
+    // Each could end with what the other has: neither gives that back before.
+    let both = on_node(1170, &[stands(), stands()]);
+    let waits_on = |why| Verdict::Waits(until, why);
+    assert_eq!(both, [(0, waits_on(left(2220))), (1, waits_on(left(2220)))]);
+    // Nor does whoever comes: it may do with what there is.
+    let late = on_node(1170, &[stands(), claim(2000, 2000)]);
+    assert_eq!(late[1], (1, waits(left(64))));
+    let mut moves = stands();
+    moves.moved_at = NOW;
+    assert_eq!(
+        on_node(1170, &[moves, stands()])[1],
+        (1, waits_on(behind(0)))
+    );
+}
+
+#[test]
 fn nothing_is_kept_for_a_burst_that_has_not_moved_for_long_nor_is_it_waited_for() {
     let mut begun = raised(1024, 0, 2048);
     let told_beside =

@@ -147,6 +147,7 @@ impl World {
             granted,
             used: self.used(),
             is_held: false,
+            is_frozen: false,
             processes,
         }
     }
@@ -413,6 +414,7 @@ fn who_runs_shows_what_the_program_needs_before_its_like_has_ended() {
             .iter()
             .fold(Bytes::ZERO, |sum, (_, mib)| sum.plus(Bytes::mib(*mib))),
         is_held: false,
+        is_frozen: false,
         processes: sizes.iter().map(|&(pid, mib)| seen(pid, mib)).collect(),
     };
     let mut jobs = Jobs::default();
@@ -720,6 +722,7 @@ fn a_process_under_an_old_number_is_another() {
         granted: Bytes::mib(100),
         used: Bytes::mib(mib),
         is_held: false,
+        is_frozen: false,
         processes: vec![Seen {
             id: ProcessId { began, pid: 7 },
             program: "cc1".to_owned(),
@@ -769,6 +772,7 @@ fn who_was_held_has_its_time_to_stop_afterwards() {
         let look = Look {
             now: Nanos::millis(millis),
             is_held,
+            is_frozen: is_held,
             ..world.look(Bytes::mib(300))
         };
         let orders = known.look(&look);

@@ -3,7 +3,10 @@
 mod lost;
 mod run;
 
-use std::{collections::VecDeque, path::PathBuf};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    path::PathBuf,
+};
 
 use bellows_core::{
     Actuation, Bytes, History, Learnt, Nanos, Policy, Reason, Snapshot, Thrash,
@@ -156,6 +159,8 @@ pub(super) struct Guarded {
     pub(super) judged: Nanos,
     /// When it was last looked at for a signal that waits for it.
     pub(super) endings_looked: Nanos,
+    /// Whom one was waiting for then.
+    pub(super) asked_to_end: BTreeSet<u32>,
     /// The limit up to which there is room for it.
     pub(super) reserved: Option<Bytes>,
     /// What its jobs were last said to have, and whether they are many; `None` where nobody looks at them.
@@ -251,6 +256,7 @@ impl Guarded {
             told_stop: None,
             judged: Nanos(0),
             endings_looked: Nanos(0),
+            asked_to_end: BTreeSet::new(),
             reserved: None,
             may_have: None,
             by_hand_not_before: Nanos(0),

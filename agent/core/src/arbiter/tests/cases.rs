@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{super::*, properties::has_begun};
+use super::{
+    super::*,
+    properties::{has_begun, moved_lately},
+};
 
 /// Amounts of cases are small multiples of this, so that they often just fit.
 pub(super) const UNIT: u64 = 64 << 20;
@@ -131,12 +134,13 @@ impl Case {
         case
     }
 
-    /// The same where one asks for nothing, and is counted on as before.
+    /// The same where one asks for nothing, unless it stands still for what it asks for: whether it does is nothing that it
+    /// asks for.
     pub(super) fn without(&self, id: CgroupId) -> Self {
         let mut case = self.clone();
         if let Some(claim) = case.claims.get_mut(&id) {
-            if has_begun(self, claim) {
-                claim.moved_at = self.now;
+            if has_begun(self, claim) && !moved_lately(self, claim) {
+                return case;
             }
             claim.most = claim.most.max(claim.wanted);
             claim.wanted = Bytes::ZERO;

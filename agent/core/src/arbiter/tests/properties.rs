@@ -45,7 +45,7 @@ pub(super) fn has_begun(case: &Case, claim: &Claim) -> bool {
     held(claim) > i128::from(claim.at_rest.0) && (moved_lately(case, claim) || is_held)
 }
 
-fn moved_lately(case: &Case, claim: &Claim) -> bool {
+pub(super) fn moved_lately(case: &Case, claim: &Claim) -> bool {
     case.now.since(claim.moved_at) < RESERVED_FOR
 }
 
@@ -124,7 +124,10 @@ fn lower_priorities_change_nothing(case: &Case, verdicts: &Verdicts) -> Checked 
     let high = verdicts
         .iter()
         .filter(|(id, _)| case.claims[*id].priority >= 1);
-    ensure(high.eq(&alone), || {
+    let of_high = alone
+        .iter()
+        .filter(|(id, _)| case.claims[*id].priority >= 1);
+    ensure(high.eq(of_high), || {
         format!("lower priorities change {alone:?}")
     })
 }
@@ -175,6 +178,7 @@ struct Begun {
     held: i128,
     rest: i128,
     most: i128,
+    stands: bool,
 }
 
 #[derive(Clone)]
@@ -218,6 +222,7 @@ impl Model {
             held: held(claim),
             rest: claim.at_rest.0.into(),
             most: claim.most.max(claim.wanted).min(size).0.into(),
+            stands: asks(claim) && !moved_lately(case, claim),
         }
     }
 
@@ -229,6 +234,7 @@ impl Model {
             self.begun.len() - 1
         });
         self.begun[index].held = claim.wanted.0.into();
+        self.begun[index].stands = false;
         for room in rooms(claim) {
             self.free[room] -= asked(claim);
         }
@@ -352,7 +358,8 @@ fn reason_is_right(case: &Case, model: &Model, id: CgroupId, why: Why) -> bool {
     let asked = asked(claim);
     let is_short = |room: usize| model.left(room, is_new) < asked;
     let holders = |room: usize| {
-        let others = model.begun.iter().filter(move |begun| begun.id != id);
+        let others = model.begun.iter();
+        let others = others.filter(move |begun| begun.id != id && !begun.stands);
         others.filter(move |begun| begun.rooms.contains(&room) && begun.held > begun.rest)
     };
     let keepers = |room: usize| {
