@@ -54,6 +54,8 @@ const SELDOM: Nanos = Nanos::millis(500);
 const SUSPECTS_STEP_PER_MILLE: u64 = 1250;
 /// Who waits for a raise is judged again after this time.
 const JUDGED_EVERY: Nanos = Nanos::millis(1000);
+/// Whoever waits is frozen again so often where the brake has replaced that.
+const FROZEN_EVERY: Nanos = Nanos::millis(1000);
 /// A raise by less than this share is not worth a request.
 const WORTH_PER_MILLE: u64 = 1125;
 
@@ -66,6 +68,8 @@ pub(super) struct Waiting {
     wanted: Bytes,
     /// When it was asked for last.
     asked: Nanos,
+    /// When it was frozen again, if its freeze has been replaced.
+    frozen: Nanos,
     /// What it was told.
     pub(super) told: Option<Why>,
 }
@@ -204,6 +208,7 @@ impl<R: Requester> Controller<R> {
             since: at,
             wanted: expected,
             asked: Nanos(0),
+            frozen: Nanos(0),
             told: None,
         });
         if at.since(waiting.since) >= RESERVED_FOR && at.since(waiting.asked) < SELDOM {
@@ -245,7 +250,15 @@ impl<R: Requester> Controller<R> {
                 guarded.reserved = Some(granted);
                 (Some(granted), Some(why))
             }
-            Some(Verdict::Waits(_, why)) => (None, Some(why)),
+            Some(Verdict::Waits(_, why)) => {
+                if let Some(waiting) = &mut guarded.waiting
+                    && at.since(waiting.since.max(waiting.frozen)) >= FROZEN_EVERY
+                {
+                    waiting.frozen = at;
+                    self.reflex.send(Command::FreezeAgain(id));
+                }
+                (None, Some(why))
+            }
             Some(Verdict::Refused(why)) if !is_burst => (None, Some(why)),
             Some(Verdict::Refused(why)) => {
                 let again = match why {
@@ -591,6 +604,7 @@ mod tests {
             since: Nanos(0),
             wanted: Bytes::mib(620),
             asked: Nanos(0),
+            frozen: Nanos(0),
             told: None,
         });
         assert_eq!(waiting.expected(Nanos::millis(7_499), to), Bytes::mib(620));

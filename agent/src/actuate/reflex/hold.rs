@@ -184,6 +184,24 @@ impl Row {
         Ok(means.freezer.freeze(&self.controls.freeze))
     }
 
+    /// Freezes one again whose freeze the brake has replaced, for as long as it waits for room: a brake lasts for seconds, and
+    /// nobody is asked meanwhile whom a freeze that is not complete could hold up. Where it grows on the brake replaces it again.
+    pub(super) fn freeze_again(&mut self, means: &mut Means<'_>) -> Option<String> {
+        let held = self.held.filter(|held| held.freeze == Freeze::Off)?;
+        if !self.policy.patience.may_freeze() {
+            return None;
+        }
+        match self.freeze(Bytes::ZERO, means) {
+            Ok(true) => {
+                let freeze = Freeze::Complete;
+                self.held = Some(Held { freeze, ..held });
+                None
+            }
+            Ok(false) => None,
+            Err(error) => Some(error),
+        }
+    }
+
     /// When a hold that begins at `at` has to end.
     fn patience_ends(&mut self, by: Hold, at: Nanos) -> Option<Nanos> {
         let patience = self.policy.patience;

@@ -68,6 +68,8 @@ pub enum Command {
     Lower(CgroupId, Bytes),
     /// Lift a hold; because it has expired or nothing comes of a raise, and then leave it alone for a while.
     Release(CgroupId, Reason),
+    /// Freeze one again that is held by the brake alone: it waits for room, and nobody is asked for its raise yet.
+    FreezeAgain(CgroupId),
     /// Put the brake back where the limit wants it.
     PutBack(CgroupId),
     /// Tell that a cgroup could not be frozen or thawed.
@@ -369,6 +371,7 @@ impl Worker {
                 Ok(Command::Raise(cgroup, to)) => self.raise(cgroup, to),
                 Ok(Command::Lower(cgroup, to)) => self.lower(cgroup, to),
                 Ok(Command::Release(cgroup, reason)) => self.release(cgroup, reason),
+                Ok(Command::FreezeAgain(cgroup)) => self.freeze_again(cgroup),
                 Ok(Command::PutBack(cgroup)) => self.put_back(cgroup),
                 Ok(Command::NotFrozen(cgroup, error)) => {
                     self.tell(Verdict::Failed { cgroup, error });
@@ -539,6 +542,21 @@ impl Worker {
             }
         };
         self.tell(verdict);
+    }
+
+    fn freeze_again(&mut self, cgroup: CgroupId) {
+        let Some(row) = self.table.get_mut(&cgroup) else {
+            return;
+        };
+        let mut means = Means {
+            source: &mut self.source,
+            ledger: &mut self.ledger,
+            brakes: &self.brakes,
+            freezer: &self.freezer,
+        };
+        if let Some(error) = row.freeze_again(&mut means) {
+            self.tell(Verdict::Failed { cgroup, error });
+        }
     }
 
     /// Lifts brake and hold, and forgets it; if its hold is not lifted at once, when it is.

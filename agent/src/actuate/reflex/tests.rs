@@ -121,6 +121,19 @@ impl Stage {
         verdicts
     }
 
+    /// What is written when it is to be frozen again.
+    fn freezes_again(&mut self) -> String {
+        let mut means = Means {
+            source: &mut self.source,
+            ledger: &mut self.ledger,
+            brakes: &self.brakes,
+            freezer: &self.freezer,
+        };
+        assert_eq!(self.row.freeze_again(&mut means), None);
+        self.settle();
+        self.content("cgroup.freeze")
+    }
+
     /// Writes what the freezer's thread is asked to write, if that has not done so yet.
     fn settle(&self) {
         self.row.controls.freeze.settle().unwrap();
@@ -316,6 +329,25 @@ fn a_freeze_that_is_not_complete_in_time_is_replaced() {
         "{verdicts:?}"
     );
     stage.wait_until_thawed(Nanos::millis(120));
+}
+
+/// A brake lasts for seconds, and room may be there in minutes.
+#[test]
+fn who_waits_for_room_is_frozen_again() {
+    let mut stage = incomplete("again", ENTRY_UNKNOWN);
+    assert_eq!(stage.freezes_again(), "1", "it is to be frozen already");
+    stage.look_after(Nanos::millis(120));
+    stage.wait_until_thawed(Nanos::millis(120));
+    assert_eq!(stage.freezes_again(), "1");
+    let later = Nanos::millis(1200);
+    assert!(stage.look_after(later).is_empty(), "nothing else is done");
+    assert_eq!(stage.content("cgroup.freeze"), "1");
+    // Where it goes on all the same the brake is all that there is.
+    let mut stage = incomplete("never-frozen", ENTRY_UNKNOWN);
+    stage.look_after(Nanos::millis(120));
+    stage.wait_until_thawed(Nanos::millis(120));
+    stage.row.policy.patience.frozen = Nanos(0);
+    assert_eq!(stage.freezes_again(), "0", "its probes forbid it");
 }
 
 /// A stage whose freeze is not complete, held for a charge with this entry.
