@@ -36,18 +36,23 @@ const HELD: Duration = Duration::from_secs(60);
 /// The exit code of who has ended by its own word.
 const GOODBYE: i32 = 7;
 
-/// From what it has at rest to its limit, and too little beyond that to be worth a raise.
-const ROOM: Bytes = Bytes::mib(36);
+/// Too little to be worth a raise.
+const LEFT: Bytes = Bytes::mib(4);
 
-/// No room for a raise above all containers, for as long as it lives.
+/// No room above all containers but for what one of them has to its limit, for as long as it lives.
 struct Full(Cgroup);
 
 impl Full {
-    fn now() -> Result<Self> {
+    fn but_for(container: &Cgroup) -> Result<Self> {
         let full = Self(Cgroup::open(&Path::new(CGROUP_ROOT).join("kubepods"))?);
-        let stat = full.0.stat()?;
-        let used = stat.usage.minus(stat.file);
-        full.0.set_limit("memory.max", Limit::At(used.plus(ROOM)))?;
+        let used = |cgroup: &Cgroup| -> Result<Bytes> {
+            let stat = cgroup.stat()?;
+            Ok(stat.usage.minus(stat.file))
+        };
+        // It may not have all that it has at rest yet.
+        let rest = LIMIT.minus(used(container)?);
+        let limit = used(&full.0)?.plus(rest).plus(LEFT);
+        full.0.set_limit("memory.max", Limit::At(limit))?;
         Ok(full)
     }
 }
@@ -69,7 +74,7 @@ fn waits(bed: &mut Bed) -> Result<()> {
     std::fs::write(POLICIES, policies())?;
     let started = bed.burst("waits", NAME)?;
     wait_guarded(&started)?;
-    let full = Full::now()?;
+    let full = Full::but_for(&started.cgroup)?;
     gate::open_when_braked(&started.cgroup)?;
     wait("it is held", HELD, || Ok(is_held(&started.cgroup)))?;
     thread::sleep(BEYOND);
@@ -103,7 +108,7 @@ fn ended(bed: &mut Bed) -> Result<()> {
         .iter()
         .min()
         .context("no shell")?;
-    let full = Full::now()?;
+    let full = Full::but_for(&started.cgroup)?;
     gate::open_when_braked(&started.cgroup)?;
     wait("it is held", HELD, || Ok(is_held(&started.cgroup)))?;
     let pid = Pid::from_raw(i32::try_from(shell)?).context("its number is none")?;
