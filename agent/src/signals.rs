@@ -121,10 +121,14 @@ pub(crate) fn die_of(signal: i32) -> io::Result<()> {
     emulate_default_handler(signal)
 }
 
-/// The signals that are ignored, by a process's `status`: a bit for each, the lowest for the first.
+/// The signals that are ignored, by a process's `status`.
 fn ignored(status: &str) -> u64 {
-    let lines = status.lines();
-    let mask = lines.filter_map(|line| line.strip_prefix("SigIgn:")).next();
+    set(status, "SigIgn:")
+}
+
+/// A set of signals in a process's `status`: a bit for each, the lowest for the first.
+pub(crate) fn set(status: &str, name: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix(name));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0)
 }

@@ -17,7 +17,7 @@ use std::{collections::BTreeSet, fs};
 use bellows_core::{Nanos, Reason};
 
 use super::{Controller, Requester};
-use crate::actuate::reflex::Command;
+use crate::{actuate::reflex::Command, signals::set};
 
 /// Holds that are shorter than this are over before anybody has noticed; the longer ones are looked at so often.
 const EVERY: Nanos = Nanos::millis(1000);
@@ -38,14 +38,15 @@ impl<R: Requester> Controller<R> {
                 continue;
             }
             let processes = guarded.cgroup.processes().unwrap_or_default();
-            // Those that are left are looked at with the next tick; of one with more than that, nobody.
-            if processes.len() > left && processes.len() <= MOST {
+            if processes.len() > MOST {
+                guarded.endings_looked = at;
+                continue;
+            }
+            // Those that are left are looked at with the next tick.
+            if processes.len() > left {
                 continue;
             }
             guarded.endings_looked = at;
-            if processes.len() > MOST {
-                continue;
-            }
             left -= processes.len();
             let asked: BTreeSet<u32> = processes
                 .into_iter()
@@ -72,11 +73,7 @@ fn is_stopped(status: &str) -> bool {
 
 /// The signals that wait for its first thread, and for all of it.
 fn pending(status: &str) -> u64 {
-    let set = |name| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
-    };
-    set("SigPnd:").unwrap_or(0) | set("ShdPnd:").unwrap_or(0)
+    set(status, "SigPnd:") | set(status, "ShdPnd:")
 }
 
 #[cfg(test)]
