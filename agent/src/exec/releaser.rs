@@ -215,13 +215,16 @@ fn is_at_rest(cgroup: &Cgroup) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::PathBuf, time::Instant};
+    use std::{fs, path::PathBuf};
 
     use bellows_core::{CgroupId, Nanos};
     use rustix::process::{Pid, Signal, kill_process};
 
     use super::*;
-    use crate::ledger::{Ledger, Record};
+    use crate::{
+        ledger::{Ledger, Record},
+        parallel::process::tests::until,
+    };
 
     /// A guard (a shell), its command, and one that it has paused.
     struct Stage {
@@ -313,14 +316,6 @@ mod tests {
 
     fn is_stopped(pid: i32) -> bool {
         read(pid).unwrap().is_some_and(|known| known.is_stopped())
-    }
-
-    fn until(what: &str, is_met: impl Fn() -> bool) {
-        let start = Instant::now();
-        while !is_met() {
-            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
-            thread::sleep(Duration::from_millis(2));
-        }
     }
 
     #[test]

@@ -356,7 +356,7 @@ pub(super) fn descriptors(pid: i32) -> Vec<(i32, PathBuf)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{
         net::TcpListener,
         os::unix::net::UnixListener,
@@ -477,7 +477,7 @@ mod tests {
         read(pid).unwrap().map(|process| process.state)
     }
 
-    fn until(what: &str, is_met: impl Fn() -> bool) {
+    pub(crate) fn until(what: &str, is_met: impl Fn() -> bool) {
         let start = Instant::now();
         while !is_met() {
             assert!(start.elapsed() < Duration::from_secs(10), "{what}");
